@@ -1,0 +1,51 @@
+#include "cpu/rows.h"
+
+#include <cstring>
+
+namespace fct::cpu {
+namespace {
+
+// A float is non-finite exactly when its exponent bits are all ones; integer compares vectorise on every target.
+template <class Bits, Bits kExponent>
+bool row_is_finite(const Bits* row, int64_t d) {
+    Bits bad = 0;
+    for (int64_t j = 0; j < d; ++j) {
+        Bits bits;
+        std::memcpy(&bits, row + j, sizeof bits);
+        bad |= static_cast<Bits>((bits & kExponent) == kExponent);
+    }
+    return bad == 0;
+}
+
+bool is_finite(const void* data, DType dtype, int64_t offset, int64_t d) {
+    switch (dtype) {
+        case DType::f32:
+            return row_is_finite<uint32_t, 0x7f800000u>(static_cast<const uint32_t*>(data) + offset, d);
+        case DType::f16:
+            return row_is_finite<uint16_t, 0x7c00u>(static_cast<const uint16_t*>(data) + offset, d);
+        case DType::bf16:
+            return row_is_finite<uint16_t, 0x7f80u>(static_cast<const uint16_t*>(data) + offset, d);
+        case DType::i8:
+            return true;
+    }
+    return true;
+}
+
+}  // namespace
+
+int64_t first_nonfinite_row(const void* data, DType dtype, int64_t n, int64_t d, int64_t row_stride) {
+    for (int64_t i = 0; i < n; ++i)
+        if (!is_finite(data, dtype, i * row_stride, d)) return i;
+    return -1;
+}
+
+int64_t nonfinite_rows(const void* data, DType dtype, int64_t n, int64_t d, int64_t row_stride, uint8_t* flags) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        flags[i] = !is_finite(data, dtype, i * row_stride, d);
+        count += flags[i];
+    }
+    return count;
+}
+
+}  // namespace fct::cpu

@@ -1,0 +1,54 @@
+"""Forward Compatible Training: upgrade an embedding model without reading an image again.
+
+The public API, and nothing else. Names load on first use, so that ``import fct`` costs no torch, no Triton and
+no CUDA context; see ``docs/`` for guides.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fct.errors import FctError, FctWarning, SpaceMismatchError
+
+if TYPE_CHECKING:
+    from fct.arrays import ScaledInt8
+    from fct.info import build_info
+    from fct.spaces import EmbeddingSpace
+    from fct.transform import transform_batch
+    from fct.transformation import Transformation
+
+__version__ = "0.1.0"
+
+# name -> the module that defines it
+_PUBLIC = {
+    "EmbeddingSpace": "fct.spaces",
+    "ScaledInt8": "fct.arrays",
+    "Transformation": "fct.transformation",
+    "build_info": "fct.info",
+    "transform_batch": "fct.transform",
+}
+
+__all__ = [
+    "EmbeddingSpace",
+    "FctError",
+    "FctWarning",
+    "ScaledInt8",
+    "SpaceMismatchError",
+    "Transformation",
+    "build_info",
+    "transform_batch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fct' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,1 @@
+"""Imports every module that registers commands on :data:`fct.cli.app.app`, one line each."""

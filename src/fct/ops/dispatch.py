@@ -1,0 +1,75 @@
+"""Which backend runs a request: asked in order of speed, on the tensors' own device; a forced one runs or raises."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any
+
+from fct.errors import BackendError
+from fct.ops.base import PRECISIONS, TransformBackend
+from fct.transformation import Transformation
+
+__all__ = ["default_threads", "forced_backend", "packed", "pick_transform", "transform_backends"]
+
+_packed: weakref.WeakKeyDictionary[Transformation, dict[tuple[str, str, str], Any]] = weakref.WeakKeyDictionary()
+
+
+def transform_backends() -> list[TransformBackend]:
+    """Every transform backend, the one to be asked first in front."""
+    from fct.ops.ref import RefTransform
+    from fct.ops.torch import TorchTransform
+
+    return [TorchTransform(), RefTransform()]
+
+
+def default_threads() -> int:
+    """FCT_NUM_THREADS, or the processors this process may run on."""
+    value = os.environ.get("FCT_NUM_THREADS")
+    if value:
+        if not value.isdigit() or int(value) < 1:
+            raise ValueError(f"FCT_NUM_THREADS: expected a positive number, got {value!r}")
+        return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def forced_backend(backend: str | None) -> str | None:
+    """The caller's choice, else FCT_BACKEND, else None."""
+    return backend or os.environ.get("FCT_BACKEND") or None
+
+
+def pick_transform(
+    h: Transformation, precision: str, device: str, backend: str | None = None
+) -> tuple[TransformBackend, str]:
+    """(backend, precision): the first backend with no reason against it.
+
+    ``precision="auto"`` takes the fastest that the backend runs there and h's stored measurements allow.
+    Raises BackendError with every backend's reasons when none can.
+    """
+    forced = forced_backend(backend)
+    backends = transform_backends()
+    if forced is not None:
+        known = [b.name for b in backends]
+        backends = [b for b in backends if b.name == forced]
+        if not backends:
+            raise ValueError(f"backend: expected one of {', '.join(known)}, got {forced!r}")
+    reasons: list[str] = []
+    for candidate in backends:
+        wanted = [precision] if precision != "auto" else [p for p in candidate.fastest_first(device) if h.allows(p)]
+        for p in wanted or [PRECISIONS[0]]:
+            why = candidate.why_not(h, p, device)
+            if not why:
+                return candidate, p
+            reasons += [f"{candidate.name} ({p}): {reason}" for reason in why]
+    raise BackendError(f"no backend can run this transformation on {device}: " + "; ".join(reasons))
+
+
+def packed(backend: TransformBackend, h: Transformation, precision: str, device: str) -> Any:
+    """The backend's packed weights of h, made on first use and kept as long as h lives."""
+    cache = _packed.setdefault(h, {})
+    key = (backend.name, precision, device)
+    if key not in cache:
+        cache[key] = backend.pack(h, precision, device)
+    return cache[key]

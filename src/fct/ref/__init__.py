@@ -1,0 +1,8 @@
+"""The plain oracle of every op: a few readable lines each, in float64. Imports nothing of ours.
+
+Tests and benchmarks hold every backend against this one copy.
+"""
+
+from fct.ref.transform import transform
+
+__all__ = ["transform"]

@@ -1,0 +1,68 @@
+"""EmbeddingSpace: which model's vectors these are. Two models' vectors are never mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fct.errors import SpaceMismatchError
+
+__all__ = ["METRICS", "EmbeddingSpace", "check_metric"]
+
+METRICS = ("l2", "ip", "cosine")
+
+
+def check_metric(metric: str, name: str = "metric") -> str:
+    """``metric`` itself; raises ValueError unless it is one of "l2", "ip", "cosine"."""
+    if metric not in METRICS:
+        raise ValueError(f"{name}: expected one of {', '.join(METRICS)}, got {metric!r}")
+    return metric
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpace:
+    """A model's embedding space.
+
+    Args:
+        model_id: any string that tells one trained model from every other ("resnet50-2024-03", a hash, ...).
+        dim: length of a vector.
+        metric: how vectors are compared: "l2" (squared), "ip" or "cosine".
+        normalised: whether every vector has unit length.
+
+    Example:
+        >>> from fct import EmbeddingSpace
+        >>> EmbeddingSpace("clip-b32", 512, metric="cosine", normalised=True).dim
+        512
+    """
+
+    model_id: str
+    dim: int
+    metric: str = "l2"
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model_id, str) or not self.model_id:
+            raise ValueError(f"model_id: expected a non-empty string, got {self.model_id!r}")
+        if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim < 1:
+            raise ValueError(f"dim: expected a positive int, got {self.dim!r}")
+        check_metric(self.metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EmbeddingSpace:
+        unknown = set(values) - {"model_id", "dim", "metric", "normalised"}
+        if unknown or not {"model_id", "dim"} <= set(values):
+            raise ValueError(f"space: expected model_id, dim, metric, normalised; got {sorted(values)}")
+        return cls(**values)
+
+    def require_same(self, other: EmbeddingSpace, what: str) -> None:
+        """Raises SpaceMismatchError, naming both models, unless ``other`` is this very space."""
+        if self != other:
+            raise SpaceMismatchError(f"{what}: expected vectors of {self}, got vectors of {other}")
+
+    def __str__(self) -> str:
+        unit = ", normalised" if self.normalised else ""
+        return f"{self.model_id!r} ({self.dim}-d, {self.metric}{unit})"
