@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fct.arrays import ScaledInt8
     from fct.info import build_info
     from fct.spaces import EmbeddingSpace
+    from fct.training.transformation import fit_transformation
     from fct.transform import transform_batch
     from fct.transformation import Transformation
 
@@ -26,6 +27,7 @@ _PUBLIC = {
     "ScaledInt8": "fct.arrays",
     "Transformation": "fct.transformation",
     "build_info": "fct.info",
+    "fit_transformation": "fct.training.transformation",
     "transform_batch": "fct.transform",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "SpaceMismatchError",
     "Transformation",
     "build_info",
+    "fit_transformation",
     "transform_batch",
 ]
 

@@ -23,7 +23,7 @@ from fct.errors import ArtifactError
 from fct.files import write_bytes
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["BRANCHES", "Layer", "PrecisionEffect", "Tolerance", "Transformation"]
+__all__ = ["BRANCHES", "Layer", "PrecisionEffect", "Tolerance", "Transformation", "fold_norm", "fold_scaling"]
 
 BRANCHES = ("old", "side", "mixer")
 FORMAT = "fct-transformation"
@@ -39,8 +39,8 @@ class Layer:
     weight: (d_out, d_in) float32, C-contiguous. bias: (d_out,) float32.
     """
 
-    weight: Array
-    bias: Array
+    weight: Any
+    bias: Any
     relu: bool = True
 
     def __post_init__(self) -> None:
@@ -62,6 +62,22 @@ class Layer:
     @property
     def d_out(self) -> int:
         return int(self.weight.shape[0])
+
+
+def fold_norm(weight: Any, norm: Mapping[str, Any], eps: float) -> tuple[Any, Any]:
+    """Batch norm folded into the linear layer before it: float64 (weight, bias).
+
+    weight: (d_out, d_in), no bias. norm: "weight", "bias", "running_mean", "running_var", (d_out,) each.
+    """
+    mean, var = np.asarray(norm["running_mean"], np.float64), np.asarray(norm["running_var"], np.float64)
+    gain = np.asarray(norm["weight"], np.float64) / np.sqrt(var + eps)
+    return np.asarray(weight, np.float64) * gain[:, None], np.asarray(norm["bias"], np.float64) - mean * gain
+
+
+def fold_scaling(weight: Any, bias: Any, mean: Any, scale: Any) -> tuple[Any, Any]:
+    """A layer that expects (x - mean) / scale, as one that takes x: float64 (weight, bias)."""
+    scaled = np.asarray(weight, np.float64) / np.asarray(scale, np.float64)
+    return scaled, np.asarray(bias, np.float64) - scaled @ np.broadcast_to(mean, scaled.shape[1:]).astype(np.float64)
 
 
 @dataclass(frozen=True)

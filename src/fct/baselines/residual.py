@@ -1,0 +1,85 @@
+"""A linear map plus a small MLP on its error: what embedding-adapter packages ship."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fct.baselines.linear import fit_ridge
+from fct.spaces import EmbeddingSpace
+from fct.training.config import FitConfig
+from fct.transformation import Layer, Transformation
+
+__all__ = ["fit_residual"]
+
+
+def fit_residual(
+    old: Any,
+    new: Any,
+    *,
+    hidden: int = 512,
+    epochs: int = 30,
+    seed: int = 0,
+    progress: bool = True,
+    old_space: EmbeddingSpace | None = None,
+    new_space: EmbeddingSpace | None = None,
+) -> Transformation:
+    """y = ridge(x) + MLP(x), the MLP of one hidden ReLU layer trained with AdamW on what ridge leaves.
+
+    Args:
+        old, new: (n, d_old) and (n, d_new) rows of the same items.
+        hidden, epochs, seed, progress: size and training of the MLP.
+
+    Example:
+        >>> import numpy as np
+        >>> from fct.baselines import fit_residual
+        >>> x = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+        >>> fit_residual(x, np.abs(x), hidden=8, epochs=2, progress=False).d_new
+        4
+    """
+    import torch
+    from rich.progress import track
+
+    from fct import ref
+    from fct.training.pairs import check_pairs
+
+    config = FitConfig(inner=hidden, epochs=epochs, batch_size=512, lr=2e-3, weight_decay=1e-2)
+    x, _, y = check_pairs(old, None, new).loaded()
+    linear = fit_ridge(x, y)
+    rest = torch.from_numpy((y - ref.transform(x, None, linear)).astype(np.float32))
+    mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
+    inputs = torch.from_numpy((x - mean) / scale)
+    unit = float(rest.std()) or 1.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(x.shape[1], config.inner), torch.nn.ReLU(), torch.nn.Linear(config.inner, y.shape[1])
+        )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
+    for epoch in track(range(config.epochs), "fitting the residual MLP", disable=not progress, transient=True):
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
+        for index in order.split(config.batch_size):
+            loss = torch.nn.functional.mse_loss(model(inputs[index]), rest[index] / unit)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        schedule.step()
+    w1, b1, w2, b2 = (p.detach().double().numpy() for p in model.parameters())
+    w1 = w1 / scale
+    return Transformation(
+        old=linear.old,
+        side=(Layer(w1, b1 - w1 @ mean, relu=True),),
+        mixer=(
+            Layer(
+                np.concatenate([linear.mixer[0].weight[:, : x.shape[1]], w2 * unit], axis=1),
+                linear.mixer[0].bias + b2 * unit,
+                relu=False,
+            ),
+        ),
+        old_space=old_space or EmbeddingSpace("old", x.shape[1]),
+        new_space=new_space or EmbeddingSpace("new", y.shape[1]),
+        normalise=new_space is not None and new_space.normalised,
+        info={"baseline": "residual"},
+    )
