@@ -14,6 +14,8 @@ from fct.errors import FctError, FctWarning, SpaceMismatchError
 if TYPE_CHECKING:
     from fct.arrays import ScaledInt8
     from fct.info import build_info
+    from fct.metrics import RetrievalMetrics, evaluate
+    from fct.retrieval import TopK, topk
     from fct.spaces import EmbeddingSpace
     from fct.training.transformation import fit_transformation
     from fct.transform import transform_batch
@@ -25,9 +27,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "EmbeddingSpace": "fct.spaces",
     "ScaledInt8": "fct.arrays",
+    "RetrievalMetrics": "fct.metrics",
+    "TopK": "fct.retrieval",
     "Transformation": "fct.transformation",
     "build_info": "fct.info",
+    "evaluate": "fct.metrics",
     "fit_transformation": "fct.training.transformation",
+    "topk": "fct.retrieval",
     "transform_batch": "fct.transform",
 }
 
@@ -35,11 +41,15 @@ __all__ = [
     "EmbeddingSpace",
     "FctError",
     "FctWarning",
+    "RetrievalMetrics",
     "ScaledInt8",
     "SpaceMismatchError",
+    "TopK",
     "Transformation",
     "build_info",
+    "evaluate",
     "fit_transformation",
+    "topk",
     "transform_batch",
 ]
 

@@ -3,6 +3,8 @@
 Tests and benchmarks hold every backend against this one copy.
 """
 
+from fct.ref.metrics import evaluate
+from fct.ref.topk import scores, topk
 from fct.ref.transform import transform
 
-__all__ = ["transform"]
+__all__ = ["evaluate", "scores", "topk", "transform"]
