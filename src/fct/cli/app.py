@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from fct.errors import FctError, FctWarning
+from fct.errors import FctWarning
 
 __all__ = ["app", "console", "error_console", "main"]
 
@@ -26,14 +27,27 @@ app = typer.Typer(
 )
 console = Console()
 error_console = Console(stderr=True)
-_state = {"debug": False}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import fct
+
+        console.print(f"fct {fct.__version__}", highlight=False)
+        raise typer.Exit()
 
 
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
 ) -> None:
-    _state["debug"] = debug
+    """Upgrade your embedding model without re-embedding your gallery.
+
+    Start with [bold]fct quickstart[/]: it lives through one upgrade on real images in a few minutes.
+    """
 
 
 @app.command()
@@ -50,32 +64,54 @@ def info() -> None:
     console.print(f"fct {facts['version']}, Python {facts['python']}, {facts['platform']}, {facts['threads']} threads")
     table = Table("backend", "device", "runs", "why not")
     for name, state in facts["backends"].items():
-        table.add_row(name, state["device"], "yes" if state["runs"] else "no", "; ".join(state["why_not"]))
+        table.add_row(name, state["device"], "yes" if state["runs"] else "no", escape("; ".join(state["why_not"])))
     console.print(table)
     if facts["cuda_build"]:
-        console.print(f"CUDA kernels: {facts['cuda_build']}")
+        console.print(f"CUDA kernels: {escape(facts['cuda_build'])}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command; errors are one line on stderr, a traceback only with --debug."""
+    """Runs a command and leaves with its exit code; errors are one line on stderr, a traceback only with --debug.
+
+    ``--debug`` may stand anywhere on the line.
+    """
     from fct.cli import commands  # noqa: F401 (registers them)
 
-    warnings.showwarning = _show_warning
-    args = sys.argv[1:] if argv is None else argv
-    _state["debug"] = "--debug" in args
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     try:
-        app(args, prog_name="fct")
-    except (FctError, ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        if _state["debug"]:
-            raise
-        error_console.print(f"[bold red]error:[/] {type(error).__name__ if not str(error) else error}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        error_console.print("interrupted")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(args, prog_name="fct", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "format_message"):  # typer's own: bad usage
+            if message := error.format_message():
+                _say(f"{message} (see fct --help)")
+            sys.exit(getattr(error, "exit_code", 2))
+        _say(_one_line(error))
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(error: Exception) -> str:
+    """The message alone where it was written for people; else with the error's type, and where to see more."""
+    text = " ".join(str(error).split())
+    expected = isinstance(error, (ValueError, TypeError, OSError, ImportError)) or type(error).__module__ == "fct.errors"
+    if text and expected:
+        return text
+    return f"{type(error).__name__}{': ' if text else ''}{text} (run again with --debug for the traceback)"
+
+
+def _say(message: str) -> None:
+    error_console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     if issubclass(category, FctWarning):
-        error_console.print(f"[yellow]warning:[/] {message}", highlight=False)
+        error_console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
