@@ -64,9 +64,9 @@ def write_picture(
         raise ValueError(f"examples: expected the same systems {systems} in every one")
     depth = max(len(found) for example in examples for found in example.found.values())
 
-    thumb = 0.46  # inches
+    thumb = 0.53  # inches
     names = len(table.rows)
-    width = 11.5
+    width = 12.0
     top, grid, gap, bars = 1.22, len(examples) * thumb, 0.75, 0.33 * names + 0.25
     height = top + grid + gap + bars + 0.3
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": _INK}):
@@ -97,7 +97,7 @@ def write_picture(
                     box = _thumbnail(
                         figure, image, left + column * room + 0.12 + rank * step, low, thumb, width, height
                     )
-                    _frame(box, _HIT if hit else _MISS, 2.4)
+                    _frame(box, _HIT if hit else _MISS, 2.2, dashed=not hit)
 
         bar_room = (width - 2.65 - 0.3) / len(_BARS)
         for column, measure in enumerate(_BARS):
@@ -138,9 +138,10 @@ def _is_bytes(image: Any) -> bool:
     return str(getattr(image, "dtype", "")) == "uint8"
 
 
-def _frame(axes: Any, colour: str, thickness: float) -> None:
+def _frame(axes: Any, colour: str, thickness: float, *, dashed: bool = False) -> None:
+    """Misses are dashed as well as red: not everybody tells red from green."""
     for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=thickness)
+        spine.set(color=colour, linewidth=thickness, linestyle=(0, (1.6, 1.0)) if dashed else "-", capstyle="butt")
 
 
 def _bars(axes: Any, table: ResultTable, measure: str, colours: Mapping[str, str], *, show_names: bool) -> None:

@@ -16,6 +16,9 @@ __all__ = ["MEASURES", "ResultTable", "Row"]
 # field of Row -> heading
 MEASURES = {"cmc1": "CMC top-1", "cmc5": "CMC top-5", "map": "mAP", "recall10": "recall@10"}
 
+# The headings for a terminal of 80 columns.
+_NARROW = ("query/gallery", "CMC\ntop-1", "CMC\ntop-5", "mAP", "recall\n@10", "top-1\ngap", "mAP\ngap", "sec")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -97,9 +100,11 @@ class ResultTable:
 
     # ---- forms ----
     def headings(self) -> list[str]:
+        """One for each of :meth:`cells`' columns."""
         return ["query/gallery", *MEASURES.values(), "top-1 gap closed", "mAP gap closed", "seconds"]
 
     def cells(self) -> list[list[str]]:
+        """The rows as text, shares in per cent."""
         return [
             [
                 row.name,
@@ -123,9 +128,10 @@ class ResultTable:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-        for i, heading in enumerate(self.headings()):
-            table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table = Table(title=self.title or None, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title_justify="left")
+        table.title_style = "bold"
+        for i, heading in enumerate(_NARROW):
+            table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
         for row, cells in zip(self.rows, self.cells(), strict=True):
             ends = row.name in (self.floor, self.ceiling)
             table.add_row(*cells, style="dim" if ends else None)
