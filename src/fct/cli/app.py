@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fct.errors import FctWarning
+from fct.errors import FctError, FctWarning
 
 __all__ = ["app", "console", "error_console", "main"]
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 def _one_line(error: Exception) -> str:
     """The message alone where it was written for people; else with the error's type, and where to see more."""
     text = " ".join(str(error).split())
-    expected = isinstance(error, (ValueError, TypeError, OSError, ImportError)) or type(error).__module__ == "fct.errors"
+    expected = isinstance(error, (FctError, ValueError, TypeError, OSError, ImportError))
     if text and expected:
         return text
     return f"{type(error).__name__}{': ' if text else ''}{text} (run again with --debug for the traceback)"

@@ -1,1 +1,3 @@
 """Imports every module that registers commands on :data:`fct.cli.app.app`, one line each."""
+
+from fct.cli import fit as fit

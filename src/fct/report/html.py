@@ -63,7 +63,8 @@ def write_html(
     parts += [f"<p class=note>{html.escape(note)}</p>" for note in table.notes]
     if picture is not None:
         data = base64.b64encode(Path(picture).read_bytes()).decode("ascii")
-        parts.append(f'<img alt="Queries with their nearest gallery items, and the table as bars" src="data:image/png;base64,{data}">')
+        alt = "Queries with their nearest gallery items, and the table as bars"
+        parts.append(f'<img alt="{alt}" src="data:image/png;base64,{data}">')
     if table.facts:
         facts = " · ".join(f"{html.escape(str(key))}: {html.escape(str(value))}" for key, value in table.facts.items())
         parts.append(f"<footer><p>{facts}</p></footer>")

@@ -1,0 +1,163 @@
+"""The house's rules that a machine can check: which way imports run, what a bare import loads, what csrc may see."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "fct"
+
+# A room may import from its own floor and from every floor below, never from above.
+FLOORS = [
+    {"cli"},
+    {"quickstart", "reproduce"},
+    {"backfill", "report"},
+    {"gallery"},
+    {"baselines"},
+    {"training", "transform", "retrieval", "metrics", "data", "info", "onnx_export", "ml_fct"},
+    {"ops"},
+    {"arrays", "transformation"},
+    {"spaces", "files", "kernels", "_C"},
+    {"errors", "ref"},
+]
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> list[tuple[str, int]]:
+    """Modules that a file imports, those for type checkers alone left out: (dotted name, line)."""
+    tree = ast.parse(path.read_text(), str(path))
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for part in branch.body
+        for node in ast.walk(part)
+    }
+    found = []
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def python_files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room_of(p) for p in python_files()} - {"__init__"}
+    assert rooms <= set(FLOOR), f"new rooms: {sorted(rooms - set(FLOOR))}"
+
+
+# A function may reach up for a method of the public class, as the paper's names ask: Transformation.from_ml_fct.
+ALLOWED = {("transformation", "ml_fct"), ("transformation", "onnx_export")}
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for path in python_files():
+        room = room_of(path)
+        if room == "__init__":
+            continue
+        for module, line in imports(path):
+            if not module.startswith("fct."):
+                continue
+            target = module.split(".")[1]
+            if target not in FLOOR:  # a public name of the package itself: `from fct import X`
+                continue
+            if FLOOR[target] < FLOOR[room] and (room, target) not in ALLOWED:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {target}, which lies above")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_walk_sees_an_upward_import(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from fct.cli.app import app\n    return app\n")
+    assert imports(bad) == [("fct.cli.app.app", 2)]
+
+
+def test_the_reference_imports_nothing_of_ours() -> None:
+    for path in (SOURCE / "ref").glob("*.py"):
+        ours = [m for m, _ in imports(path) if m.startswith("fct.") and not m.startswith("fct.ref")]
+        assert not ours, f"{path.name} imports {ours}"
+
+
+def test_a_gallery_knows_nothing_of_kernels() -> None:
+    for path in (SOURCE / "gallery").rglob("*.py"):
+        wrong = [m for m, _ in imports(path) if m.startswith(("fct.ops", "fct._C", "fct.kernels", "fct.transform."))]
+        assert not wrong, f"{path.name} imports {wrong}"
+
+
+HEAVY = ("torch", "triton", "pyarrow", "ray", "matplotlib", "faiss", "lancedb", "sklearn", "pandas", "torchvision")
+
+
+@pytest.mark.parametrize("statement", ["import fct", "import fct.cli.app", "import fct.arrays, fct.transformation"])
+def test_imports_are_lean(statement: str) -> None:
+    code = f"import sys; {statement}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_registering_the_commands_stays_lean() -> None:
+    """`fct --help` answers at once: no command pulls in torch before it runs."""
+    code = f"import sys; import fct.cli.commands; print([m for m in {HEAVY!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def native_files() -> list[Path]:
+    return [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".cu", ".cuh", ".inc"}]
+
+
+def test_csrc_sees_no_torch_and_only_the_bindings_see_python() -> None:
+    assert native_files()
+    for path in native_files():
+        includes = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+        assert not [i for i in includes if re.match(r"(torch|ATen|c10)/", i)], f"{path} sees torch"
+        if path.name != "bindings.cpp":
+            assert not [i for i in includes if i.startswith("pybind11") or i == "Python.h"], f"{path} sees Python"
+
+
+def test_nothing_is_unpickled_without_a_guard() -> None:
+    """pickle is read by restricted unpicklers alone, torch.load only with weights_only=True."""
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            where = f"{path.relative_to(ROOT)}:{node.lineno}"
+            assert name not in {"pickle.load", "pickle.loads", "eval", "exec"}, f"{where}: {name}"
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if name == "torch.load":
+                assert keywords.get("weights_only") == "True", f"{where}: torch.load without weights_only=True"
+            if name in {"np.load", "numpy.load"}:
+                assert keywords.get("allow_pickle") == "False", f"{where}: np.load without allow_pickle=False"
+            if name == "yaml.load":
+                raise AssertionError(f"{where}: yaml.load; use yaml.safe_load")
+
+
+def test_no_assert_guards_the_users_input() -> None:
+    """`python -O` drops assert statements; argument checks raise."""
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                text = ast.unparse(node.test)
+                assert text.startswith("isinstance(") or " is not None" in text, (
+                    f"{path.relative_to(ROOT)}:{node.lineno}: assert {text}"
+                )
