@@ -2,9 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "cpu/isa.h"
+#include "cpu/peaks.h"
 #include "cpu/rows.h"
+#include "cpu/transform.h"
 
 namespace py = pybind11;
 using fct::cpu::DType;
@@ -17,8 +23,8 @@ void bind_rows(py::module_& m) {
         "first_nonfinite_row",
         [](uintptr_t data, int dtype, int64_t n, int64_t d, int64_t row_stride) {
             py::gil_scoped_release release;
-            return fct::cpu::first_nonfinite_row(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), n,
-                                                 d, row_stride);
+            return fct::cpu::first_nonfinite_row(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), n, d,
+                                                 row_stride);
         },
         py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("d"), py::arg("row_stride"));
     m.def(
@@ -29,6 +35,99 @@ void bind_rows(py::module_& m) {
                                             row_stride, reinterpret_cast<uint8_t*>(flags));
         },
         py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("d"), py::arg("row_stride"), py::arg("flags"));
+}
+
+// ---- machine ----
+fct::cpu::Isa isa_of(int isa) {
+    if (isa < 0 || isa > static_cast<int>(fct::cpu::detected_isa()))
+        throw std::invalid_argument("isa: expected a level this processor has, got " + std::to_string(isa));
+    return static_cast<fct::cpu::Isa>(isa);
+}
+
+// Asked on the calling thread, without the GIL; false once a signal's Python handler raised, whose exception is then
+// set. Elsewhere than on the main thread Python delivers no signals and this is always true.
+bool no_signal(void*) {
+    py::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals() == 0;
+}
+
+void bind_machine(py::module_& m) {
+    py::list names;
+    for (int i = 0; i < fct::cpu::kIsas; ++i) names.append(fct::cpu::isa_name(static_cast<fct::cpu::Isa>(i)));
+    m.attr("isa_names") = py::tuple(names);
+    m.def("detected_isa", [] { return static_cast<int>(fct::cpu::detected_isa()); });
+    m.def("has_amx_bf16", &fct::cpu::has_amx_bf16);
+    m.def(
+        "peak_ops",
+        [](int precision, int isa, int threads, double seconds) {
+            const fct::cpu::Isa level = isa_of(isa);
+            py::gil_scoped_release release;
+            return fct::cpu::peak_ops(static_cast<fct::cpu::Precision>(precision), level, threads, seconds);
+        },
+        py::arg("precision"), py::arg("isa"), py::arg("threads"), py::arg("seconds"));
+    m.def(
+        "read_bandwidth",
+        [](int64_t bytes, int threads, double seconds) {
+            py::gil_scoped_release release;
+            return fct::cpu::read_bandwidth(bytes, threads, seconds);
+        },
+        py::arg("bytes"), py::arg("threads"), py::arg("seconds"));
+}
+
+// ---- transform ----
+// (weight, scale, bias, in_mul, in_add, d_in, d_out, relu, precision): addresses as ints, 0 for none.
+using LayerTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, int>;
+// (data, dtype, d, row_stride, scale, scale_row, scale_column)
+using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
+
+std::vector<fct::cpu::LayerSpec> layers_of(const std::vector<LayerTuple>& from) {
+    std::vector<fct::cpu::LayerSpec> layers;
+    for (const auto& [weight, scale, bias, in_mul, in_add, d_in, d_out, relu, precision] : from)
+        layers.push_back({reinterpret_cast<const void*>(weight), reinterpret_cast<const float*>(scale),
+                          reinterpret_cast<const float*>(bias), reinterpret_cast<const float*>(in_mul),
+                          reinterpret_cast<const float*>(in_add), d_in, d_out, relu,
+                          static_cast<fct::cpu::Precision>(precision)});
+    return layers;
+}
+
+fct::cpu::RowsView rows_of(const RowsTuple& from) {
+    const auto& [data, dtype, d, stride, scale, scale_row, scale_column] = from;
+    return {reinterpret_cast<void*>(data),
+            static_cast<DType>(dtype),
+            d,
+            stride,
+            reinterpret_cast<const float*>(scale),
+            scale_row,
+            scale_column};
+}
+
+void bind_transform(py::module_& m) {
+    using fct::cpu::PackedTransform;
+    py::class_<PackedTransform>(m, "PackedTransform")
+        .def(py::init([](const std::vector<LayerTuple>& old, const std::vector<LayerTuple>& side,
+                         const std::vector<LayerTuple>& mixer, bool normalise, int isa) {
+                 const fct::cpu::Isa level = isa_of(isa);
+                 py::gil_scoped_release release;
+                 return std::make_unique<PackedTransform>(layers_of(old), layers_of(side), layers_of(mixer), normalise,
+                                                          level);
+             }),
+             py::arg("old"), py::arg("side"), py::arg("mixer"), py::arg("normalise"), py::arg("isa"))
+        .def(
+            "run",
+            [](const PackedTransform& self, const RowsTuple& old, const RowsTuple& side, const RowsTuple& out,
+               int64_t n, int threads) {
+                bool done;
+                {
+                    py::gil_scoped_release release;
+                    done = self.run(rows_of(old), rows_of(side), rows_of(out), n, threads, {no_signal, nullptr});
+                }
+                if (!done) throw py::error_already_set();
+            },
+            py::arg("old"), py::arg("side"), py::arg("out"), py::arg("n"), py::arg("threads"))
+        .def("read_weights", &PackedTransform::read_weights, py::arg("threads"),
+             py::call_guard<py::gil_scoped_release>())
+        .def_property_readonly("weight_bytes", &PackedTransform::weight_bytes)
+        .def_property_readonly("rows_per_block", &PackedTransform::rows_per_block);
 }
 
 }  // namespace
@@ -42,4 +141,6 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_why_not") = "";
 #endif
     bind_rows(m);
+    bind_machine(m);
+    bind_transform(m);
 }

@@ -1,2 +1,24 @@
 # One file per op and instruction set; each is compiled with its own flags and chosen at run time.
-set(FCT_CPU_SOURCES csrc/cpu/rows.cpp)
+set(FCT_CPU_SOURCES
+    csrc/cpu/rows.cpp
+    csrc/cpu/isa.cpp
+    csrc/cpu/threads.cpp
+    csrc/cpu/peaks.cpp
+    csrc/cpu/transform.cpp
+    csrc/cpu/transform_portable.cpp)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(FCT_AVX2_FLAGS "-mavx2;-mfma;-mf16c")
+  set(FCT_AVX512_FLAGS "${FCT_AVX2_FLAGS};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
+  foreach(isa avx2 avx512 avx512_vnni avx512_bf16)
+    list(APPEND FCT_CPU_SOURCES csrc/cpu/transform_${isa}.cpp)
+  endforeach()
+  set_source_files_properties(csrc/cpu/transform_avx2.cpp PROPERTIES COMPILE_OPTIONS "${FCT_AVX2_FLAGS}")
+  set_source_files_properties(csrc/cpu/transform_avx512.cpp PROPERTIES COMPILE_OPTIONS "${FCT_AVX512_FLAGS}")
+  set_source_files_properties(csrc/cpu/transform_avx512_vnni.cpp PROPERTIES COMPILE_OPTIONS
+                                                                           "${FCT_AVX512_FLAGS};-mavx512vnni")
+  set_source_files_properties(csrc/cpu/transform_avx512_bf16.cpp PROPERTIES
+                              COMPILE_OPTIONS "${FCT_AVX512_FLAGS};-mavx512vnni;-mavx512bf16")
+else()
+  # One multiply-add instead of two roundings, wherever the processor has it.
+  set_source_files_properties(csrc/cpu/transform_portable.cpp PROPERTIES COMPILE_OPTIONS "-ffp-contract=fast")
+endif()

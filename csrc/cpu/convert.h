@@ -1,0 +1,123 @@
+// Conversions between the caller's dtypes and float, written so that compilers vectorise them for the including
+// file's instruction set (hence the unnamed namespace). All round to nearest, ties to even.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/transform_tiles.h"
+
+namespace fct::cpu {
+namespace {
+
+inline uint32_t bits_of(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    return u;
+}
+
+inline float float_of(uint32_t u) {
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+
+inline float from_bf16(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
+
+inline uint16_t to_bf16(float x) {
+    const uint32_t u = bits_of(x);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+
+// The half's exponent and mantissa moved into a float's place, and the difference of the biases multiplied in,
+// which is exact for subnormals too.
+inline float from_f16(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+    const uint32_t rest = static_cast<uint32_t>(h & 0x7fffu) << 13;
+    const float finite = float_of(rest) * float_of(0x77800000u);  // 2^112
+    return float_of(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : bits_of(finite)));
+}
+
+inline uint16_t to_f16(float x) {
+    const uint32_t u = bits_of(x);
+    const uint32_t sign = (u >> 16) & 0x8000u;
+    const uint32_t a = u & 0x7fffffffu;
+    const uint32_t normal = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
+    // Adding 0.5 leaves a subnormal half's bits, rounded, at the low end of the mantissa.
+    const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
+    uint32_t h = a < 0x38800000u ? subnormal : normal;
+    h = a >= 0x477ff000u ? 0x7c00u : h;
+    h = a > 0x7f800000u ? 0x7e00u : h;
+    return static_cast<uint16_t>(sign | h);
+}
+
+inline void load_row(const RowsView& from, int64_t row, float* to) {
+    const int64_t offset = row * from.stride;
+    switch (from.dtype) {
+        case DType::f32:
+            std::memcpy(to, static_cast<const float*>(from.data) + offset, static_cast<size_t>(from.d) * 4);
+            break;
+        case DType::f16: {
+            const uint16_t* x = static_cast<const uint16_t*>(from.data) + offset;
+            for (int64_t j = 0; j < from.d; ++j) to[j] = from_f16(x[j]);
+            break;
+        }
+        case DType::bf16: {
+            const uint16_t* x = static_cast<const uint16_t*>(from.data) + offset;
+            for (int64_t j = 0; j < from.d; ++j) to[j] = from_bf16(x[j]);
+            break;
+        }
+        case DType::i8: {
+            const int8_t* x = static_cast<const int8_t*>(from.data) + offset;
+            const float* scale = from.scale + row * from.scale_row;
+            for (int64_t j = 0; j < from.d; ++j) to[j] = static_cast<float>(x[j]) * scale[j * from.scale_column];
+            break;
+        }
+    }
+}
+
+inline void store_row(const float* from, const RowsView& to, int64_t row) {
+    const int64_t offset = row * to.stride;
+    switch (to.dtype) {
+        case DType::f32:
+            std::memcpy(static_cast<float*>(to.data) + offset, from, static_cast<size_t>(to.d) * 4);
+            break;
+        case DType::f16: {
+            uint16_t* y = static_cast<uint16_t*>(to.data) + offset;
+            for (int64_t j = 0; j < to.d; ++j) y[j] = to_f16(from[j]);
+            break;
+        }
+        case DType::bf16: {
+            uint16_t* y = static_cast<uint16_t*>(to.data) + offset;
+            for (int64_t j = 0; j < to.d; ++j) y[j] = to_bf16(from[j]);
+            break;
+        }
+        case DType::i8: {
+            int8_t* y = static_cast<int8_t*>(to.data) + offset;
+            const float* scale = to.scale + row * to.scale_row;
+            for (int64_t j = 0; j < to.d; ++j) {
+                float v = from[j] / scale[j * to.scale_column];
+                v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
+                // 1.5 * 2^23: in its binade floats are whole numbers, so the sum is rounded to nearest even.
+                y[j] = static_cast<int8_t>(static_cast<int32_t>(bits_of(v + 12582912.0f) - 0x4b400000u));
+            }
+            break;
+        }
+    }
+}
+
+// Brings a row to unit length; a row of zeros stays. The squares are summed in double: no overflow, no underflow.
+inline void normalise_row(float* x, int64_t d) {
+    double sum[8] = {};
+    int64_t j = 0;
+    for (; j + 8 <= d; j += 8)
+        for (int i = 0; i < 8; ++i) sum[i] += static_cast<double>(x[j + i]) * x[j + i];
+    for (int i = 0; j < d; ++j, ++i) sum[i] += static_cast<double>(x[j]) * x[j];
+    const double total = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+    if (total <= 0.0) return;
+    const double inverse = 1.0 / __builtin_sqrt(total);
+    for (int64_t i = 0; i < d; ++i) x[i] = static_cast<float>(x[i] * inverse);
+}
+
+}  // namespace
+}  // namespace fct::cpu

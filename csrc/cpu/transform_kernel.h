@@ -1,0 +1,226 @@
+// The micro-kernel of the fused transformation, once for every instruction set. Included by one file per set, each
+// compiled with its own flags; everything lies in an unnamed namespace so that no two of them share code.
+//
+// Layout. Activations: a row tile of kRows rows is a run of chunks, each kRows x 64 bytes: 64 bytes of row 0, 64 of
+// row 1, ... (16 float, 32 bf16 or 64 u8 values of each). Weights: a panel of kCols output columns is, for each group
+// of 4 bytes along the inputs (1 float, 2 bf16, 4 s8), kCols x 4 bytes. Both are read front to back, once.
+// Numerics. Each output element is one accumulator (fp32, or int32 for int8), summed over the inputs in ascending
+// order whatever the tile's size, so an element's bits depend on its row and the weights alone. fp32 sums are kept in
+// two levels, runs of kFlush chunks (256 floats, 512 bf16) and the sum of the runs, which keeps the error of long
+// rows at the square root of the run's length rather than of the row's. int32 cannot overflow below 2^31 / (255 * 127)
+// = 66,311 inputs; packing refuses more.
+//
+// A set supplies: struct V (float vectors of V::W lanes and stores) and one struct per precision (K::load, K::bcast,
+// K::fma, K::to_float, K::zero).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/convert.h"
+#include "cpu/transform_tiles.h"
+
+namespace fct::cpu {
+namespace {
+
+constexpr int64_t kFlush = 16;
+
+template <class V, Store kStore>
+inline void store_activation(uint8_t* tile, int rows_per_tile, int64_t column, int row, typename V::f value) {
+    constexpr int kSize = kStore == Store::f32 ? 4 : kStore == Store::bf16 ? 2 : 1;
+    constexpr int64_t kPerChunk = 64 / kSize;
+    uint8_t* to = tile + ((column / kPerChunk) * rows_per_tile + row) * 64 + (column % kPerChunk) * kSize;
+    if constexpr (kStore == Store::f32) V::store_f32(to, value);
+    if constexpr (kStore == Store::bf16) V::store_bf16(to, value);
+    if constexpr (kStore == Store::u8) V::store_u8(to, value);
+}
+
+// M rows of a tile times P panels beside each other.
+template <class V, class K, Store kStore, int M, int P>
+void tile(const TileArgs& t) {
+    constexpr int NV = V::kCols / V::W;
+    constexpr int kStep = V::kCols * 4;
+    typename K::acc acc[M][P * NV];
+    for (int r = 0; r < M; ++r)
+        for (int v = 0; v < P * NV; ++v) acc[r][v] = K::zero();
+    typename V::f sums[M][P * NV];  // in memory, touched once in kFlush chunks
+    const uint8_t* act = t.act;
+    const uint8_t* weights = t.weights;
+    const uint8_t* ahead = t.ahead;
+    const bool flushes = !K::kInteger && t.chunks > kFlush;
+    if (flushes)
+        for (int r = 0; r < M; ++r)
+            for (int v = 0; v < P * NV; ++v) sums[r][v] = V::set(0.0f);
+    for (int64_t done = 0; done < t.chunks;) {
+        const int64_t stop = K::kInteger || t.chunks - done < kFlush ? t.chunks : done + kFlush;
+        for (; done < stop; ++done) {
+            if constexpr (M == V::kRows) {
+                for (int64_t i = 0; i < t.ahead_lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+            }
+#pragma GCC unroll 4
+            for (int s = 0; s < 16; ++s) {
+                typename K::operand w[P * NV];
+#pragma GCC unroll 16
+                for (int v = 0; v < P * NV; ++v)
+                    w[v] = K::load(weights + (v / NV) * t.panel_bytes + s * kStep + (v % NV) * V::W * 4);
+#pragma GCC unroll 16
+                for (int r = 0; r < M; ++r) {
+                    const typename K::operand a = K::bcast(act + r * 64 + s * 4);
+#pragma GCC unroll 16
+                    for (int v = 0; v < P * NV; ++v) acc[r][v] = K::fma(acc[r][v], w[v], a);
+                }
+            }
+            act += V::kRows * 64;
+            weights += 16 * kStep;
+        }
+        if constexpr (!K::kInteger) {
+            if (flushes) {
+                for (int r = 0; r < M; ++r)
+                    for (int v = 0; v < P * NV; ++v) {
+                        sums[r][v] = V::add(sums[r][v], acc[r][v]);
+                        acc[r][v] = done < t.chunks ? K::zero() : sums[r][v];
+                    }
+            }
+        }
+    }
+    constexpr bool kScaled = K::kInteger || kStore == Store::u8;
+    const typename V::f lowest = V::set(t.lowest);
+#pragma GCC unroll 16
+    for (int v = 0; v < P * NV; ++v) {
+        const int64_t column = v * V::W;
+        const typename V::f bias = V::load(t.bias + column);
+        typename V::f scale;
+        if constexpr (kScaled) scale = V::load(t.scale + column);
+#pragma GCC unroll 16
+        for (int r = 0; r < M; ++r) {
+            typename V::f value = K::to_float(acc[r][v]);
+            if constexpr (kScaled) {
+                value = V::fma(value, scale, bias);
+            } else {
+                value = V::add(value, bias);
+            }
+            store_activation<V, kStore>(t.out, V::kRows, t.column + column, r, V::max_keeping_nan(value, lowest));
+        }
+    }
+}
+
+// float values of one row (padded to whole vectors) -> activations of row r of a tile; scale and bias for u8 only.
+template <class V, Store kStore>
+void put_row(const float* values, int64_t padded, const float* scale, const float* bias, uint8_t* out, int row) {
+    for (int64_t j = 0; j < padded; j += V::W) {
+        typename V::f value = V::load(values + j);
+        if constexpr (kStore == Store::u8)
+            value = V::max_keeping_nan(V::fma(value, V::load(scale + j), V::load(bias + j)), V::set(0.0f));
+        store_activation<V, kStore>(out, V::kRows, j, row, value);
+    }
+}
+
+// Rows [0, rows) of the caller's matrix -> one tile of activations. scratch: padded floats.
+template <class V>
+void pack_tile(const RowsView& from, int64_t first, int rows, Store store, int64_t padded, const float* scale,
+               const float* bias, uint8_t* out, float* scratch) {
+    for (int r = 0; r < rows; ++r) {
+        load_row(from, first + r, scratch);
+        for (int64_t j = from.d; j < padded; ++j) scratch[j] = 0.0f;
+        switch (store) {
+            case Store::f32:
+                put_row<V, Store::f32>(scratch, padded, scale, bias, out, r);
+                break;
+            case Store::bf16:
+                put_row<V, Store::bf16>(scratch, padded, scale, bias, out, r);
+                break;
+            case Store::u8:
+                put_row<V, Store::u8>(scratch, padded, scale, bias, out, r);
+                break;
+        }
+    }
+}
+
+// One tile of f32 activations -> rows of the caller's matrix, normalised where asked. scratch: d floats.
+template <class V>
+void finish_tile(const uint8_t* tile, const RowsView& to, int64_t first, int rows, bool normalise, float* scratch) {
+    for (int r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < to.d; j += 16) {
+            const int64_t count = to.d - j < 16 ? to.d - j : 16;
+            std::memcpy(scratch + j, tile + ((j / 16) * V::kRows + r) * 64, static_cast<size_t>(count) * 4);
+        }
+        if (normalise) normalise_row(scratch, to.d);
+        store_row(scratch, to, first + r);
+    }
+}
+
+// Register-only: as many independent accumulators as the micro-kernel has, nothing but K::fma. The machine's peak.
+template <class V, class K>
+double peak_loop(int64_t rounds) {
+    constexpr int kAccs = V::kRows * (V::kCols / V::W);
+    typename K::acc acc[kAccs];
+    alignas(64) uint8_t seed[64];
+    std::memset(seed, 0, sizeof seed);
+    typename K::operand w = K::load(seed), a = K::bcast(seed);
+    for (int i = 0; i < kAccs; ++i) acc[i] = K::zero();
+    for (int64_t k = 0; k < rounds; ++k) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kAccs; ++i) acc[i] = K::fma(acc[i], w, a);
+#if defined(__x86_64__)
+        asm volatile("" : "+x"(w), "+x"(a));
+#else
+        asm volatile("" : "+w"(w), "+w"(a));
+#endif
+    }
+    for (int i = 0; i < kAccs; ++i) {
+        volatile float sink;
+        alignas(64) float lanes[16];
+        V::store_f32(lanes, K::to_float(acc[i]));
+        sink = lanes[0];
+        (void)sink;
+    }
+    return 2.0 * K::kGroup * V::W * kAccs * static_cast<double>(rounds);
+}
+
+template <class V, class K, Store kStore>
+constexpr TileFn pick(int rows, int panels) {
+    if (panels == 4) return rows == 1 ? tile<V, K, kStore, 1, 4> : tile<V, K, kStore, 2, 4>;
+    if (panels == 2) return tile<V, K, kStore, 4, 2>;
+    return rows == 1          ? tile<V, K, kStore, 1, 1>
+           : rows == 2        ? tile<V, K, kStore, 2, 1>
+           : rows == 4        ? tile<V, K, kStore, 4, 1>
+           : rows == V::kHalf ? tile<V, K, kStore, V::kHalf, 1>
+                              : tile<V, K, kStore, V::kRows, 1>;
+}
+
+// The tile sizes that are compiled: rows 1, 2, 4, about half a tile, a whole one; few rows take several panels at
+// once, since one panel's accumulators alone would wait for each other.
+template <class V, class K, Store kStore>
+void fill_sizes(TileFn (&fns)[kTileSizes], TileFn (&wide)[kTileSizes]) {
+    const int rows[kTileSizes] = {1, 2, 4, V::kHalf, V::kRows};
+    const int panels[kTileSizes] = {4, 4, 2, 1, 1};
+    for (int i = 0; i < kTileSizes; ++i) {
+        fns[i] = pick<V, K, kStore>(rows[i], 1);
+        wide[i] = pick<V, K, kStore>(rows[i], panels[i]);
+    }
+}
+
+template <class V, class K>
+void fill_precision(Kernels& kernels, Precision precision) {
+    const int p = static_cast<int>(precision);
+    fill_sizes<V, K, Store::f32>(kernels.tile[p][0], kernels.wide[p][0]);
+    fill_sizes<V, K, Store::bf16>(kernels.tile[p][1], kernels.wide[p][1]);
+    fill_sizes<V, K, Store::u8>(kernels.tile[p][2], kernels.wide[p][2]);
+    kernels.peak[p] = peak_loop<V, K>;
+}
+
+template <class V>
+void fill_shape(Kernels& kernels) {
+    kernels.rows = V::kRows;
+    kernels.cols = V::kCols;
+    const int rows[kTileSizes] = {1, 2, 4, V::kHalf, V::kRows};
+    const int panels[kTileSizes] = {4, 4, 2, 1, 1};
+    for (int i = 0; i < kTileSizes; ++i) {
+        kernels.size_rows[i] = rows[i];
+        kernels.size_panels[i] = panels[i];
+    }
+    kernels.pack_tile = pack_tile<V>;
+    kernels.finish_tile = finish_tile<V>;
+}
+
+}  // namespace
+}  // namespace fct::cpu

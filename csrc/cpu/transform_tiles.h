@@ -1,0 +1,66 @@
+// What the fused transformation asks of an instruction set: plain types and a table of functions, no code.
+#pragma once
+#include <cstdint>
+
+#include "cpu/rows.h"
+
+namespace fct::cpu {
+
+enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2 };
+constexpr int kPrecisions = 3;
+
+// What activations are kept as: the next layer's operand type.
+enum class Store : int { f32 = 0, bf16 = 1, u8 = 2 };
+constexpr int kStores = 3;
+constexpr int kTileSizes = 5;
+
+// A matrix of the caller: n rows of d elements, stride elements from row to row. i8 rows have
+// scale[row * scale_row + column * scale_column]; others a null scale.
+struct RowsView {
+    void* data = nullptr;
+    DType dtype = DType::f32;
+    int64_t d = 0;
+    int64_t stride = 0;
+    const float* scale = nullptr;
+    int64_t scale_row = 0;
+    int64_t scale_column = 0;
+};
+
+struct TileArgs {
+    const uint8_t* act;      // one row tile of activations
+    const uint8_t* weights;  // first panel
+    const float* scale;      // per column of the first panel on; null where nothing is scaled
+    const float* bias;
+    uint8_t* out;  // the row tile written
+    int64_t chunks;
+    int64_t panel_bytes;
+    int64_t column;       // where in the tile written the first column goes
+    float lowest;         // 0 for a ReLU and for u8, else -infinity
+    int64_t ahead_lines;  // 64-byte lines of the next panel to be fetched per chunk
+    const uint8_t* ahead;
+};
+
+using TileFn = void (*)(const TileArgs&);
+
+struct Kernels {
+    int rows = 0;  // of a tile
+    int cols = 0;  // of a panel
+    int size_rows[kTileSizes] = {};
+    int size_panels[kTileSizes] = {};
+    TileFn tile[kPrecisions][kStores][kTileSizes] = {};  // one panel
+    TileFn wide[kPrecisions][kStores][kTileSizes] = {};  // size_panels panels at once
+    void (*pack_tile)(const RowsView& from, int64_t first, int rows, Store store, int64_t padded, const float* scale,
+                      const float* bias, uint8_t* out, float* scratch) = nullptr;
+    void (*finish_tile)(const uint8_t* tile, const RowsView& to, int64_t first, int rows, bool normalise,
+                        float* scratch) = nullptr;
+    double (*peak[kPrecisions])(int64_t rounds) = {};  // returns operations done
+};
+
+// Each fills the table with what its set does best, over what is there already.
+void add_portable_kernels(Kernels& kernels);
+void add_avx2_kernels(Kernels& kernels);
+void add_avx512_kernels(Kernels& kernels);
+void add_avx512_vnni_kernels(Kernels& kernels);
+void add_avx512_bf16_kernels(Kernels& kernels);
+
+}  // namespace fct::cpu

@@ -1,0 +1,93 @@
+"""Which precision each layer runs in, and int8's scales: per output channel for weights, per input channel for
+activations.
+
+An int8 layer computes ``sum_k q_w[n, k] * q_x[k] * s[n] + b[n]`` with ``q_x[k] = round(x[k] * mul[k] + add[k])`` in
+[0, 255]. Dividing by ``mul`` is moved into the weights before they are rounded, which is exact, so activations have a
+scale per channel at no cost: the layer before multiplies its output channels by ``mul`` together with its own scale.
+How much of a channel's range is moved is a trade between the activations' rounding and the weights' (SmoothQuant,
+Xiao et al., arXiv:2211.10438, section 4, whose alpha is :data:`ALPHA`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fct.transformation import BRANCHES, Layer, Transformation
+
+__all__ = ["ALPHA", "LayerPlan", "layer_plans", "why_not_int8"]
+
+ALPHA = 0.5
+# int32 sums cannot overflow below 2^31 / (255 * 127) inputs.
+_MOST_INPUTS = 66311
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer as the kernels take it: float32 weight for fp32 and bf16, int8 with scales for int8."""
+
+    weight: Any
+    bias: Any
+    relu: bool
+    precision: str
+    scale: Any = None
+    in_mul: Any = None
+    in_add: Any = None
+
+
+def why_not_int8(h: Transformation) -> list[str]:
+    """Why h can not run in int8; empty when it can."""
+    layers = dict(h.layers())
+    missing = [name for name in layers if name not in h.calibration]
+    why = []
+    if missing:
+        why.append(
+            f"has no activation ranges for {', '.join(missing)}: int8 needs them; see fct.training.precision.calibrate"
+        )
+    wide = [name for name, layer in layers.items() if layer.d_in > _MOST_INPUTS]
+    if wide:
+        why.append(f"{', '.join(wide)}: expected at most {_MOST_INPUTS:,} inputs, whose products fit int32")
+    return why
+
+
+def layer_plans(h: Transformation, precision: str) -> dict[str, list[LayerPlan]]:
+    """The layers of each branch as the kernels take them."""
+    plans: dict[str, list[LayerPlan]] = {branch: [] for branch in BRANCHES}
+    for name, layer in h.layers():
+        branch = name.partition(".")[0]
+        if precision == "int8":
+            plans[branch].append(_int8(layer, h.calibration[name]))
+        else:
+            plans[branch].append(LayerPlan(layer.weight, layer.bias, layer.relu, precision))
+    return plans
+
+
+def _int8(layer: Layer, ranges: Any) -> LayerPlan:
+    low, high = np.asarray(ranges, np.float64)
+    weight = layer.weight.astype(np.float64)
+    behind_relu = bool((low >= 0).all())
+    if behind_relu:
+        low = np.zeros_like(low)
+    span = np.maximum(high - low, 1e-30)
+    span = np.maximum(span, span.max() * 1e-2)  # a channel that calibration saw nearly dead may wake
+    reach = np.maximum(np.abs(weight).max(axis=0), 1e-30)
+    # Channel k's step: alpha of its own range, and the rest as the common one, in proportion to what its weights allow.
+    step = span**ALPHA / reach ** (1 - ALPHA)
+    step *= (span / step).max() / 255
+    mul = 1.0 / step
+    add = np.zeros_like(low) if behind_relu else -low * mul
+    moved = weight * step
+    scale = np.maximum(np.abs(moved).max(axis=1), 1e-30) / 127
+    quantised = np.rint(moved / scale[:, None])
+    bias = layer.bias - (quantised * scale[:, None]) @ add
+    return LayerPlan(
+        np.ascontiguousarray(quantised.astype(np.int8)),
+        np.ascontiguousarray(bias, np.float32),
+        layer.relu,
+        "int8",
+        np.ascontiguousarray(scale, np.float32),
+        np.ascontiguousarray(mul, np.float32),
+        np.ascontiguousarray(add, np.float32),
+    )
