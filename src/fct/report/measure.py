@@ -1,0 +1,106 @@
+"""Measuring: the machine's own peaks, and calls timed turn by turn. Benchmarks and ``fct bench`` share it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fct import _C
+from fct.ops.base import PRECISIONS
+
+__all__ = ["Peaks", "Timing", "interleave", "measure_peaks", "timing_fields"]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """This machine's own limits, measured in this run by compiled loops.
+
+    ops: operations a second on registers alone, by precision, at the best instruction set. by_isa: the same by
+    (level, precision). memory: bytes a second read from memory; l3: from a 12 MB block.
+    """
+
+    ops: dict[str, float]
+    by_isa: dict[tuple[str, str], float]
+    memory: float
+    l3: float
+    threads: int
+
+
+def measure_peaks(threads: int, seconds: float = 0.3) -> Peaks:
+    by_isa = {
+        (_C.isa_names[isa], precision): _C.peak_ops(p, isa, threads, seconds)
+        for isa in range(_C.detected_isa() + 1)
+        for p, precision in enumerate(PRECISIONS)
+    }
+    best = _C.isa_names[_C.detected_isa()]
+    return Peaks(
+        ops={precision: by_isa[best, precision] for precision in PRECISIONS},
+        by_isa=by_isa,
+        memory=_C.read_bandwidth(1 << 30, threads, 1.0),
+        l3=_C.read_bandwidth(12 << 20, threads, 0.3),
+        threads=threads,
+    )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median and the quantiles around it."""
+
+    median: float
+    p20: float
+    p80: float
+    calls: int
+
+
+def interleave(
+    fns: dict[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5, most: int = 200
+) -> dict[str, Timing]:
+    """Times every function turn by turn, so that all see the same machine; one warm-up call each.
+
+    Args:
+        fns: name -> a call without arguments. Results must have been compared before.
+        seconds: about how long each function is given.
+        rounds, most: at least and at most so many turns.
+    """
+    slowest = 0.0
+    for fn in fns.values():
+        fn()
+        start = time.perf_counter()
+        fn()
+        slowest = max(slowest, time.perf_counter() - start)
+    turns = int(min(most, max(rounds, seconds / max(slowest, 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(turns):
+            for name, fn in fns.items():
+                start = time.perf_counter()
+                fn()
+                times[name].append(time.perf_counter() - start)
+    finally:
+        if enabled:
+            gc.enable()
+    return {
+        name: Timing(*(float(q) for q in np.quantile(t, (0.5, 0.2, 0.8))), calls=turns) for name, t in times.items()
+    }
+
+
+def timing_fields(timing: Timing, *, rows: int | None = None, flop: float | None = None) -> dict[str, Any]:
+    """Fields of a row: milliseconds, and rows and operations a second where they are known."""
+    fields: dict[str, Any] = {
+        "ms": timing.median * 1e3,
+        "ms_p20": timing.p20 * 1e3,
+        "ms_p80": timing.p80 * 1e3,
+        "calls": timing.calls,
+    }
+    if rows is not None:
+        fields["rows_per_s"] = rows / timing.median
+    if flop is not None:
+        fields["gflops"] = flop / timing.median / 1e9
+    return fields
