@@ -1,0 +1,91 @@
+// The CUDA kernels as plain functions: addresses, sizes, strides, a device and a stream; nothing of CUDA, torch or
+// pybind11 in sight. All are asynchronous on the stream and throw std::runtime_error naming kernel, shape and device.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fct::cuda {
+
+struct Where {
+    int device;
+    uintptr_t stream;  // cudaStream_t
+};
+
+// Rows of embeddings, see rows.cuh.
+struct RowsAt {
+    uintptr_t data;
+    int dtype;
+    int64_t n, d, stride;
+    uintptr_t scale;
+    int64_t scale_row, scale_dim;
+};
+
+// ---- device (device.cu) ----
+struct DeviceProperties {
+    std::string name;
+    int major, minor, multiprocessors;
+    size_t shared_memory;  // per block, on request
+};
+std::string why_not_here();  // "" when a device is there, else one sentence
+DeviceProperties device_properties(int device);
+void refuse_after_fork();  // throws when CUDA was first used in a parent of this process
+
+// ---- top-k (topk.cu) ----
+int shadow_row_bytes(int64_t d, int kind);
+void make_shadow_rows(const RowsAt& rows, int metric, int kind, bool is_query, uintptr_t shadow, uintptr_t meta,
+                      const Where& where);
+
+struct Search {
+    RowsAt queries, gallery;
+    int metric, kind, k;
+    uintptr_t query_shadow, query_meta;
+    uintptr_t gallery_shadow, gallery_meta;
+    int64_t base;
+    uintptr_t distances, indices;
+    int multiprocessors;
+    size_t shared_memory;
+    uintptr_t scratch;  // search_scratch() bytes
+};
+struct SearchSize {
+    size_t scratch, failed_at;  // bytes; where the number of queries that took the exact way lies (uint32)
+    int splits, candidates, rescored;
+};
+SearchSize search_size(const Search& search);
+void search(const Search& search, const Where& where);
+void merge_part_results(uintptr_t distances, uintptr_t indices, int parts, int64_t n_queries, int k, int metric,
+                        uintptr_t out_distances, uintptr_t out_indices, const Where& where);
+
+// ---- transformation (transform.cu) ----
+int layer_row_elements(int64_t d);
+struct Layer {
+    uintptr_t x;
+    int64_t x_pitch;
+    uintptr_t weight;  // (d_out, layer_row_elements(d_in)) bf16
+    int64_t d_in, d_out;
+    uintptr_t bias;
+    bool relu;
+    uintptr_t y;
+    int64_t y_pitch;
+    bool last;  // y is fp32 and y_pitch is d_out
+    int phase;  // layers of one phase do not depend on each other
+};
+struct Small {
+    RowsAt old_rows, side_rows, out;
+    uintptr_t old_bf16, side_bf16, last, barrier;
+    bool normalise;
+    int blocks;
+    std::vector<Layer> layers;
+};
+void transform_small_rows(const Small& small, const Where& where);
+void convert_rows_to_bf16(const RowsAt& rows, uintptr_t dst, int64_t pitch, const Where& where);
+void finish_rows_from_fp32(uintptr_t src, const RowsAt& out, bool normalise, const Where& where);
+
+// ---- cuBLASLt (cublaslt.cpp) ----
+// Loads the library on first use: the one already in the process, else by these paths, else by its usual names.
+std::string cublaslt_why_not(const std::vector<std::string>& paths);
+// y = relu?(x weight^T + bias); bias as bf16, for the last layer as fp32.
+void cublaslt_layer(const Layer& layer, int64_t rows, uintptr_t workspace, size_t workspace_bytes, const Where& where);
+
+}  // namespace fct::cuda

@@ -1,0 +1,247 @@
+// The transformation h on a GPU, in bf16 with fp32 accumulation.
+//
+// Small batches (1 to 256 rows, query time): one cooperative launch for the whole h. The weights stream once through
+// L2 into shared memory, all blocks share each layer's output columns, and a grid-wide barrier parts the layers.
+//   convert inputs to bf16 | old.0, side.0 | old.1, side.1 | mixer.0 | mixer.1 | mixer.2 | normalise, cast
+// Large batches: convert_rows, cuBLASLt's matrix products with bias and ReLU in their epilogues, finish_rows.
+//
+// Layouts: weights (d_out, pitch) bf16, pitch = d_in rounded up to 64 and zero there; activations (rows, pitch) bf16,
+// zero in the padding; the last layer's output (rows, d_new) fp32.
+#pragma once
+#include "rows.cuh"
+
+namespace fct::cuda {
+
+constexpr int kLayerChunk = 64;               // bf16 elements of a row per pipeline stage
+constexpr int kLayerPitch = kLayerChunk + 8;  // in shared memory: free of ldmatrix conflicts
+constexpr int kLayerColumns = 16;             // output columns per unit of work
+constexpr int kLayerStages = 6;
+constexpr int kLayerThreads = 128;
+constexpr int kMaxLayers = 16;
+constexpr int kMaxPhases = 12;
+constexpr int kMaxSmallRows = 256;
+
+// y = relu(x w^T + bias) over all rows.
+struct LayerArgs {
+    const bf16* x;  // (rows, x_pitch)
+    int64_t x_pitch;
+    const bf16* weight;  // (d_out, pitch)
+    int pitch;
+    const float* bias;  // (d_out,)
+    int d_out;
+    bool relu;
+    bf16* y;  // (rows, y_pitch), already at its first column; null for the last layer
+    int64_t y_pitch;
+    float* y_last;  // (rows, d_out), the last layer's output
+};
+
+struct SmallArgs {
+    Rows old_rows, side_rows, out;
+    bf16 *old_bf16, *side_bf16;  // (kMaxSmallRows, pitch)
+    int64_t old_pitch, side_pitch;
+    const float* last;  // the last layer's output
+    bool normalise;
+    int n_phases;
+    int first_layer[kMaxPhases + 1];  // phase p computes layers first_layer[p] to first_layer[p + 1] - 1
+    LayerArgs layers[kMaxLayers];
+    unsigned* barrier;  // two words: arrived, generation; zero before the first launch, left at zero arrivals
+};
+
+// One warp: rows[row] -> bf16, zero up to pitch.
+GPU_INLINE void convert_row(const Rows& rows, int64_t row, bf16* dst, int64_t pitch) {
+    for (int64_t j = threadIdx.x % 32; j < pitch; j += 32)
+        dst[j] = float_to_bf16(j < rows.d ? load_element(rows, row, j) : 0.0f);
+}
+
+// One warp: fp32 row -> unit length if asked -> the output's dtype. A zero row stays zero.
+GPU_INLINE void finish_row(const float* src, const Rows& out, int64_t row, bool normalise) {
+    const int lane = threadIdx.x % 32;
+    float divisor = 1.0f;
+    if (normalise) {
+        float largest = 0.0f, sum = 0.0f;
+        for (int64_t j = lane; j < out.d; j += 32) largest = fmaxf(largest, fabsf(src[j]));
+        largest = warp_max(largest);
+        for (int64_t j = lane; j < out.d; j += 32) {
+            const float x = largest > 0.0f ? src[j] / largest : 0.0f;
+            sum = fmaf(x, x, sum);
+        }
+        const float norm = largest * sqrtf(warp_sum(sum));
+        divisor = norm > 0.0f ? norm : 1.0f;
+    }
+    for (int64_t j = lane; j < out.d; j += 32) store_element(out, row, j, src[j] / divisor);
+}
+
+// Every block waits here until all have come. Needs a cooperative launch.
+GPU_INLINE void grid_barrier(unsigned* state) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const unsigned generation = load_acquire(state + 1);
+        if (atomicAdd(state, 1u) == gridDim.x - 1) {
+            atomicExch(state, 0u);
+            __threadfence();
+            atomicAdd(state + 1, 1u);
+        } else {
+            while (load_acquire(state + 1) == generation) __nanosleep(32);
+        }
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// One unit: 16 * kWarpsM rows x 16 columns of one layer. kWarpsM warps lie along the rows; the others halve or quarter
+// the sum over the inputs, which is what keeps a single query from waiting on one warp.
+template <int kWarpsM>
+struct LayerShape {
+    static constexpr int kRows = 16 * kWarpsM;
+    static constexpr int kWarpsK = 4 / kWarpsM;
+    static constexpr size_t smem = static_cast<size_t>(kLayerStages) * (kRows + kLayerColumns) * kLayerPitch * 2 +
+                                   static_cast<size_t>(kWarpsK) * kRows * kLayerColumns * 4;
+};
+
+template <int kWarpsM>
+GPU_INLINE void layer_unit(const LayerArgs& layer, int rows, int row0, int column0, bf16* xs, bf16* ws,
+                           float* partial) {
+    using Shape = LayerShape<kWarpsM>;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_m = warp % kWarpsM, warp_k = warp / kWarpsM;
+    const int chunks = layer.pitch / kLayerChunk;
+    auto load = [&](int chunk) {
+        const int stage = chunk % kLayerStages;
+        for (int i = threadIdx.x; i < (Shape::kRows + kLayerColumns) * 8; i += kLayerThreads) {
+            const int r = i / 8, offset = i % 8 * 8;
+            if (r < kLayerColumns) {
+                const bool real = column0 + r < layer.d_out;
+                cp_async16(ws + (stage * kLayerColumns + r) * kLayerPitch + offset,
+                           layer.weight + static_cast<int64_t>(real ? column0 + r : 0) * layer.pitch +
+                               chunk * kLayerChunk + offset,
+                           real ? 16 : 0);
+            } else {
+                const int row = r - kLayerColumns;
+                const bool real = row0 + row < rows;
+                cp_async16(xs + (stage * Shape::kRows + row) * kLayerPitch + offset,
+                           layer.x + (real ? row0 + row : 0) * layer.x_pitch + chunk * kLayerChunk + offset,
+                           real ? 16 : 0);
+            }
+        }
+    };
+    for (int s = 0; s < kLayerStages - 1; ++s) {
+        if (s < chunks) load(s);
+        cp_async_commit();
+    }
+    float acc[2][4] = {};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        cp_async_wait<kLayerStages - 2>();
+        __syncthreads();  // this stage is there for all; the one that is loaded next has been read by all
+        if (chunk + kLayerStages - 1 < chunks) load(chunk + kLayerStages - 1);
+        cp_async_commit();
+        const int stage = chunk % kLayerStages;
+        const bf16* x = xs + (stage * Shape::kRows + warp_m * 16) * kLayerPitch;
+        const bf16* w = ws + stage * kLayerColumns * kLayerPitch;
+#pragma unroll
+        for (int k = 0; k < kLayerChunk / 16; k += Shape::kWarpsK) {
+            const int at = (k + warp_k) * 16;
+            uint32_t a[4], b[4];
+            ldmatrix_x4(a, x + lane % 16 * kLayerPitch + at + lane / 16 * 8);
+            ldmatrix_x4(b, w + (lane % 8 + lane / 16 * 8) * kLayerPitch + at + lane / 8 % 2 * 8);
+            mma_bf16_16816(acc[0], a, b[0], b[1]);
+            mma_bf16_16816(acc[1], a, b[2], b[3]);
+        }
+    }
+    cp_async_wait<0>();
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int r = warp_m * 16 + lane / 4 + e / 2 * 8, c = j * 8 + lane % 4 * 2 + e % 2;
+            partial[(warp_k * Shape::kRows + r) * kLayerColumns + c] = acc[j][e];
+        }
+    __syncthreads();
+    for (int i = threadIdx.x; i < Shape::kRows * kLayerColumns; i += kLayerThreads) {
+        const int row = row0 + i / kLayerColumns, column = column0 + i % kLayerColumns;
+        if (row >= rows || column >= layer.d_out) continue;
+        float sum = layer.bias[column];
+#pragma unroll
+        for (int k = 0; k < Shape::kWarpsK; ++k) sum += partial[k * Shape::kRows * kLayerColumns + i];
+        if (layer.relu) sum = fmaxf(sum, 0.0f);
+        if (layer.y)
+            layer.y[row * layer.y_pitch + column] = float_to_bf16(sum);
+        else
+            layer.y_last[static_cast<int64_t>(row) * layer.d_out + column] = sum;
+    }
+    __syncthreads();  // before the next unit loads into what was read here
+}
+
+template <int kWarpsM>
+__global__ void __launch_bounds__(kLayerThreads, 2) transform_small(const SmallArgs args) {
+    using Shape = LayerShape<kWarpsM>;
+    GPU_DYN_SMEM(smem);
+    SmemCarver carve(smem);
+    bf16* xs = carve.take<bf16>(kLayerStages * Shape::kRows * kLayerPitch);
+    bf16* ws = carve.take<bf16>(kLayerStages * kLayerColumns * kLayerPitch);
+    float* partial = carve.take<float>(Shape::kWarpsK * Shape::kRows * kLayerColumns);
+    const int rows = static_cast<int>(args.out.n);
+    const int warp = blockIdx.x * (kLayerThreads / 32) + threadIdx.x / 32, warps = gridDim.x * (kLayerThreads / 32);
+    for (int i = warp; i < 2 * rows; i += warps) {
+        if (i < rows)
+            convert_row(args.old_rows, i, args.old_bf16 + i * args.old_pitch, args.old_pitch);
+        else
+            convert_row(args.side_rows, i - rows, args.side_bf16 + (i - rows) * args.side_pitch, args.side_pitch);
+    }
+    grid_barrier(args.barrier);
+    const int row_blocks = (rows + Shape::kRows - 1) / Shape::kRows;
+    for (int phase = 0; phase < args.n_phases; ++phase) {
+        int unit0 = 0;  // of this layer, within the phase
+        for (int l = args.first_layer[phase]; l < args.first_layer[phase + 1]; ++l) {
+            const LayerArgs layer = args.layers[l];
+            const int units = (layer.d_out + kLayerColumns - 1) / kLayerColumns * row_blocks;
+            // Units are dealt to blocks across all layers of the phase.
+            int unit = static_cast<int>((blockIdx.x + gridDim.x - unit0 % gridDim.x) % gridDim.x);
+            for (; unit < units; unit += gridDim.x)
+                layer_unit<kWarpsM>(layer, rows, unit % row_blocks * Shape::kRows, unit / row_blocks * kLayerColumns,
+                                    xs, ws, partial);
+            unit0 += units;
+        }
+        grid_barrier(args.barrier);
+    }
+    for (int i = warp; i < rows; i += warps)
+        finish_row(args.last + static_cast<int64_t>(i) * args.out.d, args.out, i, args.normalise);
+}
+
+// One warp per row.
+__global__ void __launch_bounds__(256) convert_rows(const Rows rows, bf16* __restrict__ dst, int64_t pitch) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    if (row < rows.n) convert_row(rows, row, dst + row * pitch, pitch);
+}
+
+__global__ void __launch_bounds__(256) finish_rows(const float* __restrict__ src, const Rows out, bool normalise) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
+    if (row < out.n) finish_row(src + row * out.d, out, row, normalise);
+}
+
+// ---- host ----
+inline int layer_pitch(int64_t d) { return static_cast<int>((d + kLayerChunk - 1) / kLayerChunk * kLayerChunk); }
+
+// blocks: at most what the device runs at once, see small_blocks().
+inline void run_small(const SmallArgs& args, int blocks, cudaStream_t stream) {
+    if (args.out.n == 0) return;
+    if (args.out.n > kMaxSmallRows)
+        throw std::invalid_argument("transform_small: expected at most 256 rows, got " + std::to_string(args.out.n));
+    if (args.out.n <= 16)
+        GPU_LAUNCH_COOPERATIVE(dim3(blocks), kLayerThreads, LayerShape<1>::smem, stream, (transform_small<1>), args);
+    else if (args.out.n <= 32)
+        GPU_LAUNCH_COOPERATIVE(dim3(blocks), kLayerThreads, LayerShape<2>::smem, stream, (transform_small<2>), args);
+    else
+        GPU_LAUNCH_COOPERATIVE(dim3(blocks), kLayerThreads, LayerShape<4>::smem, stream, (transform_small<4>), args);
+}
+
+inline void run_convert(const Rows& rows, bf16* dst, int64_t pitch, cudaStream_t stream) {
+    if (rows.n == 0) return;
+    GPU_LAUNCH(dim3(static_cast<unsigned>((rows.n + 7) / 8)), 256, 0, stream, convert_rows, rows, dst, pitch);
+}
+
+inline void run_finish(const float* src, const Rows& out, bool normalise, cudaStream_t stream) {
+    if (out.n == 0) return;
+    GPU_LAUNCH(dim3(static_cast<unsigned>((out.n + 7) / 8)), 256, 0, stream, finish_rows, src, out, normalise);
+}
+
+}  // namespace fct::cuda

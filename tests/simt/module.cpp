@@ -1,0 +1,33 @@
+// The CUDA section of fct._C, with the kernels run by the emulator on CPU memory: a device that is always there.
+#include "../../csrc/cuda/bind.h"
+#include "simt.h"
+
+namespace fct::cuda {
+
+std::string why_not_here() { return ""; }
+DeviceProperties device_properties(int device) {
+    if (device != 0)
+        throw std::runtime_error("reading the properties of device " + std::to_string(device) +
+                                 ": cudaErrorInvalidDevice: invalid device ordinal");
+    return {"emulator", 8, 0, 2, 99 * 1024};
+}
+void refuse_after_fork() {}
+
+}  // namespace fct::cuda
+
+PYBIND11_MODULE(fct_simt, m) {
+    fct::cuda::bind(m);
+    m.def("schedule", [](int sched, uint64_t seed, int resident) {
+        simt::config.sched = static_cast<decltype(simt::config.sched)>(sched);
+        simt::config.seed = seed;
+        simt::config.resident = resident;
+    });
+    m.def("mma_rounding", [](int mode) { simt::config.mma_mode = mode; });
+    m.def("reset_stats", [] { simt::stats = {}; });
+    m.def("stats", [] {
+        const simt::Stats& s = simt::stats;
+        return pybind11::dict(pybind11::arg("mma") = s.mma, pybind11::arg("ldmatrix") = s.ldmatrix,
+                              pybind11::arg("bank_extra") = s.bank_extra, pybind11::arg("cp_async") = s.cp_async,
+                              pybind11::arg("barriers") = s.barriers, pybind11::arg("blocks") = s.blocks);
+    });
+}
