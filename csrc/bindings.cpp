@@ -10,6 +10,9 @@
 #include "cpu/isa.h"
 #include "cpu/peaks.h"
 #include "cpu/rows.h"
+#ifdef FCT_WITH_CUDA
+#include "cuda/bind.h"
+#endif
 #include "cpu/transform.h"
 
 namespace py = pybind11;
@@ -139,6 +142,12 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_why_not") = FCT_CUDA_WHY_NOT;
 #else
     m.attr("cuda_why_not") = "";
+#endif
+#ifdef FCT_WITH_CUDA
+    m.attr("cuda_architectures") = FCT_CUDA_ARCHITECTURES;
+    fct::cuda::bind(m);
+#else
+    m.attr("cuda_architectures") = "";
 #endif
     bind_rows(m);
     bind_machine(m);

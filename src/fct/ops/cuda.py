@@ -71,7 +71,9 @@ class CudaRuntime:
         if index >= torch.cuda.device_count():
             return [f"no device {index}: there are {torch.cuda.device_count()}"]
         major, minor = self.properties(index)["capability"]
-        return [] if (major, minor) >= (8, 0) else [f"needs compute capability 8.0 or newer, {device} has {major}.{minor}"]
+        return (
+            [] if (major, minor) >= (8, 0) else [f"needs compute capability 8.0 or newer, {device} has {major}.{minor}"]
+        )
 
 
 @cache

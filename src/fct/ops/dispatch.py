@@ -18,10 +18,11 @@ _packed: weakref.WeakKeyDictionary[Transformation, dict[tuple[str, str, str], An
 def transform_backends() -> list[TransformBackend]:
     """Every transform backend, the one to be asked first in front."""
     from fct.ops.cpu import CpuTransform
+    from fct.ops.cuda import CudaTransform
     from fct.ops.ref import RefTransform
     from fct.ops.torch import TorchTransform
 
-    return [CpuTransform(), TorchTransform(), RefTransform()]
+    return [CpuTransform(), CudaTransform(), TorchTransform(), RefTransform()]
 
 
 def default_threads() -> int:
