@@ -44,7 +44,7 @@ def fit_residual(
     from fct import ref
     from fct.training.pairs import check_pairs
 
-    config = FitConfig(inner=hidden, epochs=epochs, batch_size=512, lr=2e-3, weight_decay=1e-2)
+    config = FitConfig(inner=hidden, epochs=epochs, batch_size=256, lr=4e-3, weight_decay=1e-2)
     x, _, y = check_pairs(old, None, new).loaded()
     linear = fit_ridge(x, y)
     rest = torch.from_numpy((y - ref.transform(x, None, linear)).astype(np.float32))
