@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "fct"
 
 # A room may import from its own floor and from every floor below, never from above.
 FLOORS = [
-    {"cli"},
+    {"cli", "__main__"},
     {"quickstart", "reproduce"},
     {"backfill", "report"},
     {"gallery"},

@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(getattr(error, "exit_code", 2))
         _say(_one_line(error))
         sys.exit(1)
+    if code == 130:  # typer turns Ctrl-C into this
+        _say("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 
