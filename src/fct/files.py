@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# No room left: on the device, in the quota, for a file of this size.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 __all__ = ["atomic_path", "refuse_existing", "write_bytes", "write_text"]
 
@@ -31,8 +35,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(part, 0o666 & ~umask)
         os.replace(part, target)
         _sync_folder(target.parent)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            text = f"{os.strerror(error.errno)}, in the middle of writing; what was there before is untouched"
+            raise OSError(error.errno, text, str(target)) from error
         raise
 
 
