@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fct.metrics import RetrievalMetrics, evaluate
     from fct.retrieval import TopK, topk
     from fct.spaces import EmbeddingSpace
+    from fct.training.side_info import train_side_info
     from fct.training.transformation import fit_transformation
     from fct.transform import transform_batch
     from fct.transformation import Transformation
@@ -33,6 +34,7 @@ _PUBLIC = {
     "build_info": "fct.info",
     "evaluate": "fct.metrics",
     "fit_transformation": "fct.training.transformation",
+    "train_side_info": "fct.training.side_info",
     "topk": "fct.retrieval",
     "transform_batch": "fct.transform",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "fit_transformation",
     "topk",
+    "train_side_info",
     "transform_batch",
 ]
 
