@@ -288,7 +288,7 @@ def empty_like_kind(like: Rows, shape: tuple[int, int], dtype: str) -> tuple[Any
     if like.device != "cpu":
         import torch
 
-        out = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        out = like.values.new_empty(shape, dtype=getattr(torch, dtype))
         return _as_kind(out, like.kind), Rows(out, dtype, None, like.device, like.kind)
     bits = np.empty(shape, dtype=np.uint16 if dtype == "bfloat16" else dtype)
     rows = Rows(bits, dtype, None, "cpu", like.kind)

@@ -7,15 +7,16 @@ from typing import Any, Protocol
 from fct.arrays import Rows
 from fct.transformation import Transformation
 
-__all__ = ["PRECISIONS", "TransformBackend", "check_precision"]
+__all__ = ["GPU_PRECISIONS", "PRECISIONS", "TransformBackend", "check_precision"]
 
 # Fastest last; "auto" is resolved before a backend sees a request.
 PRECISIONS = ("fp32", "bf16", "int8")
+GPU_PRECISIONS = ("fp16", "fp8")  # on a GPU besides
 
 
 def check_precision(precision: str) -> str:
-    if precision not in (*PRECISIONS, "auto"):
-        raise ValueError(f"precision: expected one of auto, {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in (*PRECISIONS, *GPU_PRECISIONS, "auto"):
+        raise ValueError(f"precision: expected one of auto, {', '.join((*PRECISIONS, *GPU_PRECISIONS))}, got {precision!r}")
     return precision
 
 

@@ -21,8 +21,9 @@ def transform_backends() -> list[TransformBackend]:
     from fct.ops.cuda import CudaTransform
     from fct.ops.ref import RefTransform
     from fct.ops.torch import TorchTransform
+    from fct.ops.triton import TritonTransform
 
-    return [CpuTransform(), CudaTransform(), TorchTransform(), RefTransform()]
+    return [CpuTransform(), CudaTransform(), TritonTransform(), TorchTransform(), RefTransform()]
 
 
 def default_threads() -> int:

@@ -1,0 +1,92 @@
+"""Tile shapes per target and operand type; kept only where shared memory and registers allow them.
+
+The table is short on purpose: each row compiles with no spill for its target (a test compiles every one), and the
+first that fits is taken. ``fct doctor --full`` times all rows that fit and remembers the winner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["SHARED_MEMORY", "TARGETS", "Tile", "family", "tiles"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration. m, n, k: the tile's rows, columns and depth (``branches``: k is the input's depth)."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    tma: bool = False
+    hidden: int = 0  # branches: hidden channels at a time
+
+
+# What one program may take, bytes (CUDA programming guide, table of compute capabilities; CDNA3 ISA for LDS).
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
+                 "gfx942": 64 << 10}  # fmt: skip
+TARGETS = tuple(SHARED_MEMORY)
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+
+
+def family(target: str) -> str:
+    """The table's row for a target: sm_87 -> sm_86, sm_103 -> sm_100; sm_120 -> sm_89, its shared memory is as small."""
+    if target.startswith("gfx"):
+        return "gfx942"
+    number = int(target.removeprefix("sm_"))
+    if number >= 120:
+        return "sm_89"
+    return f"sm_{max(n for n in (80, 86, 89, 90, 100) if n <= number)}"
+
+
+def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile, ...]:
+    """The configurations of ``kernel`` ("branches", "linear", "final") that fit the target, best guess first.
+
+    width: columns of the output (branches and final hold a whole row where they can: at most 256).
+    """
+    target = family(target)
+    big = target in ("sm_90", "sm_100")
+    size = _BYTES[precision]
+    n = max(16, 1 << (width - 1).bit_length())
+    deep = 128 // size  # one 128-byte line of the operand
+    if kernel == "branches":
+        rows = {"sm_90": 128, "sm_100": 128}.get(target, 64)
+        if precision == "fp32":
+            rows = 64
+            choices = [Tile(rows, n, 32, 8, 2, hidden=32), Tile(32, n, 32, 4, 1, hidden=32)]
+        else:
+            choices = [Tile(rows, n, 128, 8, 2, hidden=64), Tile(64, n, 64, 8, 2, hidden=32),
+                       Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
+    elif kernel == "linear":
+        if precision == "fp32":
+            choices = [Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 2)]
+        elif big:
+            choices = [Tile(128, 256, deep, 8, 4, tma=True), Tile(128, 128, deep, 8, 4, tma=True),
+                       Tile(128, 128, deep, 8, 3)]  # fmt: skip
+        else:
+            choices = [Tile(128, 256, deep, 8, 3), Tile(128, 128, deep, 8, 3), Tile(128, 128, deep, 8, 2),
+                       Tile(64, 128, deep, 4, 2)]  # fmt: skip
+        if n < 128:
+            choices = [Tile(64, max(n, 32), deep, 4, 3), *choices]
+    elif kernel == "final":
+        columns = min(n, 256)
+        if precision == "fp32":
+            choices = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2)]
+        else:
+            choices = [Tile(64, columns, deep, 4 if columns <= 128 else 8, 4, tma=big), Tile(64, columns, deep, 8, 2)]
+    else:
+        raise ValueError(f"kernel: expected branches, linear or final, got {kernel!r}")
+    return tuple(c for c in choices if _fits(kernel, c, size, SHARED_MEMORY[target]))
+
+
+def _fits(kernel: str, c: Tile, size: int, shared: int) -> bool:
+    """Whether the pipelined operands fit shared memory and the accumulator fits half of the registers."""
+    if kernel == "branches":
+        operands = max(c.stages, 1) * (c.hidden * c.k + c.n * c.hidden) * size + c.m * c.k * size
+    else:
+        operands = c.stages * (c.m + c.n) * c.k * size
+    accumulator = c.m * (c.n + c.hidden) * 4
+    return operands <= shared and accumulator <= c.warps * 32 * 160 * 4
