@@ -33,7 +33,7 @@ _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 def family(target: str) -> str:
-    """The table's row for a target: sm_87 -> sm_86, sm_103 -> sm_100; sm_120 -> sm_89, its shared memory is as small."""
+    """The table's row for a target: sm_87 -> sm_86, sm_103 -> sm_100; sm_120 -> sm_89 (small shared memory)."""
     if target.startswith("gfx"):
         return "gfx942"
     number = int(target.removeprefix("sm_"))

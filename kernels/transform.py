@@ -6,7 +6,8 @@ Widths are compile-time constants (an artifact's never change), rows are not; ro
 points to one int64 in device memory, the chunk's first row in the gallery, so that a captured graph can be replayed
 for chunk after chunk. Products accumulate in float32 (int8: int32).
 
-``UPCAST`` is for Triton's interpreter, whose product of bfloat16 operands is wrong: operands become float32 there.
+``UPCAST`` is for Triton's interpreter, whose product of bfloat16 operands is wrong (they become float32 there) and
+whose casts to bfloat16 and FP8 lose the carry out of the mantissa (values are rounded before the cast there).
 """
 
 import triton
@@ -39,7 +40,20 @@ def _round_int8(y):
 
 
 @triton.jit
-def _requantise(y, next_ptr, cols, inside, DTYPE: tl.constexpr):
+def _cast(y, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 to the operand dtype, to nearest, ties to even."""
+    if UPCAST:
+        bits = y.to(tl.int32, bitcast=True)
+        if DTYPE == tl.bfloat16:
+            y = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        elif DTYPE == tl.float8e4nv:
+            normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+            y = tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, normal)  # below 2^-6: multiples of 2^-9
+    return y.to(DTYPE)
+
+
+@triton.jit
+def _requantise(y, next_ptr, cols, inside, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 to the next layer's operand: plain cast, or times the channel's 1/scale first for int8 and FP8."""
     if DTYPE == tl.int8:
         inverse = tl.load(next_ptr + cols, mask=inside, other=0.0)
@@ -47,9 +61,9 @@ def _requantise(y, next_ptr, cols, inside, DTYPE: tl.constexpr):
     elif DTYPE == tl.float8e4nv:
         inverse = tl.load(next_ptr + cols, mask=inside, other=0.0)
         y = y * inverse[None, :]
-        return tl.minimum(tl.maximum(y, -448.0), 448.0).to(DTYPE)  # e4m3's largest
+        return _cast(tl.minimum(tl.maximum(y, -448.0), 448.0), DTYPE, UPCAST)  # 448: e4m3's largest
     else:
-        return y.to(DTYPE)
+        return _cast(y, DTYPE, UPCAST)
 
 
 @triton.jit
@@ -85,7 +99,8 @@ def _branch(
     depth = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if D <= BK:
-        x = _gallery_tile(x_ptr, x_scale_ptr, rows, live, depth, stride_x, D, BK, SCALE).to(COMPUTE)
+        x = _gallery_tile(x_ptr, x_scale_ptr, rows, live, depth, stride_x, D, BK, SCALE)
+        x = _cast(x, COMPUTE, UPCAST)
     for h0 in range(0, H, BH):
         inside_h = h0 + hidden < H
         part = tl.zeros((BM, BH), dtype=tl.float32)
@@ -98,7 +113,8 @@ def _branch(
         else:
             for k0 in range(0, D, BK):
                 cols = k0 + depth
-                x = _gallery_tile(x_ptr, x_scale_ptr, rows, live, cols, stride_x, D, BK, SCALE).to(COMPUTE)
+                x = _gallery_tile(x_ptr, x_scale_ptr, rows, live, cols, stride_x, D, BK, SCALE)
+                x = _cast(x, COMPUTE, UPCAST)
                 w1 = tl.load(
                     w1_ptr + (h0 + hidden)[:, None] * PITCH1 + cols[None, :],
                     mask=inside_h[:, None] & (cols < PITCH1)[None, :], other=0.0,
@@ -111,11 +127,11 @@ def _branch(
             w2_ptr + outs[:, None] * PITCH2 + (h0 + hidden)[None, :],
             mask=(outs < N)[:, None] & (h0 + hidden < PITCH2)[None, :], other=0.0,
         )  # fmt: skip
-        acc = _product(part.to(COMPUTE), w2, acc, PRECISION, UPCAST)
+        acc = _product(_cast(part, COMPUTE, UPCAST), w2, acc, PRECISION, UPCAST)
     acc += tl.load(b2_ptr + outs, mask=outs < N, other=0.0)[None, :]
     if RELU2:
         acc = tl.maximum(acc, 0.0)
-    y = _requantise(acc, next_ptr, outs, outs < N, out_ptr.dtype.element_ty)
+    y = _requantise(acc, next_ptr, outs, outs < N, out_ptr.dtype.element_ty, UPCAST)
     tl.store(
         out_ptr + local.to(tl.int64)[:, None] * stride_out + outs[None, :], y, mask=live[:, None] & (outs < N)[None, :]
     )
@@ -155,7 +171,7 @@ def branches(
 @triton.jit
 def ingest(
     row0_ptr, n_rows, x_ptr, scale_ptr, stride_x, next_ptr, out_ptr, stride_out,
-    D: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Gallery rows in the compute dtype, for layer plans that ``branches`` does not cover. Grid (tiles, tiles)."""
     row0 = tl.load(row0_ptr)
@@ -163,7 +179,7 @@ def ingest(
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     live = local < n_rows
     x = _gallery_tile(x_ptr, scale_ptr, row0 + local.to(tl.int64), live, cols, stride_x, D, BN, SCALE)
-    y = _requantise(x, next_ptr, cols, cols < D, out_ptr.dtype.element_ty)
+    y = _requantise(x, next_ptr, cols, cols < D, out_ptr.dtype.element_ty, UPCAST)
     tl.store(
         out_ptr + local.to(tl.int64)[:, None] * stride_out + cols[None, :], y, mask=live[:, None] & (cols < D)[None, :]
     )
@@ -232,7 +248,7 @@ def linear(
         y += tl.load(bias_ptr + cols, mask=inside, other=0.0)[None, :]
         if RELU:
             y = tl.maximum(y, 0.0)
-        y = _requantise(y, next_ptr, cols, inside, out_ptr.dtype.element_ty)
+        y = _requantise(y, next_ptr, cols, inside, out_ptr.dtype.element_ty, UPCAST)
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * stride_out + cols[None, :],
             y,
@@ -250,7 +266,9 @@ def _unit_length(y):
 
 
 @triton.jit
-def _store_gallery(y, out_ptr, out_scale_ptr, rows, live, cols, stride_out, D: tl.constexpr, SCALE: tl.constexpr):
+def _store_gallery(
+    y, out_ptr, out_scale_ptr, rows, live, cols, stride_out, D: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr
+):
     """float32 rows cast to the destination's dtype; int8 is divided by the destination's scale and rounded."""
     if SCALE == SCALE_ONE:
         y = y / tl.load(out_scale_ptr)
@@ -262,7 +280,7 @@ def _store_gallery(y, out_ptr, out_scale_ptr, rows, live, cols, stride_out, D: t
         y = _round_int8(y)
     tl.store(
         out_ptr + rows[:, None] * stride_out + cols[None, :],
-        y.to(out_ptr.dtype.element_ty),
+        y.to(tl.int8) if SCALE != SCALE_NONE else _cast(y, out_ptr.dtype.element_ty, UPCAST),
         mask=live[:, None] & (cols < D)[None, :],
     )
 
@@ -293,13 +311,15 @@ def final(
         y = tl.maximum(y, 0.0)
     if NORMALISE:
         y = _unit_length(y)
-    _store_gallery(y, out_ptr, out_scale_ptr, row0 + local.to(tl.int64), local < n_rows, cols, stride_out, N, OUT_SCALE)
+    _store_gallery(
+        y, out_ptr, out_scale_ptr, row0 + local.to(tl.int64), local < n_rows, cols, stride_out, N, OUT_SCALE, UPCAST
+    )
 
 
 @triton.jit
 def normalise(
     row0_ptr, n_rows, y_ptr, stride_y, out_ptr, out_scale_ptr, stride_out,
-    N: tl.constexpr, OUT_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    N: tl.constexpr, OUT_SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Unit length and cast for rows too wide for one tile of ``final``: float32 scratch in, destination out."""
     row0 = tl.load(row0_ptr)
@@ -311,5 +331,5 @@ def normalise(
         mask=live[:, None] & (cols < N)[None, :], other=0.0,
     )  # fmt: skip
     _store_gallery(
-        _unit_length(y), out_ptr, out_scale_ptr, row0 + local.to(tl.int64), live, cols, stride_out, N, OUT_SCALE
+        _unit_length(y), out_ptr, out_scale_ptr, row0 + local.to(tl.int64), live, cols, stride_out, N, OUT_SCALE, UPCAST
     )

@@ -34,7 +34,13 @@ class FakeDevice(Device):
     interpreted = True
 
     def __init__(
-        self, target: str = "sm_90", *, processors: int = 5, l2_bytes: int = 1 << 20, memory: int = 1 << 30, seed: int = 0
+        self,
+        target: str = "sm_90",
+        *,
+        processors: int = 5,
+        l2_bytes: int = 1 << 20,
+        memory: int = 1 << 30,
+        seed: int = 0,
     ) -> None:
         self.name, self.index, self.model, self.target = "cuda:0", 0, f"fake {target}", target
         self.processors, self.l2_bytes, self.memory = processors, l2_bytes, memory
@@ -149,7 +155,9 @@ class FakeDevice(Device):
 
     def _run(self, enough: Callable[[], bool]) -> None:
         while not enough():
-            for stream in self.random.sample([s for s in self.streams if s.queue], k=sum(bool(s.queue) for s in self.streams)):
+            for stream in self.random.sample(
+                [s for s in self.streams if s.queue], k=sum(bool(s.queue) for s in self.streams)
+            ):
                 if stream.queue[0]():
                     stream.queue.pop(0)
                     break

@@ -16,7 +16,9 @@ GPU_PRECISIONS = ("fp16", "fp8")  # on a GPU besides
 
 def check_precision(precision: str) -> str:
     if precision not in (*PRECISIONS, *GPU_PRECISIONS, "auto"):
-        raise ValueError(f"precision: expected one of auto, {', '.join((*PRECISIONS, *GPU_PRECISIONS))}, got {precision!r}")
+        raise ValueError(
+            f"precision: expected one of auto, {', '.join((*PRECISIONS, *GPU_PRECISIONS))}, got {precision!r}"
+        )
     return precision
 
 

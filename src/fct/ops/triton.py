@@ -293,6 +293,7 @@ class _Chunks:
             "row0_ptr": self.row0, "n_rows": rows, "x_ptr": x.values, "scale_ptr": self._or_one(x.scale),
             "stride_x": x.row_stride, "next_ptr": self.p.one, "out_ptr": scratch[0],
             "stride_out": scratch[0].stride(0), "D": x.d, "SCALE": _scale_mode(x), "BM": tile.m, "BN": tile.n,
+            "UPCAST": self.device.interpreted,
         })  # fmt: skip
         compute = "fp32" if self.p.precision == "fp32" else "bf16"
         for layer, a, b in zip(layers, scratch, [*scratch[1:], to], strict=True):
@@ -351,7 +352,7 @@ class _Chunks:
         tile = Tile(max(1, 4096 // width), width, 0, 8, 1)
         self._launch("normalise", (-(-rows // tile.m),), tile, {
             "n_rows": rows, "y_ptr": self.unnormalised, "stride_y": layer.d_out, "N": layer.d_out, "BM": tile.m,
-            "BN": tile.n, **target,
+            "BN": tile.n, "UPCAST": self.device.interpreted, **target,
         })  # fmt: skip
 
     def _zero(self) -> Any:

@@ -1,0 +1,237 @@
+"""Every transformation kernel, dtype and odd shape, run by Triton's interpreter on guarded, poisoned buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_device import FakeDevice
+
+import fct
+from fct import ref
+from fct.errors import BackendError
+from fct.ops import device as device_module
+from fct.ops import triton as backend
+from fct.ops.device import DeviceLostError
+from fct.ref.transform import chain
+from fct.transformation import Layer, Transformation
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+# Share of the output's root mean square that a precision may cost on random layers: rounding steps of the operands.
+COST = {"fp32": 2e-6, "fp16": 3e-3, "bf16": 2.5e-2, "int8": 8e-2, "fp8": 1.8e-1}
+
+
+def calibrated(h: Transformation, old: Any, side: Any) -> Transformation:
+    x = np.concatenate([chain(old, h.old), chain(side, h.side)], axis=1)
+    ranges = {}
+    for i, layer in enumerate(h.mixer):
+        ranges[f"mixer.{i}"] = np.stack([x.min(0), x.max(0)]).astype(np.float32)
+        x = chain(x, [layer])
+    return h.with_(calibration=ranges)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    device: FakeDevice,
+    h: Transformation,
+    precision: str,
+    old: Any,
+    side: Any,
+    **how: Any,
+) -> Any:
+    """What the kernels make of the rows; ``out`` and ``chunk`` may be given."""
+    monkeypatch.setattr(backend, "device_of", lambda name: device)
+    packed = backend.TritonTransform().pack(h, precision, "cuda:0")
+    rows = old if isinstance(old, fct.arrays.Rows) else device.rows(old)
+    side_rows = side if isinstance(side, fct.arrays.Rows) else device.rows(side)
+    out = how.get("out") or device.out(rows.n, h.d_new)
+    backend.run_chunks(packed, rows, side_rows, out, chunk=how.get("chunk"))
+    device.drain()
+    device.check_guards()
+    return out.values
+
+
+def error_of(got: Any, want: Any) -> float:
+    return float(np.abs(got.float().numpy() - want).max() / np.sqrt((want**2).mean()))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # 16-byte copies; TMA descriptors
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("n", [1, 130])
+def test_paper_shape(monkeypatch: pytest.MonkeyPatch, rng: Any, target: str, precision: str, n: int) -> None:
+    if (target, precision) == ("sm_80", "fp8"):
+        assert "sm_89" in backend._target_lacks("fp8", "sm_80")[0]
+        return
+    h = Transformation.random(19, 33, 21, inner=65)
+    old, side = rng.standard_normal((n, 19), dtype=np.float32), rng.standard_normal((n, 33), dtype=np.float32)
+    sample = rng.standard_normal((256, 52), dtype=np.float32)
+    h = calibrated(h, np.concatenate([old, sample[:, :19]]), np.concatenate([side, sample[:, 19:]]))
+    device = FakeDevice(target)
+    got = run(monkeypatch, device, h, precision, old, side)
+    assert device.launches == ["branches", "linear", "linear", "final"]
+    assert error_of(got, ref.transform(old, side, h)) < COST[precision] * 4  # the largest of many, not the mean
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("mode", ["one", "row", "dim"])
+def test_gallery_dtypes(monkeypatch: pytest.MonkeyPatch, rng: Any, dtype: str, mode: str) -> None:
+    h = Transformation.random(9, 140, 7, inner=16)  # 140 > one tile's depth
+    n, device = 37, FakeDevice()
+    scale_of = {"one": (1, 1), "row": (n, 1), "dim": (1, -1)}[mode]
+
+    def gallery(d: int) -> tuple[Any, Any]:
+        x = torch.from_numpy(rng.standard_normal((n, d), dtype=np.float32))
+        if dtype != "int8":
+            x = x.to(getattr(torch, dtype))
+            return device.rows(x, pitch=d + 3), x.double().numpy()
+        shape = tuple(d if s == -1 else s for s in scale_of)
+        scale = (0.01 + 0.02 * rng.random(shape)).astype(np.float32)
+        x = (x * 40).round().to(torch.int8)
+        return device.rows(x, scale, pitch=d + 3), x.double().numpy() * scale
+
+    (old, old64), (side, side64) = gallery(9), gallery(140)
+    got = run(monkeypatch, device, h, "fp32", old, side)
+    assert error_of(got, ref.transform(old64, side64, h)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("d_new", [5, 129, 300])  # 300: wider than a tile, so ``normalise`` runs
+@pytest.mark.parametrize("normalise", [True, False])
+def test_destinations(monkeypatch: pytest.MonkeyPatch, rng: Any, dtype: str, d_new: int, normalise: bool) -> None:
+    h = Transformation.random(6, 6, d_new, inner=24, normalise=normalise)
+    old, side = rng.standard_normal((2, 35, 6), dtype=np.float32)
+    device = FakeDevice()
+    got = run(monkeypatch, device, h, "fp32", old, side, out=device.out(35, d_new, dtype))
+    assert ("normalise" in device.launches) == (normalise and d_new == 300)
+    step = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    assert error_of(got, ref.transform(old, side, h)) < step
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (35, 1), (1, 12)])
+def test_int8_destination(monkeypatch: pytest.MonkeyPatch, rng: Any, shape: tuple[int, int]) -> None:
+    h = Transformation.random(6, 6, 12, inner=24, normalise=True)
+    old, side = rng.standard_normal((2, 35, 6), dtype=np.float32)
+    scale = (0.004 + 0.004 * rng.random(shape)).astype(np.float32)
+    device = FakeDevice()
+    got = run(monkeypatch, device, h, "fp32", old, side, out=device.out(35, 12, "int8", scale))
+    want = np.clip(np.rint(ref.transform(old, side, h) / scale), -127, 127)
+    assert np.abs(got.numpy() - want).max() <= 1
+    assert (got.numpy() == want).mean() > 0.99  # a float32 sum may fall on the other side of a half
+
+
+def test_any_layer_plan(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    """One layer here, three there, no ReLU in places, a mixer of one layer."""
+
+    def layer(a: int, b: int, relu: bool = True) -> Layer:
+        return Layer(rng.standard_normal((b, a)) / np.sqrt(a), rng.standard_normal(b), relu)
+
+    h = Transformation.random(10, 7, 12)
+    h = h.with_(
+        old=(layer(10, 33, False),),
+        side=(layer(7, 17), layer(17, 5, False), layer(5, 30)),
+        mixer=(layer(63, 12, False),),
+    )
+    old, side = rng.standard_normal((70, 10), dtype=np.float32), rng.standard_normal((70, 7), dtype=np.float32)
+    device = FakeDevice()
+    for precision in ("fp32", "int8"):
+        got = run(monkeypatch, device, calibrated(h, old, side), precision, old, side)
+        assert error_of(got, ref.transform(old, side, h)) < COST[precision] * 4
+    assert device.launches[:7] == ["ingest", "linear", "ingest", "linear", "linear", "linear", "final"]
+
+
+def test_integers_are_exact(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    def layer(a: int, b: int, relu: bool) -> Layer:
+        return Layer(rng.integers(-1, 2, (b, a)), rng.integers(-2, 3, b), relu)
+
+    h = Transformation.random(4, 4, 6, inner=8)
+    h = h.with_(old=(layer(4, 8, True), layer(8, 12, True)), side=(layer(4, 8, True), layer(8, 12, True)),
+                mixer=(layer(24, 8, True), layer(8, 6, False)))  # fmt: skip
+    old, side = rng.integers(-1, 2, (2, 65, 4)).astype(np.float32)
+    for precision in ("fp32", "fp16"):
+        got = run(monkeypatch, FakeDevice(), h, precision, old, side)
+        np.testing.assert_array_equal(got.numpy(), ref.transform(old, side, h))
+
+
+def test_chunks_and_graph(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    """Row offsets come from device memory; the second chunk is recorded and replayed, the ragged last one is not."""
+    h = Transformation.random(5, 5, 8, inner=16)
+    old, side = rng.standard_normal((2, 5 * 128 + 3, 5), dtype=np.float32)
+    device = FakeDevice()
+    got = run(monkeypatch, device, h, "fp32", old, side, chunk=128)
+    assert device.captured == 1
+    assert device.launches.count("final") == 3  # the first, the recorded, the ragged
+    assert error_of(got, ref.transform(old, side, h)) < 1e-5
+
+
+def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    h = Transformation.random(5, 5, 8, inner=64)
+    old, side = rng.standard_normal((2, 600, 5), dtype=np.float32)
+    device = FakeDevice(memory=160 * 64 * 4)
+    got = run(monkeypatch, device, h, "fp32", old, side)
+    assert device.largest <= device.memory
+    assert error_of(got, ref.transform(old, side, h)) < 1e-5
+    device = FakeDevice()
+    monkeypatch.setattr(device, "release", lambda: setattr(device, "memory", 100))
+    original = device.empty
+
+    def scarce(shape: Any, dtype: str) -> Any:
+        if len(shape) == 2 and shape[0] in (600, 300, 150, 128):
+            device.memory = 10
+        return original(shape, dtype)
+
+    monkeypatch.setattr(device, "empty", scarce)
+    rows = device.rows(old[:590]), device.rows(side[:590])
+    packed = backend.TritonTransform()
+    monkeypatch.setattr(backend, "device_of", lambda name: device)
+    weights = packed.pack(h, "fp32", "cuda:0")
+    out = device.out(590, 8)
+    device.memory = 1000
+    with pytest.raises(BackendError, match=r"cuda:0 \(fake sm_90\): out of memory even with chunks of 128 rows"):
+        backend.run_chunks(weights, *rows, out)
+
+
+def test_illegal_access_is_no_success(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    h = Transformation.random(5, 5, 8, inner=16)
+    old, side = rng.standard_normal((2, 300, 5), dtype=np.float32)
+    device = FakeDevice()
+    monkeypatch.setattr(device_module, "_lost", set())
+
+    def die(*_: Any, **__: Any) -> None:
+        device._die()
+
+    monkeypatch.setattr(device, "launch", die)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        run(monkeypatch, device, h, "fp32", old, side)
+    assert "failed earlier" in device_module.why_no_gpu("cuda:0")[0]
+
+
+def test_a_compiler_error_names_kernel_shape_and_device(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    device = FakeDevice()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("out of resource: shared memory")
+
+    monkeypatch.setattr(device, "launch", refuse)
+    x = rng.standard_normal((3, 5), dtype=np.float32)
+    with pytest.raises(
+        BackendError, match=r"branches: the launch over 3 rows, grid \(1, 2\).*fake sm_90.*out of resource"
+    ):
+        run(monkeypatch, device, Transformation.random(5, 5, 8, inner=16), "fp32", x, x)
+
+
+def test_chunk_keeps_activations_in_l2_and_waves_full() -> None:
+    h100 = FakeDevice(processors=132, l2_bytes=50 << 20)
+    per_row = 2 * (512 + 2048 + 2048)
+    rows = backend.chunk_rows(per_row, 2048, h100)
+    assert rows * per_row <= 0.6 * h100.l2_bytes
+    tiles = rows // 128 * 8
+    assert tiles / (-(-tiles // 132) * 132) > 0.9
+
+
+def test_why_not_here() -> None:
+    h = Transformation.random(4, 4, 4, inner=4)
+    assert backend.TritonTransform().why_not(h, "fp32", "cpu") == ["runs on cuda only, got cpu"]
+    reasons = backend.TritonTransform().why_not(h, "int8", "cuda:0")
+    assert any("needs calibrated activation ranges" in r for r in reasons)
