@@ -1,0 +1,774 @@
+#include "cpu/topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include "cpu/topk_kernels.h"
+
+namespace fct::cpu {
+namespace {
+
+constexpr double kSlack = 1.0 / (1 << 20);  // 16 float32 roundings: more than any score goes through
+constexpr double kTiny = 1e-43;             // of a product below float32's normal numbers
+constexpr double kLargest = 1e12;           // norms beyond, or scales below its inverse, are not scanned in 8 bits
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr float kInfinityF = std::numeric_limits<float>::infinity();
+constexpr int64_t kBlockQueries = 192;
+
+const TopkKernels& kernels(Isa isa) {
+#if defined(__x86_64__)
+    switch (isa) {
+        case Isa::portable:
+            return portable::topk_kernels();
+        case Isa::avx2:
+            return avx2::topk_kernels();
+        case Isa::avx512:
+            return avx512::topk_kernels();
+        default:
+            return avx512_vnni::topk_kernels();
+    }
+#else
+    (void)isa;
+    return portable::topk_kernels();
+#endif
+}
+
+float half_to_float(uint16_t bits) {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+    const uint32_t rest = bits & 0x7fffu;
+    float value;
+    if (rest < 0x0400u) {  // subnormal: a multiple of 2^-24
+        value = static_cast<float>(rest) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t word = sign | (rest >= 0x7c00u ? 0x7f800000u | (rest << 13) : (rest << 13) + 0x38000000u);
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+// Shared by the workers of one call: whether to stop. Worker 0, on the calling thread, asks every 100 ms.
+class Control {
+  public:
+    explicit Control(KeepGoing keep_going) : keep_going_(keep_going), last_(Clock::now()) {}
+
+    bool go(int worker) {
+        if (worker == 0 && keep_going_.ask && Clock::now() - last_ > std::chrono::milliseconds(100)) {
+            if (!keep_going_.ask(keep_going_.context)) stop_.store(true);
+            last_ = Clock::now();
+        }
+        return !stop_.load(std::memory_order_relaxed);
+    }
+
+    // fn(task, worker) for every task in [0, count); false when stopped.
+    template <class Fn>
+    bool tasks(int threads, int64_t count, Fn&& fn) {
+        std::atomic<int64_t> next{0}, done{0};
+        threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+        parallel(threads, [&](int worker) {
+            for (int64_t task; go(worker) && (task = next.fetch_add(1)) < count;) {
+                fn(task, worker);
+                done.fetch_add(1);
+            }
+            if (worker == 0)  // stays to ask while the others finish
+                while (go(0) && done.load() < count) std::this_thread::sleep_for(std::chrono::microseconds(50));
+        });
+        return !stop_.load();
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    KeepGoing keep_going_;
+    Clock::time_point last_;
+    std::atomic<bool> stop_{false};
+};
+
+float round_up(double x) {
+    const float y = static_cast<float>(x * (1 + 1e-9));
+    return static_cast<double>(y) < x ? std::nextafterf(y, kInfinityF) : y;
+}
+
+// The vector that is scanned for a row: shifted for l2 and ip, divided by its norm (then shifted) for cosine.
+void to_scanned(const float* x, int64_t d, Metric metric, const float* shift, double* v) {
+    double divide = 1;
+    if (metric == Metric::cosine) {
+        double sum = 0;
+        for (int64_t j = 0; j < d; ++j) sum += static_cast<double>(x[j]) * x[j];
+        divide = sum > 0 ? std::sqrt(sum) : 1;
+    }
+    if (shift) {
+        for (int64_t j = 0; j < d; ++j) v[j] = x[j] / divide - shift[j];
+    } else {
+        for (int64_t j = 0; j < d; ++j) v[j] = x[j] / divide;
+    }
+}
+
+struct Quantised {
+    float scale;
+    double error, norm, length, largest;  // |v - v'|, |v'|, |v|, and the largest |v_j|
+};
+
+Quantised quantise(const double* v, int64_t d, int8_t* out, const TopkKernels& kernel) {
+    double largest = 0, sum = 0;
+    for (int64_t j = 0; j < d; ++j) {
+        largest = std::max(largest, std::fabs(v[j]));
+        sum += v[j] * v[j];
+    }
+    Quantised q{static_cast<float>(largest / 127), 0, 0, std::sqrt(sum), largest};
+    double error, norm;
+    kernel.quantise(v, d, q.scale, out, &error, &norm);
+    q.error = std::sqrt(error);
+    q.norm = std::sqrt(norm);
+    return q;
+}
+
+struct Candidate {
+    int64_t id;
+    double low, high;  // of the key
+};
+
+struct Found {
+    float cost;
+    int64_t id;
+    bool operator<(const Found& other) const { return cost != other.cost ? cost < other.cost : id < other.id; }
+};
+
+// Candidates of one query within one part of the gallery.
+struct Candidates {
+    std::vector<Candidate> rows;
+    double tau = -kInfinity;  // proven: at least k rows' keys are not below
+    size_t room = 0;
+    bool exhausted = false;
+
+    void shrink(int64_t k) {
+        if (static_cast<int64_t>(rows.size()) >= k) {
+            std::nth_element(rows.begin(), rows.begin() + (k - 1), rows.end(),
+                             [](const Candidate& a, const Candidate& b) { return a.low > b.low; });
+            tau = std::max(tau, rows[static_cast<size_t>(k - 1)].low);
+        }
+        rows.erase(std::remove_if(rows.begin(), rows.end(), [&](const Candidate& c) { return c.high < tau; }),
+                   rows.end());
+    }
+};
+
+float score_of(double sum, double q_norm, double x_sum, Metric metric) {
+    if (metric != Metric::cosine) return static_cast<float>(sum);
+    const double norms = q_norm * std::sqrt(x_sum);
+    return norms > 0 ? static_cast<float>(sum / norms) : 0.0f;
+}
+
+// The smallest cost is best; + 0 so that there is one zero.
+float cost_of(float score, Metric metric) { return metric == Metric::l2 ? score : -score + 0.0f; }
+
+double norm_of(const float* x, int64_t d) {
+    double sum = 0;
+    for (int64_t j = 0; j < d; ++j) sum += static_cast<double>(x[j]) * x[j];
+    return std::sqrt(sum);
+}
+
+// Sixteen gallery rows at a time, as a panel.
+class Panel {
+  public:
+    Panel(const RowsView& gallery, const TopkKernels& kernel)
+        : gallery_(gallery), kernel_(kernel), values(static_cast<size_t>(gallery.d * kPanel)) {
+        if (gallery.dtype != DType::f32) scratch_.resize(static_cast<size_t>(gallery.d * kPanel));
+    }
+
+    template <class Id>
+    void load(int64_t count, Id&& id) {
+        const float* rows[kPanel];
+        for (int r = 0; r < kPanel; ++r) {
+            if (r < count) {
+                rows[r] = gallery_.row(id(r), scratch_.empty() ? nullptr : scratch_.data() + r * gallery_.d);
+            } else {
+                rows[r] = rows[r - 1];
+            }
+        }
+        kernel_.pack(rows, gallery_.d, values.data());
+    }
+
+    const float* data() const { return values.data(); }
+
+  private:
+    const RowsView& gallery_;
+    const TopkKernels& kernel_;
+    std::vector<float> values, scratch_;
+};
+
+struct Search {
+    const RowsView& queries;
+    const RowsView& gallery;
+    const Shadow& shadow;
+    Metric metric;
+    int64_t k, self;
+    int threads;
+    const TopkKernels& kernel;
+    Control& control;
+
+    int64_t self_of(int64_t q) const { return self < 0 ? -1 : self + q; }
+};
+
+// ---- the scan of the shadow ----
+
+// One block of queries, quantised and laid out for the scan.
+class ScanBlock {
+  public:
+    ScanBlock(const Search& s, int64_t first, int64_t count) : first_(first), count_(count) {
+        const int64_t d = s.gallery.d, steps = (d + 3) / 4;
+        steps_ = steps;
+        for (int64_t at = 0; at < count;) {
+            const int64_t left = count - at;
+            const int group = left >= 4 ? (left == 4 ? 4 : 6) : left == 3 ? 4 : static_cast<int>(left);
+            groups_.push_back({at, group});
+            at += group;
+        }
+        const auto padded = static_cast<size_t>(groups_.back().first + groups_.back().second);
+        words_.assign(padded * static_cast<size_t>(steps), 0);
+        init_.assign(padded, 0);
+        for (auto* part : {&inverse_, &base_, &per_error_, &per_norm_, &per_half_}) part->assign(padded, 0);
+        threshold_.assign(padded, 0);
+        facts_.resize(padded);
+        std::vector<double> v(static_cast<size_t>(d));
+        std::vector<float> scratch(static_cast<size_t>(d));
+        std::vector<int8_t> bytes(static_cast<size_t>(4 * steps));
+        const double shift = s.metric == Metric::l2 ? 0 : norm_of(s.shadow.shift, d);
+        for (const auto& [start, group] : groups_) {
+            int32_t* words = words_.data() + start * steps;
+            for (int j = 0; j < group; ++j) {
+                const auto i = static_cast<size_t>(start + j);
+                facts_[i].usable = false;
+                base_[i] = kInfinityF;  // padding never hits
+                if (start + j >= count) continue;
+                to_scanned(s.queries.row(first + start + j, scratch.data()), d, s.metric,
+                           s.metric == Metric::l2 ? s.shadow.shift : nullptr, v.data());
+                std::fill(bytes.begin(), bytes.end(), int8_t{0});
+                const Quantised q = quantise(v.data(), d, bytes.data(), s.kernel);
+                Facts& f = facts_[i];
+                f.scale = q.scale;
+                f.length = q.length * (1 + 1e-9);
+                f.error = q.error * (1 + 1e-9);
+                f.constant = s.metric == Metric::l2 ? f.length * f.length / 2 : f.length * shift;
+                f.usable = q.scale >= 1 / kLargest && q.length <= kLargest && f.constant <= kLargest * kLargest;
+                if (!f.usable) continue;
+                const double inverse = 1.0 / f.scale;
+                inverse_[i] = static_cast<float>(inverse);
+                per_error_[i] = static_cast<float>((f.length + kSlack * f.length) * inverse * (1 + kSlack));
+                per_norm_[i] = static_cast<float>((f.error + kSlack * f.length) * inverse * (1 + kSlack));
+                per_half_[i] = static_cast<float>(kSlack * inverse * (1 + kSlack));
+                set_base(static_cast<int64_t>(i), -kInfinity);
+                int32_t sum = 0;
+                for (int8_t b : bytes) sum += b;
+                init_[i] = -128 * sum;
+                for (int64_t step = 0; step < steps; ++step)
+                    std::memcpy(words + step * group + j, bytes.data() + 4 * step, 4);
+            }
+        }
+    }
+
+    bool usable(int64_t q) const { return facts_[static_cast<size_t>(q)].usable; }
+
+    // Tiles [from, to); candidates of query q into found[q].
+    void scan(const Search& s, int64_t from, int64_t to, Candidates* found, int worker) {
+        const size_t room = static_cast<size_t>(2 * s.k + 384);
+        const size_t most = static_cast<size_t>(std::max<int64_t>(4 * s.k + 2048, s.gallery.n / 32));
+        for (int64_t q = 0; q < count_; ++q) {
+            found[q].room = room;
+            if (usable(q)) set_base(q, found[q].tau);
+        }
+        uint64_t masks[kScanQueries];
+        alignas(64) float keys[kScanQueries * kTile];
+        const int64_t padded = static_cast<int64_t>(base_.size());
+        for (int64_t t = from; t < to; ++t) {
+            if ((t & 63) == 0 && !s.control.go(worker)) return;
+            const float* meta = s.shadow.meta + t * kMeta;
+            const uint8_t* tile = s.shadow.tiles + t * steps_ * 4 * kTile;
+            const float error = meta[4 * kTile], norm = meta[4 * kTile + 1], half = meta[4 * kTile + 2];
+            for (int64_t q = 0; q < padded; ++q)
+                threshold_[static_cast<size_t>(q)] =
+                    base_[static_cast<size_t>(q)] - per_error_[static_cast<size_t>(q)] * error -
+                    per_norm_[static_cast<size_t>(q)] * norm - per_half_[static_cast<size_t>(q)] * half;
+            for (const auto& [start, group] : groups_) {
+                s.kernel.scan(tile, meta, steps_, words_.data() + start * steps_, init_.data() + start,
+                              inverse_.data() + start, threshold_.data() + start, group, masks, keys);
+                for (int j = 0; j < group; ++j)
+                    if (__builtin_expect(masks[j] != 0, 0))
+                        push(s, start + j, t, meta, masks[j], keys + j * kTile, found[start + j], most);
+            }
+        }
+    }
+
+  private:
+    struct Facts {
+        double scale, length, error, constant;
+        bool usable;
+    };
+
+    // The scan's threshold before a tile's own margins, in units of the query's scale, lowered past its rounding.
+    void set_base(int64_t q, double tau) {
+        const Facts& f = facts_[static_cast<size_t>(q)];
+        const double base = (tau - kSlack * f.constant) / f.scale;
+        base_[static_cast<size_t>(q)] =
+            tau == -kInfinity ? -std::numeric_limits<float>::max()
+                              : static_cast<float>(base - std::fabs(base) * kSlack - 2 * kTiny);
+    }
+
+    void push(const Search& s, int64_t q, int64_t t, const float* meta, uint64_t mask, const float* keys,
+              Candidates& found, size_t most) {
+        const Facts& f = facts_[static_cast<size_t>(q)];
+        const int64_t own = s.self_of(first_ + q);
+        for (; mask; mask &= mask - 1) {
+            const int r = __builtin_ctzll(mask);
+            const int64_t id = t * kTile + r;
+            if (id >= s.gallery.n || id == own) continue;
+            const double half = meta[kTile + r], error = meta[2 * kTile + r], norm = meta[3 * kTile + r];
+            const double key = static_cast<double>(keys[r]) * f.scale;
+            const double margin = f.length * error + f.error * norm +
+                                  kSlack * (f.constant + half + f.length * (norm + error)) + f.scale * kTiny;
+            if (key + margin < found.tau) continue;
+            found.rows.push_back({id, key - margin, key + margin});
+            if (found.rows.size() < found.room) continue;
+            found.shrink(s.k);
+            if (found.rows.size() > found.room / 2) found.room *= 2;
+            if (found.rows.size() > most) {
+                found.exhausted = true;
+                found.rows.clear();
+                base_[static_cast<size_t>(q)] = kInfinityF;  // this query will go through every row
+                return;
+            }
+            set_base(q, found.tau);
+        }
+    }
+
+    int64_t first_, count_, steps_;
+    std::vector<std::pair<int64_t, int>> groups_;
+    std::vector<int32_t> words_, init_;
+    std::vector<float> inverse_, base_, per_error_, per_norm_, per_half_, threshold_;
+    std::vector<Facts> facts_;
+};
+
+void write_answer(std::vector<Found>& found, int64_t k, Metric metric, float* distances, int64_t* indices) {
+    std::partial_sort(found.begin(), found.begin() + k, found.end());
+    for (int64_t j = 0; j < k; ++j) {
+        const float cost = found[static_cast<size_t>(j)].cost;
+        distances[j] = metric == Metric::l2 ? cost : -cost + 0.0f;
+        indices[j] = found[static_cast<size_t>(j)].id;
+    }
+}
+
+// Scores the candidates of query q in float64 and writes the k best.
+void rescore(const Search& s, int64_t q, const std::vector<Candidate>& rows, float* distances, int64_t* indices) {
+    const int64_t d = s.gallery.d, count = static_cast<int64_t>(rows.size());
+    std::vector<float> scratch(static_cast<size_t>(d));
+    const float* x = s.queries.row(q, scratch.data());
+    const std::vector<double> values(x, x + d);
+    const double q_norm = norm_of(x, d);
+    Panel panel(s.gallery, s.kernel);
+    std::vector<Found> found;
+    found.reserve(rows.size());
+    double sums[kPanel], norms[kPanel] = {};
+    const int64_t size = s.gallery.dtype == DType::f32 ? 4 : s.gallery.dtype == DType::i8 ? 1 : 2;
+    for (int64_t start = 0; start < count; start += kPanel) {
+        for (int64_t i = start + kPanel; i < std::min(count, start + 2 * kPanel); ++i) {
+            const char* row = static_cast<const char*>(s.gallery.data) +
+                              rows[static_cast<size_t>(i)].id * s.gallery.row_stride * size;
+            for (int64_t byte = 0; byte < std::min<int64_t>(d * size, 4096); byte += 64)
+                __builtin_prefetch(row + byte);
+        }
+        const int64_t some = std::min<int64_t>(kPanel, count - start);
+        panel.load(some, [&](int64_t r) { return rows[static_cast<size_t>(start + r)].id; });
+        s.kernel.exact_one(panel.data(), d, values.data(), s.metric != Metric::l2, sums,
+                           s.metric == Metric::cosine ? norms : nullptr);
+        for (int64_t r = 0; r < some; ++r)
+            found.push_back({cost_of(score_of(sums[r], q_norm, norms[r], s.metric), s.metric),
+                             rows[static_cast<size_t>(start + r)].id});
+    }
+    write_answer(found, s.k, s.metric, distances, indices);
+}
+
+// ---- every row, in float64 ----
+
+bool search_all(const Search& s, const std::vector<int64_t>& wanted, float* distances, int64_t* indices) {
+    const int64_t d = s.gallery.d, n = s.gallery.n, panels = (n + kPanel - 1) / kPanel;
+    const int64_t groups = (static_cast<int64_t>(wanted.size()) + kExactQueries - 1) / kExactQueries;
+    const int64_t splits =
+        std::max<int64_t>(1, std::min<int64_t>(panels / 64, groups >= 2 * s.threads ? 1 : 2 * s.threads));
+    std::vector<std::vector<Found>> lists(wanted.size() * static_cast<size_t>(splits));
+    const bool finished = s.control.tasks(s.threads, groups * splits, [&](int64_t task, int worker) {
+        const int64_t g = task / splits, part = task % splits;
+        const int64_t from = panels * part / splits, to = panels * (part + 1) / splits;
+        const int64_t first = g * kExactQueries;
+        const int64_t some = std::min<int64_t>(kExactQueries, static_cast<int64_t>(wanted.size()) - first);
+        const int64_t lanes = some == 1 ? 1 : kExactQueries;
+        std::vector<double> values(static_cast<size_t>(d * lanes));
+        std::vector<float> scratch(static_cast<size_t>(d));
+        double q_norms[kExactQueries] = {};
+        float worst[kExactQueries];
+        for (int64_t j = 0; j < some; ++j) {
+            const float* x = s.queries.row(wanted[static_cast<size_t>(first + j)], scratch.data());
+            for (int64_t i = 0; i < d; ++i) values[static_cast<size_t>(i * lanes + j)] = x[i];
+            q_norms[j] = norm_of(x, d);
+            worst[j] = kInfinityF;
+        }
+        const auto room = static_cast<size_t>(2 * s.k + 256);
+        bool full[kExactQueries] = {};
+        Panel panel(s.gallery, s.kernel);
+        double sums[kExactQueries * kPanel], norms[kPanel] = {};
+        for (int64_t p = from; p < to; ++p) {
+            if ((p & 255) == 0 && !s.control.go(worker)) return;
+            const int64_t rows = std::min<int64_t>(kPanel, n - p * kPanel);
+            panel.load(rows, [&](int64_t r) { return p * kPanel + r; });
+            (lanes == 1 ? s.kernel.exact_one : s.kernel.exact)(panel.data(), d, values.data(),
+                                                               s.metric != Metric::l2, sums,
+                                                               s.metric == Metric::cosine ? norms : nullptr);
+            for (int64_t j = 0; j < some; ++j) {
+                std::vector<Found>& list = lists[static_cast<size_t>((first + j) * splits + part)];
+                const int64_t own = s.self_of(wanted[static_cast<size_t>(first + j)]);
+                for (int64_t r = 0; r < rows; ++r) {
+                    const float cost =
+                        cost_of(score_of(sums[j * kPanel + r], q_norms[j], norms[r], s.metric), s.metric);
+                    // Rows come in order, so one that only ties with the k-th best so far has lost to it.
+                    if ((full[j] && !(cost < worst[j])) || p * kPanel + r == own) continue;
+                    list.push_back({cost, p * kPanel + r});
+                    if (list.size() < room) continue;
+                    std::nth_element(list.begin(), list.begin() + (s.k - 1), list.end());
+                    list.resize(static_cast<size_t>(s.k));
+                    worst[j] = list.back().cost;
+                    full[j] = true;
+                }
+            }
+        }
+    });
+    if (!finished) return false;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        std::vector<Found> found;
+        for (int64_t part = 0; part < splits; ++part) {
+            const auto& list = lists[i * static_cast<size_t>(splits) + static_cast<size_t>(part)];
+            found.insert(found.end(), list.begin(), list.end());
+        }
+        write_answer(found, s.k, s.metric, distances + wanted[i] * s.k, indices + wanted[i] * s.k);
+    }
+    return true;
+}
+
+// ---- ranks ----
+
+uint32_t ordered_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Ascending; counting passes over the bytes, since these lists are sorted once per query.
+void sort_floats(std::vector<float>& values, std::vector<float>& spare) {
+    if (values.size() < 256) {
+        std::sort(values.begin(), values.end());
+        return;
+    }
+    spare.resize(values.size());
+    size_t counts[4][256] = {};
+    for (float x : values) {
+        const uint32_t bits = ordered_bits(x);
+        for (int b = 0; b < 4; ++b) ++counts[b][(bits >> (8 * b)) & 255];
+    }
+    for (int b = 0; b < 4; ++b) {
+        if (counts[b][(ordered_bits(values[0]) >> (8 * b)) & 255] == values.size()) continue;
+        size_t at = 0;
+        for (size_t& c : counts[b]) {
+            const size_t here = c;
+            c = at;
+            at += here;
+        }
+        for (float x : values) spare[counts[b][(ordered_bits(x) >> (8 * b)) & 255]++] = x;
+        values.swap(spare);
+    }
+}
+
+struct RankScratch {
+    std::vector<float> positives, marked, spare;
+    std::vector<int32_t> places;
+    std::vector<uint32_t> counts;
+    std::vector<int64_t> within;
+};
+
+// within[j] = how many costs are <= positives[j] (ascending).
+void count_within(const float* costs, int64_t n, const TopkKernels& kernel, RankScratch& s) {
+    const auto& t = s.positives;
+    const size_t m = t.size();
+    s.within.resize(m);
+    if (m <= 48) {
+        for (size_t j = 0; j < m; j += 4) {
+            float limits[4];
+            int64_t counts[4];
+            for (size_t i = 0; i < 4; ++i) limits[i] = t[std::min(j + i, m - 1)];
+            kernel.count4(costs, n, limits, counts);
+            for (size_t i = 0; i < 4 && j + i < m; ++i) s.within[j + i] = counts[i];
+        }
+        return;
+    }
+    int32_t buckets = 1024;
+    while (buckets < 65536 && static_cast<size_t>(buckets) < 8 * m) buckets *= 2;
+    const float inverse = static_cast<float>(buckets) / (t.back() - t.front());
+    s.marked.clear();
+    if (!(inverse > 0) || std::isinf(inverse)) {  // no spread, or more than float32 holds: sort them all
+        s.marked.assign(costs, costs + n);
+        sort_floats(s.marked, s.spare);
+        for (size_t j = 0; j < m; ++j)
+            s.within[j] = std::upper_bound(s.marked.begin(), s.marked.end(), t[j]) - s.marked.begin();
+        return;
+    }
+    // Buckets are monotone in cost, so only rows that share a bucket with a match need a comparison: the others are
+    // counted. A bucket's top bit marks that it holds a match.
+    const int32_t last = buckets + 1;
+    constexpr uint32_t kMark = 0x80000000u;
+    s.counts.assign(static_cast<size_t>(last) + 1, 0);
+    s.places.resize(static_cast<size_t>(std::max<int64_t>(4096, static_cast<int64_t>(m))));
+    kernel.bucket(t.data(), static_cast<int64_t>(m), t.front(), inverse, last, s.places.data());
+    for (size_t j = 0; j < m; ++j) s.counts[static_cast<size_t>(s.places[j])] = kMark;
+    std::vector<int32_t>& place = s.places;
+    for (int64_t start = 0; start < n; start += 4096) {
+        const int64_t some = std::min<int64_t>(4096, n - start);
+        kernel.bucket(costs + start, some, t.front(), inverse, last, place.data());
+        for (int64_t i = 0; i < some; ++i) {
+            uint32_t& count = s.counts[static_cast<size_t>(place[static_cast<size_t>(i)])];
+            if (count & kMark) {
+                s.marked.push_back(costs[start + i]);
+            } else {
+                ++count;
+            }
+        }
+    }
+    sort_floats(s.marked, s.spare);
+    kernel.bucket(t.data(), static_cast<int64_t>(m), t.front(), inverse, last, place.data());
+    int64_t before = 0;
+    int32_t b = 0;
+    size_t at = 0;
+    for (size_t j = 0; j < m; ++j) {
+        for (; b < place[j]; ++b) before += s.counts[static_cast<size_t>(b)] & ~kMark;
+        while (at < s.marked.size() && s.marked[at] <= t[j]) ++at;
+        s.within[j] = before + static_cast<int64_t>(at);
+    }
+}
+
+void query_ranks(const float* costs, int64_t n, const int64_t* members, int64_t count, int64_t own,
+                 const TopkKernels& kernel, RankScratch& s, int64_t* first, double* precision) {
+    *first = -1;
+    *precision = std::numeric_limits<double>::quiet_NaN();
+    s.positives.clear();
+    int64_t best = -1;
+    for (int64_t i = 0; i < count; ++i) {
+        if (members[i] == own) continue;
+        s.positives.push_back(costs[members[i]]);
+        if (best < 0 || costs[members[i]] < costs[best]) best = members[i];  // ascending ids: ties keep the lower
+    }
+    if (best < 0) return;
+    // The own row stands at infinity, where a row whose score overflows float32 may stand too.
+    const auto own_within = [&](float limit) { return own >= 0 && limit == kInfinityF ? 1 : 0; };
+    const float cost = costs[best], below = std::nextafterf(cost, -kInfinityF);
+    const float limits[4] = {cost, below, cost, below};
+    int64_t head[4], tail[4];
+    kernel.count4(costs, best, limits, head);
+    kernel.count4(costs + best, n - best, limits, tail);
+    *first = head[0] + tail[1] - (own < best ? own_within(cost) : 0);
+    sort_floats(s.positives, s.spare);
+    count_within(costs, n, kernel, s);
+    double sum = 0;
+    const size_t m = s.positives.size();
+    for (size_t j = 0; j < m;) {
+        size_t end = j + 1;
+        while (end < m && s.positives[end] == s.positives[j]) ++end;
+        const int64_t within = s.within[j] - own_within(s.positives[j]);
+        sum += static_cast<double>(end - j) * static_cast<double>(end) / static_cast<double>(within);
+        j = end;
+    }
+    *precision = sum / static_cast<double>(m);
+}
+
+}  // namespace
+
+const float* RowsView::row(int64_t i, float* scratch) const {
+    const int64_t at = i * row_stride;
+    switch (dtype) {
+        case DType::f32:
+            return static_cast<const float*>(data) + at;
+        case DType::f16:
+            for (int64_t j = 0; j < d; ++j) scratch[j] = half_to_float(static_cast<const uint16_t*>(data)[at + j]);
+            break;
+        case DType::bf16:
+            for (int64_t j = 0; j < d; ++j) {
+                const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at + j]) << 16;
+                std::memcpy(scratch + j, &word, 4);
+            }
+            break;
+        case DType::i8:
+            for (int64_t j = 0; j < d; ++j)
+                scratch[j] = static_cast<float>(static_cast<const int8_t*>(data)[at + j]) *
+                             scale[i * scale_row + j * scale_column];
+            break;
+    }
+    return scratch;
+}
+
+void shadow_pack(const RowsView& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
+                 uint8_t* tiles, float* meta, int threads, Isa isa) {
+    const TopkKernels& kernel = kernels(isa);
+    const int64_t d = gallery.d, steps = (d + 3) / 4, total = (count + kTile - 1) / kTile;
+    constexpr int64_t kSome = 64;
+    Control control{KeepGoing{}};
+    control.tasks(threads, (total + kSome - 1) / kSome, [&](int64_t task, int) {
+        std::vector<float> scratch(static_cast<size_t>(d));
+        std::vector<double> v(static_cast<size_t>(d));
+        std::vector<int8_t> bytes(static_cast<size_t>(4 * steps), 0);
+        for (int64_t t = task * kSome; t < std::min(total, (task + 1) * kSome); ++t) {
+            float* facts = meta + t * kMeta;
+            uint8_t* tile = tiles + t * steps * 4 * kTile;
+            std::fill(facts, facts + kMeta, 0.0f);
+            for (int64_t r = 0; r < kTile; ++r) {
+                const int64_t row = t * kTile + r;
+                if (row < count) {
+                    to_scanned(gallery.row(first + row, scratch.data()), d, metric, shift, v.data());
+                    const Quantised q = quantise(v.data(), d, bytes.data(), kernel);
+                    facts[r] = q.scale;
+                    facts[kTile + r] = metric == Metric::l2 ? static_cast<float>(q.length * q.length / 2) : 0.0f;
+                    facts[2 * kTile + r] = round_up(q.error);
+                    facts[3 * kTile + r] = round_up(q.norm);
+                    for (int j = 0; j < 3; ++j) {
+                        const float value = facts[(j == 2 ? 1 : j + 2) * kTile + r];
+                        facts[4 * kTile + j] = std::max(facts[4 * kTile + j], value);
+                    }
+                } else {
+                    std::fill(bytes.begin(), bytes.end(), int8_t{0});
+                }
+                for (int64_t step = 0; step < steps; ++step)
+                    for (int j = 0; j < 4; ++j)
+                        tile[(step * kTile + r) * 4 + j] =
+                            static_cast<uint8_t>(static_cast<uint8_t>(bytes[static_cast<size_t>(4 * step + j)]) ^ 0x80u);
+            }
+        }
+    });
+}
+
+bool topk(const RowsView& queries, const RowsView& gallery, const Shadow& shadow, Metric metric, int64_t k,
+          int64_t self, float* distances, int64_t* indices, int threads, Isa isa, KeepGoing keep_going,
+          SearchCounts* counts) {
+    Control control(keep_going);
+    const Search s{queries, gallery, shadow, metric, k, self, threads, kernels(isa), control};
+    std::vector<int64_t> all;
+    if (!shadow.tiles) {
+        for (int64_t q = 0; q < queries.n; ++q) all.push_back(q);
+        return search_all(s, all, distances, indices);
+    }
+    const int64_t tiles = (gallery.n + kTile - 1) / kTile;
+    // Blocks fill the caches and, where there are enough queries, come out even over the threads.
+    const int64_t rounds = (queries.n + kBlockQueries * threads - 1) / (kBlockQueries * threads);
+    int64_t block = (queries.n + rounds * threads - 1) / (rounds * threads);
+    block = std::min<int64_t>(queries.n, std::max<int64_t>(12, (block + kScanQueries - 1) / kScanQueries * kScanQueries));
+    const int64_t blocks = (queries.n + block - 1) / block;
+    const int64_t splits = std::max<int64_t>(1, blocks >= threads ? 1 : std::min<int64_t>(tiles / 32, 2 * threads));
+    std::vector<Candidates> found(static_cast<size_t>(blocks * splits * block));
+    std::vector<uint8_t> through_all(static_cast<size_t>(queries.n), 0);
+    bool finished = control.tasks(threads, blocks * splits, [&](int64_t task, int worker) {
+        const int64_t b = task / splits, part = task % splits;
+        ScanBlock scan(s, b * block, std::min(block, queries.n - b * block));
+        scan.scan(s, tiles * part / splits, tiles * (part + 1) / splits, found.data() + task * block, worker);
+        if (part == 0)
+            for (int64_t q = 0; q < std::min(block, queries.n - b * block); ++q)
+                through_all[static_cast<size_t>(b * block + q)] = !scan.usable(q);
+    });
+    if (!finished) return false;
+    std::atomic<int64_t> rescored{0};
+    finished = control.tasks(threads, queries.n, [&](int64_t q, int) {
+        if (through_all[static_cast<size_t>(q)]) return;
+        Candidates merged;
+        for (int64_t part = 0; part < splits; ++part) {
+            Candidates& some = found[static_cast<size_t>(((q / block) * splits + part) * block + q % block)];
+            merged.exhausted |= some.exhausted;
+            merged.rows.insert(merged.rows.end(), some.rows.begin(), some.rows.end());
+            std::vector<Candidate>().swap(some.rows);
+        }
+        if (!merged.exhausted) merged.shrink(k);
+        if (merged.exhausted || static_cast<int64_t>(merged.rows.size()) < k) {
+            through_all[static_cast<size_t>(q)] = 1;
+            return;
+        }
+        rescored.fetch_add(static_cast<int64_t>(merged.rows.size()));
+        rescore(s, q, merged.rows, distances + q * k, indices + q * k);
+    });
+    if (!finished) return false;
+    for (int64_t q = 0; q < queries.n; ++q)
+        if (through_all[static_cast<size_t>(q)]) all.push_back(q);
+    if (counts) *counts = {rescored.load(), static_cast<int64_t>(all.size())};
+    return all.empty() || search_all(s, all, distances, indices);
+}
+
+bool ranks(const RowsView& queries, const RowsView& gallery, const int64_t* codes, const int64_t* starts,
+           const int64_t* members, Metric metric, int64_t self, int64_t* first, double* precision, int threads,
+           Isa isa, KeepGoing keep_going) {
+    const TopkKernels& kernel = kernels(isa);
+    Control control(keep_going);
+    const int64_t d = gallery.d, n = gallery.n, panels = (n + kPanel - 1) / kPanel, padded = panels * kPanel;
+    // Costs of a block: at most 64 MB a worker, and enough blocks for every worker.
+    int64_t block = std::max<int64_t>(1, std::min<int64_t>(48, (int64_t{16} << 20) / padded));
+    block = std::max<int64_t>(1, std::min(block, queries.n / (2 * threads)));
+    block = block < kExactQueries ? block : block / kExactQueries * kExactQueries;
+    const int64_t blocks = (queries.n + block - 1) / block;
+    const int64_t groups = (block + kExactQueries - 1) / kExactQueries;
+    struct Worker {
+        std::vector<float> costs;
+        std::vector<double> values;
+        RankScratch scratch;
+    };
+    std::vector<Worker> workers(static_cast<size_t>(std::max(1, threads)));
+    return control.tasks(threads, blocks, [&](int64_t b, int worker) {
+        Worker& w = workers[static_cast<size_t>(worker)];
+        const int64_t start = b * block, some = std::min(block, queries.n - start);
+        w.costs.resize(static_cast<size_t>(groups * kExactQueries * padded));
+        w.values.assign(static_cast<size_t>(groups * kExactQueries * d), 0);
+        std::vector<double> q_norms(static_cast<size_t>(groups * kExactQueries), 0);
+        std::vector<float> scratch(static_cast<size_t>(d));
+        for (int64_t q = 0; q < some; ++q) {
+            const float* x = queries.row(start + q, scratch.data());
+            double* values = w.values.data() + (q / kExactQueries) * kExactQueries * d + q % kExactQueries;
+            for (int64_t j = 0; j < d; ++j) values[j * kExactQueries] = x[j];
+            q_norms[static_cast<size_t>(q)] = norm_of(x, d);
+        }
+        Panel panel(gallery, kernel);
+        double sums[kExactQueries * kPanel], norms[kPanel] = {};
+        for (int64_t p = 0; p < panels; ++p) {
+            if ((p & 63) == 0 && !control.go(worker)) return;
+            panel.load(std::min<int64_t>(kPanel, n - p * kPanel), [&](int64_t r) { return p * kPanel + r; });
+            for (int64_t g = 0; g * kExactQueries < some; ++g) {
+                kernel.exact(panel.data(), d, w.values.data() + g * kExactQueries * d, metric != Metric::l2, sums,
+                             metric == Metric::cosine ? norms : nullptr);
+                for (int64_t j = 0; j < kExactQueries; ++j) {
+                    float* out = w.costs.data() + (g * kExactQueries + j) * padded + p * kPanel;
+                    const double* in = sums + j * kPanel;
+                    const double q_norm = q_norms[static_cast<size_t>(g * kExactQueries + j)];
+                    if (metric == Metric::l2) {
+                        for (int r = 0; r < kPanel; ++r) out[r] = static_cast<float>(in[r]);
+                    } else if (metric == Metric::ip) {
+                        for (int r = 0; r < kPanel; ++r) out[r] = -static_cast<float>(in[r]) + 0.0f;
+                    } else {
+                        for (int r = 0; r < kPanel; ++r)
+                            out[r] = cost_of(score_of(in[r], q_norm, norms[r], metric), metric);
+                    }
+                }
+            }
+        }
+        for (int64_t q = 0; q < some; ++q) {
+            if ((q & 7) == 0 && !control.go(worker)) return;
+            float* costs = w.costs.data() + q * padded;
+            const int64_t own = self < 0 ? -1 : self + start + q;
+            if (own >= 0) costs[own] = kInfinityF;
+            const int64_t code = codes[start + q];
+            query_ranks(costs, n, members + starts[code], starts[code + 1] - starts[code], own, kernel, w.scratch,
+                        first + start + q, precision + start + q);
+        }
+    });
+}
+
+}  // namespace fct::cpu

@@ -1,0 +1,70 @@
+// Exact search over rows of embeddings, and exact ranks for the metrics. No pybind11: pointers, sizes, strides.
+//
+// Scores are summed in float64, dimension after dimension, and rounded to float32 once; rows stand in the order of
+// (score, index). The same score comes from every path here, so an answer does not depend on blocking or threads.
+//
+// Shadow: the gallery in 8 bits, in tiles of 64 rows. A tile is steps x 64 x 4 bytes (steps = ceil(d / 4)): for each
+// four dimensions the 64 rows' four values side by side, stored + 128. Row x stands as x' = scale * q, q in
+// [-127, 127], after the shift by a fixed vector (a mean of the gallery; for cosine after division by its norm).
+// Its float32 facts follow the tiles in arrays of kMeta per tile: scale[64], half[64] (|x|^2 / 2 for l2, else 0),
+// error[64] (|x - x'|, rounded up), norm[64] (|x'|, rounded up), then the tile's largest error, norm and half.
+//
+// Bound. For the key of a pair, <q, x> - half, and the scanned <q', x'> - half:
+//   |<q, x> - <q', x'>| = |<q, x - x'> + <q - q', x'>| <= |q| |x - x'| + |q - q'| |x'|   (Cauchy-Schwarz),
+// to which kSlack times the magnitudes adds all float32 rounding, the final one of the score included. The k-th best
+// lower bound is below the k-th best key, so a row whose upper bound is below it can not be among the k best.
+#pragma once
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
+
+namespace fct::cpu {
+
+enum class Metric : int { l2 = 0, ip = 1, cosine = 2 };
+
+constexpr int kTile = 64;
+constexpr int kMeta = 4 * kTile + 4;
+constexpr int64_t kShadowMaxDim = 32768;  // keeps the int32 sums: 383 * 127 * d < 2^31
+
+// n rows of d values, row_stride elements apart. int8 rows: value * scale[i * scale_row + j * scale_column].
+struct RowsView {
+    const void* data;
+    DType dtype;
+    int64_t n, d, row_stride;
+    const float* scale;
+    int64_t scale_row, scale_column;
+
+    // Row i as float32: in place, or brought into scratch (d floats).
+    const float* row(int64_t i, float* scratch) const;
+};
+
+struct Shadow {
+    const uint8_t* tiles = nullptr;  // null: no shadow, scan the rows
+    const float* meta = nullptr;
+    const float* shift = nullptr;  // d
+};
+
+struct SearchCounts {
+    int64_t rescored = 0;   // candidates scored in float64 after the scan
+    int64_t exhausted = 0;  // queries with too many rows inside the bound, which went through every row
+};
+
+// Packs rows [first, first + count) of the gallery, first a multiple of kTile, into tiles/meta of that part.
+void shadow_pack(const RowsView& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
+                 uint8_t* tiles, float* meta, int threads, Isa isa);
+
+// distances, indices: (queries.n, k), nearest first. self >= 0: query i's own row self + i is left out.
+// Returns false when keep_going said stop.
+bool topk(const RowsView& queries, const RowsView& gallery, const Shadow& shadow, Metric metric, int64_t k,
+          int64_t self, float* distances, int64_t* indices, int threads, Isa isa, KeepGoing keep_going,
+          SearchCounts* counts);
+
+// Per query: rows ranked before its first match (-1: none) and average precision with tied rows retrieved together
+// (NaN: none). Class c of the gallery is members[starts[c]], ..., ascending; codes: the queries' classes.
+bool ranks(const RowsView& queries, const RowsView& gallery, const int64_t* codes, const int64_t* starts,
+           const int64_t* members, Metric metric, int64_t self, int64_t* first, double* precision, int threads,
+           Isa isa, KeepGoing keep_going);
+
+}  // namespace fct::cpu

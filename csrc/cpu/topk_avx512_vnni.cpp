@@ -1,0 +1,23 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/topk.h"
+#include "cpu/topk_kernels.h"
+
+#define FCT_TOPK_DOUBLES 8
+
+namespace fct::cpu::avx512_vnni {
+namespace {
+
+inline __m512i dot4(__m512i sum, __m512i bytes, __m512i word) { return _mm512_dpbusd_epi32(sum, bytes, word); }
+
+#include "cpu/topk_avx512_scan.inl"
+#include "cpu/topk_kernels.inl"
+
+}  // namespace
+const TopkKernels& topk_kernels() {
+    static const TopkKernels table = make_table();
+    return table;
+}
+}  // namespace fct::cpu::avx512_vnni

@@ -1,0 +1,179 @@
+// Included once per instruction set, inside its namespace, by topk_<isa>.cpp; the compiler's vector extensions do the
+// rest. Only the 8-bit products differ by more than the vector's width: scan_products<group> comes from the includer.
+
+constexpr int kWidth = FCT_TOPK_DOUBLES;  // float64 lanes of a register
+typedef double Doubles __attribute__((vector_size(kWidth * 8)));
+typedef float HalfFloats __attribute__((vector_size(kWidth * 4), aligned(4)));
+typedef float Floats __attribute__((vector_size(kWidth * 8)));
+typedef int32_t Ints __attribute__((vector_size(kWidth * 8)));
+typedef int32_t LooseInts __attribute__((vector_size(kWidth * 8), aligned(4)));
+typedef float LooseFloats __attribute__((vector_size(kWidth * 8), aligned(4)));
+constexpr int kVectors = kPanel / kWidth;
+constexpr int kFloats = 2 * kWidth;
+
+void scan(const uint8_t* tile, const float* meta, int64_t steps, const int32_t* words, const int32_t* init,
+          const float* inverse, const float* threshold, int group, uint64_t* masks, float* keys) {
+    switch (group) {
+        case 1:
+            return scan_products<1>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+        case 2:
+            return scan_products<2>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+        case 4:
+            return scan_products<4>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+        default:
+            return scan_products<6>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+    }
+}
+
+typedef float Floats4 __attribute__((vector_size(16), aligned(4)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+
+void pack(const float* const* rows, int64_t d, float* panel) {
+    const int64_t whole = d & ~int64_t{3};
+    for (int64_t k = 0; k < whole; k += 4) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kPanel; r += 4) {  // a 4 x 4 transposition
+            const Floats4 a = *reinterpret_cast<const Floats4*>(rows[r] + k);
+            const Floats4 b = *reinterpret_cast<const Floats4*>(rows[r + 1] + k);
+            const Floats4 c = *reinterpret_cast<const Floats4*>(rows[r + 2] + k);
+            const Floats4 e = *reinterpret_cast<const Floats4*>(rows[r + 3] + k);
+            const Floats4 ab = __builtin_shuffle(a, b, Ints4{0, 4, 1, 5});
+            const Floats4 AB = __builtin_shuffle(a, b, Ints4{2, 6, 3, 7});
+            const Floats4 ce = __builtin_shuffle(c, e, Ints4{0, 4, 1, 5});
+            const Floats4 CE = __builtin_shuffle(c, e, Ints4{2, 6, 3, 7});
+            float* out = panel + k * kPanel + r;
+            *reinterpret_cast<Floats4*>(out) = __builtin_shuffle(ab, ce, Ints4{0, 1, 4, 5});
+            *reinterpret_cast<Floats4*>(out + kPanel) = __builtin_shuffle(ab, ce, Ints4{2, 3, 6, 7});
+            *reinterpret_cast<Floats4*>(out + 2 * kPanel) = __builtin_shuffle(AB, CE, Ints4{0, 1, 4, 5});
+            *reinterpret_cast<Floats4*>(out + 3 * kPanel) = __builtin_shuffle(AB, CE, Ints4{2, 3, 6, 7});
+        }
+    }
+    for (int64_t k = whole; k < d; ++k)
+        for (int r = 0; r < kPanel; ++r) panel[k * kPanel + r] = rows[r][k];
+}
+
+// `count` of the `stride` queries, from `values`. Each lane is one row: its sum runs over the dimensions in order.
+template <int count, bool product>
+void exact_block(const float* panel, int64_t d, const double* values, int64_t stride, double* out) {
+    Doubles sums[count][kVectors] = {};
+    for (int64_t k = 0; k < d; ++k) {
+        Doubles x[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v)
+            x[v] = __builtin_convertvector(
+                *reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
+#pragma GCC unroll 8
+        for (int q = 0; q < count; ++q) {
+            const double y = values[k * stride + q];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) {
+                if (product) {
+                    sums[q][v] += x[v] * y;
+                } else {
+                    const Doubles t = x[v] - y;
+                    sums[q][v] += t * t;
+                }
+            }
+        }
+    }
+    for (int q = 0; q < count; ++q)
+        for (int v = 0; v < kVectors; ++v) std::memcpy(out + q * kPanel + v * kWidth, &sums[q][v], sizeof(Doubles));
+}
+
+void row_norms(const float* panel, int64_t d, double* norms) {
+    Doubles sums[kVectors] = {};
+    for (int64_t k = 0; k < d; ++k) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            const Doubles x = __builtin_convertvector(
+                *reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
+            sums[v] += x * x;
+        }
+    }
+    std::memcpy(norms, sums, sizeof sums);
+}
+
+void exact(const float* panel, int64_t d, const double* values, bool product, double* out, double* norms) {
+    constexpr int step = kWidth == 8 ? 8 : kWidth == 4 ? 2 : 1;
+    for (int q = 0; q < kExactQueries; q += step) {
+        if (product) {
+            exact_block<step, true>(panel, d, values + q, kExactQueries, out + q * kPanel);
+        } else {
+            exact_block<step, false>(panel, d, values + q, kExactQueries, out + q * kPanel);
+        }
+    }
+    if (norms) row_norms(panel, d, norms);
+}
+
+void exact_one(const float* panel, int64_t d, const double* values, bool product, double* out, double* norms) {
+    if (product) {
+        exact_block<1, true>(panel, d, values, 1, out);
+    } else {
+        exact_block<1, false>(panel, d, values, 1, out);
+    }
+    if (norms) row_norms(panel, d, norms);
+}
+
+void quantise(const double* v, int64_t d, float scale, int8_t* out, double* error, double* norm) {
+    const double inverse = scale > 0 ? 1.0 / scale : 0.0;
+    // Adding and taking away 1.5 * 2^52 rounds to a whole number, and vectorises on every target.
+    constexpr double kRound = 6755399441055744.0;
+    double e[8] = {}, m[8] = {};
+    const int64_t whole = d & ~int64_t{7};
+    for (int64_t k = 0; k < whole; k += 8) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) {
+            double q = v[k + j] * inverse;
+            q = q > 127 ? 127 : q < -127 ? -127 : q;
+            q = (q + kRound) - kRound;
+            const double y = q * scale, t = v[k + j] - y;
+            e[j] += t * t;
+            m[j] += y * y;
+            out[k + j] = static_cast<int8_t>(static_cast<int32_t>(q));
+        }
+    }
+    for (int64_t k = whole; k < d; ++k) {
+        double q = v[k] * inverse;
+        q = q > 127 ? 127 : q < -127 ? -127 : q;
+        q = (q + kRound) - kRound;
+        const double y = q * scale, t = v[k] - y;
+        e[0] += t * t;
+        m[0] += y * y;
+        out[k] = static_cast<int8_t>(static_cast<int32_t>(q));
+    }
+    *error = *norm = 0;
+    for (int j = 0; j < 8; ++j) {
+        *error += e[j];
+        *norm += m[j];
+    }
+}
+
+void count4(const float* costs, int64_t n, const float* limits, int64_t* counts) {
+    const int64_t whole = n - n % kFloats;
+    for (int t = 0; t < 4; ++t) counts[t] = 0;
+    for (int64_t start = 0; start < whole; start += int64_t{kFloats} << 24) {  // lanes hold 32 bits
+        const int64_t stop = whole < start + (int64_t{kFloats} << 24) ? whole : start + (int64_t{kFloats} << 24);
+        Ints below[4] = {};
+        for (int64_t i = start; i < stop; i += kFloats) {
+            const Floats c = *reinterpret_cast<const LooseFloats*>(costs + i);
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; ++t) below[t] -= c <= limits[t];
+        }
+        for (int t = 0; t < 4; ++t)
+            for (int j = 0; j < kFloats; ++j) counts[t] += below[t][j];
+    }
+    for (int64_t i = whole; i < n; ++i)
+        for (int t = 0; t < 4; ++t) counts[t] += costs[i] <= limits[t];
+}
+
+void bucket(const float* costs, int64_t n, float low, float inverse, int32_t last, int32_t* out) {
+    const float top = static_cast<float>(last);
+    for (int64_t i = 0; i < n; ++i) {
+        float x = (costs[i] - low) * inverse + 1.0f;
+        x = x > 0.0f ? x : 0.0f;
+        x = x < top ? x : top;
+        out[i] = static_cast<int32_t>(x);
+    }
+}
+
+TopkKernels make_table() { return {scan, pack, exact, exact_one, quantise, count4, bucket}; }

@@ -1,0 +1,41 @@
+#include <cstring>
+
+#include "cpu/topk.h"
+#include "cpu/topk_kernels.h"
+
+#define FCT_TOPK_DOUBLES 2
+
+namespace fct::cpu::portable {
+namespace {
+
+template <int group>
+void scan_products(const uint8_t* tile, const float* scale, const float* half, int64_t steps, const int32_t* words,
+                   const int32_t* init, const float* inverse, const float* threshold, uint64_t* masks, float* keys) {
+    for (int q = 0; q < group; ++q) {
+        int32_t sums[kTile];
+        for (int r = 0; r < kTile; ++r) sums[r] = init[q];
+        for (int64_t k = 0; k < steps; ++k) {
+            int8_t y[4];
+            std::memcpy(y, words + k * group + q, 4);
+            const uint8_t* x = tile + k * 4 * kTile;
+            for (int r = 0; r < kTile; ++r)
+                sums[r] += x[4 * r] * y[0] + x[4 * r + 1] * y[1] + x[4 * r + 2] * y[2] + x[4 * r + 3] * y[3];
+        }
+        uint64_t mask = 0;
+        for (int r = 0; r < kTile; ++r) {
+            const float key = static_cast<float>(sums[r]) * scale[r] - half[r] * inverse[q];
+            keys[q * kTile + r] = key;
+            mask |= static_cast<uint64_t>(key >= threshold[q]) << r;
+        }
+        masks[q] = mask;
+    }
+}
+
+#include "cpu/topk_kernels.inl"
+
+}  // namespace
+const TopkKernels& topk_kernels() {
+    static const TopkKernels table = make_table();
+    return table;
+}
+}  // namespace fct::cpu::portable
