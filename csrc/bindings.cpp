@@ -13,6 +13,7 @@
 #ifdef FCT_WITH_CUDA
 #include "cuda/bind.h"
 #endif
+#include "cpu/topk.h"
 #include "cpu/transform.h"
 
 namespace py = pybind11;
@@ -133,6 +134,82 @@ void bind_transform(py::module_& m) {
         .def_property_readonly("rows_per_block", &PackedTransform::rows_per_block);
 }
 
+// ---- topk ----
+fct::cpu::RowSource source_of(const RowsTuple& from, int64_t n) {
+    const auto& [data, dtype, d, stride, scale, scale_row, scale_column] = from;
+    return {reinterpret_cast<const void*>(data),
+            static_cast<DType>(dtype),
+            n,
+            d,
+            stride,
+            reinterpret_cast<const float*>(scale),
+            scale_row,
+            scale_column};
+}
+
+void bind_topk(py::module_& m) {
+    using fct::cpu::Metric;
+    m.attr("shadow_tile") = fct::cpu::kTile;
+    m.attr("shadow_meta") = fct::cpu::kMeta;
+    m.attr("shadow_max_dim") = fct::cpu::kShadowMaxDim;
+    m.def(
+        "shadow_pack",
+        [](const RowsTuple& gallery, int64_t n, int metric, int64_t first, int64_t count, uintptr_t shift,
+           uintptr_t tiles, uintptr_t meta, int threads, int isa) {
+            const fct::cpu::Isa level = isa_of(isa);
+            py::gil_scoped_release release;
+            fct::cpu::shadow_pack(source_of(gallery, n), static_cast<Metric>(metric), first, count,
+                                  reinterpret_cast<const float*>(shift), reinterpret_cast<uint8_t*>(tiles),
+                                  reinterpret_cast<float*>(meta), threads, level);
+        },
+        py::arg("gallery"), py::arg("n"), py::arg("metric"), py::arg("first"), py::arg("count"), py::arg("shift"),
+        py::arg("tiles"), py::arg("meta"), py::arg("threads"), py::arg("isa"));
+    m.def(
+        "topk",
+        [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t tiles,
+           uintptr_t meta, uintptr_t shift, int metric, int64_t k, int64_t self, uintptr_t distances, uintptr_t indices,
+           int threads, int isa) {
+            const fct::cpu::Isa level = isa_of(isa);
+            fct::cpu::SearchCounts counts;
+            bool done;
+            {
+                py::gil_scoped_release release;
+                done =
+                    fct::cpu::topk(source_of(queries, n_queries), source_of(gallery, n_gallery),
+                                   {reinterpret_cast<const uint8_t*>(tiles), reinterpret_cast<const float*>(meta),
+                                    reinterpret_cast<const float*>(shift)},
+                                   static_cast<Metric>(metric), k, self, reinterpret_cast<float*>(distances),
+                                   reinterpret_cast<int64_t*>(indices), threads, level, {no_signal, nullptr}, &counts);
+            }
+            if (!done) throw py::error_already_set();
+            return std::make_pair(counts.rescored, counts.exhausted);
+        },
+        py::arg("queries"), py::arg("n_queries"), py::arg("gallery"), py::arg("n_gallery"), py::arg("tiles"),
+        py::arg("meta"), py::arg("shift"), py::arg("metric"), py::arg("k"), py::arg("self"), py::arg("distances"),
+        py::arg("indices"), py::arg("threads"), py::arg("isa"));
+    m.def(
+        "ranks",
+        [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t codes,
+           uintptr_t starts, uintptr_t members, int metric, int64_t self, uintptr_t first, uintptr_t precision,
+           int threads, int isa) {
+            const fct::cpu::Isa level = isa_of(isa);
+            bool done;
+            {
+                py::gil_scoped_release release;
+                done =
+                    fct::cpu::ranks(source_of(queries, n_queries), source_of(gallery, n_gallery),
+                                    reinterpret_cast<const int64_t*>(codes), reinterpret_cast<const int64_t*>(starts),
+                                    reinterpret_cast<const int64_t*>(members), static_cast<Metric>(metric), self,
+                                    reinterpret_cast<int64_t*>(first), reinterpret_cast<double*>(precision), threads,
+                                    level, {no_signal, nullptr});
+            }
+            if (!done) throw py::error_already_set();
+        },
+        py::arg("queries"), py::arg("n_queries"), py::arg("gallery"), py::arg("n_gallery"), py::arg("codes"),
+        py::arg("starts"), py::arg("members"), py::arg("metric"), py::arg("self"), py::arg("first"),
+        py::arg("precision"), py::arg("threads"), py::arg("isa"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -152,4 +229,5 @@ PYBIND11_MODULE(_C, m) {
     bind_rows(m);
     bind_machine(m);
     bind_transform(m);
+    bind_topk(m);
 }

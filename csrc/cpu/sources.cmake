@@ -22,3 +22,17 @@ else()
   # One multiply-add instead of two roundings, wherever the processor has it.
   set_source_files_properties(csrc/cpu/transform_portable.cpp PROPERTIES COMPILE_OPTIONS "-ffp-contract=fast")
 endif()
+
+# ---- topk ----
+list(APPEND FCT_CPU_SOURCES csrc/cpu/topk.cpp csrc/cpu/topk_portable.cpp)
+set_source_files_properties(csrc/cpu/topk_portable.cpp PROPERTIES COMPILE_OPTIONS "-O3;-ffp-contract=fast")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  # GCC 12 takes the undefined source of its own AVX-512 shifts for an uninitialised variable.
+  set(FCT_TOPK_FLAGS "-O3;-ffp-contract=fast;-Wno-uninitialized;-Wno-maybe-uninitialized")
+  list(APPEND FCT_CPU_SOURCES csrc/cpu/topk_avx2.cpp csrc/cpu/topk_avx512.cpp csrc/cpu/topk_avx512_vnni.cpp)
+  set_source_files_properties(csrc/cpu/topk_avx2.cpp PROPERTIES COMPILE_OPTIONS "${FCT_AVX2_FLAGS};${FCT_TOPK_FLAGS}")
+  set_source_files_properties(csrc/cpu/topk_avx512.cpp PROPERTIES COMPILE_OPTIONS
+                                                                  "${FCT_AVX512_FLAGS};${FCT_TOPK_FLAGS}")
+  set_source_files_properties(csrc/cpu/topk_avx512_vnni.cpp PROPERTIES
+                              COMPILE_OPTIONS "${FCT_AVX512_FLAGS};-mavx512vnni;${FCT_TOPK_FLAGS}")
+endif()

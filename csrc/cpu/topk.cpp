@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/convert.h"
 #include "cpu/topk_kernels.h"
 
 namespace fct::cpu {
@@ -37,19 +38,6 @@ const TopkKernels& kernels(Isa isa) {
     (void)isa;
     return portable::topk_kernels();
 #endif
-}
-
-float half_to_float(uint16_t bits) {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-    const uint32_t rest = bits & 0x7fffu;
-    float value;
-    if (rest < 0x0400u) {  // subnormal: a multiple of 2^-24
-        value = static_cast<float>(rest) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    const uint32_t word = sign | (rest >= 0x7c00u ? 0x7f800000u | (rest << 13) : (rest << 13) + 0x38000000u);
-    std::memcpy(&value, &word, 4);
-    return value;
 }
 
 // Shared by the workers of one call: whether to stop. Worker 0, on the calling thread, asks every 100 ms.
@@ -174,7 +162,7 @@ double norm_of(const float* x, int64_t d) {
 // Sixteen gallery rows at a time, as a panel.
 class Panel {
   public:
-    Panel(const RowsView& gallery, const TopkKernels& kernel)
+    Panel(const RowSource& gallery, const TopkKernels& kernel)
         : gallery_(gallery), kernel_(kernel), values(static_cast<size_t>(gallery.d * kPanel)) {
         if (gallery.dtype != DType::f32) scratch_.resize(static_cast<size_t>(gallery.d * kPanel));
     }
@@ -195,14 +183,14 @@ class Panel {
     const float* data() const { return values.data(); }
 
   private:
-    const RowsView& gallery_;
+    const RowSource& gallery_;
     const TopkKernels& kernel_;
     std::vector<float> values, scratch_;
 };
 
 struct Search {
-    const RowsView& queries;
-    const RowsView& gallery;
+    const RowSource& queries;
+    const RowSource& gallery;
     const Shadow& shadow;
     Metric metric;
     int64_t k, self;
@@ -312,9 +300,9 @@ class ScanBlock {
     void set_base(int64_t q, double tau) {
         const Facts& f = facts_[static_cast<size_t>(q)];
         const double base = (tau - kSlack * f.constant) / f.scale;
-        base_[static_cast<size_t>(q)] =
-            tau == -kInfinity ? -std::numeric_limits<float>::max()
-                              : static_cast<float>(base - std::fabs(base) * kSlack - 2 * kTiny);
+        base_[static_cast<size_t>(q)] = tau == -kInfinity
+                                            ? -std::numeric_limits<float>::max()
+                                            : static_cast<float>(base - std::fabs(base) * kSlack - 2 * kTiny);
     }
 
     void push(const Search& s, int64_t q, int64_t t, const float* meta, uint64_t mask, const float* keys,
@@ -376,8 +364,7 @@ void rescore(const Search& s, int64_t q, const std::vector<Candidate>& rows, flo
         for (int64_t i = start + kPanel; i < std::min(count, start + 2 * kPanel); ++i) {
             const char* row = static_cast<const char*>(s.gallery.data) +
                               rows[static_cast<size_t>(i)].id * s.gallery.row_stride * size;
-            for (int64_t byte = 0; byte < std::min<int64_t>(d * size, 4096); byte += 64)
-                __builtin_prefetch(row + byte);
+            for (int64_t byte = 0; byte < std::min<int64_t>(d * size, 4096); byte += 64) __builtin_prefetch(row + byte);
         }
         const int64_t some = std::min<int64_t>(kPanel, count - start);
         panel.load(some, [&](int64_t r) { return rows[static_cast<size_t>(start + r)].id; });
@@ -422,9 +409,8 @@ bool search_all(const Search& s, const std::vector<int64_t>& wanted, float* dist
             if ((p & 255) == 0 && !s.control.go(worker)) return;
             const int64_t rows = std::min<int64_t>(kPanel, n - p * kPanel);
             panel.load(rows, [&](int64_t r) { return p * kPanel + r; });
-            (lanes == 1 ? s.kernel.exact_one : s.kernel.exact)(panel.data(), d, values.data(),
-                                                               s.metric != Metric::l2, sums,
-                                                               s.metric == Metric::cosine ? norms : nullptr);
+            (lanes == 1 ? s.kernel.exact_one : s.kernel.exact)(panel.data(), d, values.data(), s.metric != Metric::l2,
+                                                               sums, s.metric == Metric::cosine ? norms : nullptr);
             for (int64_t j = 0; j < some; ++j) {
                 std::vector<Found>& list = lists[static_cast<size_t>((first + j) * splits + part)];
                 const int64_t own = s.self_of(wanted[static_cast<size_t>(first + j)]);
@@ -458,8 +444,7 @@ bool search_all(const Search& s, const std::vector<int64_t>& wanted, float* dist
 // ---- ranks ----
 
 uint32_t ordered_bits(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
+    const uint32_t bits = bits_of(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
@@ -590,19 +575,16 @@ void query_ranks(const float* costs, int64_t n, const int64_t* members, int64_t 
 
 }  // namespace
 
-const float* RowsView::row(int64_t i, float* scratch) const {
+const float* RowSource::row(int64_t i, float* scratch) const {
     const int64_t at = i * row_stride;
     switch (dtype) {
         case DType::f32:
             return static_cast<const float*>(data) + at;
         case DType::f16:
-            for (int64_t j = 0; j < d; ++j) scratch[j] = half_to_float(static_cast<const uint16_t*>(data)[at + j]);
+            for (int64_t j = 0; j < d; ++j) scratch[j] = from_f16(static_cast<const uint16_t*>(data)[at + j]);
             break;
         case DType::bf16:
-            for (int64_t j = 0; j < d; ++j) {
-                const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at + j]) << 16;
-                std::memcpy(scratch + j, &word, 4);
-            }
+            for (int64_t j = 0; j < d; ++j) scratch[j] = from_bf16(static_cast<const uint16_t*>(data)[at + j]);
             break;
         case DType::i8:
             for (int64_t j = 0; j < d; ++j)
@@ -613,7 +595,7 @@ const float* RowsView::row(int64_t i, float* scratch) const {
     return scratch;
 }
 
-void shadow_pack(const RowsView& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
+void shadow_pack(const RowSource& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
                  uint8_t* tiles, float* meta, int threads, Isa isa) {
     const TopkKernels& kernel = kernels(isa);
     const int64_t d = gallery.d, steps = (d + 3) / 4, total = (count + kTile - 1) / kTile;
@@ -643,16 +625,18 @@ void shadow_pack(const RowsView& gallery, Metric metric, int64_t first, int64_t 
                 } else {
                     std::fill(bytes.begin(), bytes.end(), int8_t{0});
                 }
-                for (int64_t step = 0; step < steps; ++step)
-                    for (int j = 0; j < 4; ++j)
-                        tile[(step * kTile + r) * 4 + j] =
-                            static_cast<uint8_t>(static_cast<uint8_t>(bytes[static_cast<size_t>(4 * step + j)]) ^ 0x80u);
+                for (int64_t step = 0; step < steps; ++step) {
+                    uint32_t word;
+                    std::memcpy(&word, bytes.data() + 4 * step, 4);
+                    word ^= 0x80808080u;  // + 128
+                    std::memcpy(tile + (step * kTile + r) * 4, &word, 4);
+                }
             }
         }
     });
 }
 
-bool topk(const RowsView& queries, const RowsView& gallery, const Shadow& shadow, Metric metric, int64_t k,
+bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shadow, Metric metric, int64_t k,
           int64_t self, float* distances, int64_t* indices, int threads, Isa isa, KeepGoing keep_going,
           SearchCounts* counts) {
     Control control(keep_going);
@@ -666,7 +650,8 @@ bool topk(const RowsView& queries, const RowsView& gallery, const Shadow& shadow
     // Blocks fill the caches and, where there are enough queries, come out even over the threads.
     const int64_t rounds = (queries.n + kBlockQueries * threads - 1) / (kBlockQueries * threads);
     int64_t block = (queries.n + rounds * threads - 1) / (rounds * threads);
-    block = std::min<int64_t>(queries.n, std::max<int64_t>(12, (block + kScanQueries - 1) / kScanQueries * kScanQueries));
+    block =
+        std::min<int64_t>(queries.n, std::max<int64_t>(12, (block + kScanQueries - 1) / kScanQueries * kScanQueries));
     const int64_t blocks = (queries.n + block - 1) / block;
     const int64_t splits = std::max<int64_t>(1, blocks >= threads ? 1 : std::min<int64_t>(tiles / 32, 2 * threads));
     std::vector<Candidates> found(static_cast<size_t>(blocks * splits * block));
@@ -705,9 +690,9 @@ bool topk(const RowsView& queries, const RowsView& gallery, const Shadow& shadow
     return all.empty() || search_all(s, all, distances, indices);
 }
 
-bool ranks(const RowsView& queries, const RowsView& gallery, const int64_t* codes, const int64_t* starts,
-           const int64_t* members, Metric metric, int64_t self, int64_t* first, double* precision, int threads,
-           Isa isa, KeepGoing keep_going) {
+bool ranks(const RowSource& queries, const RowSource& gallery, const int64_t* codes, const int64_t* starts,
+           const int64_t* members, Metric metric, int64_t self, int64_t* first, double* precision, int threads, Isa isa,
+           KeepGoing keep_going) {
     const TopkKernels& kernel = kernels(isa);
     Control control(keep_going);
     const int64_t d = gallery.d, n = gallery.n, panels = (n + kPanel - 1) / kPanel, padded = panels * kPanel;

@@ -29,7 +29,7 @@ constexpr int kMeta = 4 * kTile + 4;
 constexpr int64_t kShadowMaxDim = 32768;  // keeps the int32 sums: 383 * 127 * d < 2^31
 
 // n rows of d values, row_stride elements apart. int8 rows: value * scale[i * scale_row + j * scale_column].
-struct RowsView {
+struct RowSource {
     const void* data;
     DType dtype;
     int64_t n, d, row_stride;
@@ -52,19 +52,19 @@ struct SearchCounts {
 };
 
 // Packs rows [first, first + count) of the gallery, first a multiple of kTile, into tiles/meta of that part.
-void shadow_pack(const RowsView& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
+void shadow_pack(const RowSource& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
                  uint8_t* tiles, float* meta, int threads, Isa isa);
 
 // distances, indices: (queries.n, k), nearest first. self >= 0: query i's own row self + i is left out.
 // Returns false when keep_going said stop.
-bool topk(const RowsView& queries, const RowsView& gallery, const Shadow& shadow, Metric metric, int64_t k,
+bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shadow, Metric metric, int64_t k,
           int64_t self, float* distances, int64_t* indices, int threads, Isa isa, KeepGoing keep_going,
           SearchCounts* counts);
 
 // Per query: rows ranked before its first match (-1: none) and average precision with tied rows retrieved together
 // (NaN: none). Class c of the gallery is members[starts[c]], ..., ascending; codes: the queries' classes.
-bool ranks(const RowsView& queries, const RowsView& gallery, const int64_t* codes, const int64_t* starts,
-           const int64_t* members, Metric metric, int64_t self, int64_t* first, double* precision, int threads,
-           Isa isa, KeepGoing keep_going);
+bool ranks(const RowSource& queries, const RowSource& gallery, const int64_t* codes, const int64_t* starts,
+           const int64_t* members, Metric metric, int64_t self, int64_t* first, double* precision, int threads, Isa isa,
+           KeepGoing keep_going);
 
 }  // namespace fct::cpu

@@ -21,22 +21,21 @@ void scan_products(const uint8_t* tile, const float* scale, const float* half, i
         for (int q = 0; q < group; ++q) sums[q] = _mm256_set1_epi32(init[q]);
         const __m256i low = _mm256_set1_epi16(0xff);
         for (int64_t k = 0; k < steps; ++k) {
-            const __m256i x =
-                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + k * 4 * kTile + part * 32));
+            const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + k * 4 * kTile + part * 32));
             const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
 #pragma GCC unroll 8
             for (int q = 0; q < group; ++q) {
                 const __m256i y = _mm256_set1_epi32(words[k * group + q]);
                 const __m256i y_even = _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8);
                 const __m256i y_odd = _mm256_srai_epi16(y, 8);
-                sums[q] = _mm256_add_epi32(sums[q], _mm256_add_epi32(_mm256_madd_epi16(even, y_even),
-                                                                     _mm256_madd_epi16(odd, y_odd)));
+                sums[q] = _mm256_add_epi32(
+                    sums[q], _mm256_add_epi32(_mm256_madd_epi16(even, y_even), _mm256_madd_epi16(odd, y_odd)));
             }
         }
         const __m256 s = _mm256_loadu_ps(scale + part * 8), h = _mm256_loadu_ps(half + part * 8);
         for (int q = 0; q < group; ++q) {
-            const __m256 key = _mm256_fnmadd_ps(h, _mm256_set1_ps(inverse[q]),
-                                                _mm256_mul_ps(_mm256_cvtepi32_ps(sums[q]), s));
+            const __m256 key =
+                _mm256_fnmadd_ps(h, _mm256_set1_ps(inverse[q]), _mm256_mul_ps(_mm256_cvtepi32_ps(sums[q]), s));
             _mm256_storeu_ps(keys + q * kTile + part * 8, key);
             const int hit = _mm256_movemask_ps(_mm256_cmp_ps(key, _mm256_set1_ps(threshold[q]), _CMP_GE_OQ));
             masks[q] |= static_cast<uint64_t>(static_cast<unsigned>(hit)) << (part * 8);

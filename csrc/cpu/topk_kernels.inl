@@ -60,8 +60,8 @@ void exact_block(const float* panel, int64_t d, const double* values, int64_t st
         Doubles x[kVectors];
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v)
-            x[v] = __builtin_convertvector(
-                *reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
+            x[v] =
+                __builtin_convertvector(*reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
 #pragma GCC unroll 8
         for (int q = 0; q < count; ++q) {
             const double y = values[k * stride + q];
@@ -85,8 +85,8 @@ void row_norms(const float* panel, int64_t d, double* norms) {
     for (int64_t k = 0; k < d; ++k) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-            const Doubles x = __builtin_convertvector(
-                *reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
+            const Doubles x =
+                __builtin_convertvector(*reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
             sums[v] += x * x;
         }
     }

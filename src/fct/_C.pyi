@@ -31,3 +31,52 @@ class PackedTransform:
     def weight_bytes(self) -> int: ...
     @property
     def rows_per_block(self) -> int: ...
+
+# ---- topk: metric is an index of fct.spaces.METRICS, self -1 or the gallery row of the first query ----
+shadow_tile: int
+shadow_meta: int
+shadow_max_dim: int
+
+def shadow_pack(
+    gallery: _Rows,
+    n: int,
+    metric: int,
+    first: int,
+    count: int,
+    shift: int,
+    tiles: int,
+    meta: int,
+    threads: int,
+    isa: int,
+) -> None: ...
+def topk(
+    queries: _Rows,
+    n_queries: int,
+    gallery: _Rows,
+    n_gallery: int,
+    tiles: int,
+    meta: int,
+    shift: int,
+    metric: int,
+    k: int,
+    self: int,
+    distances: int,
+    indices: int,
+    threads: int,
+    isa: int,
+) -> tuple[int, int]: ...
+def ranks(
+    queries: _Rows,
+    n_queries: int,
+    gallery: _Rows,
+    n_gallery: int,
+    codes: int,
+    starts: int,
+    members: int,
+    metric: int,
+    self: int,
+    first: int,
+    precision: int,
+    threads: int,
+    isa: int,
+) -> None: ...
