@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fct.arrays import ScaledInt8
     from fct.info import build_info
     from fct.metrics import RetrievalMetrics, evaluate
-    from fct.retrieval import TopK, topk
+    from fct.retrieval import PreparedGallery, TopK, prepare_gallery, topk
     from fct.spaces import EmbeddingSpace
     from fct.training.side_info import train_side_info
     from fct.training.transformation import fit_transformation
@@ -28,12 +28,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "EmbeddingSpace": "fct.spaces",
     "ScaledInt8": "fct.arrays",
+    "PreparedGallery": "fct.retrieval",
     "RetrievalMetrics": "fct.metrics",
     "TopK": "fct.retrieval",
     "Transformation": "fct.transformation",
     "build_info": "fct.info",
     "evaluate": "fct.metrics",
     "fit_transformation": "fct.training.transformation",
+    "prepare_gallery": "fct.retrieval",
     "train_side_info": "fct.training.side_info",
     "topk": "fct.retrieval",
     "transform_batch": "fct.transform",
@@ -43,6 +45,7 @@ __all__ = [
     "EmbeddingSpace",
     "FctError",
     "FctWarning",
+    "PreparedGallery",
     "RetrievalMetrics",
     "ScaledInt8",
     "SpaceMismatchError",
@@ -51,6 +54,7 @@ __all__ = [
     "build_info",
     "evaluate",
     "fit_transformation",
+    "prepare_gallery",
     "topk",
     "train_side_info",
     "transform_batch",

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from fct.arrays import check_labels
+from fct.ops.dispatch import default_threads
 from fct.ops.topk import ranks_blocked
+from fct.ops.topk_cpu import ranks_cpu
 from fct.retrieval import check_pair
 from fct.spaces import EmbeddingSpace
 
@@ -75,12 +77,13 @@ def evaluate(
     seed: int = 0,
     query_space: EmbeddingSpace | None = None,
     gallery_space: EmbeddingSpace | None = None,
+    threads: int | None = None,
 ) -> RetrievalMetrics:
     """CMC and mean average precision of every query over the whole gallery, exact.
 
     Args:
         queries: (n, d) float32, float16, bfloat16 or :class:`fct.ScaledInt8`; numpy, torch or DLPack.
-        gallery: (m, d), likewise, on the same device.
+        gallery: (m, d), likewise, on the same device; or a prepared gallery.
         query_labels: (n,) integers or strings.
         gallery_labels: (m,); None where the gallery has the queries' labels row for row.
         metric: "l2", "ip" or "cosine".
@@ -90,6 +93,7 @@ def evaluate(
         confidence: of the intervals, between 0 and 1.
         seed: of the resampling.
         query_space, gallery_space: where both are given, they must be one space.
+        threads: CPU threads; by default FCT_NUM_THREADS or all.
 
     Returns:
         RetrievalMetrics. Queries without a match in the gallery are counted and left out of every mean; with none
@@ -128,7 +132,10 @@ def evaluate(
         raise ValueError(f"confidence: expected a share between 0 and 1, got {confidence!r}")
     if bootstrap < 0:
         raise ValueError(f"bootstrap: expected a number of resamples, 0 for none, got {bootstrap!r}")
-    first, ap = ranks_blocked(q, g, q_codes, g_codes, metric, same_items)
+    if q.device == "cpu":
+        first, ap = ranks_cpu(q, g, q_codes, g_codes, metric, same_items, threads=threads or default_threads())
+    else:
+        first, ap = ranks_blocked(q, g, q_codes, g_codes, metric, same_items)
     return _summary(first, ap, sorted({1, 5, *(int(k) for k in ks)}), metric, bootstrap, confidence, seed)
 
 

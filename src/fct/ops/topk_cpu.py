@@ -48,7 +48,7 @@ class Shadow:
 def _shift(gallery: Rows, metric: str) -> Any:
     """The mean of a sample, for cosine of its normalised rows. Any vector is right; a mean makes the bound tight."""
     step = max(1, gallery.n // _SAMPLE)
-    values = gallery[:: step].float32() if gallery.scale is None else gallery[: min(gallery.n, _SAMPLE)].float32()
+    values = gallery[::step].float32() if gallery.scale is None else gallery[: min(gallery.n, _SAMPLE)].float32()
     if metric == "cosine":
         norm = np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
         values = values / np.where(norm > 0, norm, 1)
@@ -110,9 +110,6 @@ def topk_cpu(
     distances = np.empty((queries.n, k), np.float32)
     indices = np.empty((queries.n, k), np.int64)
     counts = {"rescored": 0, "exhausted": 0}
-    scan = (
-        (0, 0, 0) if shadow is None else (shadow.tiles.ctypes.data, shadow.meta.ctypes.data, shadow.shift.ctypes.data)
-    )
     for start in range(0, queries.n, _SLICE):
         part = queries[start : start + _SLICE]
         rescored, exhausted = _C.topk(
@@ -120,7 +117,9 @@ def topk_cpu(
             part.n,
             _rows(gallery),
             gallery.n,
-            *scan,
+            0 if shadow is None else shadow.tiles.ctypes.data,
+            0 if shadow is None else shadow.meta.ctypes.data,
+            0 if shadow is None else shadow.shift.ctypes.data,
             METRICS.index(metric),
             k,
             start if same_items else -1,
