@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,19 @@ def test_resumed_training_ends_with_the_same_weights(images: tuple[Any, Any], tm
 def test_bct_vectors_compare_with_the_old_ones(images: tuple[Any, Any], loss: str) -> None:
     x, y = images
     known = y < 2
-    old, head = train_supervised(x[known], y[known], classes=2, dim=16, loss=loss, config=QUICK, progress=False)
+    more: Any = {
+        "loss": loss,
+        "config": replace(QUICK, epochs=6),
+        "flip": False,
+        "progress": False,
+    }  # mirrored: class 1
+    old, head = train_supervised(x[known], y[known], classes=2, dim=16, **more)
     extended = old_classifier_for(old, head, Images(x, y), 4)
     torch.testing.assert_close(extended.prototypes[:2], head.prototypes.detach())  # type: ignore[index]
     mean = embed(old, x[y == 3]).mean(axis=0)
     direction = extended.prototypes[3].detach().numpy()  # type: ignore[index]
     assert float(mean @ direction / np.linalg.norm(mean) / np.linalg.norm(direction)) == pytest.approx(1, abs=1e-4)
-    new, _ = train_bct(x, y, classes=4, old_model=old, old_head=head, loss=loss, config=QUICK, progress=False)
+    new, _ = train_bct(x, y, classes=4, old_model=old, old_head=head, **more)
     gallery, queries = embed(old, x[known]), embed(new, x[known])
     hit = fct.topk(queries, gallery, 1, metric="cosine").indices[:, 0]
     assert (y[known][hit] == y[known]).mean() > 0.9
