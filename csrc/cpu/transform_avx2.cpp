@@ -9,6 +9,11 @@ namespace {
 struct Avx2 {
     using f = __m256;
     static constexpr int W = 8, kRows = 6, kHalf = 3, kCols = 16;
+    // The compiler loses track of the value.
+    template <class T>
+    static void hide(T& x) {
+        asm volatile("" : "+x"(x));
+    }
     static f load(const float* p) { return _mm256_loadu_ps(p); }
     static f set(float x) { return _mm256_set1_ps(x); }
     static f add(f a, f b) { return _mm256_add_ps(a, b); }

@@ -1,5 +1,6 @@
 // AVX-512 vectors, shared by the three AVX-512 files. Tile: 14 rows x 2 vectors = 28 accumulators, 2 weight vectors,
-// 1 broadcast: 31 of 32 registers, 16 loads for 28 multiply-adds.
+// 1 broadcast: 31 of 32 registers, 16 loads for 28 multiply-adds. The multiply-adds are written as assembly: GCC 12
+// spills the accumulators of the intrinsics, or moves them from register to register.
 #pragma once
 #include <immintrin.h>
 
@@ -11,6 +12,11 @@ namespace {
 struct Avx512 {
     using f = __m512;
     static constexpr int W = 16, kRows = 14, kHalf = 8, kCols = 32;
+    // The compiler loses track of the value.
+    template <class T>
+    static void hide(T& x) {
+        asm volatile("" : "+v"(x));
+    }
     static f load(const float* p) { return _mm512_loadu_ps(p); }
     static f set(float x) { return _mm512_set1_ps(x); }
     static f add(f a, f b) { return _mm512_add_ps(a, b); }
@@ -45,7 +51,10 @@ struct Avx512Fp32 {
     static operand bcast(const uint8_t* p) {
         return _mm512_broadcastss_ps(_mm_load_ss(reinterpret_cast<const float*>(p)));
     }
-    static acc fma(acc c, operand w, operand a) { return _mm512_fmadd_ps(w, a, c); }
+    static acc fma(acc c, operand w, operand a) {
+        asm("vfmadd231ps %1, %2, %0" : "+v"(c) : "v"(w), "v"(a));
+        return c;
+    }
     static __m512 to_float(acc c) { return c; }
 };
 
@@ -63,6 +72,15 @@ struct Avx512Integer {
     }
     static __m512 to_float(acc c) { return _mm512_cvtepi32_ps(c); }
 };
+
+#ifdef __AVX512VNNI__
+struct Avx512Vnni : Avx512Integer {
+    static acc fma(acc c, operand w, operand a) {
+        asm("vpdpbusd %1, %2, %0" : "+v"(c) : "v"(w), "v"(a));
+        return c;
+    }
+};
+#endif
 
 }  // namespace
 }  // namespace fct::cpu

@@ -7,18 +7,17 @@ namespace {
 
 struct Bf16 {
     using acc = __m512;
-    using operand = __m512bh;
+    using operand = __m512i;
     static constexpr bool kInteger = false;
     static constexpr int kGroup = 2;
     static acc zero() { return _mm512_setzero_ps(); }
-    static operand load(const uint8_t* p) { return (__m512bh)Avx512Integer::load(p); }
-    static operand bcast(const uint8_t* p) { return (__m512bh)Avx512Integer::bcast(p); }
-    static acc fma(acc c, operand w, operand a) { return _mm512_dpbf16_ps(c, w, a); }
+    static operand load(const uint8_t* p) { return Avx512Integer::load(p); }
+    static operand bcast(const uint8_t* p) { return Avx512Integer::bcast(p); }
+    static acc fma(acc c, operand w, operand a) {
+        asm("vdpbf16ps %1, %2, %0" : "+v"(c) : "v"(w), "v"(a));
+        return c;
+    }
     static __m512 to_float(acc c) { return c; }
-};
-
-struct Int8 : Avx512Integer {
-    static acc fma(acc c, operand w, operand a) { return _mm512_dpbusd_epi32(c, a, w); }
 };
 
 }  // namespace
@@ -27,7 +26,7 @@ void add_avx512_bf16_kernels(Kernels& kernels) {
     fill_shape<Avx512>(kernels);
     fill_precision<Avx512, Avx512Fp32>(kernels, Precision::fp32);
     fill_precision<Avx512, Bf16>(kernels, Precision::bf16);
-    fill_precision<Avx512, Int8>(kernels, Precision::int8);
+    fill_precision<Avx512, Avx512Vnni>(kernels, Precision::int8);
 }
 
 }  // namespace fct::cpu

@@ -24,11 +24,16 @@ namespace {
 
 constexpr int64_t kFlush = 16;
 
+// Where row 0 of a column lies in a tile of activations; row r is r * 64 bytes on.
 template <class V, Store kStore>
-inline void store_activation(uint8_t* tile, int rows_per_tile, int64_t column, int row, typename V::f value) {
-    constexpr int kSize = kStore == Store::f32 ? 4 : kStore == Store::bf16 ? 2 : 1;
-    constexpr int64_t kPerChunk = 64 / kSize;
-    uint8_t* to = tile + ((column / kPerChunk) * rows_per_tile + row) * 64 + (column % kPerChunk) * kSize;
+inline uint8_t* column_of(uint8_t* tile, uint64_t column) {
+    constexpr uint64_t kSize = kStore == Store::f32 ? 4 : kStore == Store::bf16 ? 2 : 1;
+    constexpr uint64_t kPerChunk = 64 / kSize;
+    return tile + column / kPerChunk * (V::kRows * 64) + column % kPerChunk * kSize;
+}
+
+template <class V, Store kStore>
+inline void store_activation(uint8_t* to, typename V::f value) {
     if constexpr (kStore == Store::f32) V::store_f32(to, value);
     if constexpr (kStore == Store::bf16) V::store_bf16(to, value);
     if constexpr (kStore == Store::u8) V::store_u8(to, value);
@@ -36,11 +41,14 @@ inline void store_activation(uint8_t* tile, int rows_per_tile, int64_t column, i
 
 // M rows of a tile times P panels beside each other.
 template <class V, class K, Store kStore, int M, int P>
-void tile(const TileArgs& t) {
+void tile(const TileArgs& args) {
+    const TileArgs t = args;  // a copy of our own, which no store can change
     constexpr int NV = V::kCols / V::W;
     constexpr int kStep = V::kCols * 4;
     typename K::acc acc[M][P * NV];
+#pragma GCC unroll 16
     for (int r = 0; r < M; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < P * NV; ++v) acc[r][v] = K::zero();
     typename V::f sums[M][P * NV];  // in memory, touched once in kFlush chunks
     const uint8_t* act = t.act;
@@ -56,25 +64,30 @@ void tile(const TileArgs& t) {
             if constexpr (M == V::kRows) {
                 for (int64_t i = 0; i < t.ahead_lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
             }
+            for (int quarter = 0; quarter < 4; ++quarter) {
 #pragma GCC unroll 4
-            for (int s = 0; s < 16; ++s) {
-                typename K::operand w[P * NV];
+                for (int s = 0; s < 4; ++s) {
+                    typename K::operand w[P * NV];
 #pragma GCC unroll 16
-                for (int v = 0; v < P * NV; ++v)
-                    w[v] = K::load(weights + (v / NV) * t.panel_bytes + s * kStep + (v % NV) * V::W * 4);
+                    for (int v = 0; v < P * NV; ++v)
+                        w[v] = K::load(weights + (v / NV) * t.panel_bytes + s * kStep + (v % NV) * V::W * 4);
 #pragma GCC unroll 16
-                for (int r = 0; r < M; ++r) {
-                    const typename K::operand a = K::bcast(act + r * 64 + s * 4);
+                    for (int r = 0; r < M; ++r) {
+                        const typename K::operand a = K::bcast(act + r * 64 + s * 4);
 #pragma GCC unroll 16
-                    for (int v = 0; v < P * NV; ++v) acc[r][v] = K::fma(acc[r][v], w[v], a);
+                        for (int v = 0; v < P * NV; ++v) acc[r][v] = K::fma(acc[r][v], w[v], a);
+                    }
                 }
+                act += 16;
+                weights += 4 * kStep;
             }
-            act += V::kRows * 64;
-            weights += 16 * kStep;
+            act += (V::kRows - 1) * 64;
         }
         if constexpr (!K::kInteger) {
             if (flushes) {
+#pragma GCC unroll 16
                 for (int r = 0; r < M; ++r)
+#pragma GCC unroll 16
                     for (int v = 0; v < P * NV; ++v) {
                         sums[r][v] = V::add(sums[r][v], acc[r][v]);
                         acc[r][v] = done < t.chunks ? K::zero() : sums[r][v];
@@ -86,7 +99,8 @@ void tile(const TileArgs& t) {
     const typename V::f lowest = V::set(t.lowest);
 #pragma GCC unroll 16
     for (int v = 0; v < P * NV; ++v) {
-        const int64_t column = v * V::W;
+        const int column = v * V::W;
+        uint8_t* const out = column_of<V, kStore>(t.out, static_cast<uint64_t>(t.column + column));
         const typename V::f bias = V::load(t.bias + column);
         typename V::f scale;
         if constexpr (kScaled) scale = V::load(t.scale + column);
@@ -98,7 +112,7 @@ void tile(const TileArgs& t) {
             } else {
                 value = V::add(value, bias);
             }
-            store_activation<V, kStore>(t.out, V::kRows, t.column + column, r, V::max_keeping_nan(value, lowest));
+            store_activation<V, kStore>(out + r * 64, V::max_keeping_nan(value, lowest));
         }
     }
 }
@@ -110,7 +124,7 @@ void put_row(const float* values, int64_t padded, const float* scale, const floa
         typename V::f value = V::load(values + j);
         if constexpr (kStore == Store::u8)
             value = V::max_keeping_nan(V::fma(value, V::load(scale + j), V::load(bias + j)), V::set(0.0f));
-        store_activation<V, kStore>(out, V::kRows, j, row, value);
+        store_activation<V, kStore>(column_of<V, kStore>(out, static_cast<uint64_t>(j)) + row * 64, value);
     }
 }
 
@@ -156,23 +170,23 @@ double peak_loop(int64_t rounds) {
     alignas(64) uint8_t seed[64];
     std::memset(seed, 0, sizeof seed);
     typename K::operand w = K::load(seed), a = K::bcast(seed);
-    for (int i = 0; i < kAccs; ++i) acc[i] = K::zero();
+#pragma GCC unroll 32
+    for (int i = 0; i < kAccs; ++i) {
+        acc[i] = K::zero();
+        V::hide(acc[i]);  // or the compiler sees that all accumulators are equal and keeps one
+    }
     for (int64_t k = 0; k < rounds; ++k) {
 #pragma GCC unroll 32
         for (int i = 0; i < kAccs; ++i) acc[i] = K::fma(acc[i], w, a);
-#if defined(__x86_64__)
-        asm volatile("" : "+x"(w), "+x"(a));
-#else
-        asm volatile("" : "+w"(w), "+w"(a));
-#endif
+        V::hide(w);
     }
-    for (int i = 0; i < kAccs; ++i) {
-        volatile float sink;
-        alignas(64) float lanes[16];
-        V::store_f32(lanes, K::to_float(acc[i]));
-        sink = lanes[0];
-        (void)sink;
-    }
+    typename V::f total = V::set(0.0f);
+#pragma GCC unroll 32
+    for (int i = 0; i < kAccs; ++i) total = V::add(total, K::to_float(acc[i]));
+    alignas(64) float lanes[16] = {};
+    V::store_f32(lanes, total);
+    volatile float sink = lanes[0];  // so that the loop cannot be left out
+    (void)sink;
     return 2.0 * K::kGroup * V::W * kAccs * static_cast<double>(rounds);
 }
 

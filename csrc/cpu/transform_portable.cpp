@@ -28,6 +28,17 @@ struct Portable {
 #else
     static constexpr int W = 4, kRows = 6, kHalf = 3, kCols = 8;
 #endif
+    // The compiler loses track of the value.
+    template <class T>
+    static void hide(T& x) {
+#if defined(__aarch64__)
+        asm volatile("" : "+w"(x));
+#elif defined(__x86_64__)
+        asm volatile("" : "+x"(x));
+#else
+        asm volatile("" : "+m"(x));
+#endif
+    }
     static f load(const float* p) { return load_as<f4>(p); }
     static f set(float x) { return f4{x, x, x, x}; }
     static f add(f a, f b) { return a + b; }
