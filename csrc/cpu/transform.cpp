@@ -21,9 +21,9 @@ namespace fct::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
-// Activations read and written by a block's widest layer: what fits a core's L2 (1 MB and more on the processors
-// with AVX-512, half of it elsewhere) beside the panel of weights in use.
-constexpr int64_t kBlockBytes = 640 << 10;
+// Activations read and written by a block's widest layer. Measured: from 2 to 12 tiles the speed differs by 3 %; many
+// spare the weights' way from L3 or memory, few keep the activations in L2.
+constexpr int64_t kBlockBytes = 2 << 20;
 constexpr int64_t kMaxBlockTiles = 8;
 constexpr int64_t kMaxInt8Inputs = 66311;  // 255 * 127 * 66311 < 2^31
 

@@ -67,6 +67,11 @@ void tile(const TileArgs& args) {
             for (int quarter = 0; quarter < 4; ++quarter) {
 #pragma GCC unroll 4
                 for (int s = 0; s < 4; ++s) {
+                    if constexpr (M == V::kRows) {  // from L2: weights 12 steps on, the next chunk's activations
+                        for (int line = 0; line < kStep; line += 64)
+                            __builtin_prefetch(weights + (s + 12) * kStep + line, 0, 3);
+                        __builtin_prefetch(act + (V::kRows + quarter * 4 + s) * 64 - quarter * 16, 0, 3);
+                    }
                     typename K::operand w[P * NV];
 #pragma GCC unroll 16
                     for (int v = 0; v < P * NV; ++v)
