@@ -1,0 +1,346 @@
+"""The fused C++ transformation against the float64 reference, on every instruction set this processor has."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fct
+from fct import _C, ref
+from fct.ops.quantise import layer_plans
+from fct.spaces import EmbeddingSpace
+from fct.training.precision import calibrate
+from fct.transformation import BRANCHES, Layer, Transformation
+
+ISAS = _C.isa_names[: _C.detected_isa() + 1]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("FCT_ISA", raising=False)
+    monkeypatch.delenv("FCT_BACKEND", raising=False)
+    yield
+
+
+def run(old: Any, side: Any, h: Transformation, isa: str, precision: str, **more: Any) -> Any:
+    os.environ["FCT_ISA"] = isa
+    try:
+        return fct.transform_batch(old, side, h, precision=precision, backend="cpu", **more)
+    finally:
+        del os.environ["FCT_ISA"]
+
+
+def chains(rng: np.random.Generator, widths: dict[str, list[int]], *, integers: bool = False, **more: Any) -> Any:
+    """A transformation of any depth: widths[branch] = [d_in, ..., d_out]."""
+
+    def layer(a: int, b: int, relu: bool) -> Layer:
+        if integers:
+            return Layer(
+                rng.integers(-1, 2, (b, a)).astype(np.float32), rng.integers(-2, 3, b).astype(np.float32), relu
+            )
+        weight = rng.standard_normal((b, a)) * np.sqrt(2 / a)
+        return Layer(weight.astype(np.float32), rng.standard_normal(b).astype(np.float32) * 0.1, relu)
+
+    parts = {}
+    for branch in BRANCHES:
+        w = widths[branch]
+        last = len(w) - 2
+        parts[branch] = tuple(layer(w[i], w[i + 1], branch != "mixer" or i != last) for i in range(last + 1))
+    return Transformation(
+        **parts,
+        old_space=EmbeddingSpace("old", widths["old"][0]),
+        new_space=EmbeddingSpace("new", widths["mixer"][-1]),
+        side_model="side",
+        **more,
+    )
+
+
+def emulate(old: Any, side: Any, h: Transformation) -> Any:
+    """The int8 plan in numpy, integers in int64: what every instruction set must compute, up to fp32 epilogues."""
+    plans = layer_plans(h, "int8")
+
+    def chain(x: Any, layers: Any) -> Any:
+        for plan in layers:
+            if plan.precision != "int8":
+                weight = ref_bf16(plan.weight) if plan.precision == "bf16" else plan.weight
+                x = (ref_bf16(x) if plan.precision == "bf16" else x) @ weight.astype(np.float64).T + plan.bias
+            else:
+                q = np.clip(np.rint(x * plan.in_mul.astype(np.float64) + plan.in_add), 0, 255)
+                x = (q @ plan.weight.astype(np.float64).T) * plan.scale + plan.bias
+            if plan.relu:
+                x = np.maximum(x, 0)
+        return x
+
+    joined = np.concatenate([chain(old, plans["old"]), chain(side, plans["side"])], axis=1)
+    return chain(joined, plans["mixer"])
+
+
+def ref_bf16(x: Any) -> Any:
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32).astype(np.float64)
+
+
+def worst(got: Any, want: Any) -> float:
+    return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    old=st.lists(st.integers(1, 70), min_size=2, max_size=3),
+    side=st.lists(st.integers(1, 70), min_size=2, max_size=3),
+    mixer=st.lists(st.integers(1, 97), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+    threads=st.integers(1, 3),
+)
+def test_integers_are_exact_in_fp32_and_bf16(
+    isa: str, n: int, old: list[int], side: list[int], mixer: list[int], seed: int, threads: int
+) -> None:
+    """Sums of small whole numbers have one right answer; two hidden layers stay within bf16's 8 bits."""
+    rng = np.random.default_rng(seed)
+    h = chains(rng, {"old": old[:2], "side": side[:2], "mixer": [old[1] + side[1], mixer[-1]]}, integers=True)
+    a = (rng.integers(0, 8, (n, h.d_old)) == 0).astype(np.float32)
+    b = (rng.integers(0, 8, (n, h.d_side)) == 0).astype(np.float32)
+    want = ref.transform(a, b, h)
+    for precision in ("fp32", "bf16"):
+        np.testing.assert_array_equal(run(a, b, h, isa, precision, threads=threads), want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    old=st.lists(st.integers(1, 97), min_size=2, max_size=4),
+    side=st.lists(st.integers(1, 97), min_size=2, max_size=4),
+    mixer=st.lists(st.integers(1, 131), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    normalise=st.booleans(),
+)
+def test_any_shape_is_as_exact_as_torch(
+    isa: str, n: int, old: list[int], side: list[int], mixer: list[int], seed: int, normalise: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    h = chains(rng, {"old": old, "side": side, "mixer": [old[-1] + side[-1], *mixer]}, normalise=normalise)
+    a = rng.standard_normal((n, h.d_old), dtype=np.float32)
+    b = rng.standard_normal((n, h.d_side), dtype=np.float32)
+    want = ref.transform(a, b, h)
+    depth = len(old) + len(mixer)
+    for precision, unit in (("fp32", 2**-24), ("bf16", 2**-9)):
+        torch_error = worst(fct.transform_batch(a, b, h, precision=precision, backend="torch"), want)
+        assert worst(run(a, b, h, isa, precision), want) <= 2 * torch_error + 2 * depth * unit
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dims", [(1, 1, 1, 1), (17, 5, 97, 129), (64, 31, 33, 200)])
+def test_int8_computes_its_plan(isa: str, dims: tuple[int, int, int, int], rng: np.random.Generator) -> None:
+    h = fct.Transformation.random(*dims[:3], inner=dims[3])
+    a = rng.standard_normal((33, dims[0]), dtype=np.float32)
+    b = rng.standard_normal((33, dims[1]), dtype=np.float32)
+    h = calibrate(h, a, b)
+    want = emulate(a, b, h)
+    got = run(a, b, h, isa, "int8")
+    # A value at the middle between two steps may round either way in fp32: a few in a thousand, one step each.
+    assert worst(got, want) < 5e-3
+    assert worst(got, ref.transform(a, b, h)) < 0.06
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_bits_do_not_depend_on_threads_or_batch(isa: str, precision: str, rng: np.random.Generator) -> None:
+    h = fct.Transformation.random(23, 40, 50, inner=600)
+    a = rng.standard_normal((259, 23), dtype=np.float32)
+    b = rng.standard_normal((259, 40), dtype=np.float32)
+    h = calibrate(h, a, b)
+    whole = run(a, b, h, isa, precision, threads=1)
+    for threads in (2, 3, 7):
+        np.testing.assert_array_equal(run(a, b, h, isa, precision, threads=threads), whole)
+    for start, count in ((0, 1), (3, 2), (9, 3), (11, 5), (20, 8), (31, 13), (40, 14), (50, 15), (100, 113), (258, 1)):
+        part = slice(start, start + count)
+        for threads in (1, 2):
+            np.testing.assert_array_equal(run(a[part], b[part], h, isa, precision, threads=threads), whole[part])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_dtypes_scales_and_strides(isa: str, rng: np.random.Generator) -> None:
+    import torch
+
+    h = fct.Transformation.random(19, 11, 21, inner=40)
+    wide = rng.standard_normal((25, 64), dtype=np.float32)
+    a, b = wide[:, 3:22], wide[:, 40:51]  # rows apart, starts off any vector's boundary
+    plain = run(np.ascontiguousarray(a), np.ascontiguousarray(b), h, isa, "fp32")
+    np.testing.assert_array_equal(run(a, b, h, isa, "fp32"), plain)
+    f16 = a.astype(np.float16)
+    np.testing.assert_array_equal(
+        run(f16, b, h, isa, "fp32"), run(f16.astype(np.float32), np.ascontiguousarray(b), h, isa, "fp32")
+    )
+    bf16 = torch.from_numpy(a.copy()).bfloat16()
+    np.testing.assert_array_equal(
+        run(bf16, torch.from_numpy(b.copy()), h, isa, "fp32").numpy(), run(bf16.float().numpy(), b, h, isa, "fp32")
+    )
+    values = rng.integers(-127, 128, (25, 19)).astype(np.int8)
+    for scale in (np.float32(0.02), rng.random(25, np.float32) + 0.01, rng.random((1, 19), np.float32) + 0.01):
+        rows = scale[:, None] if np.ndim(scale) == 1 else scale
+        want = run(values * np.asarray(rows, np.float32), b, h, isa, "fp32")
+        np.testing.assert_array_equal(run(fct.ScaledInt8(values, scale), b, h, isa, "fp32"), want)
+    out16 = np.zeros((25, 40), np.float16)
+    run(a, b, h, isa, "fp32", out=out16[:, 5:26])
+    np.testing.assert_array_equal(out16[:, 5:26], plain.astype(np.float16))
+    assert not out16[:, :5].any()
+    assert not out16[:, 26:].any()
+    outb = torch.zeros(25, 21, dtype=torch.bfloat16)
+    run(torch.from_numpy(a.copy()), torch.from_numpy(b.copy()), h, isa, "fp32", out=outb)
+    assert torch.equal(outb, torch.from_numpy(plain).bfloat16())
+    for scale in (0.05, rng.random(25, np.float32) + 0.01, rng.random((1, 21), np.float32) + 0.01):
+        rows = scale[:, None] if np.ndim(scale) == 1 else scale
+        out8 = fct.ScaledInt8(np.zeros((25, 21), np.int8), scale)
+        run(a, b, h, isa, "fp32", out=out8)
+        want8 = np.clip(np.rint(plain / np.asarray(rows, np.float32)), -127, 127).astype(np.int8)
+        np.testing.assert_array_equal(out8.values, want8)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_half_converts(isa: str) -> None:
+    """All 63,488 finite float16 in and out through the identity."""
+    eye = Layer(np.eye(1, dtype=np.float32), np.zeros(1, np.float32), False)
+    h = Transformation(
+        old=(eye,), side=(eye,), mixer=(Layer(np.array([[1.0, 0.0]], np.float32), np.zeros(1, np.float32), False),),
+        old_space=EmbeddingSpace("o", 1), new_space=EmbeddingSpace("n", 1), side_model="s",
+    )  # fmt: skip
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)][:, None]
+    zeros = np.zeros_like(every)
+    np.testing.assert_array_equal(run(every, zeros, h, isa, "fp32"), every.astype(np.float32))
+    out = np.ones_like(every)
+    run(every, zeros, h, isa, "fp32", out=out)
+    np.testing.assert_array_equal(out, every)
+    between = (every[:-1].astype(np.float32) + every[1:].astype(np.float32)) / 2
+    big = np.array([[65519.9], [65520.0], [1e30], [-1e30], [1e-8], [3e-8]], np.float32)
+    x = np.concatenate([between, big]).astype(np.float32)
+    out = np.ones(x.shape, np.float16)
+    run(x, np.zeros_like(x), h, isa, "fp32", out=out)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(out, x.astype(np.float16))
+
+
+def test_no_read_past_the_last_row() -> None:
+    """Rows that end where the mapped memory ends: a read of one byte more would be the end of the process."""
+    code = """
+import ctypes, mmap, sys
+import numpy as np
+import fct
+from fct import _C
+from fct.training.precision import calibrate
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+page = mmap.PAGESIZE
+def guarded(n, d, dtype):
+    size = n * d * np.dtype(dtype).itemsize
+    pages = -(-size // page)
+    area = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert libc.mprotect(start + pages * page, page, 0) == 0
+    return np.frombuffer(area, dtype, n * d, pages * page - size).reshape(n, d)
+import os
+rng = np.random.default_rng(0)
+for d_old, d_side, d_new, inner in ((7, 3, 5, 9), (64, 33, 31, 40)):
+    h = fct.Transformation.random(d_old, d_side, d_new, inner=inner)
+    x = rng.standard_normal((50, d_old), dtype=np.float32), rng.standard_normal((50, d_side), dtype=np.float32)
+    h = calibrate(h, *x)
+    for isa in _C.isa_names[: _C.detected_isa() + 1]:
+        os.environ["FCT_ISA"] = isa
+        for precision in ("fp32", "bf16", "int8"):
+            for n in (1, 3, 15, 29):
+                for dtype in (np.float32, np.float16):
+                    old, side, out = guarded(n, d_old, dtype), guarded(n, d_side, dtype), guarded(n, d_new, dtype)
+                    old[:] = x[0][:n]; side[:] = x[1][:n]
+                    fct.transform_batch(old, side, h, out=out, precision=precision, backend="cpu")
+print("survived")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "survived", (done.returncode, done.stderr[-2000:])
+    assert mmap.PAGESIZE > 0
+
+
+def test_ctrl_c_stops_a_long_call_within_a_second() -> None:
+    h = fct.Transformation.random(128, 128, 128)
+    x = np.zeros((400_000, 128), np.float32)
+    out = np.empty_like(x)
+    fct.transform_batch(x[:100], x[:100], h, precision="fp32", backend="cpu")  # packed
+    sent = []
+
+    def press() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(0.5, press)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        fct.transform_batch(x, x, h, out=out, precision="fp32", backend="cpu", threads=2)
+    assert time.monotonic() - sent[0] < 1.0
+    timer.join()
+    got = fct.transform_batch(x[:3], x[:3], h, precision="fp32", backend="cpu")  # and all works on
+    np.testing.assert_allclose(got, ref.transform(x[:3], x[:3], h), rtol=1e-3, atol=1e-4)
+
+
+def test_a_forked_child_and_several_callers_at_once(rng: np.random.Generator) -> None:
+    h = fct.Transformation.random(16, 16, 16, inner=200)
+    x = rng.standard_normal((2000, 16), dtype=np.float32)
+    want = fct.transform_batch(x, x, h, precision="fp32", backend="cpu", threads=3)
+    child = os.fork()
+    if child == 0:
+        same = (fct.transform_batch(x, x, h, precision="fp32", backend="cpu", threads=3) == want).all()
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    results: list[Any] = []
+
+    def call() -> None:
+        for _ in range(5):
+            results.append(fct.transform_batch(x, x, h, precision="fp32", backend="cpu", threads=2))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(results) == 20
+    for got in results:
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_wrong_answer_would_be_seen(rng: np.random.Generator) -> None:
+    """The measure itself: rows swapped, a column shifted, one value off must all exceed what the tests allow."""
+    h = fct.Transformation.random(20, 20, 20, inner=30)
+    x = rng.standard_normal((20, 20), dtype=np.float32)
+    want = ref.transform(x, x, h)
+    off = want.copy()
+    off[3, 4] += 1
+    for bad in (want[::-1], np.roll(want, 1, axis=1), off):
+        assert worst(bad, want) > 1e-2
+
+
+def test_int8_says_what_it_lacks() -> None:
+    h = fct.Transformation.random(4, 4, 4, inner=4)
+    with pytest.raises(fct.FctError, match="no activation ranges for old.0"):
+        fct.transform_batch(
+            np.ones((1, 4), np.float32), np.ones((1, 4), np.float32), h, precision="int8", backend="cpu"
+        )
+
+
+def test_an_unknown_level_is_refused() -> None:
+    h = fct.Transformation.random(4, 4, 4, inner=4)
+    with pytest.raises(ValueError, match="FCT_ISA: expected one of portable"):
+        run(np.ones((1, 4), np.float32), np.ones((1, 4), np.float32), h, "mmx", "fp32")
