@@ -39,7 +39,8 @@ class Packed:
     """h's weights in the kernels' layout for one instruction-set level."""
 
     def __init__(self, h: Transformation, precision: str, level: int) -> None:
-        plans = layer_plans(h, precision)  # alive until they are packed
+        fine = "bf16" if level >= _C.isa_names.index("avx512-bf16") else "fp32"  # what the level is fast in
+        plans = layer_plans(h, precision, fine=fine)  # alive until they are packed
         self.handle = _C.PackedTransform(
             [_layer(p) for p in plans["old"]],
             [_layer(p) for p in plans["side"]],

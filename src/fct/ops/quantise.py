@@ -17,9 +17,13 @@ import numpy as np
 
 from fct.transformation import BRANCHES, Layer, Transformation
 
-__all__ = ["ALPHA", "LayerPlan", "layer_plans", "why_not_int8"]
+__all__ = ["ALPHA", "FINE_SHARE", "LayerPlan", "fine_layers", "layer_plans", "why_not_int8"]
 
 ALPHA = 0.5
+# In "int8" the first layers of the branches stay in bf16, in this order, as long as they are at most this share of the
+# operations: their inputs are the rows themselves, whose rounding costs the most (docs/performance.md), and with
+# the paper's h both branches are 3.4 % of the work.
+FINE_SHARE = 0.15
 # int32 sums cannot overflow below 2^31 / (255 * 127) inputs.
 _MOST_INPUTS = 66311
 
@@ -52,12 +56,28 @@ def why_not_int8(h: Transformation) -> list[str]:
     return why
 
 
-def layer_plans(h: Transformation, precision: str) -> dict[str, list[LayerPlan]]:
-    """The layers of each branch as the kernels take them."""
+def fine_layers(h: Transformation) -> set[str]:
+    """Names of the layers that "int8" leaves in a finer precision."""
+    found: set[str] = set()
+    left = FINE_SHARE * h.flop_per_row
+    for i in range(max(len(h.old), len(h.side))):
+        step = {f"{branch}.{i}": getattr(h, branch)[i] for branch in ("old", "side") if i < len(getattr(h, branch))}
+        left -= sum(2 * layer.weight.size for layer in step.values())
+        if left < 0:
+            break
+        found |= set(step)
+    return found
+
+
+def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, list[LayerPlan]]:
+    """The layers of each branch as the kernels take them; ``fine`` is what :func:`fine_layers` of "int8" run in."""
     plans: dict[str, list[LayerPlan]] = {branch: [] for branch in BRANCHES}
+    kept = fine_layers(h) if precision == "int8" else set()
     for name, layer in h.layers():
         branch = name.partition(".")[0]
-        if precision == "int8":
+        if name in kept:
+            plans[branch].append(LayerPlan(layer.weight, layer.bias, layer.relu, fine))
+        elif precision == "int8":
             plans[branch].append(_int8(layer, h.calibration[name]))
         else:
             plans[branch].append(LayerPlan(layer.weight, layer.bias, layer.relu, precision))

@@ -86,9 +86,11 @@ def interleave(
     finally:
         if enabled:
             gc.enable()
-    return {
-        name: Timing(*(float(q) for q in np.quantile(t, (0.5, 0.2, 0.8))), calls=turns) for name, t in times.items()
-    }
+    found = {}
+    for name, spent in times.items():
+        median, p20, p80 = (float(q) for q in np.quantile(spent, (0.5, 0.2, 0.8)))
+        found[name] = Timing(median, p20, p80, turns)
+    return found
 
 
 def timing_fields(timing: Timing, *, rows: int | None = None, flop: float | None = None) -> dict[str, Any]:
