@@ -1,0 +1,100 @@
+"""Fitting h: the paper's recipe against a plain torch loop, epoch by epoch; and our default against the paper's.
+
+Pairs made from one latent vector: old and side-information each see a part of it, new sees all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fct.report.measure import interleave, timing_fields
+from fct.training.config import auto_config, paper_config
+from fct.training.module import TransformationModule
+from fct.training.pairs import check_pairs
+from fct.training.transformation import _Fit, fit_transformation
+
+N, HELD, DIM = 20_000, 2_000, 128
+
+
+def make_pairs(n: int, deviation: float, seed: int = 0) -> list[Any]:
+    rng = np.random.default_rng(seed)
+
+    def network(d_in: int, d_out: int) -> Callable[[Any], Any]:
+        first = rng.standard_normal((d_in, 256)) / np.sqrt(d_in)
+        second = rng.standard_normal((256, d_out)) / 16
+        return lambda z: np.maximum(z @ first, 0) @ second
+
+    z = rng.standard_normal((n, 64))
+    noise = 0.02 * rng.standard_normal((2, n, DIM))
+    arrays = [network(40, DIM)(z[:, :40]) + noise[0], network(40, DIM)(z[:, 24:]) + noise[1], network(64, DIM)(z)]
+    unit = [a - a.mean(0) for a in arrays]
+    unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in unit]
+    return [(a / a.std() * deviation).astype(np.float32) for a in unit]
+
+
+def plain_epoch(module: Any, optimiser: Any, data: tuple[torch.Tensor, ...], batch: int) -> None:
+    """The loop anybody would write, on tensors that are already there."""
+    old, side, new = data
+    module.train()
+    for index in torch.randperm(len(old)).split(batch):
+        loss = torch.nn.functional.mse_loss(module(old[index], side[index]), new[index])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("rows", [N])
+def test_epoch(rows: int, record: Callable[..., None], threads: int) -> None:
+    pairs = check_pairs(*make_pairs(rows, 1.0))
+    held = pairs.sample(512, 0)
+    data = pairs.loaded()
+    cpu = torch.device("cpu")
+    fits = {
+        "fct, paper recipe (fp32)": _Fit(pairs, held, replace(paper_config(), freeze_norm_at=1.0), 0, cpu, data),
+        "fct, auto recipe": _Fit(pairs, held, auto_config(), 0, cpu, data),
+    }
+    # Peers: torch's own Adam at its best setting (fused), fp32 and bf16 autocast.
+    tensors = tuple(torch.from_numpy(a) for a in data)
+    plain = TransformationModule(DIM, DIM, DIM, 2048)
+    adam = torch.optim.Adam(plain.parameters(), lr=5e-4, weight_decay=3e-5, fused=True)
+    calls: dict[str, Callable[[], Any]] = {name: fit._one_epoch for name, fit in fits.items()}
+    calls["plain torch loop (fp32)"] = lambda: plain_epoch(plain, adam, tensors, 1024)
+    before = [p.clone() for p in plain.parameters()]
+    timings = interleave(calls, rounds=3, seconds=1)
+    assert any(not torch.equal(a, b) for a, b in zip(before, plain.parameters(), strict=True))
+    flop = 3 * 2 * sum(p.numel() for p in plain.parameters() if p.ndim == 2) * rows  # forward, and twice backward
+    base = timings["plain torch loop (fp32)"].median
+    for name, timing in timings.items():
+        fields = timing_fields(timing, rows=rows, flop=flop)
+        record("fit, one epoch", what=name, rows=rows, threads=threads, against_plain=base / timing.median, **fields)
+
+
+@pytest.mark.parametrize("deviation", [1.0, 0.05])
+def test_recipes(deviation: float, record: Callable[..., None], threads: int, full: bool) -> None:
+    """The paper's 80 epochs with --full; otherwise 8 of them, enough to see where it stands after auto's whole time."""
+    old, side, new = make_pairs(N + HELD, deviation)
+    held = (old[N:], side[N:], new[N:])
+    paper = paper_config() if full else replace(paper_config(), epochs=8)
+    for name, config in (("auto", auto_config()), (f"paper, {paper.epochs} epochs", paper)):
+        begun = time.perf_counter()
+        reached: list[float] = []
+        h = fit_transformation(
+            old[:N],
+            side[:N],
+            new[:N],
+            validation=held,
+            config=config,
+            progress=False,
+            on_epoch=lambda r, seen=reached, start=begun: seen.append(time.perf_counter() - start),  # type: ignore[misc]
+        )
+        share = h.info["validation"]["mse"] / deviation**2
+        fields = {"validation_mse": share, "r2": h.info["validation"]["r2"], "s": reached[-1]}
+        record("fit, recipes", what=name, deviation=deviation, rows=N, threads=threads, **fields)
+        assert np.isfinite(share)
