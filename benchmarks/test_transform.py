@@ -1,0 +1,266 @@
+"""The transformation: ours and every peer at its best setting, on the same rows and threads, in one run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fct
+from fct import _C, ref
+from fct.arrays import rows_of
+from fct.ops.cpu import Packed
+from fct.report.measure import Peaks, interleave, timing_fields
+from fct.training.precision import calibrate
+from fct.transformation import Transformation
+
+# Error against the float64 reference, relative to the output's spread, that counts as the same result.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-1}
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def make(d: int, inner: int, rows: int) -> tuple[Transformation, Any, Any]:
+    rng = np.random.default_rng(0)
+    h = Transformation.random(d, d, d, inner=inner)
+    old, side = rng.standard_normal((2, rows, d), dtype=np.float32)
+    return calibrate(h, old[:1024], side[:1024]), old, side
+
+
+def ours(h: Transformation, old: Any, side: Any, precision: str, threads: int) -> Callable[[], Any]:
+    packed = Packed(h, precision, _C.detected_isa())
+    out = np.empty((len(old), h.d_new), np.float32)
+    views = rows_of(old, "old"), rows_of(side, "side"), rows_of(out, "out", finite=False)
+
+    def call() -> Any:
+        packed.run(*views, threads=threads)
+        return out
+
+    return call
+
+
+def torch_module(h: Transformation, dtype: Any, *, convolutions: bool = False) -> Any:
+    """h in plain torch: folded linear layers, or the reference code's 1x1 convolutions with batch norm beside them."""
+    import torch
+    from torch import nn
+
+    def chain(layers: Any) -> Any:
+        parts: list[Any] = []
+        for layer in layers:
+            if convolutions:
+                part: Any = nn.Conv2d(layer.d_in, layer.d_out, 1)
+                part.weight.data = torch.from_numpy(layer.weight.copy())[:, :, None, None]
+            else:
+                part = nn.Linear(layer.d_in, layer.d_out)
+                part.weight.data = torch.from_numpy(layer.weight.copy())
+            part.bias.data = torch.from_numpy(layer.bias.copy())
+            parts.append(part)
+            if convolutions and layer.relu:
+                parts.append(nn.BatchNorm2d(layer.d_out, eps=0.0))
+            if layer.relu:
+                parts.append(nn.ReLU())
+        return nn.Sequential(*parts)
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.old, self.side, self.mixer = chain(h.old), chain(h.side), chain(h.mixer)
+
+        def forward(self, a: Any, b: Any) -> Any:
+            if convolutions:
+                a, b = a[:, :, None, None], b[:, :, None, None]
+            y = self.mixer(torch.cat([self.old(a), self.side(b)], 1))
+            return y.flatten(1) if convolutions else y
+
+    return Module().eval().to(dtype)
+
+
+def torch_peer(
+    h: Transformation, old: Any, side: Any, precision: str, *, compiled: bool = False, convolutions: bool = False
+) -> Callable[[], Any]:
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    module = torch_module(h, dtype, convolutions=convolutions)
+    if compiled:
+        module = torch.compile(module, mode="max-autotune-no-cudagraphs")
+    a, b = torch.from_numpy(old), torch.from_numpy(side)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return module(a.to(dtype), b.to(dtype)).float().numpy()
+
+    return call
+
+
+def onnx_peer(h: Transformation, old: Any, side: Any, threads: int, folder: Path, *, int8: bool) -> Callable[[], Any]:
+    import onnxruntime
+
+    path = folder / "h.onnx"
+    if not path.is_file():
+        h.to_onnx(path)
+    if int8:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantised = folder / "h.int8.onnx"
+        quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, per_channel=True)
+        path = quantised
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = dict(zip([i.name for i in session.get_inputs()], (old, side), strict=True))
+    return lambda: session.run(None, feed)[0]
+
+
+def openvino_peer(
+    h: Transformation, old: Any, side: Any, threads: int, folder: Path, precision: str
+) -> Callable[[], Any]:
+    import openvino
+
+    path = folder / "h.onnx"
+    if not path.is_file():
+        h.to_onnx(path)
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    names = [i.any_name for i in model.inputs]
+    model.reshape({name: list(x.shape) for name, x in zip(names, (old, side), strict=True)})
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+    request = compiled.create_infer_request()
+    feed = dict(zip(names, (old, side), strict=True))
+
+    def call() -> Any:
+        request.infer(feed, share_inputs=True, share_outputs=True)
+        return request.get_output_tensor(0).data
+
+    return call
+
+
+def peers(h: Transformation, old: Any, side: Any, threads: int, folder: Path) -> dict[tuple[str, str], Any]:
+    """(name, precision) -> how to make the call."""
+    return {
+        ("reference code (eager 1x1 convolutions)", "fp32"): lambda: torch_peer(
+            h, old, side, "fp32", convolutions=True
+        ),
+        ("torch folded", "fp32"): lambda: torch_peer(h, old, side, "fp32"),
+        ("torch folded", "bf16"): lambda: torch_peer(h, old, side, "bf16"),
+        ("torch.compile", "fp32"): lambda: torch_peer(h, old, side, "fp32", compiled=True),
+        ("torch.compile", "bf16"): lambda: torch_peer(h, old, side, "bf16", compiled=True),
+        ("ONNX Runtime", "fp32"): lambda: onnx_peer(h, old, side, threads, folder, int8=False),
+        ("ONNX Runtime dynamic", "int8"): lambda: onnx_peer(h, old, side, threads, folder, int8=True),
+        ("OpenVINO", "fp32"): lambda: openvino_peer(h, old, side, threads, folder, "fp32"),
+        ("OpenVINO", "bf16"): lambda: openvino_peer(h, old, side, threads, folder, "bf16"),
+    }
+
+
+def error_of(got: Any, want: Any) -> float:
+    return float(np.sqrt(np.mean((got - want) ** 2) / np.var(want)))
+
+
+@pytest.mark.parametrize("rows", [4096, 1])
+def test_against_peers(
+    rows: int, peaks: Peaks, threads: int, record: Callable[..., None], tmp_path: Path, benchmark: Any
+) -> None:
+    """The paper's h, 128 dimensions in and out, inner 2048: everybody."""
+    h, old, side = make(128, 2048, rows)
+    want = ref.transform(old[:256], side[:256], h)
+    calls: dict[tuple[str, str], Callable[[], Any]] = {
+        ("fct", precision): ours(h, old, side, precision, threads) for precision in BYTES
+    }
+    calls[("fct, one thread", "bf16")] = ours(h, old, side, "bf16", 1)
+    calls[("fct, one thread", "fp32")] = ours(h, old, side, "fp32", 1)
+    calls[("fct, one thread", "int8")] = ours(h, old, side, "int8", 1)
+    missing: dict[tuple[str, str], str] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for key, build in peers(h, old, side, threads, tmp_path).items():
+            try:
+                calls[key] = build()
+                calls[key]()
+            except Exception as error:
+                missing[key] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    for (name, precision), call in calls.items():
+        error = error_of(call()[:256], want)
+        assert error < TOLERANCE[precision], f"{name} ({precision}): error {error:.1e} against the reference"
+    times = interleave({f"{a}|{b}": call for (a, b), call in calls.items()}, seconds=2.0, rounds=7)
+    for (name, precision), _ in calls.items():
+        fields = timing_fields(times[f"{name}|{precision}"], rows=rows, flop=h.flop_per_row * rows)
+        moved = h.parameters * BYTES[precision] + rows * 4 * (h.d_old + h.d_side + h.d_new)
+        record(
+            "transform",
+            peer=name,
+            precision=precision,
+            rows=rows,
+            threads=1 if "one thread" in name else threads,
+            **fields,
+            share_of_peak=fields["gflops"] * 1e9 / peaks.ops[precision] * (threads if "one thread" in name else 1),
+            flop_per_byte=h.flop_per_row * rows / moved,
+            status="ok",
+        )
+    for (name, precision), why in missing.items():
+        record("transform", peer=name, precision=precision, rows=rows, threads=threads, status=why)
+    benchmark.extra_info["rows"] = rows
+    benchmark.pedantic(calls[("fct", "bf16")], rounds=5, iterations=1, warmup_rounds=1)
+
+
+def test_one_row_against_reading_the_weights(peaks: Peaks, threads: int, record: Callable[..., None]) -> None:
+    """The floor of a single query's latency: every packed weight must be read once."""
+    h, old, side = make(128, 2048, 1)
+    for precision in BYTES:
+        packed = Packed(h, precision, _C.detected_isa())
+        calls = {
+            "row": ours(h, old, side, precision, threads),
+            "read": lambda packed=packed: packed.handle.read_weights(threads),
+        }
+        times = interleave(calls, seconds=0.5, rounds=50, most=2000)
+        megabytes = packed.handle.weight_bytes / 1e6
+        record(
+            "transform one row",
+            precision=precision,
+            ms=times["row"].median * 1e3,
+            ms_reading_weights=times["read"].median * 1e3,
+            ratio=times["row"].median / times["read"].median,
+            weights_mb=megabytes,
+            gb_per_s=megabytes / 1e3 / times["row"].median,
+        )
+
+
+@pytest.mark.parametrize("axis", ["rows", "dims", "inner"])
+def test_sweep(axis: str, full: bool, threads: int, record: Callable[..., None], tmp_path: Path) -> None:
+    """How cost grows with the batch, the dimensions and the inner width; torch beside us."""
+    grids: dict[str, list[tuple[int, int, int]]] = {
+        "rows": [(128, 2048, n) for n in (1, 8, 64, 512, 4096, 32768)],
+        "dims": [(d, 2048, 2048) for d in (128, 384, 768, 1536)],
+        "inner": [(128, inner, 4096) for inner in (256, 512, 1024, 2048, 4096)],
+    }
+    if full:
+        grids["rows"] += [(128, 2048, 262_144), (128, 2048, 1_000_000)]
+        grids["dims"] = [(d, 2048, 16_384) for d in (128, 384, 768, 1536)]
+    for d, inner, rows in grids[axis]:
+        h, old, side = make(d, inner, rows)
+        calls = {f"fct {precision}": ours(h, old, side, precision, threads) for precision in BYTES}
+        calls |= {f"torch folded {p}": torch_peer(h, old, side, p) for p in ("fp32", "bf16")}
+        want = ref.transform(old[:64], side[:64], h)
+        for name, call in calls.items():
+            assert error_of(call()[:64], want) < TOLERANCE[name.rpartition(" ")[2]], name
+        times = interleave(calls, seconds=0.7, rounds=3)
+        for name, timing in times.items():
+            fields = timing_fields(timing, rows=rows, flop=h.flop_per_row * rows)
+            record(f"transform {axis}", peer=name, rows=rows, d=d, inner=inner, threads=threads, **fields)
+
+
+def test_auto_is_what_the_artifact_allows(threads: int) -> None:
+    """The public call must reach the kernels that are measured here."""
+    h, old, side = make(128, 256, 100)
+    direct = ours(h, old, side, "fp32", threads)()
+    np.testing.assert_array_equal(fct.transform_batch(old, side, h, threads=threads), direct)
