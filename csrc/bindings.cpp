@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/checksum.h"
 #include "cpu/isa.h"
 #include "cpu/peaks.h"
 #include "cpu/rows.h"
@@ -210,6 +211,20 @@ void bind_topk(py::module_& m) {
         py::arg("precision"), py::arg("threads"), py::arg("isa"));
 }
 
+// ---- checksum ----
+void bind_checksum(py::module_& m) {
+    py::class_<fct::cpu::Xxh64>(m, "Xxh64")
+        .def(py::init<uint64_t>(), py::arg("seed") = 0)
+        .def(
+            "update",
+            [](fct::cpu::Xxh64& self, uintptr_t data, size_t bytes) {
+                py::gil_scoped_release release;
+                self.update(reinterpret_cast<const void*>(data), bytes);
+            },
+            py::arg("data"), py::arg("bytes"))
+        .def("digest", &fct::cpu::Xxh64::digest);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -230,4 +245,5 @@ PYBIND11_MODULE(_C, m) {
     bind_machine(m);
     bind_transform(m);
     bind_topk(m);
+    bind_checksum(m);
 }

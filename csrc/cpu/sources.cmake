@@ -36,3 +36,6 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set_source_files_properties(csrc/cpu/topk_avx512_vnni.cpp PROPERTIES
                               COMPILE_OPTIONS "${FCT_AVX512_FLAGS};-mavx512vnni;${FCT_TOPK_FLAGS}")
 endif()
+
+# ---- checksum ----
+list(APPEND FCT_CPU_SOURCES csrc/cpu/checksum.cpp)

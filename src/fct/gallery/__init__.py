@@ -1,0 +1,27 @@
+"""Where rows live: readers and writers for files, object stores, Lance and FAISS, and the interface for your own."""
+
+from fct.gallery.base import VECTOR_KEY, Batches, Destination, Output, Piece, Shard, Source
+from fct.gallery.location import Location, location_of
+from fct.gallery.spaces import tag_space
+from fct.gallery.stores import FORMATS, journal_location, open_destination, open_source
+from fct.gallery.vectors import VECTOR_FORMATS, vector_array, vector_block
+
+__all__ = [
+    "FORMATS",
+    "VECTOR_FORMATS",
+    "VECTOR_KEY",
+    "Batches",
+    "Destination",
+    "Location",
+    "Output",
+    "Piece",
+    "Shard",
+    "Source",
+    "journal_location",
+    "location_of",
+    "open_destination",
+    "open_source",
+    "tag_space",
+    "vector_array",
+    "vector_block",
+]

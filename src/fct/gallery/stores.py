@@ -1,0 +1,80 @@
+"""Which store a path means: by its suffix, by what lies in the folder, or by the name that the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fct.errors import FctError
+from fct.gallery.arrow import ArrowDestination, ArrowSource
+from fct.gallery.base import Destination, Source
+from fct.gallery.files import FileDestination, FileSource, find_files
+from fct.gallery.location import Location, location_of
+from fct.gallery.parquet import ParquetDestination, ParquetSource
+from fct.gallery.raw import BinDestination, BinSource, NpyDestination, NpySource
+
+__all__ = ["FORMATS", "journal_location", "open_destination", "open_source"]
+
+_SOURCES: tuple[type[FileSource], ...] = (NpySource, BinSource, ParquetSource, ArrowSource)
+_DESTINATIONS: dict[str, type[FileDestination]] = {
+    c.kind: c for c in (NpyDestination, BinDestination, ParquetDestination, ArrowDestination)
+}
+FORMATS = (*_DESTINATIONS, "lance")
+
+
+def open_source(
+    where: Any, *, filesystem: Any = None, storage_options: Mapping[str, Any] | None = None, name: str = "source"
+) -> Source:
+    """The gallery at ``where``: a file, a folder, a glob, a ``.lance`` dataset, or a Source, which is returned.
+
+    Raises:
+        FileNotFoundError: nothing there. FctError: files of several formats or of none that we read; an unfinished
+            backfill.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from fct.gallery import open_source
+        >>> folder = tempfile.mkdtemp()
+        >>> np.save(folder + "/a.npy", np.zeros((3, 8), np.float32))
+        >>> open_source(folder).pieces()[0].rows
+        3
+    """
+    if isinstance(where, Source):
+        return where
+    place = location_of(where, filesystem=filesystem, storage_options=storage_options, name=name)
+    if place.name.endswith(".lance"):
+        from fct.gallery.lance import LanceSource
+
+        return LanceSource(str(place), storage_options)
+    if (place / "_fct/job.json").exists() and not (place / "_fct/manifest.json").exists():
+        raise FctError(f"{name}: {place} is an unfinished backfill; run it to the end first")
+    files = find_files(place)
+    kinds = {kind: [f for f in files if f.path.endswith(kind.suffixes)] for kind in _SOURCES}
+    found = {kind: some for kind, some in kinds.items() if some}
+    if len(found) != 1 or sum(map(len, found.values())) != len(files):
+        endings = sorted({"." + f.name.rpartition(".")[2] for f in files})
+        known = ", ".join(s for kind in _SOURCES for s in kind.suffixes)
+        raise FctError(f"{name}: expected files of one format ({known} or .lance) at {place}, got {', '.join(endings)}")
+    ((kind, some),) = found.items()
+    return kind(place, some)
+
+
+def open_destination(
+    where: Any, format: str, *, filesystem: Any = None, storage_options: Mapping[str, Any] | None = None
+) -> Destination:
+    """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, or a Destination, as it is."""
+    if isinstance(where, Destination):
+        return where
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    place = location_of(where, filesystem=filesystem, storage_options=storage_options, name="destination")
+    if format == "lance":
+        from fct.gallery.lance import LanceDestination
+
+        return LanceDestination(str(place), storage_options)
+    return _DESTINATIONS[format](place)
+
+
+def journal_location(where: Location, format: str) -> Location:
+    """Where a backfill's journal lies: in the new gallery's folder, or beside a Lance dataset."""
+    return Location(where.fs, where.path.removesuffix(".lance") + ".fct") if format == "lance" else where / "_fct"

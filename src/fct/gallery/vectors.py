@@ -1,0 +1,179 @@
+"""Between an Arrow column and an (n, d) block of rows: the child buffer is taken as it lies, never row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fct.gallery.base import Batches
+
+__all__ = ["VECTOR_FORMATS", "VectorBlock", "rebatch", "vector_array", "vector_block", "vector_dim", "vector_type"]
+
+VECTOR_FORMATS = ("fixed_size_list", "list", "binary")
+_DTYPES = {pa.float32(): np.float32, pa.float16(): np.float16, pa.uint8(): np.uint8, pa.int8(): np.int8}
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class VectorBlock:
+    """values: (m, d) rows that have the right length, float32 or float16. rows: None when m is the column's length,
+    else the m row indices they come from. bad: reason by row index for the others."""
+
+    values: Array
+    rows: Array | None
+    bad: dict[int, str]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def vector_type(kind: pa.DataType) -> str | None:
+    """Which of VECTOR_FORMATS a column type is, or None when it cannot hold vectors."""
+    if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
+        return "fixed_size_list"
+    if _is_list(kind) and kind.value_type in _DTYPES:
+        return "list"
+    return "binary" if _is_binary(kind) else None
+
+
+def vector_dim(column: pa.Array, binary_dtype: str = "float32") -> int | None:
+    """Length of the column's vectors: its type's, else its first non-null row's; None when there is no such row."""
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size)
+    if pa.types.is_fixed_size_binary(kind):
+        return int(kind.byte_width // np.dtype(binary_dtype).itemsize)
+    for value in column:
+        if value.is_valid:
+            size = len(value.as_py()) if _is_binary(kind) else len(value.values)
+            return size // np.dtype(binary_dtype).itemsize if _is_binary(kind) else size
+    return None
+
+
+def vector_block(column: pa.Array, d: int, binary_dtype: str = "float32") -> VectorBlock:
+    """The column's rows as an (n, d) block, without a copy when every row is whole.
+
+    Rows that are null, hold a null or have another length are left out and named with the reason; whether values are
+    finite is the caller's to check. 8-bit integers become float32.
+
+    Raises:
+        ValueError: the column's type cannot hold vectors of d elements.
+    """
+    kind, n = column.type, len(column)
+    if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
+        if kind.list_size != d:
+            raise ValueError(f"vectors: expected {d} elements a row, got a column of {kind}")
+        child, starts, sizes, width = column.values, (column.offset + np.arange(n, dtype=np.int64)) * d, None, 1
+        dtype = _DTYPES[kind.value_type]
+    elif _is_list(kind) and kind.value_type in _DTYPES:
+        offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        child, starts, sizes, width = column.values, offsets[:-1], np.diff(offsets), 1
+        dtype = _DTYPES[kind.value_type]
+    elif _is_binary(kind):
+        dtype = np.dtype(binary_dtype).type
+        child, width = None, np.dtype(dtype).itemsize
+        if pa.types.is_fixed_size_binary(kind):
+            if kind.byte_width != d * width:
+                raise ValueError(f"vectors: expected {d} {binary_dtype} a row, got a column of {kind}")
+            starts, sizes = (column.offset + np.arange(n, dtype=np.int64)) * (d * width), None
+        else:
+            wide = np.int64 if pa.types.is_large_binary(kind) else np.int32
+            ends = column.buffers()[1]
+            offsets = (
+                np.frombuffer(ends, wide)[column.offset : column.offset + n + 1].astype(np.int64)
+                if ends is not None and n
+                else np.zeros(n + 1, np.int64)
+            )
+            starts, sizes = offsets[:-1], np.diff(offsets)
+    else:
+        raise ValueError(f"vectors: expected a list or binary column, got {kind}")
+
+    good = np.ones(n, dtype=bool)
+    bad: dict[int, str] = {}
+    if column.null_count:
+        null = np.asarray(column.is_null())
+        bad |= dict.fromkeys(np.flatnonzero(null).tolist(), "null")
+        good &= ~null
+    if sizes is not None:
+        wrong = good & (sizes != d * width)
+        for i in np.flatnonzero(wrong).tolist():
+            bad[i] = f"expected {d} elements, got {sizes[i] / width:g}"
+        good &= ~wrong
+    if child is not None and child.null_count:
+        hollow = np.concatenate([[0], np.cumsum(np.asarray(child.is_null()))])
+        where = np.flatnonzero(good)
+        torn = where[hollow[starts[where] + d] > hollow[starts[where]]]
+        bad |= dict.fromkeys(torn.tolist(), "holds a null element")
+        good[torn] = False
+
+    if child is not None:
+        buffer, first = child.buffers()[1], child.offset
+    else:
+        buffer, first = column.buffers()[-1], 0
+    flat = np.frombuffer(buffer if buffer is not None else b"", np.uint8 if child is None else dtype)
+    starts = starts + first
+    rows = None if good.all() else np.flatnonzero(good)
+    if rows is not None:
+        starts = starts[rows]
+    step = d * width
+    if len(starts) == 0:
+        values = np.empty((0, d), dtype)
+    elif starts[-1] - starts[0] == (len(starts) - 1) * step and (np.diff(starts) == step).all():
+        values = flat[starts[0] : starts[-1] + step]
+        if child is None:
+            values = values.view(dtype) if values.ctypes.data % width == 0 else np.frombuffer(values.tobytes(), dtype)
+        values = values.reshape(-1, d)
+    else:
+        values = np.empty((len(starts), step), flat.dtype)
+        for i, start in enumerate(starts.tolist()):
+            values[i] = flat[start : start + step]
+        values = values.view(dtype)
+    if values.dtype in (np.uint8, np.int8):
+        values = values.astype(np.float32)
+    return VectorBlock(values, rows, bad)
+
+
+def column_type(d: int, dtype: str, form: str) -> pa.DataType:
+    value = pa.float16() if dtype == "float16" else pa.float32()
+    if form == "fixed_size_list":
+        return pa.list_(value, d)
+    return pa.list_(value) if form == "list" else pa.binary(d * np.dtype(dtype).itemsize)
+
+
+def vector_array(values: Array, form: str = "fixed_size_list") -> pa.Array:
+    """(n, d) float32 or float16 as an Arrow column of one of VECTOR_FORMATS, without a copy."""
+    n, d = values.shape
+    values = np.ascontiguousarray(values)
+    kind = column_type(d, values.dtype.name, form)
+    if form == "binary":
+        return pa.FixedSizeBinaryArray.from_buffers(kind, n, [None, pa.py_buffer(values)])
+    child = pa.Array.from_buffers(kind.value_type, n * d, [None, pa.py_buffer(values)])
+    if form == "fixed_size_list":
+        return pa.FixedSizeListArray.from_arrays(child, type=kind)
+    offsets = pa.py_buffer(np.arange(0, (n + 1) * d, d, dtype=np.int32)[: n + 1])
+    return pa.Array.from_buffers(kind, n, [None, offsets], children=[child])
+
+
+def rebatch(batches: Batches, rows: int) -> Batches:
+    """The same rows in batches of exactly ``rows`` (the last may be shorter), however they were cut before."""
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        start = 0
+        while batch.num_rows - start:
+            take = min(rows - count, batch.num_rows - start)
+            held.append(batch.slice(start, take))
+            start, count = start + take, count + take
+            if count == rows:
+                yield held[0] if len(held) == 1 else pa.concat_batches(held)
+                held, count = [], 0
+    if held:
+        yield held[0] if len(held) == 1 else pa.concat_batches(held)
