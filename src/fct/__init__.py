@@ -13,6 +13,11 @@ from fct.errors import FctError, FctWarning, SpaceMismatchError
 
 if TYPE_CHECKING:
     from fct.arrays import ScaledInt8
+    from fct.backfilling.plan import BackfillPlan, plan_backfill
+    from fct.backfilling.run import BackfillReport
+    from fct.backfilling.run import backfill as backfill
+    from fct.backfilling.upgrading import UpgradingGallery
+    from fct.backfilling.verify import VerifyReport, verify_gallery
     from fct.info import build_info
     from fct.metrics import RetrievalMetrics, evaluate
     from fct.retrieval import PreparedGallery, TopK, prepare_gallery, topk

@@ -1,0 +1,469 @@
+"""plan_backfill: what a backfill would do, how long it takes, what it costs and what it would refuse."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fct.backfilling.job import BackfillError, Job, Journal
+from fct.backfilling.pipeline import RowMapper
+from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
+from fct.errors import FctError, SpaceMismatchError
+from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
+from fct.gallery.base import VECTOR_KEY, Destination
+from fct.gallery.spaces import SIDE_FILE
+from fct.gallery.stores import FORMATS
+from fct.gallery.vectors import VECTOR_FORMATS, vector_block, vector_dim, vector_type
+from fct.ops.dispatch import pick_transform
+from fct.spaces import EmbeddingSpace
+from fct.transformation import Transformation
+
+__all__ = ["BackfillPlan", "Resolved", "plan_backfill", "resolve"]
+
+_OLD_NAMES = ("old", "vector", "embedding", "emb", "features")
+_SIDE_NAMES = ("side", "side_info", "side_information")
+_SHARD_BYTES = 128 << 20
+_BATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class BackfillPlan:
+    """What :func:`plan_backfill` found out.
+
+    rows, bytes_in, bytes_out: of the whole gallery. free_bytes: None where the destination cannot say.
+    rows_per_second: of h on this machine, from a one-second measurement at ``precision`` on ``backend``.
+    seconds: predicted for ``workers`` machines like this one. cost_per_billion_rows: at ``price_per_hour`` for each.
+    nonfinite_share: rows of the sample that would go to rejects/.
+    refusals: every reason why the backfill would be refused; empty when it would run.
+    quality: expected retrieval quality on the pairs, None without. scores: how old and new scores compare.
+    """
+
+    source: str
+    destination: str
+    rows: int
+    shards: int
+    bytes_in: int
+    bytes_out: int
+    free_bytes: int | None
+    precision: str
+    backend: str
+    rows_per_second: float
+    workers: int
+    seconds: float
+    price_per_hour: float | None
+    cost_per_billion_rows: float | None
+    sample_rows: int
+    nonfinite_share: float
+    reject_reasons: Mapping[str, int]
+    refusals: tuple[str, ...]
+    gate_refusals: tuple[str, ...] = ()
+    quality: Quality | None = None
+    scores: ScoreShift | None = None
+    job: Job | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass
+class Resolved:
+    """A job and the open stores it is about."""
+
+    job: Job
+    source: Source
+    side: Source | None
+    destination: Destination
+    journal: Journal
+    h: Transformation
+    device: str
+
+
+def load_transformation(transformation: Any) -> Transformation:
+    if isinstance(transformation, (str, os.PathLike)):
+        return Transformation.load(transformation)
+    if not isinstance(transformation, Transformation):
+        raise TypeError(
+            f"transformation: expected an fct.Transformation or the path of one, got {type(transformation).__name__}"
+        )
+    return transformation
+
+
+def _pick_column(schema: pa.Schema, wanted: str, names: tuple[str, ...], what: str, without: str = "") -> str:
+    """The column asked for, or the only one that can hold vectors, or the one with a usual name."""
+    able = [f.name for f in schema if vector_type(f.type) and f.name != without]
+    if wanted != "auto":
+        if wanted not in schema.names:
+            raise ValueError(f"{what}: expected a column of the gallery ({', '.join(schema.names)}), got {wanted!r}")
+        if wanted not in able:
+            raise ValueError(f"{what}: expected a list or binary column, {wanted!r} is {schema.field(wanted).type}")
+        return wanted
+    marked = (schema.metadata or {}).get(VECTOR_KEY, b"").decode()
+    if names is _OLD_NAMES and marked in able:
+        return marked
+    usual = [n for n in able if n.lower() in names]
+    lists = [n for n in able if vector_type(schema.field(n).type) != "binary"]
+    for found in (usual, lists if names is _OLD_NAMES else [], able if names is _OLD_NAMES else []):
+        if len(found) == 1:
+            return found[0]
+    return "" if names is _SIDE_NAMES and not usual else _unclear(able, what)
+
+
+def _unclear(able: list[str], what: str) -> str:
+    raise ValueError(f"{what}: expected the name of a column, since several or none could be meant: {able}")
+
+
+def _require_space(source: Source, h: Transformation, old_model: str | None) -> None:
+    space = source.space
+    if space is None:
+        if old_model == h.old_space.model_id:
+            return
+        if old_model is not None:
+            raise SpaceMismatchError(
+                f"source: expected vectors of {h.old_space}, which this transformation was fitted for, got vectors of "
+                f"{old_model!r}"
+            )
+        raise SpaceMismatchError(
+            f"source: {source.url} does not say which model made its vectors; if it was {h.old_space}, pass "
+            f"old_model={h.old_space.model_id!r} (--old-model) or write it down once with fct.gallery.tag_space"
+        )
+    if old_model is not None and old_model != space.model_id:
+        raise SpaceMismatchError(f"old_model: expected {space.model_id!r}, which {source.url} says, got {old_model!r}")
+    if space == h.new_space and space != h.old_space:
+        raise SpaceMismatchError(
+            f"source: {source.url} already holds vectors of {space}, the new space: the map would run in the wrong "
+            f"direction; it goes from {h.old_space}"
+        )
+    h.old_space.require_same(space, f"source: {source.url}")
+
+
+def resolve(
+    source: Any,
+    destination: Any,
+    transformation: Any,
+    *,
+    side_source: Any = None,
+    vector_column: str = "auto",
+    side_column: str = "auto",
+    id_column: str = "auto",
+    keep_side_info: bool = False,
+    old_model: str | None = None,
+    format: str = "auto",
+    vector_format: str = "auto",
+    dtype: str = "auto",
+    binary_dtype: str = "float32",
+    scale: float = 1.0,
+    precision: str = "auto",
+    backend: str | None = None,
+    device: str = "cpu",
+    shard_rows: int | None = None,
+    batch_rows: int | None = None,
+    filesystem: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """Opens everything and settles every "auto"; raises for what can never run. See :func:`plan_backfill`."""
+    h = load_transformation(transformation)
+    access: dict[str, Any] = {"filesystem": filesystem, "storage_options": storage_options}
+    reader = open_source(source, **access)
+    schema = reader.schema
+    vector = _pick_column(schema, vector_column, _OLD_NAMES, "vector_column")
+    _require_space(reader, h, old_model)
+
+    side: Source | None = None
+    side_vector, side_name = "", ""
+    if h.uses_side_info:
+        if side_source is not None:
+            side = open_source(side_source, **access, name="side_source")
+            side_vector = _pick_column(side.schema, "auto", _OLD_NAMES + _SIDE_NAMES, "side_column")
+            if side.space is not None and side.space.model_id != h.side_model:
+                raise SpaceMismatchError(
+                    f"side_source: expected vectors of {h.side_model!r}, got vectors of {side.space}"
+                )
+        else:
+            side_name = _pick_column(schema, side_column, _SIDE_NAMES, "side_column", vector)
+            if not side_name:
+                raise BackfillError(
+                    f"side_source: expected side-information of {h.side_model!r}, which this transformation was fitted "
+                    f"with, as a column (side_column) or a gallery of its own (side_source); {reader.url} has "
+                    f"{', '.join(schema.names)}"
+                )
+    elif side_source is not None or side_column != "auto":
+        raise ValueError("side_source: expected none, since this transformation was fitted without side-information")
+
+    pieces = tuple(reader.pieces())
+    side_pieces = tuple(side.pieces()) if side else ()
+    rows = sum(p.rows for p in pieces)
+    if rows == 0:
+        raise BackfillError(f"source: expected at least one row, {reader.url} has none")
+    if side is not None and sum(p.rows for p in side_pieces) != rows:
+        raise BackfillError(
+            f"side_source: expected {rows} rows to match the source, got {sum(p.rows for p in side_pieces)}"
+        )
+
+    form = format
+    if form == "auto":
+        form = _format_of(destination, reader)
+    where = destination if isinstance(destination, Destination) else location_of(destination, name="destination", **access)
+    writer = open_destination(where, form, storage_options=storage_options)
+    place = where if isinstance(where, Location) else location_of(writer.url, storage_options=storage_options)
+    if isinstance(where, Location) and _same(where, reader):
+        raise ValueError("destination: expected another place than the source, which is never written to")
+    journal = Journal(journal_location(place, form), place)
+
+    known = vector_type(schema.field(vector).type)
+    if vector_format == "auto":
+        vector_format = known if known and form in ("parquet", "arrow") else "fixed_size_list"
+    if vector_format not in VECTOR_FORMATS:
+        raise ValueError(f"vector_format: expected one of {', '.join(VECTOR_FORMATS)}, got {vector_format!r}")
+    if binary_dtype not in ("float32", "float16"):
+        raise ValueError(f"binary_dtype: expected float32 or float16, got {binary_dtype!r}")
+    if dtype == "auto":
+        stored = schema.field(vector).type
+        half = stored.value_type == pa.float16() if known != "binary" else binary_dtype == "float16"
+        dtype = "float16" if half and form != "bin" else "float32"
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype: expected float32 or float16, got {dtype!r}")
+    if not np.isfinite(scale) or scale <= 0:
+        raise ValueError(f"scale: expected a positive number, got {scale!r}")
+    ids = id_column
+    if ids == "auto":
+        ids = next((n for n in ("id", "_id", "pk", "key", "uid") if n in schema.names), "")
+    elif ids and ids not in schema.names:
+        raise ValueError(f"id_column: expected a column of the gallery ({', '.join(schema.names)}), got {ids!r}")
+
+    stored_job = journal.job()
+    chosen, chosen_precision = _pick(h, precision, device, backend, stored_job)
+    width = 4 * (h.d_old + (h.d_side if h.uses_side_info else 0) + h.d_new)
+    job = Job(
+        source=reader.url,
+        destination=str(place),
+        format=form,
+        pieces=pieces,
+        vector=vector,
+        id_column=ids,
+        side=side.url if side else "",
+        side_pieces=side_pieces,
+        side_vector=side_vector,
+        side_column=side_name,
+        keep_side=keep_side_info,
+        transformation=h.fingerprint,
+        old_space=h.old_space,
+        new_space=h.new_space,
+        precision=chosen_precision,
+        backend=chosen,
+        dtype=dtype,
+        vector_format=vector_format,
+        binary_dtype=binary_dtype,
+        scale=scale,
+        shard_rows=_positive(shard_rows, "shard_rows") or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
+        batch_rows=_positive(batch_rows, "batch_rows") or max(256, 1 << int(np.log2(_BATCH_BYTES / width))),
+    )
+    return Resolved(job, reader, side, writer, journal, h, device)
+
+
+def _positive(value: int | None, name: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name}: expected a positive number of rows, got {value!r}")
+    return value
+
+
+def _pick(
+    h: Transformation, precision: str, device: str, backend: str | None, stored: Job | None
+) -> tuple[str, str]:
+    """(backend, precision); "auto" means what the job in the destination was begun with, where there is one."""
+    if stored is not None and stored.transformation == h.fingerprint and precision == "auto":
+        precision = stored.precision
+        if backend is None and device == "cpu":
+            try:
+                return pick_transform(h, precision, device, stored.backend)[0].name, precision
+            except (FctError, ValueError):
+                pass  # another machine: any backend computes the same function at this precision
+    picked, chosen = pick_transform(h, precision, device, backend)
+    return picked.name, chosen
+
+
+def _format_of(destination: Any, source: Source) -> str:
+    if isinstance(destination, Destination):
+        return destination.kind
+    if str(destination).rstrip("/").endswith(".lance"):
+        return "lance"
+    return source.kind if source.kind in FORMATS else "parquet"
+
+
+def _same(where: Location, source: Source) -> bool:
+    mine = getattr(source, "where", None)
+    return isinstance(mine, Location) and mine.path.rstrip("/") == where.path.rstrip("/") and mine.fs == where.fs
+
+
+def occupied(place: Location) -> list[str]:
+    """Names in a destination that no backfill of ours began."""
+    return [n for n in place.files() if n != SIDE_FILE]
+
+
+def plan_backfill(
+    source: Any,
+    destination: Any,
+    transformation: Any,
+    *,
+    workers: int = 1,
+    price_per_hour: float | None = None,
+    pairs: Any = None,
+    min_gap_closed: float | None = None,
+    min_recall: float | None = None,
+    sample_rows: int = 4096,
+    measure_seconds: float = 1.0,
+    threads: int | None = None,
+    **options: Any,
+) -> BackfillPlan:
+    """Reads metadata and a sample, measures h for a second, and says what a backfill would do. Writes nothing.
+
+    Args:
+        source: the old gallery: a folder, a glob or a file of Parquet, Arrow IPC, .npy, .fbin/.u8bin/.i8bin; a
+            ``.lance`` dataset; any of them at an fsspec URL; or your own :class:`fct.gallery.Source`.
+        destination: where the new gallery goes: a folder, a ``.lance`` path, or a :class:`fct.gallery.Destination`.
+        transformation: h, or the path of its .safetensors file.
+        workers: machines like this one, for the prediction. price_per_hour: of one, in your currency.
+        pairs: held-out pairs as an .npz path or a mapping with "old", "side" (where h needs it), "new" and, for
+            ``min_gap_closed``, "labels": (n, d) arrays, row i of each the same item.
+        min_gap_closed: least share of the gap closed, by mAP. min_recall: least recall@10 against new/new.
+        sample_rows: rows of the sample. measure_seconds: how long h is measured. threads: CPU threads.
+        options: side_source, vector_column, side_column, id_column, keep_side_info, old_model, format,
+            vector_format, dtype, binary_dtype, scale, precision, backend, device, shard_rows, batch_rows, filesystem,
+            storage_options; see docs/backfill.md.
+
+    Returns:
+        BackfillPlan; ``refusals`` holds every reason why the backfill would not run.
+
+    Raises:
+        ValueError, TypeError: a bad argument. FileNotFoundError: no gallery there. FctError: unreadable input.
+
+    Example:
+        >>> import fct, numpy as np, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> np.save(folder + "/old.npy", np.ones((100, 8), np.float32))
+        >>> h = fct.Transformation.random(8, 8, 4, inner=16, side_info=False)
+        >>> fct.plan_backfill(folder, folder + "-new", h, old_model="random-old", measure_seconds=0.01).rows
+        100
+    """
+    h = load_transformation(transformation)
+    quality = check_quality(h, pairs, min_gap_closed, min_recall) if pairs is not None else None
+    gate = quality.refusals if quality is not None else ()
+    if pairs is None and (min_gap_closed is not None or min_recall is not None):
+        raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
+    try:
+        found = resolve(source, destination, h, **options)
+    except FctError as error:
+        return _refused(str(source), str(destination), (str(error),), gate, quality)
+    job = found.job
+    refusals = list(gate)
+    stored = found.journal.job()
+    if stored is not None:
+        refusals += [f"destination: holds another backfill: {d}" for d in stored.differences(job)]
+    elif job.format != "lance" and occupied(found.journal.destination):
+        refusals.append(f"destination: {job.destination} already holds other files")
+    bytes_in = sum(p.bytes for p in (*job.pieces, *job.side_pieces))
+    bytes_out = job.rows * h.d_new * np.dtype(job.dtype).itemsize
+    free = found.journal.destination.free_bytes()
+    if free is not None and free < bytes_out:
+        refusals.append(f"destination: {bytes_out} bytes are needed, {free} are free")
+
+    mapper = RowMapper(job, found.source.schema, h, threads=threads, device=found.device)
+    sample: list[tuple[Any, Any]] = []
+    try:
+        sample = _sample(found, sample_rows)
+    except (FctError, ValueError, OSError) as error:
+        refusals.append(str(error))
+    n, rejects = sum(b.num_rows for b, _ in sample), []
+    for batch, side in sample:
+        try:
+            rejects += mapper(batch, side, 0)[1]
+        except ValueError as error:
+            refusals.append(str(error))
+            break
+    reasons: dict[str, int] = {}
+    for reject in rejects:
+        reasons[reject["reason"]] = reasons.get(reject["reason"], 0) + 1
+    if n and len(rejects) == n:
+        refusals.append(f"source: every row of the sample would be rejected: {next(iter(reasons))}")
+    rate = _rate(mapper, measure_seconds)
+    seconds = job.rows / (rate * max(1, workers))
+    cost = None if price_per_hour is None else 1e9 / rate / 3600 * price_per_hour
+    return BackfillPlan(
+        source=job.source,
+        destination=job.destination,
+        rows=job.rows,
+        shards=len(job.shards),
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        free_bytes=free,
+        precision=job.precision,
+        backend=job.backend,
+        rows_per_second=rate,
+        workers=workers,
+        seconds=seconds,
+        price_per_hour=price_per_hour,
+        cost_per_billion_rows=cost,
+        sample_rows=n,
+        nonfinite_share=len(rejects) / n if n else 0.0,
+        reject_reasons=reasons,
+        refusals=tuple(dict.fromkeys(refusals)),
+        gate_refusals=tuple(gate),
+        quality=quality,
+        scores=None if refusals or not sample else score_shift(mapper, sample),
+        job=job,
+    )
+
+
+def _refused(
+    source: str, destination: str, why: tuple[str, ...], gate: tuple[str, ...], quality: Quality | None
+) -> BackfillPlan:
+    return BackfillPlan(
+        source, destination, 0, 0, 0, 0, None, "", "", 0.0, 1, 0.0, None, None, 0, 0.0, {}, (*gate, *why), gate, quality
+    )  # fmt: skip
+
+
+def _sample(found: Resolved, rows: int) -> list[tuple[Any, Any]]:
+    """Up to 8 runs of rows from shards spread evenly over the gallery."""
+    shards = found.job.shards
+    chosen = [shards[i] for i in sorted({int(x) for x in np.linspace(0, len(shards) - 1, min(8, len(shards)))})]
+    each = max(1, rows // len(chosen))
+    out = []
+    for shard in chosen:
+        take = min(each, shard.rows)
+        batches = list(found.source.read(found.job.pieces[shard.piece], shard.start, take, take))
+        batch = pa.concat_batches(batches)
+        side = None
+        if found.side is not None:
+            side = pa.concat_batches(list(_aligned(found.side, found.job, shard.first, take)))
+        out.append((batch, side))
+    d = vector_dim(out[0][0].column(found.job.vector), found.job.binary_dtype)
+    if d is not None and d != found.job.old_space.dim:
+        raise BackfillError(f"source: expected vectors of {found.job.old_space}, got {d}-d vectors")
+    return out
+
+
+def _aligned(side: Source, job: Job, first: int, rows: int) -> Any:
+    for piece in job.side_pieces:
+        if rows and first < piece.rows:
+            take = min(rows, piece.rows - first)
+            yield from side.read(piece, first, take, take)
+            first, rows = 0, rows - take
+        elif rows:
+            first -= piece.rows
+
+
+def _rate(mapper: RowMapper, seconds: float) -> float:
+    """Rows per second of h alone, on random rows of the default batch, for about ``seconds``."""
+    h, rng = mapper.h, np.random.default_rng(0)
+    n = min(mapper.job.batch_rows, 4096)
+    old = rng.standard_normal((n, h.d_old), dtype=np.float32)
+    side = rng.standard_normal((n, h.d_side), dtype=np.float32) if h.uses_side_info else None
+    out = np.empty((n, h.d_new), mapper.job.dtype)
+    mapper._map(old, side, out)  # packs h, warms up
+    done, start = 0, time.perf_counter()
+    while done == 0 or time.perf_counter() - start < seconds:
+        mapper._map(old, side, out)
+        done += n
+    return done / (time.perf_counter() - start)
