@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "fct"
 FLOORS = [
     {"cli", "__main__"},
     {"quickstart", "reproduce"},
-    {"backfill", "report"},
+    {"backfilling", "report"},
     {"gallery"},
     {"baselines"},
     {"training", "transform", "retrieval", "metrics", "data", "info", "onnx_export", "ml_fct"},

@@ -14,8 +14,7 @@ from fct.errors import FctError, FctWarning, SpaceMismatchError
 if TYPE_CHECKING:
     from fct.arrays import ScaledInt8
     from fct.backfilling.plan import BackfillPlan, plan_backfill
-    from fct.backfilling.run import BackfillReport
-    from fct.backfilling.run import backfill as backfill
+    from fct.backfilling.run import BackfillReport, backfill
     from fct.backfilling.upgrading import UpgradingGallery
     from fct.backfilling.verify import VerifyReport, verify_gallery
     from fct.info import build_info
@@ -31,6 +30,13 @@ __version__ = "0.1.0"
 
 # name -> the module that defines it
 _PUBLIC = {
+    "BackfillPlan": "fct.backfilling.plan",
+    "BackfillReport": "fct.backfilling.run",
+    "UpgradingGallery": "fct.backfilling.upgrading",
+    "VerifyReport": "fct.backfilling.verify",
+    "backfill": "fct.backfilling.run",
+    "plan_backfill": "fct.backfilling.plan",
+    "verify_gallery": "fct.backfilling.verify",
     "EmbeddingSpace": "fct.spaces",
     "ScaledInt8": "fct.arrays",
     "PreparedGallery": "fct.retrieval",
@@ -47,6 +53,8 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "BackfillPlan",
+    "BackfillReport",
     "EmbeddingSpace",
     "FctError",
     "FctWarning",
@@ -56,13 +64,18 @@ __all__ = [
     "SpaceMismatchError",
     "TopK",
     "Transformation",
+    "UpgradingGallery",
+    "VerifyReport",
+    "backfill",
     "build_info",
     "evaluate",
     "fit_transformation",
+    "plan_backfill",
     "prepare_gallery",
     "topk",
     "train_side_info",
     "transform_batch",
+    "verify_gallery",
 ]
 
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 from fct import _C
 from fct.arrays import nonfinite_rows, rows_of
 from fct.backfilling.job import BackfillError, Job, Journal, Marker
-from fct.gallery.base import VECTOR_KEY, Destination, Output, Shard, Source
+from fct.gallery.base import JOB_KEY, VECTOR_KEY, Destination, Output, Shard, Source
 from fct.gallery.location import checksum_file, with_retries
 from fct.gallery.raw import ROW
 from fct.gallery.spaces import SPACE_KEY, with_space
@@ -51,7 +51,7 @@ def output_schema(job: Job, schema: pa.Schema) -> pa.Schema:
     if len(fields) == 1:
         fields.insert(0, pa.field(ROW, pa.int64(), nullable=False))
     metadata = {k: v for k, v in (schema.metadata or {}).items() if k not in (b"huggingface", SPACE_KEY)}
-    metadata[VECTOR_KEY] = job.vector.encode()
+    metadata |= {VECTOR_KEY: job.vector.encode(), JOB_KEY: job.fingerprint.encode()}
     return with_space(pa.schema(fields, metadata=metadata), job.new_space)
 
 
@@ -180,7 +180,13 @@ class ShardReader:
     """A shard's rows in batches of exactly ``job.batch_rows``, side-information from its own gallery beside them."""
 
     def __init__(
-        self, job: Job, source: Source, side: Source | None, *, retries: int = 0, say: Callable[[str], None] | None = None
+        self,
+        job: Job,
+        source: Source,
+        side: Source | None,
+        *,
+        retries: int = 0,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.job, self.source, self.side, self.retries, self.say = job, source, side, retries, say
         self._starts = np.cumsum([0] + [p.rows for p in job.side_pieces])

@@ -16,12 +16,11 @@ from fct.backfilling.pipeline import RowMapper
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
 from fct.errors import FctError, SpaceMismatchError
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
-from fct.gallery.base import VECTOR_KEY, Destination
+from fct.gallery.base import VECTOR_KEY, Destination, rows_at
 from fct.gallery.spaces import SIDE_FILE
 from fct.gallery.stores import FORMATS
-from fct.gallery.vectors import VECTOR_FORMATS, vector_block, vector_dim, vector_type
+from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_type
 from fct.ops.dispatch import pick_transform
-from fct.spaces import EmbeddingSpace
 from fct.transformation import Transformation
 
 __all__ = ["BackfillPlan", "Resolved", "plan_backfill", "resolve"]
@@ -102,16 +101,14 @@ def _pick_column(schema: pa.Schema, wanted: str, names: tuple[str, ...], what: s
         return wanted
     marked = (schema.metadata or {}).get(VECTOR_KEY, b"").decode()
     if names is _OLD_NAMES and marked in able:
-        return marked
+        return str(marked)
     usual = [n for n in able if n.lower() in names]
     lists = [n for n in able if vector_type(schema.field(n).type) != "binary"]
     for found in (usual, lists if names is _OLD_NAMES else [], able if names is _OLD_NAMES else []):
         if len(found) == 1:
-            return found[0]
-    return "" if names is _SIDE_NAMES and not usual else _unclear(able, what)
-
-
-def _unclear(able: list[str], what: str) -> str:
+            return str(found[0])
+    if names is _SIDE_NAMES and not usual:
+        return ""
     raise ValueError(f"{what}: expected the name of a column, since several or none could be meant: {able}")
 
 
@@ -205,7 +202,9 @@ def resolve(
     form = format
     if form == "auto":
         form = _format_of(destination, reader)
-    where = destination if isinstance(destination, Destination) else location_of(destination, name="destination", **access)
+    where = (
+        destination if isinstance(destination, Destination) else location_of(destination, name="destination", **access)
+    )
     writer = open_destination(where, form, storage_options=storage_options)
     place = where if isinstance(where, Location) else location_of(writer.url, storage_options=storage_options)
     if isinstance(where, Location) and _same(where, reader):
@@ -269,9 +268,7 @@ def _positive(value: int | None, name: str) -> int | None:
     return value
 
 
-def _pick(
-    h: Transformation, precision: str, device: str, backend: str | None, stored: Job | None
-) -> tuple[str, str]:
+def _pick(h: Transformation, precision: str, device: str, backend: str | None, stored: Job | None) -> tuple[str, str]:
     """(backend, precision); "auto" means what the job in the destination was begun with, where there is one."""
     if stored is not None and stored.transformation == h.fingerprint and precision == "auto":
         precision = stored.precision
@@ -436,22 +433,12 @@ def _sample(found: Resolved, rows: int) -> list[tuple[Any, Any]]:
         batch = pa.concat_batches(batches)
         side = None
         if found.side is not None:
-            side = pa.concat_batches(list(_aligned(found.side, found.job, shard.first, take)))
+            side = pa.concat_batches(list(rows_at(found.side, found.job.side_pieces, shard.first, take)))
         out.append((batch, side))
     d = vector_dim(out[0][0].column(found.job.vector), found.job.binary_dtype)
     if d is not None and d != found.job.old_space.dim:
         raise BackfillError(f"source: expected vectors of {found.job.old_space}, got {d}-d vectors")
     return out
-
-
-def _aligned(side: Source, job: Job, first: int, rows: int) -> Any:
-    for piece in job.side_pieces:
-        if rows and first < piece.rows:
-            take = min(rows, piece.rows - first)
-            yield from side.read(piece, first, take, take)
-            first, rows = 0, rows - take
-        elif rows:
-            first -= piece.rows
 
 
 def _rate(mapper: RowMapper, seconds: float) -> float:

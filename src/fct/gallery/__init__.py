@@ -1,6 +1,7 @@
 """Where rows live: readers and writers for files, object stores, Lance and FAISS, and the interface for your own."""
 
 from fct.gallery.base import VECTOR_KEY, Batches, Destination, Output, Piece, Shard, Source
+from fct.gallery.bulk import export_bulk
 from fct.gallery.location import Location, location_of
 from fct.gallery.spaces import tag_space
 from fct.gallery.stores import FORMATS, journal_location, open_destination, open_source
@@ -17,6 +18,7 @@ __all__ = [
     "Piece",
     "Shard",
     "Source",
+    "export_bulk",
     "journal_location",
     "location_of",
     "open_destination",

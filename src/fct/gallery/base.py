@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["VECTOR_KEY", "Batches", "Destination", "Output", "Piece", "Shard", "Source"]
+__all__ = ["JOB_KEY", "VECTOR_KEY", "Batches", "Destination", "Output", "Piece", "Shard", "Source", "rows_at"]
 
 Batches = Iterator[pa.RecordBatch]
+JOB_KEY = b"fct.job"  # schema metadata: the fingerprint of the backfill that wrote it
 VECTOR_KEY = b"fct.vector"  # schema metadata: the name of the column that holds the vectors
 
 
@@ -127,3 +128,14 @@ class Destination(ABC):
 
         May be called again after a crash, and must then leave the same.
         """
+
+
+def rows_at(source: Source, pieces: Sequence[Piece], first: int, rows: int) -> Batches:
+    """Rows ``[first, first + rows)`` counted through all pieces."""
+    for piece in pieces:
+        if rows and first < piece.rows:
+            take = min(rows, piece.rows - first)
+            yield from source.read(piece, first, take, take)
+            first, rows = 0, rows - take
+        else:
+            first -= piece.rows

@@ -45,7 +45,8 @@ class ParquetSource(FileSource):
 
     def read_file(self, file: Location, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
         with self._open(file) as parquet:
-            wanted, first, skip = [], 0, 0
+            wanted: list[int] = []
+            first = skip = 0
             for i in range(parquet.num_row_groups):
                 last = first + parquet.metadata.row_group(i).num_rows
                 if last > start and first < start + rows:

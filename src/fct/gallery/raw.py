@@ -25,7 +25,7 @@ from fct.spaces import EmbeddingSpace
 __all__ = ["ROW", "BinDestination", "BinSource", "NpyDestination", "NpySource", "npy_header"]
 
 ROW = "row"  # the column of row numbers of a gallery that has no ids of its own
-_BIN = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
+_BIN: dict[str, np.dtype[Any]] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
 _HEADER = 128
 
 

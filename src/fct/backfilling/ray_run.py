@@ -1,0 +1,145 @@
+"""The same shards on a Ray cluster: one actor per GPU or per n CPUs, shards handed out as actors come free.
+
+The journal is what makes it exactly once: a shard whose worker died has no marker and is handed out again; a worker
+that was only thought dead publishes the same bytes under the same names.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fct.backfilling.job import BackfillError, Job, Marker
+from fct.backfilling.pipeline import ShardPipeline
+from fct.backfilling.plan import Resolved
+from fct.gallery.base import Shard
+
+if TYPE_CHECKING:
+    from fct.backfilling.run import Bar
+
+__all__ = ["run_on_ray"]
+
+_PER_ACTOR = 3  # shards handed to an actor at once: it reads one ahead and writes one behind
+
+
+class _Worker:
+    """What an actor is: a pipeline, fed shard by shard from several calls at once."""
+
+    def __init__(self, found: Resolved, job: Job, threads: int, retries: int) -> None:
+        self._pipeline = ShardPipeline(
+            job,
+            found.source,
+            found.side,
+            found.destination,
+            found.journal,
+            found.h,
+            threads=threads,
+            device=found.device,
+            retries=retries,
+        )
+
+    def ready(self) -> bool:
+        return True
+
+    def run(self, shard: Shard) -> Marker:
+        return self._pipeline.submit(shard).result()
+
+
+def run_on_ray(
+    found: Resolved,
+    job: Job,
+    todo: list[Shard],
+    *,
+    address: str,
+    cpus: int,
+    threads: int | None,
+    retries: int,
+    bar: Bar,
+) -> Iterator[Marker]:
+    """Yields the marker of each shard as it is done. Raises what a shard raised; lost workers are replaced."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("ray: expected Ray to be installed: pip install 'fct-embeddings[ray]'") from error
+    if isinstance(cpus, bool) or not isinstance(cpus, int) or cpus < 1:
+        raise ValueError(f"ray_cpus: expected a positive number, got {cpus!r}")
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=None if address == "local" else address, log_to_driver=False)
+    gpus = 1 if found.device.startswith("cuda") else 0
+    make: Any = ray.remote(_Worker).options(
+        num_cpus=cpus, num_gpus=gpus, max_concurrency=_PER_ACTOR + 1, max_restarts=0, scheduling_strategy="SPREAD"
+    )
+    kept = ray.put(found)
+    left = deque(todo)
+    waiting: dict[Any, Any] = {}  # an actor's ready() -> the actor
+    running: dict[Any, tuple[Any, Shard]] = {}  # run() -> (actor, shard)
+    load: dict[Any, int] = {}  # ready actors -> shards under way there
+    gone: tuple[Any, ...] = (
+        ray.exceptions.ActorDiedError,
+        ray.exceptions.ActorUnavailableError,
+        ray.exceptions.WorkerCrashedError,
+    )
+    gone += (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError, ray.exceptions.RayActorError)
+    lost = 0
+
+    def start() -> None:
+        actor = make.remote(kept, job, threads or cpus, retries)
+        waiting[actor.ready.remote()] = actor
+
+    try:
+        for _ in range(min(max(1, _slots(ray, cpus, gpus)), len(todo))):
+            start()
+        while left or running:
+            for actor in sorted(load, key=lambda a: load[a]):
+                while left and load[actor] < _PER_ACTOR:
+                    shard = left.popleft()
+                    running[actor.run.remote(shard)] = (actor, shard)
+                    load[actor] += 1
+            finished, _ = ray.wait([*running, *waiting], num_returns=1, timeout=60)
+            if not finished and not load:
+                bar.say(f"waiting for Ray to start a worker with {cpus} CPUs and {gpus} GPUs")
+            for ref in finished:
+                try:
+                    value = ray.get(ref)
+                except gone:
+                    died = ref in waiting
+                    if died:
+                        actor = waiting.pop(ref)
+                    else:
+                        actor, shard = running.pop(ref)
+                        left.appendleft(shard)
+                    if load.pop(actor, None) is not None or died:
+                        lost += 1
+                        if lost > len(todo) + 100:
+                            raise BackfillError(f"ray: {lost} workers were lost; giving up") from None
+                        bar.say("a worker was lost; its shards run again")
+                        start()
+                    continue
+                except ray.exceptions.RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                if ref in waiting:
+                    load[waiting.pop(ref)] = 0
+                    continue
+                actor, shard = running.pop(ref)
+                if actor in load:
+                    load[actor] -= 1
+                bar.advance(shard.rows)
+                yield value
+    finally:
+        for actor in (*load, *waiting.values()):
+            ray.kill(actor)
+        if started:
+            ray.shutdown()
+
+
+def _slots(ray: Any, cpus: int, gpus: int) -> int:
+    """How many workers fit on the nodes that are there now."""
+    total = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            have = node["Resources"]
+            fits = int(have.get("CPU", 0)) // cpus
+            total += min(fits, int(have.get("GPU", 0)) // gpus) if gpus else fits
+    return total

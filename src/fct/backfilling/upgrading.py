@@ -1,0 +1,155 @@
+"""UpgradingGallery: new-model queries, answered exactly at any moment of a backfill."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from fct.backfilling.pipeline import RowMapper, ShardReader
+from fct.backfilling.plan import resolve
+from fct.backfilling.verify import rejected_rows
+from fct.errors import FctError
+from fct.gallery import open_source
+from fct.gallery.base import Shard
+from fct.gallery.files import FileDestination
+from fct.gallery.vectors import vector_block
+from fct.retrieval import TopK, topk
+from fct.spaces import EmbeddingSpace
+
+__all__ = ["UpgradingGallery"]
+
+
+class UpgradingGallery:
+    """A gallery on its way to the new space: rows that are done are read, the others are mapped by h on the fly.
+
+    Answers are the same before, during and after the backfill, since both ways give a row the same values (bit for
+    bit on the compiled CPU kernels, whose results do not depend on how rows are batched). Old-model queries keep
+    going to the old gallery until cut-over; rolling back is deleting the new folder.
+
+    Args:
+        source, destination, transformation, options: as :func:`fct.backfill` has them. The destination is a folder of
+            files, begun or not.
+        cache_bytes: mapped shards kept in memory, the longest unused go first.
+
+    Example:
+        >>> import fct, numpy as np, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> np.save(folder + "/old.npy", np.random.default_rng(0).standard_normal((100, 8), dtype=np.float32))
+        >>> h = fct.Transformation.random(8, 8, 4, inner=16, side_info=False)
+        >>> gallery = fct.UpgradingGallery(folder, folder + "-new", h, old_model="random-old")
+        >>> before = gallery.topk(np.ones((2, 4), np.float32), 3).indices
+        >>> _ = fct.backfill(folder, folder + "-new", h, old_model="random-old", progress=False)
+        >>> bool((before == gallery.topk(np.ones((2, 4), np.float32), 3).indices).all())
+        True
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        destination: Any,
+        transformation: Any,
+        *,
+        threads: int | None = None,
+        cache_bytes: int = 1 << 30,
+        **options: Any,
+    ) -> None:
+        found = resolve(source, destination, transformation, **options)
+        if not isinstance(found.destination, FileDestination):
+            raise ValueError(
+                f"destination: expected a folder of {', '.join(('npy', 'bin', 'parquet', 'arrow'))} files, "
+                f"got {found.job.format}"
+            )
+        stored = found.journal.job()
+        if stored is not None and stored.differences(found.job):
+            raise FctError(
+                f"destination: {found.job.destination} holds another backfill: {stored.differences(found.job)[0]}"
+            )
+        self._found, self._job = found, stored or found.job
+        self._mapper = RowMapper(self._job, found.source.schema, found.h, threads=threads, device=found.device)
+        self._reader = ShardReader(self._job, found.source, found.side)
+        self._writer = found.destination
+        self._cache: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    @property
+    def space(self) -> EmbeddingSpace:
+        """The new space, which queries must come from."""
+        return self._job.new_space
+
+    def __len__(self) -> int:
+        return self._job.rows
+
+    def done(self) -> float:
+        """Share of the shards that are done."""
+        return len(self._found.journal.marked()) / len(self._job.shards)
+
+    def topk(self, queries: Any, k: int, *, query_space: EmbeddingSpace | None = None) -> TopK:
+        """The exact k nearest rows; indices are row numbers in the old gallery, int64.
+
+        Args:
+            queries: (n, d_new) numpy array of the new model. k: how many. query_space: refused unless it is
+                :attr:`space`.
+
+        Raises:
+            SpaceMismatchError: queries of another model. ValueError: a bad argument, or fewer than k rows.
+        """
+        if query_space is not None:
+            self.space.require_same(query_space, "queries")
+        metric, best, where = self.space.metric, None, None
+        for shard in self._job.shards:
+            vectors, numbers = self._rows(shard)
+            if not len(vectors):
+                continue
+            part = topk(queries, vectors, min(k, len(vectors)), metric=metric)
+            found = numbers[np.asarray(part.indices)]
+            if best is None or where is None:
+                best, where = np.asarray(part.distances), found
+            else:
+                # Earlier shards stand first and the sort is stable: ties go to the lower row number.
+                scores = np.concatenate([best, np.asarray(part.distances)], axis=1)
+                both = np.concatenate([where, found], axis=1)
+                order = np.argsort(scores if metric == "l2" else -scores, axis=1, kind="stable")[:, :k]
+                best, where = np.take_along_axis(scores, order, 1), np.take_along_axis(both, order, 1)
+        if best is None or where is None or best.shape[1] < k:
+            raise ValueError(f"k: expected at most the gallery's rows, got {k}")
+        return TopK(best, where)
+
+    def _rows(self, shard: Shard) -> tuple[Any, Any]:
+        """((m, d_new) vectors, (m,) row numbers): from the new gallery where it is done, else mapped and cached."""
+        marker = self._found.journal.marker(shard.number)
+        if self._found.journal.trouble(marker, shard, self._job.fingerprint, content=False) is None:
+            self._cache.pop(shard.number, None)
+            gone = rejected_rows(self._found.journal, shard.number) if marker and marker.rejects else []
+            return self._read(shard), _numbers(shard, gone)
+        if shard.number in self._cache:
+            self._cache.move_to_end(shard.number)
+            return self._cache[shard.number]
+        blocks, gone, at = [], [], shard.first
+        for batch, side in self._reader.batches(shard):
+            mapped, rejects = self._mapper(batch, side, at)
+            blocks.append(vector_block(mapped.column(self._job.vector), self.space.dim, self._job.dtype).values)
+            gone += [r["row"] for r in rejects]
+            at += batch.num_rows
+        rows = np.concatenate(blocks), _numbers(shard, gone)
+        self._cache[shard.number] = rows
+        while len(self._cache) > 1 and sum(v.nbytes for v, _ in self._cache.values()) > self._cache_bytes:
+            self._cache.popitem(last=False)
+        return rows
+
+    def _read(self, shard: Shard) -> Any:
+        file = self._writer.where / f"{shard.name}{self._writer.suffix}"
+        gallery = open_source(file)
+        column = self._job.vector if self._job.vector in gallery.schema.names else "vector"
+        piece = gallery.pieces()[0]
+        blocks = [
+            vector_block(b.column(column), self.space.dim, self._job.dtype).values
+            for b in gallery.read(piece, 0, piece.rows, max(1, piece.rows))
+        ]
+        return np.concatenate(blocks) if blocks else np.empty((0, self.space.dim), self._job.dtype)
+
+
+def _numbers(shard: Shard, gone: list[int]) -> Any:
+    numbers = np.arange(shard.first, shard.first + shard.rows, dtype=np.int64)
+    return np.delete(numbers, np.asarray(gone, np.int64) - shard.first)

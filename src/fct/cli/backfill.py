@@ -1,0 +1,318 @@
+"""``fct plan``, ``fct backfill``, ``fct verify``, ``fct transform``, ``fct export``: old galleries to new ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fct.cli.app import app, console
+
+_Source = Annotated[str, typer.Argument(help="Old gallery: folder, glob, file, .lance dataset, or URL (s3://...).")]
+_Destination = Annotated[str, typer.Argument(help="New gallery: a folder or a .lance dataset that need not exist.")]
+_H = Annotated[str, typer.Option("--transformation", "-t", help="h, a .safetensors file.")]
+_Side = Annotated[str | None, typer.Option(help="Side-information in a gallery of its own, row by row.")]
+_Vector = Annotated[str, typer.Option(help="Column of the old vectors.")]
+_SideColumn = Annotated[str, typer.Option(help="Column of the side-information.")]
+_Id = Annotated[str, typer.Option(help="Column of the ids, named in rejects/.")]
+_OldModel = Annotated[str | None, typer.Option(help="Which model made the old vectors, where the gallery is silent.")]
+_Format = Annotated[str, typer.Option(help="npy, bin, parquet, arrow or lance; auto: the source's.")]
+_VectorFormat = Annotated[str, typer.Option(help="Parquet and Arrow: fixed_size_list, list or binary.")]
+_Dtype = Annotated[str, typer.Option(help="float32 or float16; auto: the source's.")]
+_Precision = Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: the fastest that h allows.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads; by default all.")]
+_Pairs = Annotated[str | None, typer.Option(help="Held-out pairs, .npz with old, side, new and perhaps labels.")]
+_MinGap = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this share of the mAP gap closed.")]
+_MinRecall = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this recall@10.")]
+_ShardRows = Annotated[int | None, typer.Option(help="Rows of a shard; by default about 128 MB.")]
+_BatchRows = Annotated[int | None, typer.Option(help="Rows in flight at once; by default about 16 MB.")]
+_KeepSide = Annotated[bool, typer.Option("--keep-side-info", help="Keep the side-information column.")]
+
+
+@app.command()
+def plan(
+    source: _Source,
+    destination: _Destination,
+    transformation: _H,
+    side_source: _Side = None,
+    vector_column: _Vector = "auto",
+    side_column: _SideColumn = "auto",
+    id_column: _Id = "auto",
+    old_model: _OldModel = None,
+    format: _Format = "auto",
+    vector_format: _VectorFormat = "auto",
+    dtype: _Dtype = "auto",
+    precision: _Precision = "auto",
+    device: _Device = "cpu",
+    threads: _Threads = None,
+    pairs: _Pairs = None,
+    min_gap_closed: _MinGap = None,
+    min_recall: _MinRecall = None,
+    shard_rows: _ShardRows = None,
+    batch_rows: _BatchRows = None,
+    keep_side_info: _KeepSide = False,
+    workers: Annotated[int, typer.Option(help="Machines like this one, for the prediction.")] = 1,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one machine, for the cost.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="A score threshold of the old space, to be mapped.")] = None,
+) -> None:
+    """Say what a backfill would do, how long it takes and what it would refuse. Writes nothing.
+
+    Example: fct plan gallery/ new-gallery/ --transformation h.safetensors --price-per-hour 2.5
+    """
+    from fct.backfilling.plan import plan_backfill
+
+    found = plan_backfill(
+        source,
+        destination,
+        transformation,
+        side_source=side_source,
+        vector_column=vector_column,
+        side_column=side_column,
+        id_column=id_column,
+        old_model=old_model,
+        format=format,
+        vector_format=vector_format,
+        dtype=dtype,
+        precision=precision,
+        device=device,
+        threads=threads,
+        pairs=pairs,
+        min_gap_closed=min_gap_closed,
+        min_recall=min_recall,
+        shard_rows=shard_rows,
+        batch_rows=batch_rows,
+        keep_side_info=keep_side_info,
+        workers=workers,
+        price_per_hour=price_per_hour,
+    )
+    _show_plan(found, threshold)
+    if found.gate_refusals:
+        raise typer.Exit(3)
+    if found.refusals:
+        raise typer.Exit(1)
+
+
+def _show_plan(found: Any, threshold: float | None) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if found.job is not None:
+        free = "" if found.free_bytes is None else f", {found.free_bytes / 1e9:,.1f} GB free"
+        console.print(f"{found.rows:,} rows in {found.shards:,} shards: {escape(found.source)} -> {found.destination}")
+        console.print(f"{found.bytes_in / 1e9:,.2f} GB in, {found.bytes_out / 1e9:,.2f} GB of vectors out{free}")
+        console.print(
+            f"{found.rows_per_second:,.0f} rows/s measured here ({found.backend}, {found.precision}): "
+            f"{_duration(found.seconds)} on {found.workers} such machine{'s' if found.workers > 1 else ''}"
+        )
+        if found.cost_per_billion_rows is not None:
+            console.print(f"{found.cost_per_billion_rows:,.2f} per billion rows at {found.price_per_hour:g} an hour")
+        console.print(f"sample of {found.sample_rows:,} rows: {found.nonfinite_share:.2%} would go to rejects/")
+        for reason, count in found.reject_reasons.items():
+            console.print(f"  {count} x {escape(reason)}")
+    if found.quality is not None:
+        closed = found.quality.gap_closed
+        console.print(
+            f"quality on {found.quality.pairs} pairs: recall@10 {found.quality.recall_at_10:.3f}"
+            + ("" if closed is None else f", {closed:.3f} of the mAP gap closed")
+        )
+    if found.scores is not None:
+        table = Table("quantile", f"old score ({found.scores.metric_old})", f"new score ({found.scores.metric_new})")
+        for q, a, b in zip(found.scores.quantiles, found.scores.old, found.scores.new, strict=True):
+            table.add_row(f"{q:g}", f"{a:.4g}", f"{b:.4g}")
+        console.print("Score thresholds move with the space. Scores of a row's nearest other row in the sample:")
+        console.print(table)
+        if threshold is not None:
+            console.print(f"an old threshold of {threshold:g} maps to about {found.scores.threshold(threshold):.4g}")
+    for why in found.refusals:
+        console.print(f"[bold red]refused:[/] {escape(why)}", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+@app.command()
+def backfill(
+    source: _Source,
+    destination: _Destination,
+    transformation: _H,
+    side_source: _Side = None,
+    vector_column: _Vector = "auto",
+    side_column: _SideColumn = "auto",
+    id_column: _Id = "auto",
+    old_model: _OldModel = None,
+    format: _Format = "auto",
+    vector_format: _VectorFormat = "auto",
+    dtype: _Dtype = "auto",
+    precision: _Precision = "auto",
+    device: _Device = "cpu",
+    threads: _Threads = None,
+    pairs: _Pairs = None,
+    min_gap_closed: _MinGap = None,
+    min_recall: _MinRecall = None,
+    shard_rows: _ShardRows = None,
+    batch_rows: _BatchRows = None,
+    keep_side_info: _KeepSide = False,
+    max_rejects: Annotated[int | None, typer.Option(help="Stop once more rows than this were rejected.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on Ray: auto, local, or a cluster's address.")] = None,
+    ray_cpus: Annotated[int, typer.Option(help="CPUs of each Ray worker.")] = 1,
+    retries: Annotated[int, typer.Option(help="Further attempts where a network may have failed.")] = 6,
+    trust_sizes: Annotated[bool, typer.Option(help="On a restart, believe sizes without reading checksums.")] = False,
+    faiss: Annotated[
+        str | None, typer.Option(help="Build a FAISS index of the new gallery: Flat, IVF4096,PQ32.")
+    ] = None,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Map every row of a gallery. Stop and start at will; nothing is done twice and nothing is lost.
+
+    Exit code 0: done; 3: refused by the quality gate; 4: done, with rows in rejects/.
+
+    Example: fct backfill gallery/ new-gallery/ --transformation h.safetensors
+    """
+    from fct.backfilling.job import QualityGateError
+    from fct.backfilling.run import backfill as run
+
+    try:
+        report = run(
+            source,
+            destination,
+            transformation,
+            side_source=side_source,
+            vector_column=vector_column,
+            side_column=side_column,
+            id_column=id_column,
+            old_model=old_model,
+            format=format,
+            vector_format=vector_format,
+            dtype=dtype,
+            precision=precision,
+            device=device,
+            threads=threads,
+            pairs=pairs,
+            min_gap_closed=min_gap_closed,
+            min_recall=min_recall,
+            shard_rows=shard_rows,
+            batch_rows=batch_rows,
+            keep_side_info=keep_side_info,
+            max_rejects=max_rejects,
+            ray=ray,
+            ray_cpus=ray_cpus,
+            retries=retries,
+            trust_sizes=trust_sizes,
+            progress=progress,
+        )
+    except QualityGateError as error:
+        from rich.markup import escape
+
+        console.print(f"[bold red]refused:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(3) from None
+    console.print(
+        f"{report.rows_in:,} rows in = {report.rows_out:,} out + {report.rejects:,} rejected; "
+        f"{report.shards_done} shards done, {report.shards_kept} kept, {report.rows_per_second:,.0f} rows/s "
+        f"({report.backend}, {report.precision})"
+    )
+    if faiss is not None:
+        from fct.gallery.faiss import build_faiss
+
+        console.print(f"index: {build_faiss(destination, faiss)}")
+    if report.rejects:
+        console.print(f"rejected rows: {report.rejects_folder}")
+        raise typer.Exit(4)
+
+
+@app.command()
+def verify(
+    gallery: Annotated[str, typer.Argument(help="A backfill's destination.")],
+    source: Annotated[str | None, typer.Option(help="The old gallery, where it is not where it was.")] = None,
+    side_source: _Side = None,
+    transformation: Annotated[str | None, typer.Option("--transformation", "-t", help="h; else the copy.")] = None,
+    spot_check: Annotated[int, typer.Option(help="Rows to map again by the float64 reference.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a new gallery: every row there once, checksums, spaces, spot checks. Exit code 1 on any problem.
+
+    Example: fct verify new-gallery/
+    """
+    from dataclasses import asdict
+
+    from rich.markup import escape
+
+    from fct.backfilling.verify import verify_gallery
+
+    report = verify_gallery(
+        gallery, source=source, side_source=side_source, transformation=transformation, spot_check=spot_check
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=1))
+    else:
+        console.print(
+            f"{report.rows_in:,} rows in = {report.rows_out:,} out + {report.rejects:,} rejected, "
+            f"{report.shards} shards, {report.bytes:,} bytes"
+        )
+        if report.spot_check_skipped:
+            console.print(f"no spot check: {escape(report.spot_check_skipped)}", soft_wrap=True)
+        else:
+            console.print(f"{report.spot_checked} rows against the reference: worst error {report.worst_error:.2g}")
+        for problem in report.problems:
+            console.print(f"[bold red]problem:[/] {escape(problem)}", soft_wrap=True)
+        console.print("ok" if report.ok else f"{len(report.problems)} problems")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def transform(
+    old: Annotated[Path, typer.Argument(help="Old vectors, one file of any format that backfill reads.")],
+    out: Annotated[Path, typer.Argument(help="New vectors, .npy, .fbin, .parquet or .arrow.")],
+    transformation: _H,
+    side_source: _Side = None,
+    vector_column: _Vector = "auto",
+    side_column: _SideColumn = "auto",
+    old_model: _OldModel = None,
+    precision: _Precision = "auto",
+    threads: _Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+) -> None:
+    """Map one file to one file, in one go; a bad row stops it. For more than a few gigabytes use backfill.
+
+    Example: fct transform old.npy new.npy --side-source side.npy --transformation h.safetensors
+    """
+    from fct.backfilling.single import transform_file
+
+    rows = transform_file(
+        old,
+        out,
+        transformation,
+        side_source=side_source,
+        vector_column=vector_column,
+        side_column=side_column,
+        old_model=old_model,
+        precision=precision,
+        threads=threads,
+        overwrite=overwrite,
+    )
+    console.print(f"{rows:,} rows -> {out}")
+
+
+@app.command()
+def export(
+    gallery: Annotated[str, typer.Argument(help="A gallery of files.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the files; must be empty.")],
+    to: Annotated[str, typer.Option(help="milvus, qdrant or pgvector.")],
+    id_column: _Id = "auto",
+) -> None:
+    """Write the bulk-import files of a vector database, for an index that is built anew.
+
+    Never overwrite vectors inside a built HNSW or IVF index: it stays silently worse.
+
+    Example: fct export new-gallery/ for-milvus/ --to milvus
+    """
+    from fct.gallery.bulk import export_bulk
+
+    for file in export_bulk(gallery, out, to, id_column=id_column):
+        console.print(str(file), soft_wrap=True)

@@ -1,0 +1,147 @@
+"""Bulk-import files of vector databases: Milvus (Parquet), Qdrant (a matrix and JSON lines), pgvector (binary COPY)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fct.files import refuse_existing
+from fct.gallery.base import VECTOR_KEY
+from fct.gallery.raw import ROW, npy_header
+from fct.gallery.stores import open_source
+from fct.gallery.vectors import vector_array, vector_block
+
+__all__ = ["BULK_FORMATS", "export_bulk"]
+
+BULK_FORMATS = ("milvus", "qdrant", "pgvector")
+_BATCH = 16384
+_MILVUS_ROWS = 1 << 20
+
+
+def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column: str = "auto") -> list[Path]:
+    """Writes a gallery as the files that a database imports in bulk; ids must be integers or strings (see below).
+
+    Args:
+        gallery: a gallery of files, as :func:`fct.gallery.open_source` takes it. out: an empty folder.
+        to: "milvus": ``*.parquet`` with id, vector (list<float>) and the other columns, a million rows a file, for
+            ``utility.do_bulk_insert``; "qdrant": ``vectors.npy`` and ``payload.jsonl`` (id and payload of row i in line
+            i), for ``QdrantClient.upload_collection(vectors=numpy.load(..., mmap_mode="r"))``; "pgvector": ``rows.bin``
+            with (id bigint, embedding vector), for ``COPY items (id, embedding) FROM ... WITH (FORMAT binary)``.
+        id_column: which column is the id; "auto": ``id`` or ``row``, else the row number.
+
+    Returns:
+        The files.
+
+    Example:
+        >>> import numpy as np, tempfile
+        >>> from fct.gallery import export_bulk
+        >>> folder = tempfile.mkdtemp()
+        >>> np.save(folder + "/a.npy", np.zeros((3, 8), np.float32))
+        >>> [f.name for f in export_bulk(folder, folder + "/out", "pgvector")]
+        ['rows.bin']
+    """
+    if to not in BULK_FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(BULK_FORMATS)}, got {to!r}")
+    source = open_source(gallery)
+    names = source.schema.names
+    vector = (source.schema.metadata or {}).get(VECTOR_KEY, b"vector").decode()
+    if vector not in names:
+        raise ValueError(f"gallery: expected a column {vector!r}, got {', '.join(names)}")
+    if id_column == "auto":
+        id_column = next((n for n in ("id", ROW) if n in names), "")
+    elif id_column not in names:
+        raise ValueError(f"id_column: expected one of {', '.join(names)}, got {id_column!r}")
+    folder = refuse_existing(out, overwrite=False, name="out")
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = source.pieces()
+
+    def rows() -> Iterator[tuple[Any, Any, pa.RecordBatch]]:
+        """(ids, (n, d) float32, the other columns)"""
+        first = 0
+        for piece in pieces:
+            for batch in source.read(piece, 0, piece.rows, _BATCH):
+                column = batch.column(vector)
+                d = source.space.dim if source.space else None
+                values = vector_block(column, d or _dim(column)).values.astype(np.float32, copy=False)
+                ids = batch.column(id_column) if id_column else pa.array(np.arange(first, first + batch.num_rows))
+                yield ids, values, batch.drop_columns([n for n in (vector, id_column) if n])
+                first += batch.num_rows
+
+    return {"milvus": _milvus, "qdrant": _qdrant, "pgvector": _pgvector}[to](folder, rows())
+
+
+def _dim(column: pa.Array) -> int:
+    from fct.gallery.vectors import vector_dim
+
+    d = vector_dim(column)
+    if d is None:
+        raise ValueError("gallery: expected vectors, got nulls only")
+    return d
+
+
+def _milvus(folder: Path, rows: Iterator[Any]) -> list[Path]:
+    files: list[Path] = []
+    writer: pq.ParquetWriter | None = None
+    count = 0
+    try:
+        for ids, values, rest in rows:
+            columns = {"id": ids, "vector": vector_array(values, "list")} | dict(
+                zip(rest.schema.names, rest.columns, strict=True)
+            )
+            table = pa.table(columns)
+            if writer is None or count >= _MILVUS_ROWS:
+                if writer is not None:
+                    writer.close()
+                files.append(folder / f"part-{len(files):05d}.parquet")
+                writer, count = pq.ParquetWriter(files[-1], table.schema), 0
+            writer.write_table(table)
+            count += len(ids)
+    finally:
+        if writer is not None:
+            writer.close()
+    return files
+
+
+def _qdrant(folder: Path, rows: Iterator[Any]) -> list[Path]:
+    vectors, payload = folder / "vectors.npy", folder / "payload.jsonl"
+    n, d = 0, 0
+    with open(vectors, "wb") as matrix, open(payload, "w") as lines:
+        matrix.write(bytes(128))
+        for ids, values, rest in rows:
+            n, d = n + len(values), values.shape[1]
+            matrix.write(np.ascontiguousarray(values).data.cast("B"))
+            for key, row in zip(ids.to_pylist(), rest.to_pylist() or [{}] * len(ids), strict=True):
+                lines.write(json.dumps({"id": key, "payload": row}, default=str) + "\n")
+        matrix.seek(0)
+        matrix.write(npy_header((n, d), np.dtype(np.float32)))
+    return [vectors, payload]
+
+
+def _pgvector(folder: Path, rows: Iterator[Any]) -> list[Path]:
+    """PostgreSQL's binary COPY; a vector is int16 dim, int16 0 and big-endian float4s (pgvector's vector_send)."""
+    file = folder / "rows.bin"
+    with open(file, "wb") as out:
+        out.write(b"PGCOPY\n\xff\r\n\x00" + bytes(8))
+        for ids, values, _ in rows:
+            if not pa.types.is_integer(ids.type):
+                raise ValueError(f"id_column: expected integers for pgvector's bigint, got {ids.type}")
+            d = values.shape[1]
+            if d > 16000:
+                raise ValueError(f"gallery: expected at most 16000 dimensions for pgvector, got {d}")
+            record = np.zeros(
+                len(values),
+                [("fields", ">i2"), ("id_size", ">i4"), ("id", ">i8"), ("size", ">i4"), ("dim", ">i2"), ("zero", ">i2")]
+                + [("v", ">f4", (d,))],
+            )
+            record["fields"], record["id_size"], record["size"], record["dim"] = 2, 8, 4 + 4 * d, d
+            record["id"], record["v"] = ids.to_numpy(), values
+            out.write(record.tobytes())
+        out.write(b"\xff\xff")
+    return [file]
