@@ -1,18 +1,27 @@
-"""Writing files so that a crash or a full disk leaves the old one: write beside, flush, then rename."""
+"""Writing files so that a crash or a full disk leaves the old one: write beside, flush, then rename; checksums."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fct import _C
 
 # No room left: on the device, in the quota, for a file of this size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-__all__ = ["atomic_path", "refuse_existing", "write_bytes", "write_text"]
+__all__ = ["atomic_path", "checksum_bytes", "checksum_file", "refuse_existing", "write_bytes", "write_text"]
+
+
+_BLOCK = 8 << 20
 
 
 @contextlib.contextmanager
@@ -69,3 +78,17 @@ def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool, name: str 
     if occupied and not overwrite:
         raise FileExistsError(f"{name}: {target} exists; choose another place or pass --overwrite (overwrite=True)")
     return target
+
+
+def checksum_file(file: Any) -> str:
+    """XXH64 of what is left of a binary file object, as 16 hex digits: what ``xxhsum -H64`` prints."""
+    block = np.empty(_BLOCK, np.uint8)
+    digest = _C.Xxh64()
+    while count := file.readinto(block.data):
+        digest.update(int(block.ctypes.data), count)
+    return f"{digest.digest():016x}"
+
+
+def checksum_bytes(data: bytes) -> str:
+    """XXH64 of ``data`` as 16 hex digits."""
+    return checksum_file(io.BytesIO(data))

@@ -15,8 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from fct.errors import FctError
+from fct.files import checksum_bytes
 from fct.gallery.base import Output, Piece, Shard
-from fct.gallery.location import Location, checksum_bytes
+from fct.gallery.location import Location
 from fct.spaces import EmbeddingSpace
 
 __all__ = [

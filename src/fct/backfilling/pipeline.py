@@ -26,8 +26,9 @@ import pyarrow as pa
 from fct import _C
 from fct.arrays import nonfinite_rows, rows_of
 from fct.backfilling.job import BackfillError, Job, Journal, Marker
+from fct.files import checksum_file
 from fct.gallery.base import JOB_KEY, VECTOR_KEY, Destination, Output, Shard, Source
-from fct.gallery.location import checksum_file, with_retries
+from fct.gallery.location import with_retries
 from fct.gallery.raw import ROW
 from fct.gallery.spaces import SPACE_KEY, with_space
 from fct.gallery.vectors import VectorBlock, column_type, rebatch, vector_array, vector_block

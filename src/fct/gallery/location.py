@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fct import _C
 from fct.errors import FctError
-from fct.files import write_bytes
+from fct.files import checksum_file, write_bytes
 
-__all__ = ["Location", "Version", "checksum_bytes", "checksum_file", "location_of", "with_retries"]
+__all__ = ["Location", "Version", "location_of", "with_retries"]
 
 T = TypeVar("T")
 _BLOCK = 8 << 20
@@ -165,25 +164,6 @@ def location_of(
         return Location(filesystem, str(filesystem._strip_protocol(text)))
     fs, path = fsspec.core.url_to_fs(text, **(storage_options or {}))
     return Location(fs, path.rstrip("/") or "/")
-
-
-def checksum_file(file: Any) -> str:
-    digest, block = _C.Xxh64(), bytearray(_BLOCK)
-    import numpy as np
-
-    view, address = memoryview(block), int(np.frombuffer(block, np.uint8).ctypes.data)
-    while count := file.readinto(view):
-        digest.update(address, count)
-    return f"{digest.digest():016x}"
-
-
-def checksum_bytes(data: bytes) -> str:
-    import numpy as np
-
-    digest = _C.Xxh64()
-    if data:
-        digest.update(int(np.frombuffer(data, np.uint8).ctypes.data), len(data))
-    return f"{digest.digest():016x}"
 
 
 def with_retries(
