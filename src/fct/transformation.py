@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,10 @@ class Transformation:
             if layer is None or np.shape(ranges) != (2, layer.d_in):
                 want = f"(2, {layer.d_in})" if layer else "the name of a layer"
                 raise ValueError(f"calibration[{name!r}]: expected {want}, got shape {np.shape(ranges)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: packed weights and other things kept beside them stay in this process."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     # ---- shape and cost ----
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from typing import Any
 
 from fct.errors import BackendError
@@ -11,8 +10,6 @@ from fct.ops.base import PRECISIONS, TransformBackend
 from fct.transformation import Transformation
 
 __all__ = ["default_threads", "forced_backend", "packed", "pick_transform", "transform_backends"]
-
-_packed: weakref.WeakKeyDictionary[Transformation, dict[tuple[str, str, str], Any]] = weakref.WeakKeyDictionary()
 
 
 def transform_backends() -> list[TransformBackend]:
@@ -71,7 +68,7 @@ def pick_transform(
 
 def packed(backend: TransformBackend, h: Transformation, precision: str, device: str) -> Any:
     """The backend's packed weights of h, made on first use and kept as long as h lives."""
-    cache = _packed.setdefault(h, {})
+    cache: dict[tuple[str, str, str], Any] = h.__dict__.setdefault("_packed", {})
     key = (backend.name, precision, device)
     if key not in cache:
         cache[key] = backend.pack(h, precision, device)

@@ -66,8 +66,8 @@ def auto_config() -> FitConfig:
     """Our default: scaled data, larger steps, fewer epochs, averaged weights. Measured in docs/fitting.md."""
     return FitConfig(
         epochs=16,
-        batch_size=512,
-        lr=4e-3,
+        batch_size=256,
+        lr=8e-3,
         warmup_epochs=1.0,
         weight_decay=0.3,
         decoupled_decay=True,
