@@ -192,7 +192,7 @@ def test_against_peers(
     for (name, precision), call in calls.items():
         error = error_of(call()[:256], want)
         assert error < TOLERANCE[precision], f"{name} ({precision}): error {error:.1e} against the reference"
-    times = interleave({f"{a}|{b}": call for (a, b), call in calls.items()}, seconds=2.0, rounds=7)
+    times = interleave({f"{a}|{b}": call for (a, b), call in calls.items()}, seconds=2.0, rounds=7, most=40, pause=0.02)
     for (name, precision), _ in calls.items():
         fields = timing_fields(times[f"{name}|{precision}"], rows=rows, flop=h.flop_per_row * rows)
         moved = h.parameters * BYTES[precision] + rows * 4 * (h.d_old + h.d_side + h.d_new)

@@ -182,7 +182,10 @@ double peak_loop(int64_t rounds) {
     }
     for (int64_t k = 0; k < rounds; ++k) {
 #pragma GCC unroll 32
-        for (int i = 0; i < kAccs; ++i) acc[i] = K::fma(acc[i], w, a);
+        for (int i = 0; i < kAccs; ++i) {
+            V::hide(a);  // or a product made of several instructions would be shared by all accumulators
+            acc[i] = K::fma(acc[i], w, a);
+        }
         V::hide(w);
     }
     typename V::f total = V::set(0.0f);

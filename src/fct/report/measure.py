@@ -58,7 +58,7 @@ class Timing:
 
 
 def interleave(
-    fns: dict[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5, most: int = 200
+    fns: dict[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5, most: int = 200, pause: float = 0.0
 ) -> dict[str, Timing]:
     """Times every function turn by turn, so that all see the same machine; one warm-up call each.
 
@@ -66,6 +66,8 @@ def interleave(
         fns: name -> a call without arguments. Results must have been compared before.
         seconds: about how long each function is given.
         rounds, most: at least and at most so many turns.
+        pause: seconds of rest before each call, for calls so short that another library's workers, which spin for
+            some milliseconds after theirs, would be measured.
     """
     slowest = 0.0
     for fn in fns.values():
@@ -80,6 +82,8 @@ def interleave(
     try:
         for _ in range(turns):
             for name, fn in fns.items():
+                if pause:
+                    time.sleep(pause)
                 start = time.perf_counter()
                 fn()
                 times[name].append(time.perf_counter() - start)
