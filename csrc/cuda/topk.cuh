@@ -532,7 +532,6 @@ __global__ void __launch_bounds__(256, 4) exact_scan(const ExactArgs exact, cons
             }
             __syncthreads();
             const bool full = *filled > kExactRound || round + splits > (exact.gallery.n - 1) / kExactRound;
-            __syncthreads();  // nobody resets the count before all have read it
             if (full) {
                 sort_keys(keys, size);
                 for (int i = args.k + threadIdx.x; i < size; i += blockDim.x) keys[i] = kNoKey;

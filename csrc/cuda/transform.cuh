@@ -168,7 +168,7 @@ GPU_INLINE void layer_unit(const LayerArgs& layer, int rows, int row0, int colum
         else
             layer.y_last[static_cast<int64_t>(row) * layer.d_out + column] = sum;
     }
-    __syncthreads();  // before the next unit loads into what was read here
+    // No barrier: the next unit loads where all have read, and has passed one before it writes to partial.
 }
 
 template <int kWarpsM>

@@ -1,4 +1,7 @@
 // The CUDA section of fct._C, with the kernels run by the emulator on CPU memory: a device that is always there.
+#include <dlfcn.h>
+#include <pybind11/functional.h>
+
 #include "../../csrc/cuda/bind.h"
 #include "simt.h"
 
@@ -21,6 +24,23 @@ PYBIND11_MODULE(fct_simt, m) {
         simt::config.sched = static_cast<decltype(simt::config.sched)>(sched);
         simt::config.seed = seed;
         simt::config.resident = resident;
+    });
+    // callback(mangled kernel name, grid, block, shared memory, cooperative, [argument bytes]) instead of the emulator.
+    m.def("intercept", [](const pybind11::object& callback) {
+        if (callback.is_none()) {
+            simt::interceptor = nullptr;
+            return;
+        }
+        simt::interceptor = [callback](void* kernel, dim3 g, dim3 b, size_t smem, bool cooperative,
+                                       const std::vector<std::string>& args) {
+            pybind11::gil_scoped_acquire gil;
+            Dl_info info = {};
+            if (!dladdr(kernel, &info) || !info.dli_sname) throw std::runtime_error("the kernel has no symbol");
+            pybind11::list bytes;
+            for (const std::string& arg : args) bytes.append(pybind11::bytes(arg));
+            callback(info.dli_sname, pybind11::make_tuple(g.x, g.y, g.z), pybind11::make_tuple(b.x, b.y, b.z), smem,
+                     cooperative, bytes);
+        };
     });
     m.def("mma_rounding", [](int mode) { simt::config.mma_mode = mode; });
     m.def("reset_stats", [] { simt::stats = {}; });

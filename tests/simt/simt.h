@@ -10,7 +10,9 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <vector>
 
 struct uint3 {
     unsigned x, y, z;
@@ -61,14 +63,11 @@ struct DeviceGuard {
 #define __shared__ static  // works, but stale between blocks and only ASan-red-zoned: prefer GPU_DYN_SMEM + SmemCarver
 #define GPU_INLINE inline
 #define GPU_DYN_SMEM(name) unsigned char* name = simt::dyn_smem()
-#define GPU_LAUNCH(grid, block, smem, stream, ...) GPU_LAUNCH_(grid, block, smem, stream, __VA_ARGS__)
-#define GPU_LAUNCH_(grid, block, smem, stream, kern, ...) \
-    ((void)(stream), simt::launch(grid, block, smem, [&] { kern(__VA_ARGS__); }))
+#define GPU_LAUNCH(grid, block, smem, stream, kern, ...) \
+    ((void)(stream), simt::launch_kernel(grid, block, smem, false, kern, __VA_ARGS__))
 // All blocks of a cooperative launch are resident: a grid-wide barrier may wait for them.
-#define GPU_LAUNCH_COOPERATIVE(grid, block, smem, stream, ...) \
-    GPU_LAUNCH_COOPERATIVE_(grid, block, smem, stream, __VA_ARGS__)
-#define GPU_LAUNCH_COOPERATIVE_(grid, block, smem, stream, kern, ...) \
-    ((void)(stream), simt::launch(grid, block, smem, [&] { kern(__VA_ARGS__); }, true))
+#define GPU_LAUNCH_COOPERATIVE(grid, block, smem, stream, kern, ...) \
+    ((void)(stream), simt::launch_kernel(grid, block, smem, true, kern, __VA_ARGS__))
 
 namespace simt {
 struct Loc {
@@ -95,6 +94,28 @@ extern Config config;
 extern Stats stats;
 // throws std::runtime_error on deadlock, divergent collective, misalignment, shared overflow ...
 void launch(dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, bool cooperative = false);
+
+// Set, it takes the emulator's place: the kernel's function (dladdr names it), the launch, each argument's bytes.
+using Interceptor = std::function<void(void*, dim3, dim3, size_t, bool, const std::vector<std::string>&)>;
+extern Interceptor interceptor;
+template <class T>
+std::string bytes_of(const T& value) {
+    return {reinterpret_cast<const char*>(&value), sizeof value};
+}
+template <class... Params, class... Args>
+void launch_kernel(dim3 grid, dim3 block, size_t smem, bool cooperative, void (*kernel)(Params...), Args&&... args) {
+    std::tuple<Params...> params(static_cast<Params>(args)...);
+    if (interceptor) {
+        std::apply(
+            [&](const auto&... p) {
+                interceptor(reinterpret_cast<void*>(kernel), grid, block, smem, cooperative, {bytes_of(p)...});
+            },
+            params);
+        return;
+    }
+    launch(
+        grid, block, smem, [&] { std::apply(kernel, params); }, cooperative);
+}
 
 enum Op {
     SHFL_IDX,

@@ -42,6 +42,7 @@ static constexpr size_t kStack = 256 << 10;
 Ctx* cur = nullptr;
 Config config;
 Stats stats;
+Interceptor interceptor;
 
 static uint64_t rng_state;
 static inline uint32_t rnd() {

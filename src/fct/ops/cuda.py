@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -250,12 +251,9 @@ class CudaTransform:
 @cache
 def _blaslt_paths() -> list[str]:
     """cuBLASLt as the packages that torch brings along have it."""
-    try:
-        import nvidia
-    except ImportError:
-        return []
+    spec = find_spec("nvidia")
     found: list[str] = []
-    for root in nvidia.__path__:
+    for root in (spec.submodule_search_locations or []) if spec else []:
         for folder in ("cu13", "cublas"):
             found += [str(p) for p in sorted(Path(root, folder, "lib").glob("libcublasLt.so.*"))]
     return found

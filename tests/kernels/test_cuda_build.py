@@ -1,0 +1,102 @@
+"""What the build made: machine code inspected for real targets, and answers on a machine without a driver."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import cuda_support as support
+import pytest
+
+from fct import _C
+from fct.ops.cuda import CudaRuntime
+
+ARCHITECTURES = ["80", "90a", "100"]
+
+
+def _tool(name: str) -> str | None:
+    found = shutil.which(name)
+    if found:
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(path) if path.exists() else None
+
+
+CUOBJDUMP = _tool("cuobjdump")
+pytestmark = [support.needs_nvcc, pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump (CUDA toolkit or triton)")]
+
+# kernel -> (registers for the intended blocks per multiprocessor, at most; instructions that must be there)
+EXPECTED = {
+    r"scan.*ShadowE0.*": (255, {"HMMA", "LDSM", "LDGSTS"}),
+    r"scan.*ShadowE1.*": (255, {"IMMA", "LDSM", "LDGSTS"}),
+    r"scan.*Li1ELi1ELi4ELi6E.*": (96, set()),
+    r"transform_small.*": (128, {"HMMA", "LDSM", "LDGSTS"}),
+    r"rescore.*|exact_scan.*|make_shadow.*|select_keys.*|finish.*|merge_parts.*|convert_rows.*": (64, set()),
+}
+
+
+def usage(source: str, architecture: str) -> dict[str, dict[str, int]]:
+    text = subprocess.run(
+        [str(CUOBJDUMP), "--dump-resource-usage", str(support.cubin(source, architecture))],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", text)
+    return {name: {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)} for name, line in found}
+
+
+def sass(source: str, architecture: str) -> dict[str, Counter[str]]:
+    """Per kernel, how often each instruction stands in the machine code, by its name and by its name with widths."""
+    text = subprocess.run(
+        [str(CUOBJDUMP), "-sass", str(support.cubin(source, architecture))], capture_output=True, text=True, check=True
+    ).stdout
+    counts: dict[str, Counter[str]] = {}
+    for part in re.split(r"Function : ", text)[1:]:
+        name = part.split(None, 1)[0]
+        ops = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", part)
+        counts[name] = Counter(ops) + Counter(op.split(".")[0] for op in ops if "." in op)
+    return counts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", ["topk", "transform"])
+def test_machine_code(source: str, architecture: str) -> None:
+    resources, instructions = usage(source, architecture), sass(source, architecture)
+    assert set(resources) == set(instructions)
+    assert len(resources) == {"topk": 13, "transform": 5}[source]
+    for kernel, used in resources.items():
+        count = instructions[kernel]
+        assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
+        assert count["LDL"] == count["STL"] == 0, kernel
+        matched = [(ceiling, ops) for pattern, (ceiling, ops) in EXPECTED.items() if re.search(pattern, kernel)]
+        assert matched, kernel
+        for ceiling, ops in matched:
+            assert used["REG"] <= ceiling, (kernel, used)
+            assert ops <= set(count), (kernel, ops - set(count))
+        if "LDGSTS" in count:  # every copy to shared memory moves 16 bytes past the registers
+            assert count["LDGSTS"] == sum(n for op, n in count.items() if op.startswith("LDGSTS.") and ".128" in op), (
+                kernel
+            )
+
+
+def test_the_module_answers_without_a_driver() -> None:
+    why = CudaRuntime().why_not()
+    if _C.cuda_why_not:
+        assert why == [_C.cuda_why_not]
+    elif why:
+        assert re.search("no CUDA driver|no CUDA device|too old|torch sees no CUDA device", why[0])
+
+
+def test_import_touches_no_driver() -> None:
+    code = "import fct, sys; fct.build_info; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

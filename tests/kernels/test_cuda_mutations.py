@@ -1,0 +1,159 @@
+"""Every injected bug must be seen to fail: a harness that never fails proves nothing.
+
+Each bug is an edit of the kernels' source; ``found_by`` names the build that must notice, at the cases that the
+sound kernels pass (test_cuda_sanitizers.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cuda_support as support
+import pytest
+
+
+class Bug(NamedTuple):
+    name: str
+    half: str
+    file: str
+    old: str
+    new: str
+    found_by: str = "plain"
+    case: str = "all"
+
+
+BUGS = [
+    Bug(
+        "scan reads a stage before it is there",
+        "TOPK",
+        "topk.cuh",
+        "        __syncthreads();  // this stage is there for all; the one that is loaded next has been read by all\n",
+        "",
+    ),
+    Bug("scan does not wait for its copies", "TOPK", "topk.cuh", "        cp_async_wait<kStages - 2>();\n", ""),
+    Bug("fragments swapped", "TOPK", "topk.cuh", ".mma(a[i], b[0], b[1]);", ".mma(a[i], b[1], b[0]);"),
+    Bug(
+        "gallery read past its end",
+        "TOPK",
+        "topk.cuh",
+        "            const bool real = row0 + r < args.n;\n",
+        "            const bool real = true;\n",
+        "asan",
+    ),
+    Bug(
+        "a tile's fragment one row down",
+        "TOPK",
+        "topk.cuh",
+        "* 8 + lane % 8 + lane / 16 * 8) * kChunkPitch + k",
+        "* 8 + lane % 8 + lane / 16 * 8 + 1) * kChunkPitch + k",
+        "asan",
+    ),
+    Bug(
+        "rows past the end are candidates",
+        "TOPK",
+        "topk.cuh",
+        "if (row < static_cast<uint32_t>(args.n)) {",
+        "{",
+        "asan",
+    ),
+    Bug(
+        "the bound forgets what rounding lost",
+        "TOPK",
+        "topk.cuh",
+        "                            u += fmaf(query_norm[i], meta.z, query_residual[i] * meta.w);\n",
+        "",
+        case="near",
+    ),
+    Bug(
+        "every query counts as certified",
+        "TOPK",
+        "topk.cuh",
+        "    const bool certified = bound == -INFINITY ||",
+        "    const bool certified = true ||",
+        case="near",
+    ),
+    Bug(
+        "select forgets what it dropped itself",
+        "TOPK",
+        "topk.cuh",
+        "if (args.keep < size && keys[args.keep] != kNoKey)",
+        "if (false)",
+        case="near-select",
+    ),
+    Bug("equal scores by the higher row", "TOPK", "topk.cuh", "<< 32 | row;", "<< 32 | (0xfffffffeu - row);", "asan"),
+    Bug(
+        "failed queries counted without an atomic",
+        "TOPK",
+        "topk.cuh",
+        "args.failed_query[atomicAdd(args.failed, 1u)] =",
+        "args.failed_query[args.failed[0]++] =",
+        "tsan",
+        "equal-pair",
+    ),
+    Bug(
+        "sort without its barrier",
+        "TOPK",
+        "topk.cuh",
+        "        for (int step = run / 2; step > 0; step /= 2) {\n            __syncthreads();\n",
+        "        for (int step = run / 2; step > 0; step /= 2) {\n",
+    ),
+    Bug(
+        "shuffle in a divergent warp",
+        "TOPK",
+        "topk.cuh",
+        "if (i >= count) return;",
+        "if (i >= count || threadIdx.x % 32 > 29) return;",
+    ),
+    Bug(
+        "layers not kept apart",
+        "TRANSFORM",
+        "transform.cuh",
+        "            unit0 += units;\n        }\n        grid_barrier(args.barrier);\n",
+        "            unit0 += units;\n        }\n",
+    ),
+    Bug(
+        "the grid barrier forgets its fence",
+        "TRANSFORM",
+        "transform.cuh",
+        "GPU_INLINE void grid_barrier(unsigned* state) {\n    __threadfence();\n",
+        "GPU_INLINE void grid_barrier(unsigned* state) {\n",
+        "tsan",
+        "small",
+    ),
+    Bug(
+        "partial sums read too early",
+        "TRANSFORM",
+        "transform.cuh",
+        "acc[j][e];\n        }\n    __syncthreads();\n",
+        "acc[j][e];\n        }\n",
+    ),
+    Bug("no ReLU", "TRANSFORM", "transform.cuh", "if (layer.relu) sum", "if (false) sum"),
+    Bug(
+        "weights read past their rows",
+        "TRANSFORM",
+        "transform.cuh",
+        "const bool real = column0 + r < layer.d_out;",
+        "const bool real = true;",
+        "asan",
+    ),
+]  # fmt: skip
+
+
+@support.needs_cxx
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_injected_bug_is_found(bug: Bug) -> None:
+    program = support.driver(bug.half, bug.found_by, {bug.file: [(bug.old, bug.new)]})
+    said = ""
+    for schedule in (1, 2, 3):
+        done = support.drive(program, bug.case, schedule)
+        if done.returncode:
+            return
+        said += done.stdout
+    pytest.fail("every schedule passed:\n" + said)
+
+
+@support.needs_cxx
+@pytest.mark.parametrize("case", ["near", "near-select", "equal-pair", "equal", "small"])
+def test_the_cases_pass_without_a_bug(case: str) -> None:
+    done = support.drive(support.driver("TOPK"), case, 1)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,298 @@
+"""The cuda backend's whole Python path on the emulator: CPU tensors for GPU memory, random schedules, the reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import cuda_support as support
+import numpy as np
+import pytest
+import torch
+
+import fct
+from fct import ref
+from fct.arrays import Rows
+from fct.ops.cuda import CudaSearch, CudaTransform
+
+pytestmark = support.needs_cxx
+
+TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def runtime() -> support.EmulatedRuntime:
+    return support.EmulatedRuntime()
+
+
+@pytest.fixture
+def schedule(runtime: support.EmulatedRuntime) -> Callable[[int, int], None]:
+    return lambda sched, seed=1: runtime.lib.schedule(sched, seed, 2)
+
+
+def rows(x: Any, dtype: str = "float32", scale: Any = None) -> Rows:
+    if dtype == "int8":
+        values = torch.from_numpy(np.clip(np.rint(x / scale), -127, 127).astype(np.int8))
+        return Rows(values, dtype, torch.from_numpy(np.asarray(scale, np.float32)), "cpu", "torch")
+    return Rows(torch.from_numpy(x).to(TORCH[dtype]), dtype, None, "cpu", "torch")
+
+
+def costs(queries: Any, gallery: Any, metric: str) -> Any:
+    """Float64 costs rounded once, the smallest best, as docs/retrieval.md defines the order."""
+    q, g = queries.astype(np.float64), gallery.astype(np.float64)
+    if metric == "l2":
+        c = ((q[:, None] - g[None]) ** 2).sum(2)
+    else:
+        c = -(q @ g.T)
+        if metric == "cosine":
+            norms = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(g, axis=1)
+            c = np.divide(c, norms, out=np.zeros_like(c), where=norms > 0)
+    return c.astype(np.float32)
+
+
+def check_topk(distances: Any, indices: Any, cost: Any, k: int, metric: str) -> None:
+    """Sorted, gathered from the scores, no id twice, ids differing from the reference only where scores tie."""
+    order = np.argsort(cost, axis=1, kind="stable")[:, :k]
+    want = np.take_along_axis(cost, order, 1)
+    got = distances.numpy() if metric == "l2" else -distances.numpy()
+    ids = indices.numpy()
+    assert ((ids >= 0) & (ids < cost.shape[1])).all()
+    np.testing.assert_allclose(got, want, rtol=3e-7, atol=1e-7)
+    np.testing.assert_allclose(np.take_along_axis(cost, ids, 1), want, rtol=3e-7, atol=1e-7)
+    assert all(len(set(row)) == k for row in ids)
+    assert (np.diff(got, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("sched", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_topk(runtime: Any, schedule: Any, rng: Any, metric: str, kind: str, sched: int) -> None:
+    schedule(sched, 11)
+    # few, wide and deep scans; one row, primes, dims beside a chunk of 64 and 128
+    for nq, n, d, k in [(1, 1, 1, 1), (3, 197, 65, 7), (17, 331, 127, 10), (2, 700, 33, 600)]:
+        q, g = rng.standard_normal((nq, d), dtype=np.float32), rng.standard_normal((n, d), dtype=np.float32)
+        search = CudaSearch(runtime)
+        found = search.search(rows(q), search.prepare(rows(g), metric, kind), k)
+        check_topk(*found, costs(q, g, metric), k, metric)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8-row", "int8-dim"])
+def test_topk_reads_every_dtype_and_stride(runtime: Any, rng: Any, dtype: str) -> None:
+    q, g = rng.standard_normal((5, 20), dtype=np.float32), rng.standard_normal((300, 20), dtype=np.float32)
+    scale = {
+        "int8-row": lambda x: np.abs(x).max(1, keepdims=True) / 127,
+        "int8-dim": lambda x: np.abs(x).max(0, keepdims=True) / 127,
+    }
+    blocks = [rows(x, dtype[:4], scale[dtype](x)) if dtype in scale else rows(x, dtype) for x in (q, g)]
+    wide = torch.zeros(300, 29, dtype=blocks[1].values.dtype)
+    wide[:, :20] = blocks[1].values
+    blocks[1] = Rows(wide[:, :20], blocks[1].dtype, blocks[1].scale, "cpu", "torch")
+    search = CudaSearch(runtime)
+    found = search.search(blocks[0], search.prepare(blocks[1], "l2"), 4)
+    check_topk(*found, costs(*(b.float32().numpy() for b in blocks), "l2"), 4, "l2")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("case", ["near", "equal", "zero", "huge", "tiny", "outlier", "clustered"])
+def test_topk_is_exact_on_hostile_rows(runtime: Any, rng: Any, case: str, metric: str, kind: str) -> None:
+    q, g = rng.standard_normal((3, 24), dtype=np.float32), rng.standard_normal((600, 24), dtype=np.float32)
+    if case == "near":
+        g = np.float32(1) + g * np.float32(1e-5)
+    elif case == "equal":
+        g[:] = g[0]
+    elif case == "zero":
+        g[::2] = 0
+    elif case == "huge":
+        g[::7] *= np.float32(1e17)
+    elif case == "tiny":
+        g *= np.float32(1e-18)
+        q *= np.float32(1e-18)
+    elif case == "outlier":
+        g[:, 3] *= np.float32(1e4)
+    else:
+        g[100:200] = q[0] + g[100:200] * np.float32(1e-2)
+    search = CudaSearch(runtime)
+    found = search.search(rows(q), search.prepare(rows(g), metric, kind), 9)
+    check_topk(*found, costs(q, g, metric), 9, metric)
+    if case == "equal":
+        assert (found[1].numpy() == np.arange(9)).all()
+
+
+def test_topk_of_a_split_gallery(runtime: Any, rng: Any) -> None:
+    q, g = rng.integers(-3, 4, (4, 12)).astype(np.float32), rng.integers(-3, 4, (500, 12)).astype(np.float32)
+    for k, part in [(5, 101), (5, 250), (90, 99)]:
+        search = CudaSearch(runtime, part=part)
+        distances, indices = search.search(rows(q), search.prepare(rows(g), "l2"), k)
+        cost = costs(q, g, "l2")
+        assert (indices.numpy() == np.argsort(cost, 1, kind="stable")[:, :k]).all()  # integers: ties are ties
+        assert (distances.numpy() == np.sort(cost, 1)[:, :k]).all()
+
+
+def test_topk_leaves_the_own_row_out(runtime: Any, rng: Any) -> None:
+    g = rng.standard_normal((120, 16), dtype=np.float32)
+    g[7] = g[8] = g[9]
+    search = CudaSearch(runtime)
+    distances, indices = search.search(rows(g), search.prepare(rows(g), "l2"), 3, same_items=True)
+    cost = costs(g, g, "l2")
+    np.fill_diagonal(cost, np.inf)
+    check_topk(distances, indices, cost, 3, "l2")
+    assert (indices.numpy() != np.arange(120)[:, None]).all()
+
+
+def test_no_bank_conflicts(runtime: Any, rng: Any) -> None:
+    runtime.lib.reset_stats()
+    search = CudaSearch(runtime)
+    g = rows(rng.standard_normal((200, 100), dtype=np.float32))
+    search.search(g[slice(0, 20)], search.prepare(g, "ip"), 3)
+    h = fct.Transformation.random(12, 7, 20, inner=33)
+    run_transform(runtime, h, rng, 5)
+    stats = runtime.lib.stats()
+    assert stats["ldmatrix"] > 100
+    assert stats["mma"] > 100
+    assert stats["bank_extra"] == 0
+
+
+def run_transform(
+    runtime: Any, h: Any, rng: Any, n: int, dtype: str = "float32", out_dtype: str = "float32"
+) -> tuple[Any, Any]:
+    backend = CudaTransform(runtime)
+    old = rows(rng.standard_normal((n, h.d_old), dtype=np.float32), dtype)
+    side = rows(rng.standard_normal((n, h.d_side), dtype=np.float32), dtype) if h.uses_side_info else old
+    guard = torch.full((n + 2, h.d_new + 3), 777.0).to(TORCH[out_dtype])
+    out = Rows(guard[1 : n + 1, : h.d_new], out_dtype, None, "cpu", "torch")
+    out.values.fill_(float("nan"))
+    backend.run(backend.pack(h, "bf16", "cpu"), old, side, out, threads=1)
+    assert torch.isfinite(out.values).all()
+    untouched = torch.cat([guard[0], guard[-1], guard[:, h.d_new :].flatten()])
+    assert (untouched == untouched[0]).all()
+    want = ref.transform(old.float32().numpy(), side.float32().numpy(), h)
+    return out.values.float().numpy(), want
+
+
+@pytest.mark.parametrize("sched", [0, 1, 2, 3])
+@pytest.mark.parametrize("n", [1, 15, 17, 33, 65])
+def test_transform_small(runtime: Any, schedule: Any, rng: Any, n: int, sched: int) -> None:
+    schedule(sched, n)
+    for normalise in (False, True):
+        h = fct.Transformation.random(13, 7, 19, inner=70, normalise=normalise)
+        got, want = run_transform(runtime, h, rng, n)
+        scale = np.abs(want).max()
+        assert np.abs(got - want).max() < 0.02 * scale
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_transform_dtypes_and_no_side_information(runtime: Any, rng: Any, dtype: str) -> None:
+    h = fct.Transformation.random(9, 9, 10, inner=20, side_info=False)
+    got, want = run_transform(runtime, h, rng, 3, dtype, dtype)
+    assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
+
+
+def test_transform_of_more_rows_than_a_launch_takes(runtime: Any, rng: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(CudaTransform, "large_why_not", lambda _: "no cuBLASLt")
+    h = fct.Transformation.random(5, 4, 6, inner=8)
+    got, want = run_transform(runtime, h, rng, 259)
+    assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
+
+
+def test_transform_into_scaled_int8(runtime: Any, rng: Any) -> None:
+    h = fct.Transformation.random(5, 4, 6, inner=8, normalise=True)
+    old, side = (rng.standard_normal((4, d), dtype=np.float32) for d in (5, 4))
+    values = torch.zeros(4, 6, dtype=torch.int8)
+    out = Rows(values, "int8", torch.full((1, 1), 1 / 127), "cpu", "torch")
+    backend = CudaTransform(runtime)
+    backend.run(backend.pack(h, "bf16", "cpu"), rows(old), rows(side), out, threads=1)
+    assert np.abs(values.numpy() / 127 - ref.transform(old, side, h)).max() < 0.02
+
+
+def test_two_streams_share_no_activations(runtime: Any) -> None:
+    backend = CudaTransform(runtime)
+    packed = backend.pack(fct.Transformation.random(5, 4, 6, inner=8), "bf16", "cpu")
+    one, other = (backend._scratch(packed, 256, stream) for stream in (1, 2))
+    assert not {t.data_ptr() for t in one.values()} & {t.data_ptr() for t in other.values()}
+    assert backend._scratch(packed, 256, 1) is one
+
+
+def test_zero_rows_launch_nothing(runtime: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("launched")
+
+    runtime.lib.intercept(refuse)
+    try:
+        backend = CudaTransform(runtime)
+        h = fct.Transformation.random(5, 4, 6, inner=8)
+        empty = (
+            rows(np.zeros((0, 5), np.float32)),
+            rows(np.zeros((0, 4), np.float32)),
+            rows(np.zeros((0, 6), np.float32)),
+        )
+        backend.run(backend.pack(h, "bf16", "cpu"), *empty, threads=1)
+        search = CudaSearch(runtime)
+        assert search.search(rows(np.zeros((0, 5), np.float32)), None, 3)[1].shape == (0, 3)  # type: ignore[arg-type]
+    finally:
+        runtime.lib.intercept(None)
+
+
+def test_rows_past_two_to_the_31_elements(runtime: Any) -> None:
+    """Three rows 2^30 elements apart, in memory that exists only as address space."""
+    import mmap
+
+    stride = (1 << 30) + 64  # 0x4000 below: Linux's MAP_NORESERVE, which Python names from 3.13 on
+    memory = mmap.mmap(-1, 2 * stride + 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    values = torch.frombuffer(memory, dtype=torch.int8).as_strided((3, 8), (stride, 1))
+    for i in range(3):
+        values[i] = torch.arange(8, dtype=torch.int8) * (i + 1)
+    far = Rows(values, "int8", torch.full((1, 1), 0.5), "cpu", "torch")
+    search = CudaSearch(runtime)
+    distances, indices = search.search(far[slice(2, 3)], search.prepare(far, "l2"), 3)
+    assert indices.tolist() == [[2, 1, 0]]
+    assert distances.tolist() == [[0.0, 35.0, 140.0]]
+
+
+def test_the_exact_way_in_many_rounds(runtime: Any) -> None:
+    g = np.ones((3000, 3), np.float32)
+    g[::5] = 2
+    search = CudaSearch(runtime)
+    distances, indices = search.search(rows(g[:1]), search.prepare(rows(g), "l2"), 700)
+    cost = costs(g[:1], g, "l2")
+    assert (indices.numpy() == np.argsort(cost, 1, kind="stable")[:, :700]).all()
+    assert (distances.numpy() == np.sort(cost, 1)[:, :700]).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"k": 0}, "expected k from 1 to 2048, got 0"),
+        ({"k": 2049}, "expected k from 1 to 2048, got 2049"),
+        ({"n": 0}, "expected 1 to 2^31 - 65 gallery rows in one part, got 0"),
+        ({"n": 2**31}, f"expected 1 to 2^31 - 65 gallery rows in one part, got {2**31}"),
+        ({"nq": 40000}, "expected 1 to 32768 queries in one call, got 40000"),
+    ],
+)
+def test_sizes_are_refused_with_a_reason(runtime: Any, arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        size_of(runtime, **arguments)
+
+
+def size_of(runtime: Any, *, nq: int = 1, n: int = 100, d: int = 8, k: int = 5) -> dict[str, int]:
+    zeros = dict.fromkeys(("query_shadow", "query_meta", "gallery_shadow", "gallery_meta", "distances", "indices"), 0)
+    queries, gallery = (0, 0, nq, d, d, 0, 0, 0), (0, 0, n, d, d, 0, 0, 0)
+    return dict(
+        runtime.lib.cuda_search_size(
+            queries=queries, gallery=gallery, metric=0, kind=0, k=k, base=0, scratch=0, multiprocessors=132,
+            shared_memory=227 << 10, **zeros
+        )
+    )  # fmt: skip
+
+
+def test_scratch_of_the_largest_part_needs_64_bits(runtime: Any) -> None:
+    size = size_of(runtime, nq=32768, n=2**31 - 65, d=4096, k=2048)
+    assert size["scratch"] > 2**31
+    assert size["rescored"] == 2 * 2048 + 64
+    assert size_of(runtime, nq=1, n=10**9, d=128, k=10)["splits"] >= 2 * 132
+
+
+def test_a_bad_device_is_named(runtime: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"device 9.*cudaErrorInvalidDevice"):
+        runtime.properties(9)

@@ -1,0 +1,88 @@
+"""What nvcc emits, run by the PTX interpreter: the same launches on the same memory must give the emulator's answer.
+
+The interpreter executes the inline assembly that the emulator replaces, so a wrong wrapper is found only here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda_support as support
+import numpy as np
+import pytest
+import torch
+
+import fct
+from fct import ref
+from fct.arrays import Rows
+from fct.ops.cuda import CudaSearch, CudaTransform
+
+pytestmark = support.needs_nvcc
+
+
+def rows(x: Any) -> Rows:
+    return Rows(torch.from_numpy(x), "float32", None, "cpu", "torch")
+
+
+def search(texts: list[str] | None, metric: str, kind: str, nq: int, n: int, d: int, k: int) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(5)
+    q, g = rng.standard_normal((nq, d), dtype=np.float32), rng.standard_normal((n, d), dtype=np.float32)
+    engine = CudaSearch(support.EmulatedRuntime())
+    if texts is None:
+        return *engine.search(rows(q), engine.prepare(rows(g), metric, kind), k), {}
+    with support.interpreted(texts) as issued:
+        return *engine.search(rows(q), engine.prepare(rows(g), metric, kind), k), issued
+
+
+CASES = [("l2", "bf16", 2, 70, 20, 3), ("ip", "int8", 17, 40, 130, 2)]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_topk(case: tuple[Any, ...], architecture: str) -> None:
+    distances, indices, issued = search([support.ptx("topk", architecture)], *case)
+    want_distances, want_indices, _ = search(None, *case)
+    assert (indices == want_indices).all()
+    torch.testing.assert_close(distances, want_distances, rtol=3e-7, atol=0)
+    assert min(issued[op] for op in ("mma", "ldmatrix", "cp")) > 0
+
+
+def transform(texts: list[str], n: int) -> tuple[Any, Any]:
+    rng = np.random.default_rng(5)
+    h = fct.Transformation.random(9, 7, 10, inner=20, normalise=True)
+    old, side = rng.standard_normal((n, 9), dtype=np.float32), rng.standard_normal((n, 7), dtype=np.float32)
+    out = torch.full((n, 10), float("nan"))
+    backend = CudaTransform(support.EmulatedRuntime())
+    packed = backend.pack(h, "bf16", "cpu")
+    with support.interpreted(texts):
+        backend.run(packed, rows(old), rows(side), rows(out.numpy()), threads=1)
+    return out.numpy(), ref.transform(old, side, h)
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("n", [2, 18])
+def test_transform(n: int, architecture: str) -> None:
+    got, want = transform([support.ptx("transform", architecture)], n)
+    assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
+
+
+WRAPPER_BUGS = {
+    "mma operands": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}",
+                     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%6,%5,%7}, {%8,%9}"),
+    "wait count": ('asm volatile("cp.async.wait_group %0;\\n" ::"n"(kPending)',
+                   'asm volatile("cp.async.wait_group %0;\\n" ::"n"(kPending + 1)'),
+    "pack order": ('"=r"(r) : "f"(hi), "f"(lo)', '"=r"(r) : "f"(lo), "f"(hi)'),
+    "ldmatrix outputs": ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}",
+                         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%1,%0,%2,%3}"),
+    "copy ignores its size": ("[%0], [%1], 16, %2;", "[%0], [%1], 16;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", WRAPPER_BUGS)
+def test_a_wrong_wrapper_is_found(bug: str) -> None:
+    text = support.ptx("transform", "80", {"gpu_api.h": [WRAPPER_BUGS[bug]]})
+    try:
+        got, want = transform([text], 2)
+    except RuntimeError:
+        return
+    assert not np.abs(got - want).max() < 0.02 * np.abs(want).max()
