@@ -74,7 +74,7 @@ WRAPPER_BUGS = {
     "pack order": ('"=r"(r) : "f"(hi), "f"(lo)', '"=r"(r) : "f"(lo), "f"(hi)'),
     "ldmatrix outputs": ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}",
                          "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%1,%0,%2,%3}"),
-    "copy ignores its size": ("[%0], [%1], 16, %2;", "[%0], [%1], 16;"),
+    "acquire of another word": ("ld.acquire.gpu.global.u32 %0, [%1];", "ld.acquire.gpu.global.u32 %0, [%1+4];"),
 }  # fmt: skip
 
 
