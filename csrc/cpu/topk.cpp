@@ -586,11 +586,17 @@ const float* RowSource::row(int64_t i, float* scratch) const {
         case DType::bf16:
             for (int64_t j = 0; j < d; ++j) scratch[j] = from_bf16(static_cast<const uint16_t*>(data)[at + j]);
             break;
-        case DType::i8:
-            for (int64_t j = 0; j < d; ++j)
-                scratch[j] = static_cast<float>(static_cast<const int8_t*>(data)[at + j]) *
-                             scale[i * scale_row + j * scale_column];
+        case DType::i8: {
+            const int8_t* from = static_cast<const int8_t*>(data) + at;
+            const float* factor = scale + i * scale_row;
+            if (scale_column) {
+                for (int64_t j = 0; j < d; ++j) scratch[j] = static_cast<float>(from[j]) * factor[j];
+            } else {
+                const float one = *factor;
+                for (int64_t j = 0; j < d; ++j) scratch[j] = static_cast<float>(from[j]) * one;
+            }
             break;
+        }
     }
     return scratch;
 }

@@ -331,8 +331,8 @@ def _shadow_for(
     q: Rows, g: Rows, prepared: PreparedGallery | None, metric: str, precision: str, threads: int
 ) -> Shadow | None:
     """The shadow to scan, or None to score every row."""
-    if precision == "bf16":
-        raise BackendError("precision: expected auto, int8 or fp32 for a search on the cpu, got 'bf16'")
+    if precision not in ("auto", "int8", "fp32"):
+        raise BackendError(f"precision: expected auto, int8 or fp32 for a search on the cpu, got {precision!r}")
     if precision == "fp32" or (precision == "auto" and prepared is None and q.n < _WORTH_A_SHADOW):
         return None
     why = why_not_shadow(g)

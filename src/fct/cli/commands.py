@@ -1,4 +1,5 @@
 """Imports every module that registers commands on :data:`fct.cli.app.app`, one line each."""
 
 from fct.cli import backfill as backfill
+from fct.cli import evaluate as evaluate
 from fct.cli import fit as fit

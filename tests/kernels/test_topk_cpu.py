@@ -1,0 +1,435 @@
+"""The compiled search on every instruction set, against the float64 reference, and the checker that judges it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fct import _C, ref
+from fct.arrays import Rows, ScaledInt8, rows_of
+from fct.ops.topk_cpu import build_shadow, extend_shadow, ranks_cpu, topk_cpu
+
+LEVELS = _C.isa_names[: _C.detected_isa() + 1]
+METRICS = ("l2", "ip", "cosine")
+
+
+def check_topk(distances: Any, indices: Any, queries: Any, gallery: Any, metric: str, same_items: bool = False) -> None:
+    """Raises AssertionError unless this is an exact answer.
+
+    Sorted by (score, index); every score that of its row; no row twice; and rows other than the reference's only
+    where the two scores are one float32 apart, which is where two float64 sums may round apart.
+    """
+    distances, indices = np.asarray(distances), np.asarray(indices)
+    scores = ref.scores(queries, gallery, metric)
+    assert distances.dtype == np.float32
+    assert indices.dtype == np.int64
+    assert distances.shape == indices.shape
+    assert np.isfinite(distances).all()
+    assert ((indices >= 0) & (indices < scores.shape[1])).all()
+    ordered = np.sort(indices, axis=1)
+    assert (ordered[:, 1:] != ordered[:, :-1]).all(), "a row twice"
+    if same_items:
+        assert (indices != np.arange(len(indices))[:, None]).all(), "a query's own row"
+    cost = distances if metric == "l2" else -distances
+    step, later = np.diff(cost, axis=1), np.diff(indices, axis=1)
+    assert (step >= 0).all(), "not sorted"
+    assert (later[step == 0] > 0).all(), "a tie without the lower index first"
+    ulp = np.spacing(np.abs(distances))
+    assert (np.abs(np.take_along_axis(scores, indices, axis=1) - distances) <= 0.51 * ulp + 1e-13).all(), "other scores"
+    want, rows = ref.topk(queries, gallery, indices.shape[1], metric, same_items)
+    assert (np.abs(distances - want) <= ulp).all(), "not the best scores"
+    other = indices != rows
+    assert (np.abs(distances - want)[other] <= ulp[other]).all()
+    assert other.mean() < 0.01 or (cost[:, :1] == cost).all(), "more differences than ties explain"
+
+
+def search(q: Any, g: Any, k: int, metric: str, *, shadow: bool = True, same: bool = False, threads: int = 2) -> Any:
+    rows = rows_of(g, "g")
+    packed = build_shadow(rows, metric, threads=threads) if shadow else None
+    return topk_cpu(rows_of(q, "q"), rows, packed, k, metric, same, threads=threads)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FCT_ISA", request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 3, 8, 17, 64, 97, 130])
+def test_every_level_is_exact(level: str, metric: str, d: int, rng: np.random.Generator) -> None:
+    for n, k, nq in ((1, 1, 1), (63, 63, 2), (65, 7, 3), (1000, 20, 13)):
+        g = rng.standard_normal((n, d), dtype=np.float32) + np.float32(0.5)
+        q = rng.standard_normal((nq, d), dtype=np.float32)
+        for shadow in (True, False):
+            got = search(q, g, k, metric, shadow=shadow)
+            check_topk(got[0], got[1], q, g, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_same_items_leaves_the_own_row_out(level: str, metric: str, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((200, 9), dtype=np.float32)
+    x[50] = x[3]
+    for shadow in (True, False):
+        d, i, _ = search(x, x, 199, metric, shadow=shadow, same=True)
+        check_topk(d, i, x, x, metric, same_items=True)
+
+
+def test_whole_numbers_are_exact_to_the_bit(level: str, rng: np.random.Generator) -> None:
+    g = rng.integers(-4, 5, (900, 31)).astype(np.float32)  # many ties
+    q = rng.integers(-4, 5, (20, 31)).astype(np.float32)
+    for metric in ("l2", "ip"):
+        for shadow in (True, False):
+            d, i, _ = search(q, g, 50, metric, shadow=shadow)
+            want = ref.topk(q, g, 50, metric)
+            np.testing.assert_array_equal(d, want[0])
+            np.testing.assert_array_equal(i, want[1])
+
+
+def adversaries(rng: np.random.Generator, name: str) -> tuple[Any, Any]:
+    n, d = (30_000 if name in ("all rows equal", "all zero") else 6000), 48
+    g = rng.standard_normal((n, d)).astype(np.float32)
+    q = rng.standard_normal((7, d)).astype(np.float32)
+    if name == "near ties":  # tighter than 8 bits without the shift
+        g = (g[:1] + 1e-5 * g).astype(np.float32)
+    elif name == "huge norms":
+        g *= np.float32(1e9)
+        q *= np.float32(1e9)
+    elif name == "tiny norms":
+        g *= np.float32(1e-18)
+        q *= np.float32(1e-18)
+    elif name == "mixed norms":
+        g *= (10.0 ** rng.uniform(-8, 8, (n, 1))).astype(np.float32)
+    elif name == "one outlier component":
+        g[:, 5] *= np.float32(1e5)
+        q[:, 7] *= np.float32(1e5)
+    elif name == "duplicates":
+        g = g[rng.integers(0, 40, n)]
+    elif name == "all rows equal":
+        g[:] = g[0]
+    elif name == "all zero":
+        g[:] = 0
+    elif name == "a zero query":
+        q[3] = 0
+    elif name == "far from the origin":
+        g += np.float32(1e4)
+        q += np.float32(1e4)
+    return q, g
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "near ties",
+        "huge norms",
+        "tiny norms",
+        "mixed norms",
+        "one outlier component",
+        "duplicates",
+        "all rows equal",
+        "all zero",
+        "a zero query",
+        "far from the origin",
+    ],
+)
+def test_adversaries_never_make_it_wrong(name: str, metric: str, rng: np.random.Generator) -> None:
+    q, g = adversaries(rng, name)
+    want = ref.topk(q, g, 12, metric)
+    for shadow in (True, False):
+        d, i, counts = search(q, g, 12, metric, shadow=shadow)
+        np.testing.assert_allclose(d, want[0], rtol=1.3e-7, atol=1e-13 if metric == "cosine" else 0)
+        same_value = np.abs(d - want[0]) <= np.spacing(np.abs(d))
+        assert ((i == want[1]) | same_value).all()
+        assert (i == want[1]).mean() > 0.95
+        if shadow and name in ("all rows equal", "all zero"):
+            assert counts["exhausted"] == len(q), "expected the fall-back"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_bound_holds_for_every_pair(metric: str, rng: np.random.Generator) -> None:
+    """Recomputed here from the packed shadow alone: |<q, x - x'>| <= |q| |x - x'|, with the stored |x - x'|."""
+    q, g = adversaries(rng, "mixed norms")
+    shadow = build_shadow(rows_of(g, "g"), metric, threads=1)
+    n, d = g.shape
+    tiles = shadow.tiles.reshape(-1, d // 4, 64, 4).transpose(0, 2, 1, 3).reshape(-1, d)[:n].astype(np.float64) - 128
+    facts = shadow.meta[:, :256].reshape(-1, 4, 64)
+    scale, half, error, norm = (facts[:, j].reshape(-1)[:n].astype(np.float64) for j in range(4))
+    x = g.astype(np.float64)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True) if metric == "cosine" else x
+    x = x - shadow.shift.astype(np.float64)
+    packed = scale[:, None] * tiles
+    assert (np.linalg.norm(x - packed, axis=1) <= error * (1 + 1e-12)).all()
+    assert (np.linalg.norm(packed, axis=1) <= norm * (1 + 1e-12)).all()
+    assert (error <= 1e-30 + 0.02 * np.linalg.norm(x, axis=1)).all(), "8 bits should lose about one percent"
+    np.testing.assert_allclose(half, (x**2).sum(1) / 2 if metric == "l2" else 0, rtol=1e-6)
+    lost = np.abs(q.astype(np.float64) @ (x - packed).T)
+    assert (lost <= np.linalg.norm(q, axis=1)[:, None] * error * (1 + 1e-6)).all()
+    assert (shadow.meta[:, 256] == facts[:, 2].max(1)).all()
+    assert (shadow.meta[:, 257] == facts[:, 3].max(1)).all()
+
+
+def test_a_shadow_whose_bound_is_too_small_is_caught(rng: np.random.Generator) -> None:
+    """The check has teeth: with the stored errors set to nothing and the 8-bit rows disturbed, answers go wrong."""
+    g = rng.standard_normal((3000, 32), dtype=np.float32)
+    q = rng.standard_normal((20, 32), dtype=np.float32)
+    rows = rows_of(g, "g")
+    shadow = build_shadow(rows, "ip", threads=1)
+    shadow.tiles[:] = np.clip(shadow.tiles.astype(int) + rng.integers(-60, 61, shadow.tiles.shape), 1, 255)
+    shadow.meta[:, 128:256] = 0
+    shadow.meta[:, 256:258] = 0
+    d, i, _ = topk_cpu(rows_of(q, "q"), rows, shadow, 10, "ip", False, threads=1)
+    with pytest.raises(AssertionError):
+        check_topk(d, i, q, g, "ip")
+
+
+def corruptions(d: Any, i: Any) -> dict[str, tuple[Any, Any]]:
+    def changed(edit: Any) -> tuple[Any, Any]:
+        a, b = d.copy(), i.copy()
+        edit(a, b)
+        return a, b
+
+    def swap(a: Any, b: Any) -> None:
+        b[2, [1, 4]] = b[2, [4, 1]]
+
+    def duplicate(a: Any, b: Any) -> None:
+        b[3, 5], a[3, 5] = b[3, 4], a[3, 4]
+
+    def nan(a: Any, b: Any) -> None:
+        a[0, 0] = np.nan
+
+    def last_two(a: Any, b: Any) -> None:
+        a[1], b[1] = a[1, ::-1].copy(), b[1, ::-1].copy()
+
+    return {
+        "swapped": changed(swap),
+        "duplicated": changed(duplicate),
+        "shifted": (d, (i + 1) % 300),
+        "NaN": changed(nan),
+        "off by one": (np.roll(d, -1, axis=1), np.roll(i, -1, axis=1)),
+        "reversed": changed(last_two),
+        "next best": (d[:, 1:], i[:, 1:]),
+    }
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_checker_rejects_corrupted_answers(metric: str, rng: np.random.Generator) -> None:
+    g, q = rng.standard_normal((300, 12), dtype=np.float32), rng.standard_normal((6, 12), dtype=np.float32)
+    d, i, _ = search(q, g, 9, metric)
+    check_topk(d, i, q, g, metric)
+    for name, (bad_d, bad_i) in corruptions(d, i).items():
+        try:
+            check_topk(bad_d, bad_i, q, g, metric)
+        except AssertionError:
+            continue
+        pytest.fail(f"accepted: {name}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 400),
+    nq=st.integers(1, 30),
+    d=st.integers(1, 70),
+    k=st.integers(1, 400),
+    metric=st.sampled_from(METRICS),
+    whole=st.booleans(),
+    exponent=st.integers(-9, 9),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(n: int, nq: int, d: int, k: int, metric: str, whole: bool, exponent: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    k = min(k, n)
+    g, q = rng.standard_normal((n, d)), rng.standard_normal((nq, d))
+    if whole:
+        g, q = np.rint(g), np.rint(q)
+    g, q = (g * 10.0**exponent).astype(np.float32), q.astype(np.float32)
+    want = ref.topk(q, g, k, metric)
+    for shadow in (True, False):
+        distances, indices, _ = search(q, g, k, metric, shadow=shadow)
+        # float64 sums in another order: at most a float32 apart, or what cancels below the products' own rounding
+        near = np.spacing(np.abs(want[0])) + 1e-14 * d * (1.0 if metric == "cosine" else 10.0**exponent)
+        assert (np.abs(distances - want[0]) <= near).all()
+        assert ((indices == want[1]) | (np.abs(distances - want[0]) <= near)).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8 row", "int8 column", "int8"])
+def test_every_dtype(dtype: str, metric: str, rng: np.random.Generator) -> None:
+    g, q = rng.standard_normal((700, 21), dtype=np.float32), rng.standard_normal((20, 21), dtype=np.float32)
+
+    def narrow(x: Any) -> Rows:
+        if dtype == "float16":
+            return rows_of(x.astype(np.float16), "x")
+        if dtype == "bfloat16":
+            import torch
+
+            return rows_of(torch.from_numpy(x).bfloat16(), "x")
+        shape = {"int8 row": (len(x), 1), "int8 column": (1, x.shape[1]), "int8": (1, 1)}[dtype]
+        scale = (0.01 + 0.01 * rng.random(shape)).astype(np.float32)
+        return rows_of(ScaledInt8(np.clip(np.rint(x / scale), -127, 127).astype(np.int8), scale), "x")
+
+    G, Q = narrow(g), narrow(q)
+    for shadow in (build_shadow(G, metric, threads=2), None):
+        d, i, _ = topk_cpu(Q, G, shadow, 15, metric, False, threads=2)
+        check_topk(d, i, Q.float32(), G.float32(), metric)
+
+
+def test_strided_and_misaligned(rng: np.random.Generator) -> None:
+    base = rng.standard_normal((500, 40), dtype=np.float32)
+    raw = bytearray(500 * 40 * 4 + 8)
+    odd = np.frombuffer(raw, np.float32, 500 * 40, offset=4).reshape(500, 40)
+    odd[:] = base
+    wide = np.full((500, 61), np.nan, np.float32)
+    wide[:, 7:47] = base
+    want = ref.topk(base[:9], base, 30)
+    for g in (odd, wide[:, 7:47]):
+        for shadow in (True, False):
+            rows = rows_of(g, "g", finite=True)
+            assert np.shares_memory(rows.values, g), "a copy would hide a wrong stride"
+            d, i, _ = search(g[:9], g, 30, "l2", shadow=shadow)
+            np.testing.assert_array_equal(i, want[1])
+            np.testing.assert_array_equal(d, want[0])
+
+
+@pytest.mark.parametrize("d", [5, 16, 19])
+def test_reads_nothing_past_the_last_row(level: str, d: int, rng: np.random.Generator) -> None:
+    page = mmap.PAGESIZE
+    n = 131
+    size = -(-n * d * 4 // page) * page
+    area = mmap.mmap(-1, size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+    try:
+        g = np.frombuffer(area, np.float32, n * d, offset=size - n * d * 4).reshape(n, d)
+        g[:] = rng.standard_normal((n, d))
+        q = g[-4:]
+        for metric in METRICS:
+            for shadow in (True, False):
+                got = search(q, g, 5, metric, shadow=shadow)
+                check_topk(got[0], got[1], q, g, metric)
+        ranks_cpu(rows_of(q, "q"), rows_of(g, "g"), np.zeros(4, int), np.arange(n) % 2, "l2", False, threads=1)
+    finally:
+        assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 3) == 0
+
+
+def test_threads_and_batches_change_nothing(rng: np.random.Generator) -> None:
+    g, q = rng.standard_normal((9000, 24), dtype=np.float32), rng.standard_normal((61, 24), dtype=np.float32)
+    d, i, _ = search(q, g, 17, "l2", threads=1)
+    for threads in (2, 3, 5):
+        again = search(q, g, 17, "l2", threads=threads)
+        np.testing.assert_array_equal(again[0], d)
+        np.testing.assert_array_equal(again[1], i)
+    for row in range(0, 61, 7):
+        for shadow in (True, False):
+            one = search(q[row : row + 1], g, 17, "l2", shadow=shadow)
+            np.testing.assert_array_equal(one[0][0], d[row])
+            np.testing.assert_array_equal(one[1][0], i[row])
+
+
+def test_k_of_2048(rng: np.random.Generator) -> None:
+    g, q = rng.standard_normal((5000, 16), dtype=np.float32), rng.standard_normal((3, 16), dtype=np.float32)
+    got = search(q, g, 2048, "ip")
+    check_topk(got[0], got[1], q, g, "ip")
+
+
+def test_extended_shadow_equals_one_built_at_once(rng: np.random.Generator) -> None:
+    g = rng.standard_normal((777, 20), dtype=np.float32)
+    start = build_shadow(rows_of(g[:130], "g"), "l2", threads=1)
+    grown = extend_shadow(extend_shadow(start, rows_of(g[:131], "g"), threads=2), rows_of(g, "g"), threads=2)
+    assert grown.n == 777
+    for q in (g[:20], g[700:720]):
+        d, i, _ = topk_cpu(rows_of(q, "q"), rows_of(g, "g"), grown, 9, "l2", False, threads=2)
+        check_topk(d, i, q, g, "l2")
+
+
+def test_past_two_to_the_31_elements(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A sparse file of int8 rows, read in place: elements and bytes past 2^31, the answers at its very end."""
+    d, n = 4096, (1 << 19) + 70
+    path = tmp_path / "rows.int8"
+    with open(path, "wb") as file:
+        file.truncate(n * d)
+    data = np.memmap(path, np.int8, "r+", shape=(n, d))
+    assert data.size > 1 << 31
+    rows = rows_of(ScaledInt8(data[-200:], 1.0), "g")
+    data[-200:] = rng.integers(-100, 100, (200, d))
+    whole = rows_of(ScaledInt8(data, 1.0), "g")
+    q = rows_of(rng.standard_normal((1, d)).astype(np.float32), "q")
+    tail = topk_cpu(q, rows, None, 50, "ip", False, threads=1)
+    # The shadow of the tail alone stands where it would in the whole: the rows before it are never near the best.
+    values = (ref.scores(q.float32(), data[-200:], "ip")).astype(np.float32)
+    np.testing.assert_array_equal(np.sort(values[0])[::-1][:50], tail[0][0])
+    got = topk_cpu(q, whole, None, 50, "ip", False, threads=2)
+    np.testing.assert_array_equal(got[0], tail[0])
+    np.testing.assert_array_equal(got[1], tail[1] + n - 200)
+
+
+@pytest.mark.parametrize("call", ["topk", "evaluate"])
+def test_ctrl_c_stops_a_long_call(call: str) -> None:
+    code = f"""
+    import numpy as np, os, signal, threading, time, fct
+    x = np.random.default_rng(0).standard_normal((60_000, 256), dtype=np.float32)
+    def interrupt():
+        time.sleep(0.5)
+        global at
+        at = time.perf_counter()
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        if {call!r} == "topk":
+            fct.topk(x, x, 10, precision="fp32")
+        else:
+            fct.evaluate(x, x, np.arange(60_000) % 100)
+        print("finished")
+    except KeyboardInterrupt:
+        print("stopped", time.perf_counter() - at)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    word, _, seconds = out.stdout.strip().partition(" ")
+    assert word == "stopped", out.stdout + out.stderr
+    assert float(seconds) < 1.0
+    assert signal.getsignal(signal.SIGINT) is not None
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("classes", [2, 5, 400])
+def test_ranks_equal_the_reference(level: str, metric: str, classes: int, rng: np.random.Generator) -> None:
+    """Two classes: the bucketed count; 400: the plain one, and queries without a match."""
+    g = rng.standard_normal((333, 11), dtype=np.float32)
+    g[100:140] = g[7]
+    labels = rng.integers(0, classes, 333)
+    for q, q_labels, same in ((g, labels, True), (g[:37] * 0.5, rng.integers(0, classes, 37), False)):
+        first, ap = ranks_cpu(rows_of(q, "q"), rows_of(g, "g"), q_labels, labels, metric, same, threads=2)
+        want_first, want_ap = ref.evaluate(q, g, q_labels, labels, metric, same)
+        np.testing.assert_array_equal(first, want_first)
+        np.testing.assert_allclose(ap, want_ap, rtol=1e-12)
+
+
+@pytest.mark.parametrize("spread", ["one value", "outlier", "subnormal", "infinite"])
+def test_ranks_where_buckets_degenerate(spread: str, rng: np.random.Generator) -> None:
+    g = rng.standard_normal((500, 1)).astype(np.float32)
+    if spread == "one value":
+        g[:] = 2
+    elif spread == "outlier":
+        g[17] = 1e15
+    elif spread == "subnormal":
+        g *= np.float32(1e-22)
+    else:
+        g[:250] *= np.float32(1e25)  # squares beyond float32: infinite, and tied
+    labels = np.arange(500) % 2
+    with np.errstate(over="ignore"):
+        want = ref.evaluate(g, g, labels, labels, "l2", True)
+    first, ap = ranks_cpu(rows_of(g, "q"), rows_of(g, "g"), labels, labels, "l2", True, threads=1)
+    np.testing.assert_array_equal(first, want[0])
+    np.testing.assert_allclose(ap, want[1], rtol=1e-12)
