@@ -15,13 +15,13 @@ __all__ = ["write_html"]
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d5d9e0; --muted: #667; --good: #18794e; --bad: #b42318; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 74rem; margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.5rem; margin-bottom: .3rem; }
 .verdict { font-size: 1.1rem; border-left: 4px solid var(--good); padding: .4rem 1rem; margin: 1.2rem 0; }
 .verdict.no { border-color: var(--bad); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; }
 tr.chosen td { font-weight: 600; }
