@@ -34,7 +34,7 @@ def plain(text: str) -> str:
 
 
 def test_the_promised_commands_are_there() -> None:
-    assert {"fit", "info"} <= set(COMMANDS)
+    assert {"quickstart", "fit", "info"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

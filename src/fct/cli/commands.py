@@ -3,3 +3,4 @@
 from fct.cli import backfill as backfill
 from fct.cli import evaluate as evaluate
 from fct.cli import fit as fit
+from fct.cli import quickstart as quickstart
