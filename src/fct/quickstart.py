@@ -439,7 +439,12 @@ class _Run:
     # 7 and 8
     def report(self, table: ResultTable, verdict: Verdict, found: dict[str, Any]) -> None:
         self.files.pop("without side-info").unlink()
-        contents = {**table.to_dict(), "stages, seconds": self.spent, "verdict": verdict.to_dict(), "config": asdict(self.config)}
+        contents = {
+            **table.to_dict(),
+            "stages, seconds": self.spent,
+            "verdict": verdict.to_dict(),
+            "config": asdict(self.config),
+        }
         write_text(self.files["table (JSON)"], json.dumps(contents, indent=2, allow_nan=False, default=str) + "\n")
         write_text(self.files["table (Markdown)"], f"{table.to_markdown()}\n{verdict.sentence}\n")
         write_picture(
@@ -447,8 +452,8 @@ class _Run:
             list(self._examples(found)),
             table,
             colours=_COLOURS,
-            subtitle="One query of each class, drawn at random, and its five nearest gallery items. Green frame: of the "
-            "query's class; dashed red: of another. new: a class that the old model never saw.",
+            subtitle="One query of each class, drawn at random, and its five nearest gallery items. Green frame: of "
+            "the query's class; dashed red: of another. new: a class that the old model never saw.",
         )
         write_html(self.files["page"], table, verdict=verdict, picture=self.files["picture"], chosen=WITH)
 
