@@ -169,6 +169,11 @@ def _begin(found: Resolved, say: Callable[[str], None]) -> Job:
     _check_stamps(found, stored, say)
     if journal.root.is_local:
         shutil.rmtree(journal.root.local / "parts", ignore_errors=True)
+        folders = [journal.root.local, journal.root.local / "done"]
+        if journal.destination.local.is_dir():
+            folders.append(journal.destination.local)
+        for part in (p for folder in folders for p in folder.glob(".*.part")):
+            part.unlink(missing_ok=True)  # half-written beside: what fct.files renames when whole
     return replace(stored, backend=found.job.backend)
 
 

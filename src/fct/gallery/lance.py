@@ -100,6 +100,7 @@ class LanceDestination(Destination):
             pa.RecordBatchReader.from_batches(first.schema, stream()),
             self._url,
             schema=first.schema,
+            mode="overwrite",  # of the dataset's schema: the old version's fragments stay
             storage_options=self._options or None,
         )
         return {}, [fragment.to_json() for fragment in fragments]

@@ -1,0 +1,242 @@
+"""The traps of each format, sprung."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fct
+from fct.errors import FctError
+from fct.gallery import export_bulk, open_source, vector_array, vector_block
+from fct.gallery.faiss import build_faiss
+from fct.gallery.vectors import rebatch
+
+FORMS = ("fixed_size_list", "list", "binary")
+
+
+def read_all(source: Any, batch_rows: int = 7) -> Any:
+    blocks = []
+    for piece in source.pieces():
+        for batch in source.read(piece, 0, piece.rows, batch_rows):
+            assert batch.num_rows <= batch_rows
+            blocks.append(vector_block(batch.column("vector"), 5).values)
+    return np.concatenate(blocks)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_column_round_trip_without_a_copy(form: str, dtype: str, rng: np.random.Generator) -> None:
+    values = rng.standard_normal((23, 5)).astype(dtype)
+    column = vector_array(values, form)
+    block = vector_block(column, 5, dtype)
+    assert block.values.dtype == dtype
+    np.testing.assert_array_equal(block.values, values)
+    assert np.shares_memory(block.values, values)
+    np.testing.assert_array_equal(vector_block(column.slice(3, 11), 5, dtype).values, values[3:14])
+    assert vector_block(column.slice(3, 0), 5, dtype).values.shape == (0, 5)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 3)])
+def test_bad_rows_are_named(kind: pa.DataType) -> None:
+    rows = [[1.0, 2, 3], None, [4.0, None, 6], [7.0, 8, 9]]
+    if not pa.types.is_fixed_size_list(kind):
+        rows += [[1.0, 2], [], [1.0, 2, 3, 4], [10.0, 11, 12]]
+    block = vector_block(pa.array(rows, kind), 3)
+    assert block.bad[1] == "null"
+    assert block.bad[2] == "holds a null element"
+    assert block.rows is not None
+    assert block.rows.tolist() == [0, 3] + ([7] if len(rows) > 4 else [])
+    np.testing.assert_array_equal(block.values[:2], [[1, 2, 3], [7, 8, 9]])
+    if len(rows) > 4:
+        assert block.bad[4] == "expected 3 elements, got 2"
+        assert sorted(block.bad) == [1, 2, 4, 5, 6]
+        np.testing.assert_array_equal(block.values[2], [10, 11, 12])
+
+
+def test_variable_binary_with_wrong_lengths() -> None:
+    good = np.arange(3, dtype=np.float32)
+    block = vector_block(pa.array([good.tobytes(), b"abc", None, good.tobytes()], pa.binary()), 3)
+    assert sorted(block.bad) == [1, 2]
+    np.testing.assert_array_equal(block.values, [good, good])
+
+
+def test_rebatch_keeps_rows() -> None:
+    parts = [pa.record_batch({"a": list(range(s, s + n))}) for s, n in ((0, 3), (3, 0), (3, 10), (13, 1))]
+    assert [b.num_rows for b in rebatch(iter(parts), 4)] == [4, 4, 4, 2]
+    assert [x for b in rebatch(iter(parts), 4) for x in b.column(0).to_pylist()] == list(range(14))
+
+
+def write(path: Path, values: Any) -> Path:
+    if path.suffix == ".npy":
+        np.save(path, values)
+    elif path.suffix == ".fbin":
+        path.write_bytes(struct.pack("<II", *values.shape) + values.tobytes())
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"vector": vector_array(values)}), path, row_group_size=9)
+    else:
+        with pa.ipc.new_stream(path, pa.schema({"vector": pa.list_(pa.float32(), 5)})) as out:
+            for i in range(0, len(values), 6):
+                out.write_batch(pa.record_batch({"vector": vector_array(values[i : i + 6])}))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".fbin", ".parquet", ".arrow"])
+def test_rows_from_anywhere_and_truncation(suffix: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    values = rng.standard_normal((31, 5), dtype=np.float32)
+    file = write(tmp_path / f"a{suffix}", values)
+    source = open_source(file)
+    np.testing.assert_array_equal(read_all(source), values)
+    piece = source.pieces()[0]
+    for start, rows in ((0, 1), (8, 2), (17, 14), (30, 1)):
+        batches = list(source.read(piece, start, rows, 4))
+        got = np.concatenate([vector_block(b.column(0), 5).values for b in batches])
+        np.testing.assert_array_equal(got, values[start : start + rows])
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(FctError, match="changed: it had"):
+        list(source.read(piece, 0, 31, 40))
+    with pytest.raises(FctError, match=f"a{suffix}"):
+        open_source(file).pieces()
+
+
+def test_npy_traps(tmp_path: Path) -> None:
+    file = tmp_path / "a.npy"
+    file.write_bytes(b"\x93NUMPY\x01\x00" + b"\0" * 20)
+    with pytest.raises(FctError, match="was its writer killed"):
+        open_source(file).pieces()
+    np.save(file, np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(FctError, match="pickled objects, which are never loaded"):
+        open_source(file).pieces()
+    np.save(file, np.asfortranarray(np.ones((3, 4), np.float32)))
+    with pytest.raises(FctError, match="Fortran-ordered"):
+        open_source(file).pieces()
+    np.save(file, np.ones((3, 4)))
+    with pytest.raises(FctError, match="got float64"):
+        open_source(file).pieces()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".u8bin"])
+def test_offsets_past_32_bits(suffix: str, tmp_path: Path) -> None:
+    """A sparse file of 5 * 2^30 elements, whose n x d overflows 32 bits; its last rows are read."""
+    n, d = 5 << 20, 1024
+    file = tmp_path / f"a{suffix}"
+    from fct.gallery.raw import npy_header
+
+    header = npy_header((n, d), np.dtype(np.uint8)) if suffix == ".npy" else struct.pack("<II", n, d)
+    with open(file, "wb") as out:
+        out.write(header)
+        out.truncate(len(header) + n * d)
+        out.seek(len(header) + (n - 2) * d)
+        out.write(bytes(range(256)) * 4)
+    source = open_source(file)
+    piece = source.pieces()[0]
+    assert piece.rows == n
+    (batch,) = source.read(piece, n - 3, 3, 10)
+    values = vector_block(batch.column(0), d).values
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values[:, 255], [0, 255, 0])
+
+
+def test_page_checksums_are_written_and_verified(tmp_path: Path, rng: np.random.Generator) -> None:
+    h = fct.Transformation.random(5, 5, 5, inner=8, side_info=False)
+    (tmp_path / "old").mkdir()
+    write(tmp_path / "old/a.parquet", rng.standard_normal((300, 5), dtype=np.float32))
+    fct.backfill(tmp_path / "old", tmp_path / "new", h, old_model="random-old", progress=False)
+    file = next((tmp_path / "new").glob("*.parquet"))
+    flipped = bytearray(file.read_bytes())
+    at = flipped.index(pq.read_table(file)["vector"].chunk(0).values.buffers()[1].to_pybytes()[:16])
+    flipped[at] ^= 1
+    file.write_bytes(flipped)
+    source = open_source(file)
+    with pytest.raises(FctError, match="damaged"):
+        read_all(source, 300)
+
+
+def test_files_of_two_kinds_and_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="found nothing at"):
+        open_source(tmp_path / "none")
+    np.save(tmp_path / "a.npy", np.ones((2, 3), np.float32))
+    (tmp_path / "b.csv").write_text("x")
+    with pytest.raises(FctError, match=r"expected files of one format.*got \.csv, \.npy"):
+        open_source(tmp_path)
+    np.save(tmp_path / "c.npy", np.ones((2, 4), np.float32))
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(FctError, match="expected the same columns in every file"):
+        open_source(tmp_path).pieces()
+
+
+def test_hugging_face_datasets_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    datasets = pytest.importorskip("datasets")
+    values = rng.standard_normal((20, 5), dtype=np.float32)
+    features = datasets.Features({"vector": datasets.Sequence(datasets.Value("float32"), length=5)})
+    datasets.Dataset.from_dict({"vector": values.tolist()}, features=features).save_to_disk(str(tmp_path / "hf"))
+    np.testing.assert_array_equal(read_all(open_source(tmp_path / "hf")), values)
+
+
+def test_lance_gets_one_new_version(tmp_path: Path, rng: np.random.Generator) -> None:
+    lance = pytest.importorskip("lance")
+    h = fct.Transformation.random(5, 5, 4, inner=8, side_info=False)
+    table = pa.table({"id": range(100), "vector": vector_array(rng.standard_normal((100, 5), dtype=np.float32))})
+    lance.write_dataset(table, str(tmp_path / "old.lance"), max_rows_per_file=40)
+    lance.write_dataset(table.slice(0, 3), str(tmp_path / "new.lance"))
+    options: dict[str, Any] = {"old_model": "random-old", "progress": False, "shard_rows": 30}
+    for _ in range(2):  # the second run finds everything done and commits nothing
+        report = fct.backfill(tmp_path / "old.lance", tmp_path / "new.lance", h, **options)
+        dataset = lance.dataset(str(tmp_path / "new.lance"))
+        assert dataset.version == 2
+        assert dataset.to_table()["id"].to_pylist() == list(range(100))
+    assert report.shards_done == 0
+    assert lance.dataset(str(tmp_path / "new.lance"), version=1).count_rows() == 3
+    assert fct.verify_gallery(tmp_path / "new.lance").ok
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,PQ2x4"])
+def test_faiss_index_of_the_new_gallery(factory: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    faiss = pytest.importorskip("faiss")
+    h = fct.Transformation.random(5, 5, 4, inner=8, side_info=False)
+    (tmp_path / "old").mkdir()
+    write(tmp_path / "old/a.npy", rng.standard_normal((900, 5), dtype=np.float32))
+    fct.backfill(tmp_path / "old", tmp_path / "new", h, old_model="random-old", progress=False, shard_rows=200)
+    index = faiss.read_index(str(build_faiss(tmp_path / "new", factory)))
+    assert index.ntotal == 900
+    rows = np.concatenate([np.load(f) for f in sorted((tmp_path / "new").glob("*.npy"))])
+    if factory == "Flat":
+        found = index.search(rows[:50], 3)
+        np.testing.assert_array_equal(found[1], fct.topk(rows[:50], rows, 3).indices)
+
+
+def test_bulk_files_hold_every_row(tmp_path: Path, rng: np.random.Generator) -> None:
+    values = rng.standard_normal((50, 5), dtype=np.float32)
+    folder = tmp_path / "g"
+    folder.mkdir()
+    table = pa.table({"id": range(7, 57), "vector": vector_array(values), "tag": ["x"] * 50})
+    pq.write_table(table, folder / "a.parquet")
+    (file,) = export_bulk(folder, tmp_path / "m", "milvus")
+    got = pq.read_table(file)
+    assert got.schema.field("vector").type.value_type == pa.float32()
+    np.testing.assert_array_equal(np.stack(got["vector"].to_pylist()).astype(np.float32), values)
+    vectors, payload = export_bulk(folder, tmp_path / "q", "qdrant")
+    np.testing.assert_array_equal(np.load(vectors), values)
+    assert payload.read_text().splitlines()[0] == '{"id": 7, "payload": {"tag": "x"}}'
+    (file,) = export_bulk(folder, tmp_path / "p", "pgvector")
+    data = file.read_bytes()
+    assert data[:11] == b"PGCOPY\n\xff\r\n\0"
+    assert data[-2:] == b"\xff\xff"
+    fields, size, key, length, dim, zero = struct.unpack(">hiqihh", data[19 : 19 + 22])
+    assert (fields, size, key, length, dim, zero) == (2, 8, 7, 24, 5, 0)
+    np.testing.assert_array_equal(np.frombuffer(data[41:61], ">f4"), values[0])
+    assert len(data) == 19 + 50 * (22 + 20) + 2
+
+
+def test_checksum_is_xxh64(rng: np.random.Generator) -> None:
+    from fct.files import checksum_bytes
+
+    # Of the specification, and of xxhsum -H64.
+    assert checksum_bytes(b"") == "ef46db3751d8e999"
+    assert checksum_bytes(b"a") == "d24ec4f1a98c6e5b"
+    assert checksum_bytes(b"Nobody inspects the spammish repetition") == "fbcea83c8a378bf1"
