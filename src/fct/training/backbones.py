@@ -72,7 +72,8 @@ def backbone(name: str | nn.Module, *, in_channels: int = 3) -> tuple[nn.Module,
         if not timm.is_model(known):
             raise ValueError(f"backbone: expected a model that timm has, got {known!r}")
         network = timm.create_model(known, pretrained=False, num_classes=0, in_chans=in_channels)
-        return network, int(network.num_features)
+        features: Any = network.num_features
+        return network, int(features)
     return _torchvision(name, in_channels)
 
 
@@ -89,7 +90,7 @@ def _torchvision(name: str, in_channels: int) -> tuple[nn.Module, int]:
     last = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
     linear = network.get_submodule(last)
     assert isinstance(linear, nn.Linear)
-    features = linear.in_features
+    width = linear.in_features
     _replace(network, last, nn.Identity())
     if in_channels != 3:
         first = next(path for path, module in network.named_modules() if isinstance(module, nn.Conv2d))
@@ -104,7 +105,7 @@ def _torchvision(name: str, in_channels: int) -> tuple[nn.Module, int]:
             bias=conv.bias is not None,
         )
         _replace(network, first, plain)
-    return network, features
+    return network, width
 
 
 def _replace(network: nn.Module, path: str, module: nn.Module) -> None:

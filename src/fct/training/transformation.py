@@ -188,7 +188,7 @@ def _device(device: str) -> torch.device:
 
 def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Where an older torch does not tell, fp32.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
@@ -196,10 +196,7 @@ def _has_fast_bf16(device: torch.device) -> bool:
 
 def _measure(h: Transformation, train: Pairs, held: Pairs, seed: int) -> Transformation:
     """Calibrates int8 on training rows and stores how each precision changes retrieval on the held-out ones."""
-    try:
-        from fct.training.precision import calibrate, measure_precisions
-    except ImportError:
-        return h
+    from fct.training.precision import calibrate, measure_precisions
 
     old, side, _ = train.sample(_MEASURED_PAIRS, seed).loaded()
     h = calibrate(h, old, side)
