@@ -4,3 +4,5 @@ from fct.cli import backfill as backfill
 from fct.cli import evaluate as evaluate
 from fct.cli import fit as fit
 from fct.cli import quickstart as quickstart
+from fct.cli import reproduce as reproduce
+from fct.cli import train_side_info as train_side_info

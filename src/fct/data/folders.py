@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["ImageFolder", "load_image_folder"]
+__all__ = ["ImageFolder", "every_image", "load_image_folder"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
@@ -111,6 +111,8 @@ def load_image_folder(root: str | os.PathLike[str], split: str, *, size: int = 2
         )
     by_class: dict[str, list[Path]] = {}
     for path in _images(folder):
+        if path.parent == folder:
+            raise ValueError(f"data: expected images in folders of classes, got {path} outside any")
         *above, own = path.parent.relative_to(folder).parts
         by_class.setdefault("-".join([*(part for part in above if len(part) > 1), own]), []).append(path)
     if not by_class:
@@ -120,8 +122,21 @@ def load_image_folder(root: str | os.PathLike[str], split: str, *, size: int = 2
     return ImageFolder([path for name in names for path in by_class[name]], labels, names, size=size)
 
 
+def every_image(folder: str | os.PathLike[str], *, size: int = 224) -> ImageFolder:
+    """Every image in a folder and below, in the order of their paths, without classes.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: a folder without any image.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"data: expected a folder of images, got {folder}")
+    files = sorted(_images(Path(folder)))
+    if not files:
+        raise ValueError(f"data: expected images in {folder}, got none")
+    return ImageFolder(files, np.zeros(len(files), np.int64), ("image",), size=size)
+
+
 def _images(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
-        if Path(parent) != folder:
-            yield from (Path(parent) / name for name in sorted(files) if Path(name).suffix.lower() in _SUFFIXES)
+        yield from (Path(parent) / name for name in sorted(files) if Path(name).suffix.lower() in _SUFFIXES)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fct.training.backbones import EmbeddingModel, embedding_model
-from fct.training.images import Images, embed
+from fct.training.images import Images, as_images, embed
 from fct.training.loop import TrainConfig
 from fct.training.supervised import ArcFaceHead, SoftmaxHead, fit_classifier, make_head
 
@@ -56,6 +56,7 @@ def train_bct(
     classes: int,
     old_model: EmbeddingModel,
     old_head: SoftmaxHead | ArcFaceHead,
+    old_images: Any = None,
     backbone: str | nn.Module = "small_resnet",
     loss: str = "softmax",
     config: TrainConfig | None = None,
@@ -72,9 +73,10 @@ def train_bct(
 
     Args:
         old_model, old_head: as :func:`fct.training.supervised.train_supervised` gave them.
+        old_images: the same images with the same labels as the old model reads them, where its size is another.
         The others: as there.
     """
-    source, settings = Images(images, labels), config or TrainConfig()
+    source, settings = as_images(images, labels), config or TrainConfig()
     known = int(old_head.prototypes.shape[0])
     if classes < known:
         raise ValueError(f"classes: expected at least the {known} that the old model knows, got {classes}")
@@ -82,6 +84,7 @@ def train_bct(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + 1)
         head = make_head(loss, old_model.dim, classes)
-        influence = old_classifier_for(old_model, old_head, source, classes)
+        known_images = source if old_images is None else as_images(old_images)
+        influence = old_classifier_for(old_model, old_head, known_images, classes)
     fit_classifier(model, head, influence, source, classes, settings, crop, flip, progress, describe, **more)
     return model, head

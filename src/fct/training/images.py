@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-__all__ = ["Images", "augment", "embed"]
+__all__ = ["Images", "as_images", "augment", "embed"]
 
 _SAMPLE = 2048  # images that the channel statistics are taken from
 
@@ -89,6 +89,15 @@ class Images:
         return mean, sample.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)
 
 
+def as_images(images: Any, labels: Any = None) -> Images:
+    """:class:`Images` as it is; anything else is made one."""
+    if not isinstance(images, Images):
+        return Images(images, labels)
+    if labels is not None:
+        raise ValueError("labels: expected None with Images, which bring their own")
+    return images
+
+
 def _unit(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
@@ -150,7 +159,7 @@ def embed(model: torch.nn.Module, images: Any, *, batch_size: int = 512, progres
     """
     from rich.progress import track
 
-    source = images if isinstance(images, Images) else Images(images)
+    source = as_images(images)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()

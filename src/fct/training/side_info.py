@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from fct.training.backbones import EmbeddingModel, embedding_model
-from fct.training.images import Images, augment
+from fct.training.images import Images, as_images, augment
 from fct.training.loop import TrainConfig, train
 
 __all__ = ["METHODS", "barlow_twins_loss", "train_side_info"]
@@ -76,7 +76,7 @@ def train_side_info(
     )
     if method != "supervised" and labels is not None:
         raise ValueError(f"labels: expected None for {method!r}, which learns without labels, got an array")
-    source = Images(images, labels)
+    source = as_images(images, labels)
     model = embedding_model(backbone, dim=dim, image_shape=source.shape, seed=seed)
     mean, deviation = source.statistics()
     model.mean.copy_(mean)

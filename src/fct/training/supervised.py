@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from fct.training.backbones import EmbeddingModel, embedding_model
-from fct.training.images import Images, augment
+from fct.training.images import Images, as_images, augment
 from fct.training.loop import TrainConfig, train
 
 __all__ = ["LOSSES", "ArcFaceHead", "SoftmaxHead", "make_head", "train_supervised"]
@@ -99,7 +99,7 @@ def train_supervised(
         >>> model.dim
         8
     """
-    source, settings = Images(images, labels), config or TrainConfig()
+    source, settings = as_images(images, labels), config or TrainConfig()
     model = embedding_model(backbone, dim=dim, image_shape=source.shape, seed=settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + 1)
