@@ -66,7 +66,7 @@ def write_picture(
 
     thumb = 0.53  # inches
     names = len(table.rows)
-    width = 12.0
+    width = 12.3
     top, grid, gap, bars = 1.22, len(examples) * thumb, 0.75, 0.33 * names + 0.25
     height = top + grid + gap + bars + 0.3
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": _INK}):
@@ -78,7 +78,7 @@ def write_picture(
         figure.text(0.3 / width, y(0.34), table.title, size=14, weight="bold", va="center")
         figure.text(0.3 / width, y(0.62), subtitle, size=9.5, color=_MUTED, va="center")
 
-        left = 1.85  # where the first system's thumbnails begin
+        left = 2.15  # where the first system's thumbnails begin
         room = (width - left - 0.3) / len(systems)
         figure.text((left - 0.28) / width, y(1.02), "query", size=10, ha="right", va="center", color=_MUTED)
         for column, system in enumerate(systems):
