@@ -452,8 +452,8 @@ class _Run:
             list(self._examples(found)),
             table,
             colours=_COLOURS,
-            subtitle="One query of each class, drawn at random, and its five nearest gallery items; green: of its class, "
-            "dashed red: of another. new: never seen by the old model.",
+            subtitle="One query of each class, drawn at random, and its five nearest gallery items; green: of its "
+            "class, dashed red: of another. new: never seen by the old model.",
         )
         write_html(self.files["page"], table, verdict=verdict, picture=self.files["picture"], chosen=WITH)
 
