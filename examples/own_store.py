@@ -40,7 +40,7 @@ class QdrantSource(Source):
 
 
 class QdrantDestination(Destination):
-    kind = "qdrant"
+    kind, url = "qdrant", ""
 
     def __init__(self, client: QdrantClient, journal: str, dim: int) -> None:
         self.client, self.url, self.dim = client, journal, dim  # the journal lies in this folder

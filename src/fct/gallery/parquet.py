@@ -1,7 +1,7 @@
 """Parquet. Vectors as FixedSizeList, List or binary; page checksums are written, and verified where they are there.
 
 Parquet has no fixed-size list: it stores one as LIST with levels, and takes them apart again. ``binary`` (fixed-length
-byte arrays) writes four times and reads three times as fast; see docs/galleries.md.
+byte arrays) avoids both; see docs/galleries.md.
 """
 
 from __future__ import annotations
