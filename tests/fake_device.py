@@ -80,6 +80,10 @@ class FakeDevice(Device):
         out = self.empty(tensor.shape, dtype or str(tensor.dtype).removeprefix("torch."))
         return out.copy_(tensor)
 
+    def download(self, tensor: Any) -> Any:
+        self.drain()
+        return tensor.clone().numpy()
+
     def pinned(self, shape: Sequence[int], dtype: str) -> Any:
         return self.empty(shape, dtype)
 

@@ -93,6 +93,10 @@ class Device:
         tensor = torch.as_tensor(array)
         return tensor.to(device=self.name, dtype=getattr(torch, dtype) if dtype else None)
 
+    def download(self, tensor: Any) -> Any:
+        """The values on the host, as numpy; waits for the work that makes them."""
+        return tensor.cpu().numpy()
+
     def pinned(self, shape: Sequence[int], dtype: str) -> Any:
         import torch
 

@@ -1,0 +1,138 @@
+"""A GPU kernel proves itself on the very device before it is trusted with a gallery.
+
+No GPU was in the room where the kernels were written. So the first use on a device runs the transformation's own
+layers over a few hundred random rows, against the float64 reference, and writes the verdict to a file, keyed by device,
+driver, build and layer shapes. A kernel that disagrees is refused with a warning; the next backend (torch) takes over.
+``FCT_CACHE`` moves the file; deleting it makes the proof run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fct import ref
+from fct.arrays import Rows
+from fct.errors import FctWarning
+from fct.files import write_bytes
+from fct.ops.base import TransformBackend
+from fct.transformation import Transformation
+
+__all__ = ["ALLOWED", "ROWS", "cache_dir", "error_of", "prove", "read_verdicts", "write_verdict"]
+
+# Largest error over the output's root mean square. Rounding steps of the operands, times room for the largest of many;
+# a wrong tile, a missed row or a lost carry is off by 1.
+ALLOWED = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 0.15, "int8": 0.5, "fp8": 0.9}
+ROWS = (1, 67, 259)
+_known: dict[str, str] = {}
+
+
+def cache_dir() -> Path:
+    """FCT_CACHE, or fct/ in the user's cache folder."""
+    chosen = os.environ.get("FCT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fct"
+
+
+def _file() -> Path:
+    return cache_dir() / "selfproof.json"
+
+
+def read_verdicts() -> dict[str, str]:
+    """Key -> "" (right) or what was wrong. An unreadable file counts as empty: the proof runs again."""
+    try:
+        found = json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def write_verdict(key: str, verdict: str) -> None:
+    """Adds one verdict; a folder that can not be written costs the next process a proof, nothing more."""
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(_file(), json.dumps(read_verdicts() | {key: verdict}, indent=1, sort_keys=True).encode())
+    except OSError:
+        pass
+
+
+def error_of(got: Any, want: Any) -> float:
+    """Largest difference over ``want``'s root mean square; infinite where anything is not finite."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - want).max() / max(float(np.sqrt((want**2).mean())), 1e-30))
+
+
+def _key(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
+    import fct
+    from fct.ops.device import device_of
+
+    place = device_of(device)
+    layers = [(name, layer.weight.shape, layer.relu) for name, layer in h.layers()]
+    what = f"{place.model}|{place.driver}|{fct.__version__}|{backend.name}|{precision}|{h.normalise}|{layers}"
+    return f"{backend.name} {precision} {place.model} {hashlib.sha256(what.encode()).hexdigest()[:16]}"
+
+
+def prove(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
+    """ "" where the backend agrees with the reference on this device, else what was wrong; the answer is remembered."""
+    key = _key(backend, h, precision, device)
+    if key not in _known:
+        verdicts = read_verdicts()
+        if key not in verdicts:
+            verdicts[key] = _run(backend, h, precision, device)
+            write_verdict(key, verdicts[key])
+        _known[key] = verdicts[key]
+        if _known[key]:
+            warnings.warn(
+                f"{backend.name} ({precision}) is refused on {device}: {_known[key]}; another backend takes over. "
+                "Please report the output of `fct doctor --full --json`.",
+                FctWarning,
+                stacklevel=3,
+            )
+    return _known[key]
+
+
+def _run(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
+    from fct.ops.device import DeviceLostError, device_of
+    from fct.ops.dispatch import packed
+
+    place = device_of(device)
+    rng = np.random.default_rng(0)
+    try:
+        weights = packed(backend, h, precision, device)
+        for n in ROWS:
+            old = _sample(rng, h, "old.0", n, h.d_old)
+            side = _sample(rng, h, "side.0", n, h.d_side) if h.uses_side_info else old
+            out = place.empty((n + 2, h.d_new), "float32")
+            out.fill_(float("nan"))
+            rows = [Rows(place.upload(x), "float32", None, device, "torch") for x in (old, side)]
+            backend.run(weights, *rows, Rows(out[1:-1], "float32", None, device, "torch"), threads=1)
+            got = place.download(out)
+            if np.isfinite(got[[0, -1]]).any():
+                return f"it wrote outside its {n} rows"
+            error = error_of(got[1:-1], ref.transform(old, side, h))
+            if not error <= ALLOWED[precision]:
+                return f"{n} rows are off by {error:.3g} of the output's size, expected at most {ALLOWED[precision]}"
+    except DeviceLostError:
+        raise
+    except Exception as error:
+        if place.is_out_of_memory(error) or place.is_lost(error):
+            raise
+        return f"it does not run: {type(error).__name__}: {error}"
+    return ""
+
+
+def _sample(rng: np.random.Generator, h: Transformation, layer: str, n: int, d: int) -> Any:
+    """Random rows, inside the calibrated ranges where there are any."""
+    if layer in h.calibration:
+        low, high = h.calibration[layer]
+        return rng.uniform(low, high, (n, d)).astype(np.float32)
+    return rng.standard_normal((n, d), dtype=np.float32)
