@@ -53,18 +53,20 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
     n = max(16, 1 << (width - 1).bit_length())
     deep = 128 // size  # one 128-byte line of the operand
     if kernel == "branches":
-        rows = {"sm_90": 128, "sm_100": 128}.get(target, 64)
+        rows = 128 if target == "sm_100" else 64
         if precision == "fp32":
-            rows = 64
-            choices = [Tile(rows, n, 32, 8, 2, hidden=32), Tile(32, n, 32, 4, 1, hidden=32)]
+            choices = [Tile(64, n, 32, 8, 2, hidden=32), Tile(32, n, 32, 8, 1, hidden=32)]
+            choices = choices[1:] if target == "sm_90" else choices  # 64 rows of three wgmma products spill there
         else:
             choices = [Tile(rows, n, 128, 8, 2, hidden=64), Tile(64, n, 64, 8, 2, hidden=32),
                        Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
     elif kernel == "linear":
         if precision == "fp32":
-            choices = [Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 2)]
+            choices = [Tile(128, 128, 32, 8, 3)] if big else [Tile(64, 64, 32, 4, 2)]  # three products: many registers
         elif big:
-            choices = [Tile(128, 256, deep, 8, 4, tma=True), Tile(128, 128, deep, 8, 4, tma=True),
+            # sm_100 would spill in the 8-bit epilogue of a 256-wide tile
+            wide = 128 if target == "sm_100" and size == 1 else 256
+            choices = [Tile(128, wide, deep, 8, 4, tma=True), Tile(128, 128, deep, 8, 4, tma=True),
                        Tile(128, 128, deep, 8, 3)]  # fmt: skip
         else:
             choices = [Tile(128, 256, deep, 8, 3), Tile(128, 128, deep, 8, 3), Tile(128, 128, deep, 8, 2),
@@ -74,7 +76,7 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
     elif kernel == "final":
         columns = min(n, 256)
         if precision == "fp32":
-            choices = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2)]
+            choices = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2), Tile(32, columns, 32, 4, 1)]
         else:
             choices = [Tile(64, columns, deep, 4 if columns <= 128 else 8, 4, tma=big), Tile(64, columns, deep, 8, 2)]
     else:

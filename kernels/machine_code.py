@@ -1,6 +1,7 @@
 """Compiles the kernels for targets that are not in the room, and reads the machine code.
 
-``python -m fct.kernels.machine_code`` prints one JSON line per kernel, precision and target: registers, spilled
+``python -m fct.kernels.machine_code [TARGET...]`` prints one JSON line per kernel,
+precision and target: registers, spilled
 bytes, shared memory, and the instructions that matter, in all and in the innermost loop that multiplies.
 No GPU is needed; Triton's wheel carries ptxas and the disassembler. Not to be run with TRITON_INTERPRET set.
 """
@@ -18,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from fct.kernels import topk as search
 from fct.kernels import transform as kernels
 from fct.kernels.configs import TARGETS, Tile, tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 __all__ = ["cases", "compile_case", "main", "read_sass"]
 
@@ -44,8 +44,7 @@ def cases() -> Iterator[tuple[str, str, str, Tile]]:
                     continue  # the branches compute in bfloat16
                 if precision == "fp8" and target in ("sm_80", "sm_86", "gfx942"):
                     continue
-                for tile in tiles(kernel, precision, target, width=width):
-                    yield kernel, precision, target, tile
+                yield kernel, precision, target, tiles(kernel, precision, target, width=width)[0]
         for precision in ("fp32", "bf16"):
             yield "scan", precision, target, search.tile(precision)
 
@@ -153,6 +152,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 def main() -> None:
     for case in cases():
+        if len(sys.argv) > 1 and case[2] not in sys.argv[1:]:
+            continue
         try:
             facts = compile_case(*case)
         except Exception as error:  # a target that the compiler refuses is a row too

@@ -8,7 +8,6 @@ is merged by sorting. Rows the caller must still tell apart are rescored in floa
 
 import triton
 import triton.language as tl
-
 from fct.kernels.configs import Tile
 from fct.kernels.transform import SCALE_DIM, SCALE_NONE, SCALE_ONE, SCALE_ROW, _gallery_tile, _product  # noqa: F401
 
@@ -17,7 +16,7 @@ WORST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 def tile(precision: str) -> Tile:
     """m queries by n gallery rows, k dimensions at a time."""
-    return Tile(32, 64, 32, 4, 2) if precision == "fp32" else Tile(32, 128, 64, 4, 2)
+    return Tile(32, 64, 32, 8, 2) if precision == "fp32" else Tile(32, 128, 64, 4, 2)
 
 
 def signature(kind: str, shape: Tile, product: dict) -> tuple[dict, dict]:

@@ -54,7 +54,7 @@ def transform_batch(
         out: (n, d_new) buffer to fill, of any of the dtypes; by default a new float32 array of old's kind.
         precision: "fp32", "bf16", "int8", or "auto": the fastest whose measured effect on retrieval, stored in h,
             is inside h's tolerance.
-        device: where to compute; by default where the rows lie.
+        device: where to compute; by default where the rows lie. Rows in host memory are streamed through "cuda".
         backend: force one ("cpu", "torch", "triton", "cuda", "ref"); it runs or raises. Also FCT_BACKEND.
         threads: CPU threads; by default FCT_NUM_THREADS or all.
 
@@ -77,8 +77,9 @@ def transform_batch(
     check_precision(precision)
     old_rows, side_rows = check_inputs(old, side_info, transformation)
     target = device or old_rows.device
-    if target != old_rows.device:
-        raise ValueError(f"device: expected {old_rows.device}, where the rows lie, got {target}")
+    streamed = old_rows.device == "cpu" and target.partition(":")[0] == "cuda"
+    if target != old_rows.device and not streamed:
+        raise ValueError(f"device: expected {old_rows.device}, where the rows lie, or cuda, got {target}")
     if out is None:
         result, out_rows = empty_like_kind(old_rows, (old_rows.n, transformation.d_new), "float32")
     else:
@@ -86,7 +87,19 @@ def transform_batch(
     chosen, chosen_precision = pick_transform(transformation, precision, target, backend)
     if old_rows.n:
         weights = packed(chosen, transformation, chosen_precision, target)
-        chosen.run(weights, old_rows, side_rows, out_rows, threads=threads or default_threads())
+        count = threads or default_threads()
+        if streamed:
+            from fct.ops.streaming import stream_transform
+
+            stream_transform(
+                lambda o, s, to: chosen.run(weights, o, s, to, threads=count),
+                old_rows,
+                side_rows,
+                out_rows,
+                device=target,
+            )
+        else:
+            chosen.run(weights, old_rows, side_rows, out_rows, threads=count)
     return result
 
 

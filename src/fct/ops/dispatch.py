@@ -11,6 +11,8 @@ from fct.transformation import Transformation
 
 __all__ = ["default_threads", "forced_backend", "packed", "pick_transform", "transform_backends"]
 
+_PROVE_ON_DEVICE = ("cuda", "triton")  # kernels of ours that no GPU ran before the user's
+
 
 def transform_backends() -> list[TransformBackend]:
     """Every transform backend, the one to be asked first in front."""
@@ -60,6 +62,11 @@ def pick_transform(
         wanted = [precision] if precision != "auto" else [p for p in candidate.fastest_first(device) if h.allows(p)]
         for p in wanted or [PRECISIONS[0]]:
             why = candidate.why_not(h, p, device)
+            if not why and candidate.name in _PROVE_ON_DEVICE:
+                from fct.ops.selfproof import prove
+
+                verdict = prove(candidate, h, p, device)
+                why = [f"refused by the self-proof: {verdict}"] if verdict else []
             if not why:
                 return candidate, p
             reasons += [f"{candidate.name} ({p}): {reason}" for reason in why]

@@ -113,8 +113,10 @@ def _run(backend: TransformBackend, h: Transformation, precision: str, device: s
             side = _sample(rng, h, "side.0", n, h.d_side) if h.uses_side_info else old
             out = place.empty((n + 2, h.d_new), "float32")
             out.fill_(float("nan"))
-            rows = [Rows(place.upload(x), "float32", None, device, "torch") for x in (old, side)]
-            backend.run(weights, *rows, Rows(out[1:-1], "float32", None, device, "torch"), threads=1)
+            on_old, on_side, on_out = (
+                Rows(x, "float32", None, device, "torch") for x in (place.upload(old), place.upload(side), out[1:-1])
+            )
+            backend.run(weights, on_old, on_side, on_out, threads=1)
             got = place.download(out)
             if np.isfinite(got[[0, -1]]).any():
                 return f"it wrote outside its {n} rows"

@@ -1,0 +1,256 @@
+"""Every backend that can run here, held against the float64 reference and timed.
+
+On a machine with a GPU this is the first time its kernels meet silicon; the JSON report is made to be mailed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from fct import ref
+from fct.arrays import Rows
+from fct.ops.base import GPU_PRECISIONS, PRECISIONS, TransformBackend
+from fct.ops.dispatch import default_threads, packed, transform_backends
+from fct.ops.ref import store
+from fct.ops.selfproof import ALLOWED, error_of
+from fct.ref.transform import chain
+from fct.transformation import Transformation
+
+__all__ = ["Finding", "Report", "Timing", "examine"]
+
+# (d_old, d_side, d_new, inner), odd on purpose; then the paper's.
+ODD_SHAPES = ((1, 1, 1, 1), (7, 33, 65, 17), (24, 17, 40, 72))
+PAPER_SHAPE = (128, 128, 128, 2048)
+ODD_ROWS = (1, 3, 17, 130)
+SIZES = (1, 32, 256, 4096)
+FULL_SIZES = (1, 8, 32, 256, 4096, 65536, 1 << 20)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A backend at a precision: right, wrong (and how), or not able to run here (and why)."""
+
+    backend: str
+    precision: str
+    device: str
+    verdict: str  # "right", "wrong", "not here"
+    detail: str
+    worst_error: float | None  # largest error over the output's root mean square
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one call with ``rows`` rows of the paper's shape, inputs and output in place."""
+
+    backend: str
+    precision: str
+    device: str
+    rows: int
+    seconds: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``fct doctor`` found. fastest: (precision, rows) -> backend, among those that are right."""
+
+    build: dict[str, Any]
+    devices: dict[str, str]
+    findings: list[Finding]
+    timings: list[Timing]
+
+    @property
+    def healthy(self) -> bool:
+        return not any(f.verdict == "wrong" for f in self.findings)
+
+    def fastest(self) -> list[Timing]:
+        """The quickest right backend for each device, precision and number of rows."""
+        best: dict[tuple[str, str, int], Timing] = {}
+        for t in self.timings:
+            key = (t.device, t.precision, t.rows)
+            if key not in best or t.seconds < best[key].seconds:
+                best[key] = t
+        return list(best.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": "fct-doctor 1",
+            "build": self.build,
+            "devices": self.devices,
+            "healthy": self.healthy,
+            "findings": [asdict(f) for f in self.findings],
+            "timings": [asdict(t) for t in self.timings],
+            "fastest": [asdict(t) for t in self.fastest()],
+        }
+
+
+def devices() -> dict[str, str]:
+    """The devices to examine and what they are."""
+    import platform
+
+    from fct.ops.device import device_of, why_no_gpu
+
+    found = {"cpu": platform.processor() or platform.machine()}
+    if not why_no_gpu("cuda:0"):
+        import torch
+
+        for i in range(torch.cuda.device_count()):
+            place = device_of(f"cuda:{i}")
+            found[place.name] = f"{place.model}, {place.target}, {place.memory >> 30} GiB, {place.driver}"
+    else:
+        found["cuda"] = "; ".join(why_no_gpu("cuda:0"))
+    return found
+
+
+def examine(
+    *,
+    full: bool = False,
+    backends: list[TransformBackend] | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Report:
+    """Runs every backend that can run here against the reference, and times those that are right.
+
+    Args:
+        full: the paper's shape among the proofs too, and up to a million rows timed.
+        backends: whom to examine; by default all.
+        progress: told what is being done.
+
+    Example:
+        >>> from fct.doctor import examine
+        >>> from fct.ops.ref import RefTransform
+        >>> examine(backends=[RefTransform()]).healthy
+        True
+    """
+    from fct.info import build_info
+
+    places = devices()
+    findings, timings = [], []
+    h = _calibrated(Transformation.random(*PAPER_SHAPE[:3], inner=PAPER_SHAPE[3]))
+    for place in places:
+        for backend in backends or transform_backends():
+            for precision in (*PRECISIONS, *GPU_PRECISIONS):
+                why = backend.why_not(h, precision, place)
+                if why:
+                    findings.append(Finding(backend.name, precision, place, "not here", "; ".join(why), None))
+                    continue
+                progress(f"{backend.name} ({precision}) on {place}")
+                finding = _prove(backend, precision, place, full)
+                findings.append(finding)
+                if finding.verdict == "right" and backend.name != "ref":
+                    timings += _time(backend, h, precision, place, FULL_SIZES if full else SIZES)
+    return Report(build_info(), places, findings, timings)
+
+
+def _calibrated(h: Transformation, old: Any = None, side: Any = None) -> Transformation:
+    """h with activation ranges from the rows, or from random ones, so that the 8-bit precisions can run."""
+    rng = np.random.default_rng(1)
+    x = {"old": old, "side": side}
+    for name, rows in x.items():
+        if rows is None:
+            x[name] = rng.standard_normal((256, getattr(h, name)[0].d_in)).astype(np.float32)
+    ranges: dict[str, Any] = {}
+
+    def walk(name: str, values: Any) -> Any:
+        for i, layer in enumerate(getattr(h, name)):
+            ranges[f"{name}.{i}"] = np.stack([values.min(0), values.max(0)]).astype(np.float32)
+            values = chain(values, [layer], np.float32)
+        return values
+
+    walk("mixer", np.concatenate([walk("old", x["old"]), walk("side", x["side"])], axis=1))
+    return h.with_(calibration=ranges)
+
+
+def _cases(full: bool) -> Iterator[tuple[Transformation, int, str]]:
+    for i, shape in enumerate((*ODD_SHAPES, PAPER_SHAPE) if full else ODD_SHAPES):
+        h = Transformation.random(*shape[:3], inner=shape[3], normalise=shape[2] > 1 and bool(i % 2), seed=i)
+        for n in ODD_ROWS:
+            for dtype in ("float32", "float16", "bfloat16"):
+                yield h, n, dtype
+
+
+def _prove(backend: TransformBackend, precision: str, place: str, full: bool) -> Finding:
+    worst = 0.0
+    rng = np.random.default_rng(2)
+    for h, n, dtype in _cases(full):
+        spread = [rng.standard_normal((n, d), dtype=np.float32) for d in (h.d_old, h.d_side)]
+        old, side = (_rows(x, dtype, place) for x in spread)
+        h = _calibrated(h, _host(old), _host(side))
+        out = _rows(np.full((n, h.d_new), np.nan, np.float32), "float32", place)
+        want = ref.transform(_host(old), _host(side), h)
+        shape = f"{n} rows of {dtype}, {h.d_old} + {h.d_side} -> {h.d_new}"
+        try:
+            backend.run(packed(backend, h, precision, place), old, side, out, threads=default_threads())
+            error = error_of(_host(out), want)
+        except Exception as failure:
+            return Finding(
+                backend.name, precision, place, "wrong", f"{shape}: {type(failure).__name__}: {failure}", None
+            )
+        # one-number outputs may come close to cancelling: their own size says little
+        allowed = ALLOWED[precision] * (1 if want.size > 64 else 4)
+        worst = max(worst, error)
+        if not error <= allowed:
+            detail = f"{shape}: off by {error:.3g} of the output's size, expected at most {allowed:.3g}"
+            return Finding(backend.name, precision, place, "wrong", detail, error)
+    return Finding(backend.name, precision, place, "right", "", worst)
+
+
+def _rows(x: Any, dtype: str, place: str) -> Rows:
+    """Host float32 values as a block of the dtype on a device."""
+    bits = Rows(np.empty(x.shape, "uint16" if dtype == "bfloat16" else dtype), dtype, None, "cpu", "numpy")
+    store(x, bits)
+    if place == "cpu":
+        return bits
+    import torch
+
+    from fct.ops.device import device_of
+
+    host = torch.from_numpy(bits.values)
+    host = host.view(torch.bfloat16) if dtype == "bfloat16" else host
+    return Rows(device_of(place).upload(host), dtype, None, place, "torch")
+
+
+def _host(rows: Rows) -> Any:
+    if rows.kind_is_numpy:
+        return rows.float32()
+    from fct.ops.device import device_of
+
+    return device_of(rows.device).download(rows.values.float())
+
+
+def _time(
+    backend: TransformBackend, h: Transformation, precision: str, place: str, sizes: tuple[int, ...]
+) -> list[Timing]:
+    rng = np.random.default_rng(3)
+    found = []
+    for n in sizes:
+        if place == "cpu" and n > 4096 * max(1, default_threads()):
+            continue  # minutes on a CPU, and no faster a row than the block before
+        x = rng.standard_normal((n, h.d_old), dtype=np.float32)
+        old, out = _rows(x, "float32", place), _rows(np.zeros((n, h.d_new), np.float32), "float32", place)
+        weights = packed(backend, h, precision, place)
+        seconds: list[float] = []
+        begin = time.perf_counter()
+        while len(seconds) < 3 or (len(seconds) < 50 and time.perf_counter() - begin < 0.3):
+            start = time.perf_counter()
+            backend.run(weights, old, old, out, threads=default_threads())
+            if place != "cpu":
+                _settle(place)
+            seconds.append(time.perf_counter() - start)
+        seconds = sorted(seconds[1:])
+        p20, p80 = seconds[len(seconds) // 5], seconds[min(len(seconds) - 1, len(seconds) * 4 // 5)]
+        found.append(Timing(backend.name, precision, place, n, median(seconds), p20, p80))
+    return found
+
+
+def _settle(place: str) -> None:
+    from fct.ops.device import device_of
+
+    device = device_of(place)
+    device.finish(device.record())

@@ -1,0 +1,183 @@
+"""Streaming, self-proof, dispatch and doctor on the stand-in device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_device import FakeDevice
+
+import fct
+from fct import doctor, ref
+from fct.arrays import Rows, rows_of
+from fct.errors import BackendError, FctWarning
+from fct.ops import device as device_module
+from fct.ops import dispatch, selfproof, streaming
+from fct.ops import triton as backend
+from fct.ops.device import DeviceLostError
+from fct.transformation import Transformation
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDevice:
+    """A GPU for every module that asks for one."""
+    device = FakeDevice(seed=7)
+    for module in (backend, streaming, device_module):
+        monkeypatch.setattr(module, "device_of", lambda name: device)
+    for module in (backend, device_module):
+        monkeypatch.setattr(module, "why_no_gpu", lambda name: [])
+    monkeypatch.setattr(device_module, "_lost", set())
+    monkeypatch.setattr(selfproof, "_known", {})
+    monkeypatch.setenv("FCT_CACHE", str(tmp_path / "cache"))
+    return device
+
+
+def stream(h: Transformation, old: Any, side: Any, out: Any, **how: Any) -> None:
+    weights = backend.TritonTransform().pack(h, "fp32", "cuda:0")
+    streaming.stream_transform(
+        lambda o, s, to: backend.run_chunks(weights, o, s, to),
+        rows_of(old, "old"), rows_of(side, "side_info"), rows_of(out, "out", finite=False), device="cuda:0", **how,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_streaming_in_any_order_that_the_events_allow(fake: FakeDevice, rng: Any, seed: int) -> None:
+    fake.random.seed(seed)
+    h = Transformation.random(5, 4, 6, inner=8)
+    n = 5 * 40 + 7
+    old = fct.ScaledInt8(rng.integers(-99, 99, (n, 5), dtype=np.int8), rng.random(n, dtype=np.float32) * 0.02 + 0.01)
+    side = rng.standard_normal((n, 4)).astype(np.float16)
+    out = np.full((n, 6), np.nan, np.float32)
+    done: list[tuple[int, int]] = []
+
+    def check(part: slice) -> None:
+        assert np.isfinite(out[part]).all()
+        done.append((part.start, part.stop))
+
+    stream(h, old, side, out, block=40, on_done=check)
+    np.testing.assert_allclose(out, ref.transform(old.values * old.scale[:, None], side, h), rtol=1e-4, atol=1e-4)
+    assert done == [(i, min(i + 40, n)) for i in range(0, n, 40)]
+    fake.check_guards()
+
+
+def test_a_missing_wait_is_seen(fake: FakeDevice, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in's own proof: without the events, some order gives wrong rows."""
+    monkeypatch.setattr(fake, "wait", lambda event: None)
+    h = Transformation.random(5, 5, 6, inner=8)
+    x = rng.standard_normal((200, 5), dtype=np.float32)
+    wrong = 0
+    for seed in range(4):
+        fake.random.seed(seed)
+        out = np.zeros((200, 6), np.float32)
+        stream(h, x, x, out, block=40)
+        wrong += not np.allclose(out, ref.transform(x, x, h), rtol=1e-3, atol=1e-3)
+    assert wrong
+
+
+def test_out_of_memory_halves_the_block_then_says_so(fake: FakeDevice, rng: Any) -> None:
+    h = Transformation.random(5, 5, 6, inner=8)
+    x = rng.standard_normal((2100, 5), dtype=np.float32)
+    out = np.zeros((2100, 6), np.float32)
+    fake.memory, fake.largest = 1024 * 6 * 4 + 100000, 0
+    stream(h, x, x, out, block=2100)
+    np.testing.assert_allclose(out, ref.transform(x, x, h), rtol=1e-4, atol=1e-4)
+    weights_fit = fake.memory = 4000
+    with pytest.raises(BackendError, match=r"out of memory even with blocks of 2[0-9][0-9] rows"):
+        stream(h, x, x, out, block=2100)
+    assert fake.memory == weights_fit
+
+
+def test_a_device_that_dies_in_the_middle_is_no_success(fake: FakeDevice, rng: Any) -> None:
+    h = Transformation.random(5, 5, 6, inner=8)
+    x = rng.standard_normal((400, 5), dtype=np.float32)
+    out = np.full((400, 6), np.nan, np.float32)
+    done: list[slice] = []
+    fake.fail_at = 14  # launches; a block takes four
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        stream(h, x, x, out, block=40, on_done=done.append)
+    assert 0 < len(done) < 10
+    whole = done[-1].stop
+    np.testing.assert_allclose(out[:whole], ref.transform(x, x, h)[:whole], rtol=1e-4, atol=1e-4)
+    assert "cuda:0" in device_module._lost
+
+
+def test_zero_rows(fake: FakeDevice) -> None:
+    h = Transformation.random(5, 5, 6, inner=8)
+    stream(h, np.empty((0, 5), np.float32), np.empty((0, 5), np.float32), np.empty((0, 6), np.float32))
+    assert fake.launches == []
+
+
+def test_host_rows_through_the_public_call(fake: FakeDevice, rng: Any, tmp_path: Path) -> None:
+    """transform_batch(device="cuda:0"): the proof runs once and is written down, then the rows are streamed."""
+    h = Transformation.random(9, 5, 6, inner=8)
+    old, side = rng.standard_normal((300, 9), dtype=np.float32), rng.standard_normal((300, 5), dtype=np.float32)
+    got = fct.transform_batch(old, side, h, device="cuda:0", backend="triton", precision="fp32")
+    np.testing.assert_allclose(got, ref.transform(old, side, h), rtol=1e-4, atol=1e-4)
+    verdicts = json.loads((tmp_path / "cache" / "selfproof.json").read_text())
+    assert list(verdicts.values()) == [""]
+    before = len(fake.launches)
+    fct.transform_batch(old, side, h, device="cuda:0", backend="triton", precision="fp32")
+    assert len(fake.launches) - before == 4
+
+
+class Broken(backend.TritonTransform):
+    """A kernel that is wrong in one element of its last row."""
+
+    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+        super().run(packed, old, side, out, threads=threads)
+        packed.device._push(lambda: out.values[-1, -1].add_(9))
+
+
+def test_a_kernel_that_disagrees_is_refused(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fct.ops.torch import TorchTransform
+
+    torch_backend = TorchTransform()
+    monkeypatch.setattr(torch_backend, "why_not", lambda h, precision, device: [])
+    monkeypatch.setattr(dispatch, "transform_backends", lambda: [Broken(), torch_backend])
+    h = Transformation.random(9, 5, 6, inner=8)
+    with pytest.warns(FctWarning, match=r"triton \(fp32\) is refused on cuda:0: 1 rows are off by"):
+        chosen, _ = dispatch.pick_transform(h, "fp32", "cuda:0")
+    assert chosen is torch_backend
+    assert dispatch.pick_transform(h, "fp32", "cuda:0")[0] is torch_backend  # remembered, no second warning
+    with pytest.raises(BackendError, match="refused by the self-proof"):
+        dispatch.pick_transform(h, "fp32", "cuda:0", "triton")
+
+
+def test_writes_outside_are_seen_by_the_proof(fake: FakeDevice) -> None:
+    class Spills(backend.TritonTransform):
+        def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+            super().run(packed, old, side, out, threads=threads)
+            beyond = out.values.as_strided((1,), (1,), out.values.storage_offset() + out.values.numel())
+            packed.device._push(lambda: beyond.fill_(0))
+
+    assert "wrote outside" in selfproof._run(Spills(), Transformation.random(9, 5, 6, inner=8), "fp32", "cuda:0")
+
+
+def test_an_unreadable_verdict_file_counts_as_empty(fake: FakeDevice, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "selfproof.json").write_text("{broken")
+    assert selfproof.read_verdicts() == {}
+    selfproof.write_verdict("a", "")
+    assert selfproof.read_verdicts() == {"a": ""}
+
+
+def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fct.ops.ref import RefTransform
+
+    monkeypatch.setattr(doctor, "devices", lambda: {"cpu": "here", "cuda:0": "fake"})
+    monkeypatch.setattr(doctor, "SIZES", (1,))
+    monkeypatch.setattr(doctor, "ODD_ROWS", (3,))
+    monkeypatch.setattr(doctor, "PAPER_SHAPE", (16, 16, 16, 32))
+    monkeypatch.setattr(Broken, "name", "broken")
+    report = doctor.examine(backends=[RefTransform(), backend.TritonTransform(), Broken()])
+    verdict = {(f.backend, f.precision, f.device): f.verdict for f in report.findings}
+    assert verdict["ref", "fp32", "cpu"] == "right"
+    assert verdict["triton", "fp32", "cpu"] == "not here"
+    assert [verdict["triton", p, "cuda:0"] for p in ("fp32", "fp16", "bf16", "int8", "fp8")] == ["right"] * 5
+    assert verdict["broken", "fp32", "cuda:0"] == "wrong"
+    assert not report.healthy
+    assert {t.backend for t in report.fastest()} == {"triton"}
+    json.dumps(report.to_dict())
