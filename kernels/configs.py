@@ -78,7 +78,11 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
         if precision == "fp32":
             choices = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2), Tile(32, columns, 32, 4, 1)]
         else:
-            choices = [Tile(64, columns, deep, 4 if columns <= 128 else 8, 4, tma=big), Tile(64, columns, deep, 8, 2)]
+            choices = [
+                Tile(64, columns, deep, 4 if columns <= 128 else 8, 4, tma=big),
+                Tile(64, columns, deep, 8, 2),
+                Tile(32, columns, deep, 4, 1),
+            ]
     else:
         raise ValueError(f"kernel: expected branches, linear or final, got {kernel!r}")
     return tuple(c for c in choices if _fits(kernel, c, size, SHARED_MEMORY[target]))
