@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "fct"
 # A room may import from its own floor and from every floor below, never from above.
 FLOORS = [
     {"cli", "__main__"},
-    {"quickstart", "reproduce"},
+    {"quickstart", "reproduce", "doctor"},
     {"backfilling", "report"},
     {"gallery"},
     {"baselines"},

@@ -53,7 +53,7 @@ def transform_batch(
         transformation: h.
         out: (n, d_new) buffer to fill, of any of the dtypes; by default a new float32 array of old's kind.
         precision: "fp32", "bf16", "int8", or "auto": the fastest whose measured effect on retrieval, stored in h,
-            is inside h's tolerance.
+            is inside h's tolerance. On a GPU also "fp16" and "fp8".
         device: where to compute; by default where the rows lie. Rows in host memory are streamed through "cuda".
         backend: force one ("cpu", "torch", "triton", "cuda", "ref"); it runs or raises. Also FCT_BACKEND.
         threads: CPU threads; by default FCT_NUM_THREADS or all.
@@ -74,9 +74,9 @@ def transform_batch(
         >>> rows.shape, rows.dtype.name
         ((5, 16), 'float32')
     """
-    check_precision(precision)
     old_rows, side_rows = check_inputs(old, side_info, transformation)
     target = device or old_rows.device
+    check_precision(precision, gpu=target != "cpu")
     streamed = old_rows.device == "cpu" and target.partition(":")[0] == "cuda"
     if target != old_rows.device and not streamed:
         raise ValueError(f"device: expected {old_rows.device}, where the rows lie, or cuda, got {target}")

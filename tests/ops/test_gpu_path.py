@@ -181,3 +181,14 @@ def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pyt
     assert not report.healthy
     assert {t.backend for t in report.fastest()} == {"triton"}
     json.dumps(report.to_dict())
+
+
+def test_doctor_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every backend as it is: what can not run here says so, and nothing here is wrong."""
+    monkeypatch.setattr(doctor, "SIZES", (1,))
+    monkeypatch.setattr(doctor, "ODD_ROWS", (3,))
+    report = doctor.examine()
+    assert report.healthy, [f for f in report.findings if f.verdict == "wrong"]
+    right = {(f.backend, f.precision) for f in report.findings if f.verdict == "right" and f.device == "cpu"}
+    assert {("cpu", "fp32"), ("torch", "fp32"), ("ref", "fp32")} <= right
+    assert all(f.detail for f in report.findings if f.verdict == "not here")

@@ -72,6 +72,7 @@ class CpuTransform:
 
     def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
         why = [] if device == "cpu" else [f"runs on cpu only, got {device}"]
+        why += [] if precision in PRECISIONS else [f"has no {precision}"]
         return why + (why_not_int8(h) if precision == "int8" else [])
 
     def fastest_first(self, device: str) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def bound(gpu: Gpu, linear: dict[str, Any], final: dict[str, Any], *, d: int = 1
 
     def layer(facts: dict[str, Any], k: int, n: int) -> float:
         t = facts["tile"]
-        return issued_per_iteration(facts) * -(-k // t["k"]) * -(-n // t["n"]) / t["m"]
+        iterations = -(-k // int(t["k"])) * -(-n // int(t["n"]))
+        return issued_per_iteration(facts) * iterations / int(t["m"])
 
     branches = 2 * 2 * (d * 2 * d + 2 * d * 2 * d)
     mixer = 2 * (4 * d * inner + inner * inner + inner * d)
