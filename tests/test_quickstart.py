@@ -90,7 +90,7 @@ def test_the_galleries_hold_no_images(run: Any) -> None:
     matrices = [np.stack(old[c].to_numpy(zero_copy_only=False)) for c in ("old", "side_info")]
     expected = fct.ref.transform(*matrices, h)  # type: ignore[attr-defined]
     got = np.stack(new["new"].to_numpy(zero_copy_only=False))
-    np.testing.assert_allclose(got, expected, atol=0.02)  # "auto" may have taken a faster precision
+    np.testing.assert_allclose(got, expected, atol=0.06)  # "auto" may have taken a faster precision
 
 
 def test_same_seed_same_table(run: Any, data_root: Path, tmp_path: Path) -> None:
