@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ class Images:
         self.labels: Any = None
         self.workers = workers
         if isinstance(images, (np.ndarray, torch.Tensor)):
-            data = torch.as_tensor(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
+            data = _tensor(images) if isinstance(images, np.ndarray) else images
             if data.ndim == 3:
                 data = data[:, None]
             if data.ndim != 4 or 0 in data.shape:
@@ -96,6 +97,12 @@ def as_images(images: Any, labels: Any = None) -> Images:
     if labels is not None:
         raise ValueError("labels: expected None with Images, which bring their own")
     return images
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+        return torch.as_tensor(np.ascontiguousarray(array))
 
 
 def _unit(images: torch.Tensor) -> torch.Tensor:
