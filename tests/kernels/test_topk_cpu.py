@@ -236,7 +236,7 @@ def test_the_checker_rejects_corrupted_answers(metric: str, rng: np.random.Gener
         pytest.fail(f"accepted: {name}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 400),
     nq=st.integers(1, 30),
