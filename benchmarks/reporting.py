@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fct.report.bench import processor
+
 PACKAGES = ("numpy", "torch", "faiss-cpu", "onnxruntime", "openvino", "usearch", "scikit-learn")
 
 
@@ -27,19 +29,6 @@ def _commit() -> str:
     return out.stdout.strip()
 
 
-def _processor() -> str:
-    flags = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd")
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict((part.strip() for part in line.split(":", 1)) for line in reversed(text.splitlines()) if ":" in line)
-    have = [f for f in flags if f in fields.get("flags", fields.get("Features", "")).split()]
-    name = fields.get("model name", platform.machine())
-    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
-    return " ".join(part for part in (name, family, f"({', '.join(have)})") if part)
-
-
 def context(arguments: Sequence[str]) -> dict[str, Any]:
     """Where a row comes from: commit, machine, versions, command."""
     versions = {"python": platform.python_version()}
@@ -50,7 +39,7 @@ def context(arguments: Sequence[str]) -> dict[str, Any]:
             continue
     return {
         "commit": _commit(),
-        "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
+        "machine": f"{processor()}, {platform.system()} {platform.machine()}",
         "versions": versions,
         "command": "pytest " + " ".join(Path(a).name if a.startswith("/") else a for a in arguments),
     }

@@ -14,12 +14,12 @@ import fct
 from fct import _C, ref
 from fct.arrays import rows_of
 from fct.ops.cpu import Packed
+from fct.report.bench import TOLERANCE, error_of
 from fct.report.measure import Peaks, interleave, timing_fields
+from fct.report.peers import torch_peer, transform_peers
 from fct.training.precision import calibrate
 from fct.transformation import Transformation
 
-# Error against the float64 reference, relative to the output's spread, that counts as the same result.
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-1}
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
@@ -42,131 +42,6 @@ def ours(h: Transformation, old: Any, side: Any, precision: str, threads: int) -
     return call
 
 
-def torch_module(h: Transformation, dtype: Any, *, convolutions: bool = False) -> Any:
-    """h in plain torch: folded linear layers, or the reference code's 1x1 convolutions with batch norm beside them."""
-    import torch
-    from torch import nn
-
-    def chain(layers: Any) -> Any:
-        parts: list[Any] = []
-        for layer in layers:
-            if convolutions:
-                part: Any = nn.Conv2d(layer.d_in, layer.d_out, 1)
-                part.weight.data = torch.from_numpy(layer.weight.copy())[:, :, None, None]
-            else:
-                part = nn.Linear(layer.d_in, layer.d_out)
-                part.weight.data = torch.from_numpy(layer.weight.copy())
-            part.bias.data = torch.from_numpy(layer.bias.copy())
-            parts.append(part)
-            if convolutions and layer.relu:
-                parts.append(nn.BatchNorm2d(layer.d_out, eps=0.0))
-            if layer.relu:
-                parts.append(nn.ReLU())
-        return nn.Sequential(*parts)
-
-    class Module(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.old, self.side, self.mixer = chain(h.old), chain(h.side), chain(h.mixer)
-
-        def forward(self, a: Any, b: Any) -> Any:
-            if convolutions:
-                a, b = a[:, :, None, None], b[:, :, None, None]
-            y = self.mixer(torch.cat([self.old(a), self.side(b)], 1))
-            return y.flatten(1) if convolutions else y
-
-    return Module().eval().to(dtype)
-
-
-def torch_peer(
-    h: Transformation, old: Any, side: Any, precision: str, *, compiled: bool = False, convolutions: bool = False
-) -> Callable[[], Any]:
-    import torch
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    module = torch_module(h, dtype, convolutions=convolutions)
-    if compiled:
-        module = torch.compile(module, mode="max-autotune-no-cudagraphs")
-    a, b = torch.from_numpy(old), torch.from_numpy(side)
-
-    def call() -> Any:
-        with torch.inference_mode():
-            return module(a.to(dtype), b.to(dtype)).float().numpy()
-
-    return call
-
-
-def onnx_peer(h: Transformation, old: Any, side: Any, threads: int, folder: Path, *, int8: bool) -> Callable[[], Any]:
-    import onnxruntime
-
-    path = folder / "h.onnx"
-    if not path.is_file():
-        h.to_onnx(path)
-    if int8:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        quantised = folder / "h.int8.onnx"
-        quantize_dynamic(path, quantised, weight_type=QuantType.QInt8, per_channel=True)
-        path = quantised
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = dict(zip([i.name for i in session.get_inputs()], (old, side), strict=True))
-    return lambda: session.run(None, feed)[0]
-
-
-def openvino_peer(
-    h: Transformation, old: Any, side: Any, threads: int, folder: Path, precision: str
-) -> Callable[[], Any]:
-    import openvino
-
-    path = folder / "h.onnx"
-    if not path.is_file():
-        h.to_onnx(path)
-    core = openvino.Core()
-    model = core.read_model(str(path))
-    names = [i.any_name for i in model.inputs]
-    model.reshape({name: list(x.shape) for name, x in zip(names, (old, side), strict=True)})
-    compiled = core.compile_model(
-        model,
-        "CPU",
-        {
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-        },
-    )
-    request = compiled.create_infer_request()
-    feed = dict(zip(names, (old, side), strict=True))
-
-    def call() -> Any:
-        request.infer(feed, share_inputs=True, share_outputs=True)
-        return request.get_output_tensor(0).data
-
-    return call
-
-
-def peers(h: Transformation, old: Any, side: Any, threads: int, folder: Path) -> dict[tuple[str, str], Any]:
-    """(name, precision) -> how to make the call."""
-    return {
-        ("reference code (eager 1x1 convolutions)", "fp32"): lambda: torch_peer(
-            h, old, side, "fp32", convolutions=True
-        ),
-        ("torch folded", "fp32"): lambda: torch_peer(h, old, side, "fp32"),
-        ("torch folded", "bf16"): lambda: torch_peer(h, old, side, "bf16"),
-        ("torch.compile", "fp32"): lambda: torch_peer(h, old, side, "fp32", compiled=True),
-        ("torch.compile", "bf16"): lambda: torch_peer(h, old, side, "bf16", compiled=True),
-        ("ONNX Runtime", "fp32"): lambda: onnx_peer(h, old, side, threads, folder, int8=False),
-        ("ONNX Runtime dynamic", "int8"): lambda: onnx_peer(h, old, side, threads, folder, int8=True),
-        ("OpenVINO", "fp32"): lambda: openvino_peer(h, old, side, threads, folder, "fp32"),
-        ("OpenVINO", "bf16"): lambda: openvino_peer(h, old, side, threads, folder, "bf16"),
-    }
-
-
-def error_of(got: Any, want: Any) -> float:
-    return float(np.sqrt(np.mean((got - want) ** 2) / np.var(want)))
-
-
 @pytest.mark.parametrize("rows", [4096, 1])
 def test_against_peers(
     rows: int, peaks: Peaks, threads: int, record: Callable[..., None], tmp_path: Path, benchmark: Any
@@ -183,7 +58,7 @@ def test_against_peers(
     missing: dict[tuple[str, str], str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for key, build in peers(h, old, side, threads, tmp_path).items():
+        for key, build in transform_peers(h, old, side, threads, tmp_path, compiled=True).items():
             try:
                 calls[key] = build()
                 calls[key]()

@@ -1,6 +1,7 @@
 """Imports every module that registers commands on :data:`fct.cli.app.app`, one line each."""
 
 from fct.cli import backfill as backfill
+from fct.cli import bench as bench
 from fct.cli import doctor as doctor
 from fct.cli import evaluate as evaluate
 from fct.cli import fit as fit

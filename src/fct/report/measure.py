@@ -31,10 +31,12 @@ class Peaks:
     threads: int
 
 
-def measure_peaks(threads: int, seconds: float = 0.3) -> Peaks:
+def measure_peaks(threads: int, seconds: float = 0.3, *, every_isa: bool = True) -> Peaks:
+    """About ``seconds`` for each precision of the best instruction set, or of every one, and 1.3 for memory."""
+    levels = range(0 if every_isa else _C.detected_isa(), _C.detected_isa() + 1)
     by_isa = {
         (_C.isa_names[isa], precision): _C.peak_ops(p, isa, threads, seconds)
-        for isa in range(_C.detected_isa() + 1)
+        for isa in levels
         for p, precision in enumerate(PRECISIONS)
     }
     best = _C.isa_names[_C.detected_isa()]
