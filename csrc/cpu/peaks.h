@@ -11,6 +11,9 @@ namespace fct::cpu {
 // over about `seconds` on `threads` threads.
 double peak_ops(Precision precision, Isa isa, int threads, double seconds);
 
+// Reads every byte once with the widest loads there are; returns a sum, which nobody needs.
+uint64_t read_all(const uint8_t* data, int64_t bytes);
+
 // Bytes a second of reading `bytes` bytes again and again, each thread its own part, over about `seconds`.
 double read_bandwidth(int64_t bytes, int threads, double seconds);
 

@@ -16,6 +16,7 @@
 #endif
 
 #include "cpu/convert.h"
+#include "cpu/peaks.h"
 
 namespace fct::cpu {
 namespace {
@@ -320,18 +321,13 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
 uint64_t PackedTransform::read_weights(int threads) const {
     std::atomic<uint64_t> total{0};
     parallel(threads, [&](int worker) {
-        uint64_t sums[8] = {};
+        uint64_t sum = 0;
         for (const Chain* chain : {&old_, &side_, &mixer_})
             for (const Packed& layer : chain->layers) {
                 const int64_t from = layer.panels * worker / threads, to = layer.panels * (worker + 1) / threads;
-                const uint8_t* data = layer.weights.data();
-                for (int64_t at = from * layer.panel_bytes; at < to * layer.panel_bytes; at += kLine) {
-                    uint64_t line[8];
-                    std::memcpy(line, data + at, kLine);
-                    for (int i = 0; i < 8; ++i) sums[i] += line[i];
-                }
+                sum += read_all(layer.weights.data() + from * layer.panel_bytes, (to - from) * layer.panel_bytes);
             }
-        for (const uint64_t sum : sums) total += sum;
+        total += sum;
     });
     return total.load();
 }
