@@ -12,7 +12,19 @@ from typing import Any
 
 from fct.report.bench import processor
 
-PACKAGES = ("numpy", "torch", "faiss-cpu", "onnxruntime", "openvino", "usearch", "scikit-learn")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "faiss-cpu",
+    "onnxruntime",
+    "openvino",
+    "usearch",
+    "scikit-learn",
+    "triton",
+    "faiss-gpu-cu12",
+    "cuvs-cu12",
+    "cuvs-cu13",
+)
 
 
 def _commit() -> str:
@@ -149,5 +161,6 @@ PLOTS: dict[str, Any] = {
     "transform": _roofline,
     "transform rows": _lines("rows", "rows_per_s", "peer", "Transformation: rows a second against batch"),
     "transform inner": _lines("inner", "rows_per_s", "peer", "Transformation: rows a second against inner width"),
+    "gpu transform": _lines("rows", "rows_per_s", "who", "Transformation on a GPU: rows a second against batch"),
     "transform dims": _lines("d", "rows_per_s", "peer", "Transformation: rows a second against dimensions"),
 }

@@ -1,0 +1,17 @@
+"""One rule for tests and benchmarks alike: what is marked ``gpu`` is skipped, with the reason, where no GPU can run."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    from fct.ops.device import why_no_gpu
+
+    why = why_no_gpu("cuda:0")
+    if why:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no GPU to run on: " + "; ".join(why)))
