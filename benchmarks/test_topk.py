@@ -1,8 +1,7 @@
 """Exact search: ours and every peer on the same rows and threads, answers compared first.
 
-FAISS runs in a process of its own, under the fastest of OpenBLAS's kernels here, which is measured at the start: the
-same search takes up to four times as long under another. A process for each case, since FAISS's small batches are
-slower after large ones.
+FAISS runs in a process of its own, under the fastest of OpenBLAS's kernels here and the faster of its two ways to
+search, both measured at the start: the same search takes up to nine times as long under others.
 """
 
 from __future__ import annotations
