@@ -291,11 +291,10 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
         give(std::move(spaces[0]));
         return true;
     }
-    // Blocks of equal size, as many as make every worker's share the same.
-    const int64_t rounds = (n + most * threads - 1) / (most * threads);
-    const int64_t even = (n + rounds * threads - 1) / (rounds * threads);
-    const int64_t rows = std::min(most, round_up(even, kernels_.rows));
-    const int64_t blocks = (n + rows - 1) / rows;
+    // Whole tiles, in blocks that differ by one tile at most, as many for every worker.
+    const int64_t tiles = (n + kernels_.rows - 1) / kernels_.rows;
+    const int64_t rounds = (tiles + block_tiles_ * threads - 1) / (block_tiles_ * threads);
+    const int64_t blocks = std::min(tiles, rounds * threads);
     const int workers = static_cast<int>(std::min<int64_t>(threads, blocks));
     for (int i = 0; i < workers; ++i) spaces.push_back(take());
     std::atomic<int64_t> next{0};
@@ -306,8 +305,9 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
         for (;;) {
             const int64_t block = next.fetch_add(1);
             if (block >= blocks || stop.load(std::memory_order_relaxed)) break;
-            const int64_t first = block * rows;
-            run_block(*spaces[static_cast<size_t>(worker)], call, first, std::min(rows, n - first), 0, 1, [] {});
+            const int64_t first = tiles * block / blocks * kernels_.rows;
+            const int64_t end = std::min(n, tiles * (block + 1) / blocks * kernels_.rows);
+            run_block(*spaces[static_cast<size_t>(worker)], call, first, end - first, 0, 1, [] {});
             if (worker == 0 && keep_going.ask != nullptr && Clock::now() - asked > std::chrono::milliseconds(100)) {
                 if (!keep_going.ask(keep_going.context)) stop.store(true);
                 asked = Clock::now();
