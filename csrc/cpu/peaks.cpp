@@ -78,7 +78,7 @@ double peak_ops(Precision precision, Isa isa, int threads, double seconds) {
     std::vector<double> done(static_cast<size_t>(threads));
     for (int spell = 0; spell < kSpells; ++spell) {
         const Clock::time_point start = Clock::now();
-        parallel(threads, [&](int worker) { done[static_cast<size_t>(worker)] = loop(rounds * 2); });
+        parallel(threads, Join::all, [&](int worker) { done[static_cast<size_t>(worker)] = loop(rounds * 2); });
         const double took = seconds_since(start);
         double total = 0;
         for (const double ops : done) total += ops;
@@ -95,7 +95,7 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
     const Clock::time_point began = Clock::now();
     do {
         const Clock::time_point start = Clock::now();
-        parallel(threads, [&](int worker) { sink += read_all(block.data() + worker * part, part); });
+        parallel(threads, Join::all, [&](int worker) { sink += read_all(block.data() + worker * part, part); });
         best = std::max(best, static_cast<double>(part * threads) / seconds_since(start));
     } while (seconds_since(began) < seconds);
     return best;

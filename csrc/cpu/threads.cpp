@@ -26,27 +26,38 @@ class Pool {
   public:
     const pid_t owner = getpid();
 
-    void run(int threads, void (*fn)(void*, int), void* context) {
+    void run(int threads, Join join, void (*fn)(void*, int), void* context) {
         std::lock_guard<std::mutex> turn(turn_);
         while (static_cast<int>(workers_.size()) < threads - 1) {
-            const int worker = static_cast<int>(workers_.size()) + 1;
-            const uint64_t seen = job_.load();
-            workers_.emplace_back([this, worker, seen] { work(worker, seen); });
+            workers_.emplace_back([this] { work(); });
             workers_.back().detach();
         }
         fn_ = fn;
         context_ = context;
-        threads_ = threads;
-        // Every worker of the pool answers every job, also those that have no part in it, so that none can sleep
-        // through one job and wake in the fields of the next.
-        pending_.store(static_cast<int>(workers_.size()));
+        places_ = static_cast<uint64_t>(threads - 1);
+        left_.store(0);
         {
             std::lock_guard<std::mutex> lock(sleep_);
-            job_.fetch_add(1);
+            state_.store(next_job(state_.load()) | kOpen);
         }
         wake_.notify_all();
         fn(context, 0);
-        for (int i = 0; pending_.load() != 0; ++i) {
+        if (join == Join::all) wait_for([&] { return joined(state_.load()) == places_; });
+        const uint64_t last = state_.fetch_and(~kOpen);
+        wait_for([&] { return left_.load() == joined(last); });
+    }
+
+  private:
+    // One word says everything a worker has to know to join: the number of the job (high 32 bits), whether it may
+    // still be joined, and how many have. A worker that was late for a job never touches it, so nobody waits for
+    // sleepers.
+    static constexpr uint64_t kOpen = uint64_t{1} << 31;
+    static uint64_t next_job(uint64_t state) { return ((state >> 32) + 1) << 32; }
+    static uint64_t joined(uint64_t state) { return state & (kOpen - 1); }
+
+    template <class Ready>
+    static void wait_for(Ready&& ready) {
+        for (int i = 0; !ready(); ++i) {
             if (i < kSpins) {
                 pause();
             } else {
@@ -55,28 +66,33 @@ class Pool {
         }
     }
 
-  private:
-    void work(int worker, uint64_t seen) {
+    void work() {
+        uint64_t seen = 0;  // the last job looked at
         for (;;) {
-            for (int i = 0; i < kSpins && job_.load() == seen; ++i) pause();
-            if (job_.load() == seen) {
+            for (int i = 0; i < kSpins && state_.load() >> 32 == seen; ++i) pause();
+            if (state_.load() >> 32 == seen) {
                 std::unique_lock<std::mutex> lock(sleep_);
-                wake_.wait(lock, [&] { return job_.load() != seen; });
+                wake_.wait(lock, [&] { return state_.load() >> 32 != seen; });
             }
-            ++seen;
-            if (worker < threads_) fn_(context_, worker);
-            pending_.fetch_sub(1);
+            uint64_t state = state_.load();
+            seen = state >> 32;
+            // As long as this job is open its fields stay, and once joined it does not end without us.
+            while (state >> 32 == seen && (state & kOpen) != 0 && joined(state) < places_.load()) {
+                if (!state_.compare_exchange_weak(state, state + 1)) continue;
+                fn_(context_, static_cast<int>(joined(state)) + 1);
+                left_.fetch_add(1);
+                break;
+            }
         }
     }
 
     std::mutex turn_, sleep_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
-    std::atomic<uint64_t> job_{0};
-    std::atomic<int> pending_{0};
+    std::atomic<uint64_t> state_{0};
+    std::atomic<uint64_t> places_{0}, left_{0};
     void (*fn_)(void*, int) = nullptr;
     void* context_ = nullptr;
-    int threads_ = 0;
 };
 
 // Threads do not survive a fork, so a child leaves its parent's pool alone and makes its own. Never destroyed:
@@ -94,22 +110,16 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel(int threads, void (*fn)(void*, int), void* context) {
+void parallel(int threads, Join join, void (*fn)(void*, int), void* context) {
     if (threads <= 1) {
         fn(context, 0);
         return;
     }
-    pool().run(threads, fn, context);
+    pool().run(threads, join, fn, context);
 }
 
-void Barrier::wait() {
-    const int round = round_.load();
-    if (waiting_.fetch_add(1) + 1 == threads_) {
-        waiting_.store(0);
-        round_.store(round + 1);
-        return;
-    }
-    for (int i = 0; round_.load() == round; ++i) {
+void Shared::wait(int64_t count) const {
+    for (int i = 0; done_.load(std::memory_order_acquire) != count; ++i) {
         if (i < kSpins) {
             pause();
         } else {

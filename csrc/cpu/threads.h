@@ -6,31 +6,52 @@
 
 namespace fct::cpu {
 
-// Calls fn(context, worker) once for each worker in [0, threads), worker 0 on the calling thread, and returns when
-// all are done. Calls from several threads at once take turns; threads == 1 never waits. fn must not throw and must
-// not call parallel itself.
-void parallel(int threads, void (*fn)(void* context, int worker), void* context);
+// Who has to take part in a parallel call.
+enum class Join {
+    all,       // every worker, e.g. because the work is divided by worker
+    as_awake,  // worker 0 alone could do everything: who wakes up too late to help is not waited for
+};
 
-// The same for a lambda: parallel(threads, [&](int worker) { ... }).
+// Calls fn(context, worker) with worker 0 on the calling thread and the others, each in [1, threads) and each once, on
+// threads of the pool; returns when all that have begun are done. Calls from several threads at once take turns;
+// threads == 1 never waits. fn must not throw and must not call parallel itself.
+void parallel(int threads, Join join, void (*fn)(void* context, int worker), void* context);
+
+// The same for a lambda: parallel(threads, Join::all, [&](int worker) { ... }).
 template <class Fn>
-void parallel(int threads, Fn&& fn) {
+void parallel(int threads, Join join, Fn&& fn) {
     using Plain = typename std::remove_reference<Fn>::type;
     parallel(
-        threads, [](void* context, int worker) { (*static_cast<Plain*>(context))(worker); },
+        threads, join, [](void* context, int worker) { (*static_cast<Plain*>(context))(worker); },
         const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
-// A meeting point of the workers of one parallel call: nobody leaves wait() before all have come. Spins, since its
-// users meet every few microseconds, and yields where processors are short.
-class Barrier {
+// Items [0, count) shared by the workers of one parallel call, a few at a time, by whoever is there. run() returns
+// when all items are done, by whomever: what comes after may read what they wrote.
+class Shared {
   public:
-    explicit Barrier(int threads) : threads_(threads) {}
-    void wait();
+    void reset() {
+        next_.store(0, std::memory_order_relaxed);
+        done_.store(0, std::memory_order_relaxed);
+    }
+
+    template <class Fn>
+    void run(int64_t count, int64_t step, Fn&& fn) {
+        for (;;) {
+            const int64_t from = next_.fetch_add(step, std::memory_order_relaxed);
+            if (from >= count) break;
+            const int64_t to = from + step < count ? from + step : count;
+            fn(from, to);
+            done_.fetch_add(to - from, std::memory_order_acq_rel);
+        }
+        wait(count);
+    }
 
   private:
-    const int threads_;
-    std::atomic<int> waiting_{0};
-    std::atomic<int> round_{0};
+    void wait(int64_t count) const;  // spins, since its users meet every few microseconds; yields after a while
+
+    std::atomic<int64_t> next_{0};
+    std::atomic<int64_t> done_{0};
 };
 
 // Asked by long calls about every 100 ms, on the calling thread; returns false to stop (Ctrl-C).

@@ -58,7 +58,7 @@ class Control {
     bool tasks(int threads, int64_t count, Fn&& fn) {
         std::atomic<int64_t> next{0}, done{0};
         threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
-        parallel(threads, [&](int worker) {
+        parallel(threads, Join::as_awake, [&](int worker) {
             for (int64_t task; go(worker) && (task = next.fetch_add(1)) < count;) {
                 fn(task, worker);
                 done.fetch_add(1);

@@ -26,6 +26,7 @@ constexpr int64_t kLine = 64;
 // spare the weights' way from L3 or memory, few keep the activations in L2.
 constexpr int64_t kBlockBytes = 2 << 20;
 constexpr int64_t kMaxBlockTiles = 8;
+constexpr int64_t kMostPanels = 4;         // that one call of a micro-kernel takes
 constexpr int64_t kMaxInt8Inputs = 66311;  // 255 * 127 * 66311 < 2^31
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -181,6 +182,7 @@ std::unique_ptr<PackedTransform::Workspace> PackedTransform::take() const {
     w->a = Block(static_cast<size_t>(block_tiles_ * tile_bytes_));
     w->b = Block(static_cast<size_t>(block_tiles_ * tile_bytes_));
     w->joined = Block(static_cast<size_t>(block_tiles_ * joined_bytes_));
+    w->phases = std::vector<Shared>(static_cast<size_t>(phases()));
     w->scratch = Block(static_cast<size_t>(scratch_floats_) * 4);
     return w;
 }
@@ -240,19 +242,39 @@ void PackedTransform::run_layer(const Packed& layer, const uint8_t* in, uint8_t*
     }
 }
 
-// One block through every layer. Several workers share it by columns and meet after each layer; a worker alone does
-// all. Which way makes no difference to a bit of the result.
-template <class Meet>
-void PackedTransform::run_block(Workspace& w, const Call& call, int64_t first, int64_t rows, int worker, int workers,
-                                Meet&& meet) const {
+// How the work inside a block is divided: not at all, or among workers that each take panels of a layer and wait for
+// each other after it. Which way makes no difference to a bit of the result.
+struct PackedTransform::Alone {
+    template <class Fn>
+    void operator()(int64_t count, int64_t, Fn&& fn) {
+        fn(int64_t{0}, count);
+    }
+};
+
+struct PackedTransform::Together {
+    Shared* phase;  // one for every step of run_block; each worker walks along them
+
+    template <class Fn>
+    void operator()(int64_t count, int64_t step, Fn&& fn) {
+        (phase++)->run(count, step, fn);
+    }
+};
+
+int64_t PackedTransform::phases() const {
+    return static_cast<int64_t>(old_.layers.size() + side_.layers.size() + mixer_.layers.size()) + 3;
+}
+
+// One block through every layer.
+template <class Divide>
+void PackedTransform::run_block(Workspace& w, const Call& call, int64_t first, int64_t rows, int workers,
+                                Divide divide) const {
     float* scratch = reinterpret_cast<float*>(w.scratch.data());
     const auto layer = [&](const Packed& l, const uint8_t* in, uint8_t* out) {
-        run_layer(l, in, out, rows, l.panels * worker / workers, l.panels * (worker + 1) / workers);
-        meet();
+        const int64_t step = round_up(std::max<int64_t>(1, l.panels / (4 * workers)), kMostPanels);
+        divide(l.panels, step, [&](int64_t from, int64_t to) { run_layer(l, in, out, rows, from, to); });
     };
     const auto branch = [&](const Chain& chain, const RowsView& from) {
-        if (worker == 0) pack_input(chain, from, first, rows, w.a.data(), scratch);
-        meet();
+        divide(1, 1, [&](int64_t, int64_t) { pack_input(chain, from, first, rows, w.a.data(), scratch); });
         uint8_t *in = w.a.data(), *out = w.b.data();
         for (size_t i = 0; i + 1 < chain.layers.size(); ++i, std::swap(in, out)) layer(chain.layers[i], in, out);
         layer(chain.layers.back(), in, w.joined.data());
@@ -266,10 +288,11 @@ void PackedTransform::run_block(Workspace& w, const Call& call, int64_t first, i
         in = out;
         std::swap(out, other);
     }
-    if (worker == 0)
+    divide(1, 1, [&](int64_t, int64_t) {
         for (int64_t done = 0; done < rows; done += kernels_.rows, in += tile_bytes_)
             kernels_.finish_tile(in, call.out, first + done,
                                  static_cast<int>(std::min<int64_t>(kernels_.rows, rows - done)), normalise_, scratch);
+    });
 }
 
 bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsView& out, int64_t n, int threads,
@@ -278,17 +301,16 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
     const Call call{old, side, out};
     const int64_t most = block_tiles_ * kernels_.rows;
     threads = std::max(threads, 1);
-    std::vector<std::unique_ptr<Workspace>> spaces;
     if (n <= most && threads > 1) {  // few rows: all workers on the one block
         int64_t panels = 1;
         for (const Chain* chain : {&old_, &side_, &mixer_})
             for (const Packed& layer : chain->layers) panels = std::max(panels, layer.panels);
-        const int workers = static_cast<int>(std::min<int64_t>(threads, panels));
-        spaces.push_back(take());
-        Barrier barrier(workers);
-        parallel(workers,
-                 [&](int worker) { run_block(*spaces[0], call, 0, n, worker, workers, [&] { barrier.wait(); }); });
-        give(std::move(spaces[0]));
+        const int workers = static_cast<int>(std::min<int64_t>(threads, (panels + kMostPanels - 1) / kMostPanels));
+        std::unique_ptr<Workspace> space = take();
+        for (Shared& phase : space->phases) phase.reset();
+        parallel(workers, Join::as_awake,
+                 [&](int) { run_block(*space, call, 0, n, workers, Together{space->phases.data()}); });
+        give(std::move(space));
         return true;
     }
     // Whole tiles, in blocks that differ by one tile at most, as many for every worker.
@@ -296,10 +318,11 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
     const int64_t rounds = (tiles + block_tiles_ * threads - 1) / (block_tiles_ * threads);
     const int64_t blocks = std::min(tiles, rounds * threads);
     const int workers = static_cast<int>(std::min<int64_t>(threads, blocks));
+    std::vector<std::unique_ptr<Workspace>> spaces;
     for (int i = 0; i < workers; ++i) spaces.push_back(take());
     std::atomic<int64_t> next{0};
     std::atomic<bool> stop{false};
-    parallel(workers, [&](int worker) {
+    parallel(workers, Join::as_awake, [&](int worker) {
         using Clock = std::chrono::steady_clock;
         Clock::time_point asked = Clock::now();
         for (;;) {
@@ -307,7 +330,7 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
             if (block >= blocks || stop.load(std::memory_order_relaxed)) break;
             const int64_t first = tiles * block / blocks * kernels_.rows;
             const int64_t end = std::min(n, tiles * (block + 1) / blocks * kernels_.rows);
-            run_block(*spaces[static_cast<size_t>(worker)], call, first, end - first, 0, 1, [] {});
+            run_block(*spaces[static_cast<size_t>(worker)], call, first, end - first, 1, Alone{});
             if (worker == 0 && keep_going.ask != nullptr && Clock::now() - asked > std::chrono::milliseconds(100)) {
                 if (!keep_going.ask(keep_going.context)) stop.store(true);
                 asked = Clock::now();
@@ -320,7 +343,7 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
 
 uint64_t PackedTransform::read_weights(int threads) const {
     std::atomic<uint64_t> total{0};
-    parallel(threads, [&](int worker) {
+    parallel(threads, Join::all, [&](int worker) {
         uint64_t sum = 0;
         for (const Chain* chain : {&old_, &side_, &mixer_})
             for (const Packed& layer : chain->layers) {

@@ -78,8 +78,11 @@ class PackedTransform {
     };
     struct Workspace {
         Block a, b, joined, scratch;
+        std::vector<Shared> phases;
     };
     struct Call;
+    struct Alone;
+    struct Together;
 
     void pack_layer(Chain& chain, const LayerSpec& spec, const LayerSpec* next, int64_t next_offset, Store store,
                     int64_t first_column, const std::vector<int64_t>& input_slots);
@@ -87,9 +90,9 @@ class PackedTransform {
                     float* scratch) const;
     void run_layer(const Packed& layer, const uint8_t* in, uint8_t* out, int64_t rows, int64_t from_panel,
                    int64_t to_panel) const;
-    template <class Meet>
-    void run_block(Workspace& w, const Call& call, int64_t first, int64_t rows, int worker, int workers,
-                   Meet&& meet) const;
+    template <class Divide>
+    void run_block(Workspace& w, const Call& call, int64_t first, int64_t rows, int workers, Divide divide) const;
+    int64_t phases() const;
     std::unique_ptr<Workspace> take() const;
     void give(std::unique_ptr<Workspace> w) const;
 
