@@ -77,7 +77,9 @@ class PackedTransform {
         std::vector<float> scale, bias;  // of the input's quantisation
     };
     struct Workspace {
-        Block a, b, joined, scratch;
+        Block all;
+        uint8_t *a, *b, *joined;  // a block's activations, by turns, and the branches' outputs side by side
+        float* scratch;
         std::vector<Shared> phases;
     };
     struct Call;

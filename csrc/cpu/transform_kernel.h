@@ -22,8 +22,6 @@
 namespace fct::cpu {
 namespace {
 
-constexpr int64_t kFlush = 16;
-
 // Where row 0 of a column lies in a tile of activations; row r is r * 64 bytes on.
 template <class V, Store kStore>
 inline uint8_t* column_of(uint8_t* tile, uint64_t column) {
@@ -39,27 +37,40 @@ inline void store_activation(uint8_t* to, typename V::f value) {
     if constexpr (kStore == Store::u8) V::store_u8(to, value);
 }
 
+// Sums of two parts: float lanes, or the 32-bit lanes of an integer vector.
+template <class K>
+inline typename K::acc sum_of(typename K::acc a, typename K::acc b) {
+    if constexpr (K::kInteger) {
+        typedef int32_t Lanes __attribute__((vector_size(sizeof a)));
+        return (typename K::acc)((Lanes)a + (Lanes)b);
+    } else {
+        return a + b;
+    }
+}
+
 // M rows of a tile times P panels beside each other.
 template <class V, class K, Store kStore, int M, int P>
 void tile(const TileArgs& args) {
     const TileArgs t = args;  // a copy of our own, which no store can change
     constexpr int NV = V::kCols / V::W;
     constexpr int kStep = V::kCols * 4;
+    static_assert(M * P * V::kCols * 4 <= kMostSums);
     typename K::acc acc[M][P * NV];
+    auto* const sums = reinterpret_cast<typename K::acc(*)[P * NV]>(t.sums);  // touched once a run
+    const bool whole = t.begins && t.ends && (K::kInteger || t.chunks <= kRun);
+    const auto clear = [&] {
 #pragma GCC unroll 16
-    for (int r = 0; r < M; ++r)
+        for (int r = 0; r < M; ++r)
 #pragma GCC unroll 16
-        for (int v = 0; v < P * NV; ++v) acc[r][v] = K::zero();
-    typename V::f sums[M][P * NV];  // in memory, touched once in kFlush chunks
+            for (int v = 0; v < P * NV; ++v) acc[r][v] = K::zero();
+    };
+    clear();
     const uint8_t* act = t.act;
     const uint8_t* weights = t.weights;
     const uint8_t* ahead = t.ahead;
-    const bool flushes = !K::kInteger && t.chunks > kFlush;
-    if (flushes)
-        for (int r = 0; r < M; ++r)
-            for (int v = 0; v < P * NV; ++v) sums[r][v] = V::set(0.0f);
+    bool fresh = t.begins;
     for (int64_t done = 0; done < t.chunks;) {
-        const int64_t stop = K::kInteger || t.chunks - done < kFlush ? t.chunks : done + kFlush;
+        const int64_t stop = K::kInteger || t.chunks - done < kRun ? t.chunks : done + kRun;
         for (; done < stop; ++done) {
             if constexpr (M == V::kRows) {
                 for (int64_t i = 0; i < t.ahead_lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
@@ -67,11 +78,8 @@ void tile(const TileArgs& args) {
             for (int quarter = 0; quarter < 4; ++quarter) {
 #pragma GCC unroll 4
                 for (int s = 0; s < 4; ++s) {
-                    if constexpr (M == V::kRows) {  // from L2: weights 12 steps on, the next chunk's activations
-                        for (int line = 0; line < kStep; line += 64)
-                            __builtin_prefetch(weights + (s + 12) * kStep + line, 0, 3);
+                    if constexpr (M == V::kRows)  // the next chunk's activations, from L2
                         __builtin_prefetch(act + (V::kRows + quarter * 4 + s) * 64 - quarter * 16, 0, 3);
-                    }
                     typename K::operand w[P * NV];
 #pragma GCC unroll 16
                     for (int v = 0; v < P * NV; ++v)
@@ -88,18 +96,22 @@ void tile(const TileArgs& args) {
             }
             act += (V::kRows - 1) * 64;
         }
-        if constexpr (!K::kInteger) {
-            if (flushes) {
+        if (whole) break;
+        if (!fresh) {
 #pragma GCC unroll 16
-                for (int r = 0; r < M; ++r)
+            for (int r = 0; r < M; ++r)
 #pragma GCC unroll 16
-                    for (int v = 0; v < P * NV; ++v) {
-                        sums[r][v] = V::add(sums[r][v], acc[r][v]);
-                        acc[r][v] = done < t.chunks ? K::zero() : sums[r][v];
-                    }
-            }
+                for (int v = 0; v < P * NV; ++v) acc[r][v] = sum_of<K>(sums[r][v], acc[r][v]);
         }
+        fresh = false;
+        if (t.ends && done == t.chunks) break;
+#pragma GCC unroll 16
+        for (int r = 0; r < M; ++r)
+#pragma GCC unroll 16
+            for (int v = 0; v < P * NV; ++v) sums[r][v] = acc[r][v];
+        clear();
     }
+    if (!t.ends) return;
     constexpr bool kScaled = K::kInteger || kStore == Store::u8;
     const typename V::f lowest = V::set(t.lowest);
 #pragma GCC unroll 16

@@ -14,6 +14,11 @@ enum class Store : int { f32 = 0, bf16 = 1, u8 = 2 };
 constexpr int kStores = 3;
 constexpr int kTileSizes = 5;
 
+// fp32 sums are kept in two levels: runs of so many chunks of 64 bytes (256 floats, 512 bf16), and the sum of the
+// runs. A run's weights are also what stays in the first-level cache while several row tiles pass by.
+constexpr int64_t kRun = 16;
+constexpr int64_t kMostSums = 2048;  // bytes of accumulators in one call of a micro-kernel
+
 // A matrix of the caller: n rows of d elements, stride elements from row to row. i8 rows have
 // scale[row * scale_row + column * scale_column]; others a null scale.
 struct RowsView {
@@ -31,8 +36,11 @@ struct TileArgs {
     const uint8_t* weights;  // first panel
     const float* scale;      // per column of the first panel on; null where nothing is scaled
     const float* bias;
-    uint8_t* out;  // the row tile written
-    int64_t chunks;
+    uint8_t* out;    // the row tile written
+    uint8_t* sums;   // of this tile and panel, from one call to the next; unused where one call takes all chunks
+    int64_t chunks;  // of this call; a multiple of kRun but in the last call
+    bool begins;     // the first call for this tile and panel
+    bool ends;       // the last one: the epilogue follows
     int64_t panel_bytes;
     int64_t column;       // where in the tile written the first column goes
     float lowest;         // 0 for a ReLU and for u8, else -infinity
