@@ -67,10 +67,20 @@ def pick_transform(
 
                 verdict = prove(candidate, h, p, device)
                 why = [f"refused by the self-proof: {verdict}"] if verdict else []
+            if not why and forced is None and candidate.name == "cpu" and _bf16_will_do(h, precision):
+                from fct.ops.amx import torch_is_faster
+
+                torch = next(b for b in backends if b.name == "torch")
+                if torch_is_faster(candidate, h, p, torch):
+                    return torch, "bf16"
             if not why:
                 return candidate, p
             reasons += [f"{candidate.name} ({p}): {reason}" for reason in why]
     raise BackendError(f"no backend can run this transformation on {device}: " + "; ".join(reasons))
+
+
+def _bf16_will_do(h: Transformation, precision: str) -> bool:
+    return precision == "bf16" or (precision == "auto" and h.allows("bf16"))
 
 
 def packed(backend: TransformBackend, h: Transformation, precision: str, device: str) -> Any:
