@@ -1,8 +1,5 @@
 // The transformation's kernels without Python: odd shapes, every level and precision, threads, against plain double
 // loops; inputs and outputs end at a guard page. Built with sanitizers by run.sh, and for AArch64 by ../aarch64/run.sh.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +8,7 @@
 #include <vector>
 
 #include "cpu/transform.h"
+#include "guarded.h"
 
 using namespace fct::cpu;
 
@@ -20,27 +18,6 @@ struct Layer {
     int64_t d_in, d_out;
     bool relu;
     std::vector<float> weight, bias;
-};
-
-// n floats whose last byte is the last before an unreadable page.
-class Guarded {
-  public:
-    explicit Guarded(size_t n) {
-        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), bytes = n * sizeof(float);
-        size_ = (bytes + page - 1) / page * page + page;
-        start_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (start_ == MAP_FAILED) std::abort();
-        char* const guard = static_cast<char*>(start_) + size_ - page;
-        if (mprotect(guard, page, PROT_NONE) != 0) std::abort();
-        data = reinterpret_cast<float*>(guard - bytes);
-    }
-    ~Guarded() { munmap(start_, size_); }
-    Guarded(const Guarded&) = delete;
-    float* data;
-
-  private:
-    void* start_;
-    size_t size_;
 };
 
 std::mt19937 rng(0);
@@ -138,7 +115,7 @@ void run_case(const std::vector<int64_t>& a, const std::vector<int64_t>& b, std:
     std::vector<float> first;
     for (const int64_t n : {int64_t{130}, int64_t{29}, int64_t{15}, int64_t{7}, int64_t{3}, int64_t{1}}) {
         const int64_t d_a = a.front(), d_b = b.front(), d = m.back();
-        const Guarded old(static_cast<size_t>(n * d_a)), side(static_cast<size_t>(n * d_b)),
+        const Guarded<float> old(static_cast<size_t>(n * d_a)), side(static_cast<size_t>(n * d_b)),
             out(static_cast<size_t>(n * d));
         std::mt19937 rows(1);
         std::normal_distribution<float> value;
