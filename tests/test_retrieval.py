@@ -64,6 +64,71 @@ def test_prepared_appended_saved_and_loaded(rows: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.distances, want.distances)
 
 
+def narrow(x: Any, dtype: str, scale: Any = None) -> Any:
+    if dtype == "float16":
+        return x.astype(np.float16)
+    if dtype == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(x)).bfloat16()
+    return fct.ScaledInt8(np.clip(np.rint(x / scale), -127, 127).astype(np.int8), scale)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "int8 row", "int8 column", "int8 one and row"])
+def test_narrow_galleries_are_appended_saved_and_loaded(dtype: str, metric: str, rows: Any, tmp_path: Path) -> None:
+    first, later = slice(0, 130), slice(130, 300)
+    scales = {
+        "int8": (np.float32(0.03),) * 2,
+        "int8 row": tuple(np.linspace(0.02, 0.05, n, dtype=np.float32)[:, None] for n in (130, 170)),
+        "int8 column": (np.linspace(0.02, 0.05, 12, dtype=np.float32)[None],) * 2,
+        "int8 one and row": (np.float32(0.03), np.linspace(0.02, 0.05, 170, dtype=np.float32)[:, None]),
+    }.get(dtype, (None, None))
+    parts = [narrow(rows[part], dtype.split()[0], scale) for part, scale in zip((first, later), scales, strict=True)]
+    prepared = fct.prepare_gallery(parts[0], metric=metric).append(parts[1])
+    from fct.arrays import rows_of
+
+    exact = np.concatenate([rows_of(part, "part").float32() for part in parts])
+    assert np.array_equal(rows_of(prepared.gallery, "gallery").float32(), exact)
+    want = ref.topk(rows[:30], exact, 7, metric)
+    prepared.save(tmp_path / "shadow")
+    for gallery in (prepared, fct.PreparedGallery.load(tmp_path / "shadow", prepared.gallery)):
+        got = fct.topk(torch.from_numpy(rows[:30]) if dtype == "bfloat16" else rows[:30], gallery, 7, metric=metric)
+        np.testing.assert_array_equal(np.asarray(got.indices), want[1])
+        np.testing.assert_allclose(np.asarray(got.distances), want[0], rtol=1e-6, atol=1e-7)
+
+
+def test_what_can_not_be_appended(rows: Any) -> None:
+    columns = np.linspace(0.02, 0.05, 12, dtype=np.float32)[None]
+    prepared = fct.prepare_gallery(narrow(rows[:50], "int8", columns))
+    with pytest.raises(ValueError, match="rows: expected the gallery's own scale"):
+        prepared.append(narrow(rows[50:], "int8", columns * 2))
+    with pytest.raises(
+        ValueError, match="rows: expected numpy rows of int8, like the gallery, got numpy rows of float32"
+    ):
+        prepared.append(rows[50:])
+    with pytest.raises(ValueError, match=r"rows: expected \(n, 12\) to match the gallery"):
+        fct.prepare_gallery(rows).append(rows[:, :5])
+
+
+def test_packing_in_slices_changes_nothing(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long packing is several compiled calls, so that Ctrl-C is heard between them."""
+    whole = fct.prepare_gallery(rows).shadow
+    calls = []
+    from fct.ops import topk_cpu
+
+    real = topk_cpu._C.shadow_pack
+
+    def counted(*args: Any) -> None:
+        calls.append(args[4])
+        real(*args)
+
+    monkeypatch.setattr(topk_cpu, "_PACKED_AT_ONCE", 12 * 64 * 2)
+    monkeypatch.setattr(topk_cpu._C, "shadow_pack", counted)
+    sliced = fct.prepare_gallery(rows).shadow
+    assert calls == [128, 128, 44]
+    np.testing.assert_array_equal(sliced.tiles, whole.tiles)
+    np.testing.assert_array_equal(sliced.meta, whole.meta)
+
+
 def test_memory_of_the_shadow(rng: np.random.Generator) -> None:
     prepared = fct.prepare_gallery(rng.standard_normal((6400, 128), dtype=np.float32))
     assert prepared.memory_ratio == pytest.approx(1 + (128 + 16.25 + 512 / 6400) / 512)

@@ -17,6 +17,7 @@ __all__ = ["Shadow", "build_shadow", "extend_shadow", "ranks_cpu", "topk_cpu"]
 
 _SAMPLE = 65_536  # rows whose mean is the shift
 _LARGEST = 1e12  # as in topk.cpp
+_PACKED_AT_ONCE = 1 << 26  # values of one compiled call that packs
 _SLICE = 1 << 16  # queries of one compiled call: bounds what their candidates take
 
 
@@ -62,18 +63,21 @@ def _pack(gallery: Rows, metric: str, shift: Any, first: int, threads: int) -> t
     tiles = -(-count // _C.shadow_tile)
     packed = np.empty((tiles, -(-gallery.d // 4) * 4 * _C.shadow_tile), np.uint8)
     meta = np.empty((tiles, _C.shadow_meta), np.float32)
-    _C.shadow_pack(
-        _rows(gallery),
-        gallery.n,
-        METRICS.index(metric),
-        first,
-        count,
-        shift.ctypes.data,
-        packed.ctypes.data,
-        meta.ctypes.data,
-        threads,
-        isa(),
-    )
+    step = max(1, _PACKED_AT_ONCE // (gallery.d * _C.shadow_tile)) * _C.shadow_tile
+    for begin in range(0, count, step):  # between two, Python hears Ctrl-C
+        tile = begin // _C.shadow_tile
+        _C.shadow_pack(
+            _rows(gallery),
+            gallery.n,
+            METRICS.index(metric),
+            first + begin,
+            min(step, count - begin),
+            shift.ctypes.data,
+            packed[tile:].ctypes.data,
+            meta[tile:].ctypes.data,
+            threads,
+            isa(),
+        )
     return packed, meta
 
 
