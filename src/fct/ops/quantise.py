@@ -17,12 +17,14 @@ import numpy as np
 
 from fct.transformation import BRANCHES, Layer, Transformation
 
-__all__ = ["ALPHA", "FINE_SHARE", "LayerPlan", "fine_layers", "layer_plans", "why_not_int8"]
+__all__ = ["ALPHA", "EXACT_SHARE", "FINE_SHARE", "LayerPlan", "fine_layers", "layer_plans", "why_not_int8"]
 
-ALPHA = 0.5
-# In "int8" the first layers of the branches stay in bf16, in this order, as long as they are at most this share of the
-# operations: their inputs are the rows themselves, whose rounding costs the most (docs/performance.md), and with
-# the paper's h both branches are 3.4 % of the work.
+ALPHA = 0.75
+# Rounding the rows themselves costs more than all later roundings together (docs/performance.md), and the layers that
+# read them are the smallest: 1.1 % of the work in the paper's h. So in "bf16" and "int8" both branches' first layers
+# stay in fp32 while they are at most EXACT_SHARE of the operations, and in "int8" the branches' next ones stay in
+# bf16, in this order, while the branches' layers so far are at most FINE_SHARE.
+EXACT_SHARE = 0.08
 FINE_SHARE = 0.15
 # int32 sums cannot overflow below 2^31 / (255 * 127) inputs.
 _MOST_INPUTS = 66311
@@ -56,31 +58,34 @@ def why_not_int8(h: Transformation) -> list[str]:
     return why
 
 
-def fine_layers(h: Transformation) -> set[str]:
-    """Names of the layers that "int8" leaves in a finer precision."""
-    found: set[str] = set()
-    left = FINE_SHARE * h.flop_per_row
-    for i in range(max(len(h.old), len(h.side))):
+def fine_layers(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, str]:
+    """Name -> precision of the layers that "bf16" and "int8" leave in a finer one; ``fine``: bf16, or its stand-in."""
+    found: dict[str, str] = {}
+    share = 0.0
+    for i in range(max(len(h.old), len(h.side)) if precision in ("bf16", "int8") else 0):
         step = {f"{branch}.{i}": getattr(h, branch)[i] for branch in ("old", "side") if i < len(getattr(h, branch))}
-        left -= sum(2 * layer.weight.size for layer in step.values())
-        if left < 0:
+        share += sum(2 * layer.weight.size for layer in step.values()) / h.flop_per_row
+        if i == 0 and share <= EXACT_SHARE:
+            found |= dict.fromkeys(step, "fp32")
+        elif precision == "int8" and share <= FINE_SHARE:
+            found |= dict.fromkeys(step, fine)
+        else:
             break
-        found |= set(step)
     return found
 
 
 def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, list[LayerPlan]]:
-    """The layers of each branch as the kernels take them; ``fine`` is what :func:`fine_layers` of "int8" run in."""
+    """The layers of each branch as the kernels take them; for ``fine`` see :func:`fine_layers`."""
     plans: dict[str, list[LayerPlan]] = {branch: [] for branch in BRANCHES}
-    kept = fine_layers(h) if precision == "int8" else set()
+    kept = fine_layers(h, precision, fine=fine)
     for name, layer in h.layers():
-        branch = name.partition(".")[0]
-        if name in kept:
-            plans[branch].append(LayerPlan(layer.weight, layer.bias, layer.relu, fine))
-        elif precision == "int8":
-            plans[branch].append(_int8(layer, h.calibration[name]))
-        else:
-            plans[branch].append(LayerPlan(layer.weight, layer.bias, layer.relu, precision))
+        of_layer = kept.get(name, precision)
+        plan = (
+            _int8(layer, h.calibration[name])
+            if of_layer == "int8"
+            else LayerPlan(layer.weight, layer.bias, layer.relu, of_layer)
+        )
+        plans[name.partition(".")[0]].append(plan)
     return plans
 
 
