@@ -49,17 +49,19 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
     """
     target = family(target)
     big = target in ("sm_90", "sm_100")
-    size = _BYTES[precision]
+    # the branches compute in bfloat16 where the mixer takes 8 bits
+    size = max(2, _BYTES[precision]) if kernel == "branches" else _BYTES[precision]
     n = max(16, 1 << (width - 1).bit_length())
     deep = 128 // size  # one 128-byte line of the operand
     if kernel == "branches":
-        rows = 128 if target == "sm_100" else 64
+        rows = 128 if target == "sm_100" and size == _BYTES[precision] else 64  # 8-bit epilogues would spill at 128
         if precision == "fp32":
             choices = [Tile(64, n, 32, 8, 2, hidden=32), Tile(32, n, 32, 8, 1, hidden=32)]
             choices = choices[1:] if target == "sm_90" else choices  # 64 rows of three wgmma products spill there
         else:
-            choices = [Tile(rows, n, 128, 8, 2, hidden=64), Tile(64, n, 64, 8, 2, hidden=32),
-                       Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
+            choices = [Tile(rows, n, 128, 8, 2, hidden=64), Tile(64, n, 128, 8, 2, hidden=32),
+                       Tile(64, n, 64, 8, 2, hidden=32), Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
+            choices = choices[2:] if target == "gfx942" else choices
     elif kernel == "linear":
         if precision == "fp32":
             choices = [Tile(128, 128, 32, 8, 3)] if big else [Tile(64, 64, 32, 4, 2)]  # three products: many registers

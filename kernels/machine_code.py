@@ -1,8 +1,8 @@
 """Compiles the kernels for targets that are not in the room, and reads the machine code.
 
-``python -m fct.kernels.machine_code [TARGET...]`` prints one JSON line per kernel,
-precision and target: registers, spilled
-bytes, shared memory, and the instructions that matter, in all and in the innermost loop that multiplies.
+``python -m fct.kernels.machine_code [TARGET...]`` prints one JSON line per kernel, precision, target and gallery dtype:
+registers, spilled bytes, shared memory, and the instructions that matter, in all and in the innermost loop that
+multiplies.
 No GPU is needed; Triton's wheel carries ptxas and the disassembler. Not to be run with TRITON_INTERPRET set.
 """
 
@@ -25,7 +25,7 @@ from fct.kernels.configs import TARGETS, Tile, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["cases", "compile_case", "main", "read_sass"]
+__all__ = ["GALLERY", "blocks_per_processor", "cases", "compile_case", "main", "read_sass"]
 
 _TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "i8", "fp8": "fp8e4nv"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -34,39 +34,64 @@ _SPECIAL = re.compile(r"(LDGSTS|UTMALDG|UBLKCP|LDL|STL)")
 DIMS = {"d": 128, "hidden": 256, "branch": 256, "joined": 512, "inner": 2048, "d_new": 128}
 
 
-def cases() -> Iterator[tuple[str, str, str, Tile]]:
-    """(kernel, precision, target, tile): the paper's shape at 128 dimensions, the first choice of the table."""
+# The gallery's dtypes: what an element is, and how its scale lies (kernels.transform's SCALE_*).
+GALLERY = {"fp32": ("fp32", 0), "fp16": ("fp16", 0), "bf16": ("bf16", 0), "int8, one scale": ("i8", 1),
+           "int8, scale a row": ("i8", 2), "int8, scale a dimension": ("i8", 3)}  # fmt: skip
+Case = tuple[str, str, str, Tile, str]
+
+
+def cases() -> Iterator[Case]:
+    """(kernel, precision, target, tile, gallery): the paper's shape at 128 dimensions, the first choice of the table.
+
+    Every kernel in every precision; those that read or write the gallery also in each of its dtypes.
+    """
     for target in TARGETS:
+        without_fp8 = target in ("sm_80", "sm_86", "gfx942")
         for kernel, width in (("branches", DIMS["branch"]), ("linear", DIMS["inner"]), ("final", DIMS["d_new"])):
             for precision in _TYPES:
-                eight_bit = precision in ("int8", "fp8")
-                if kernel == "branches" and eight_bit:
-                    continue  # the branches compute in bfloat16
-                if precision == "fp8" and target in ("sm_80", "sm_86", "gfx942"):
+                if precision == "fp8" and without_fp8:
                     continue
-                yield kernel, precision, target, tiles(kernel, precision, target, width=width)[0]
-        for precision in ("fp32", "bf16"):
-            yield "scan", precision, target, search.tile(precision)
+                tile = tiles(kernel, precision, target, width=width)[0]
+                for gallery in GALLERY if kernel != "linear" and precision == "bf16" else ("fp32",):
+                    yield kernel, precision, target, tile, gallery
+        for precision in ("fp32", "fp16", "bf16"):
+            yield "scan", precision, target, search.tile(precision), "fp32"
+        for gallery in GALLERY:
+            yield "ingest", "bf16", target, Tile(32, 128, 0, 4, 1), gallery
+            yield "normalise", "fp32", target, Tile(8, 512, 0, 8, 1), gallery
 
 
-def _signature(kernel: str, precision: str, target: str, tile: Tile) -> tuple[Any, dict[str, str], dict[str, Any]]:
+def _signature(
+    kernel: str, precision: str, target: str, tile: Tile, gallery: str
+) -> tuple[Any, dict[str, str], dict[str, Any]]:
     import triton.language as tl
 
     kind = _TYPES[precision]
+    element, scale = GALLERY[gallery]
     exact = "ieee" if target.startswith("gfx") else "tf32x3"
     product = {"PRECISION": exact if precision == "fp32" else "ieee", "UPCAST": False}
     if kernel == "scan":
         return search.scan, *search.signature(kind, tile, product)
+    block = {"BM": tile.m, "BN": tile.n, "UPCAST": False}
+    if kernel == "ingest":
+        types = {"row0_ptr": "*i64", "n_rows": "i32", "x_ptr": f"*{element}", "scale_ptr": "*fp32", "stride_x": "i64",
+                 "next_ptr": "*fp32", "out_ptr": f"*{kind}", "stride_out": "i64"}  # fmt: skip
+        return kernels.ingest, types, {"D": DIMS["d"], "SCALE": scale, **block}
+    if kernel == "normalise":
+        types = {"row0_ptr": "*i64", "n_rows": "i32", "y_ptr": "*fp32", "stride_y": "i64", "out_ptr": f"*{element}",
+                 "out_scale_ptr": "*fp32", "stride_out": "i64"}  # fmt: skip
+        return kernels.normalise, types, {"N": tile.n, "OUT_SCALE": scale, **block}
     if kernel == "branches":
+        inner = "bf16" if precision in ("int8", "fp8") else kind
         types = {"row0_ptr": "*i64", "n_rows": "i32", "out_ptr": f"*{kind}", "stride_out": "i64", "next_ptr": "*fp32"}
         constants: dict[str, Any] = {
-            "COMPUTE": {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[precision],
+            "COMPUTE": {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[inner],
             "BM": tile.m, "BK": tile.k, "BH": tile.hidden, "BN": tile.n, **product,
         }  # fmt: skip
         for name in ("old", "side"):
-            types |= {f"{name}_ptr": "*fp32", f"{name}_scale_ptr": "*fp32", f"stride_{name}": "i64"}
-            types |= {f"{name}_w{i}": f"*{kind}" for i in (1, 2)} | {f"{name}_b{i}": "*fp32" for i in (1, 2)}
-            facts = {"D": 128, "PITCH1": 128, "H": 256, "PITCH2": 256, "N": 256, "SCALE": 0, "RELU1": True,
+            types |= {f"{name}_ptr": f"*{element}", f"{name}_scale_ptr": "*fp32", f"stride_{name}": "i64"}
+            types |= {f"{name}_w{i}": f"*{inner}" for i in (1, 2)} | {f"{name}_b{i}": "*fp32" for i in (1, 2)}
+            facts = {"D": 128, "PITCH1": 128, "H": 256, "PITCH2": 256, "N": 256, "SCALE": scale, "RELU1": True,
                      "RELU2": True}  # fmt: skip
             constants |= {f"{name.upper()}_{k}": v for k, v in facts.items()}
         return kernels.branches, types, constants
@@ -78,13 +103,13 @@ def _signature(kernel: str, precision: str, target: str, tile: Tile) -> tuple[An
     if kernel == "linear":
         types |= {"next_ptr": "*fp32", "out_ptr": f"*{kind}"}
         return kernels.linear, types, constants | {"N": DIMS["inner"], "RELU": True, "GROUP": 8}
-    types |= {"row0_ptr": "*i64", "out_ptr": "*fp32", "out_scale_ptr": "*fp32"}
-    return kernels.final, types, constants | {"N": DIMS["d_new"], "RELU": False, "NORMALISE": True, "OUT_SCALE": 0}
+    types |= {"row0_ptr": "*i64", "out_ptr": f"*{element}", "out_scale_ptr": "*fp32"}
+    return kernels.final, types, constants | {"N": DIMS["d_new"], "RELU": False, "NORMALISE": True, "OUT_SCALE": scale}
 
 
-def compile_case(kernel: str, precision: str, target: str, tile: Tile) -> dict[str, Any]:
+def compile_case(kernel: str, precision: str, target: str, tile: Tile, gallery: str = "fp32") -> dict[str, Any]:
     """Compiles one case and says what came out; nothing is launched."""
-    function, types, constants = _signature(kernel, precision, target, tile)
+    function, types, constants = _signature(kernel, precision, target, tile, gallery)
     signature = {n: types.get(n, "constexpr") for n in function.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -99,21 +124,30 @@ def compile_case(kernel: str, precision: str, target: str, tile: Tile) -> dict[s
         options={"num_warps": tile.warps, "num_stages": min(tile.stages, 2) if amd else tile.stages},
     )
     facts: dict[str, Any] = {"kernel": kernel, "precision": precision, "target": target, "tile": vars(tile)}
-    facts["shared"] = int(built.metadata.shared)
+    facts |= {"gallery": gallery, "shared": int(built.metadata.shared)}
     if amd:
         text = built.asm["amdgcn"]
         spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
-        return facts | {"spilled": sum(map(int, spills)), "matrix": dict(Counter(re.findall(r"v_mfma_\w+", text)))}
-    return facts | read_sass(built.asm["cubin"])
+        matrix = dict(Counter(re.findall(r"v_mfma_\w+", text)))
+        return facts | {"spilled": sum(map(int, spills)), "special": {}, "matrix": matrix}
+    (found,) = read_sass(built.asm["cubin"]).values()
+    return facts | found
 
 
-def read_sass(cubin: bytes) -> dict[str, Any]:
-    """registers, spilled (bytes of stack), matrix and special instructions, and ``loop``: the multiplying loop's."""
+def read_sass(cubin: bytes) -> dict[str, dict[str, Any]]:
+    """Of each function: registers, spilled (bytes of stack), static_shared (bytes), matrix and special instructions,
+    and ``loop``: the multiplying loop's matrix instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("nvdisasm", "-c", file.name)
+    texts = dict(re.findall(r"\.section\s+\.text\.(\S+?),.*?\n(.*?)(?=\n\s*\.section\s|\Z)", sass, re.DOTALL))
+    resources = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage)
+    return {name: _function(texts[name], line) for name, line in resources}
+
+
+def _function(sass: str, usage: str) -> dict[str, Any]:
     lines: list[tuple[int, str]] = []
     labels: dict[str, int] = {}
     pending: list[str] = []
@@ -132,9 +166,11 @@ def read_sass(cubin: bytes) -> dict[str, Any]:
     multiplying = [at for at, text in lines if _MMA.search(text)]
     loops = [(b - a, a, b) for a, b in jumps if any(a <= m <= b for m in multiplying)]
     _, low, high = min(loops, default=(0, 0, 1 << 40))
+    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return {
-        "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
-        "spilled": int(re.findall(r"STACK:(\d+)", usage)[-1]) + int(re.findall(r"LOCAL:(\d+)", usage)[-1]),
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "static_shared": used["SHARED"],
         "matrix": dict(Counter(_name(t) for _, t in lines if _MMA.search(t))),
         "special": dict(Counter(m[0] for _, t in lines if (m := _SPECIAL.search(t)))),
         "loop": dict(Counter(_name(t) for at, t in lines if _MMA.search(t) and low <= at <= high)),
@@ -144,6 +180,18 @@ def read_sass(cubin: bytes) -> dict[str, Any]:
 def _name(text: str) -> str:
     found = re.search(r"\b[A-Z]\w*MMA[\w.]*", text)
     return found[0] if found else text
+
+
+def blocks_per_processor(registers: int, threads: int, shared: int, target: str) -> int:
+    """Blocks that one multiprocessor runs at once (CUDA programming guide, table of compute capabilities)."""
+    from fct.kernels.configs import SHARED_MEMORY, family
+
+    place = family(target)
+    most_threads = 1536 if place in ("sm_86", "sm_89") else 2048
+    whole = SHARED_MEMORY[place] + 1024  # a block is charged 1 KiB besides its own
+    warps = -(-threads // 32)
+    of_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    return min(of_registers, most_threads // threads, whole // (shared + 1024), 32)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -157,8 +205,8 @@ def main() -> None:
         try:
             facts = compile_case(*case)
         except Exception as error:  # a target that the compiler refuses is a row too
-            kernel, precision, target, tile = case
-            facts = {"kernel": kernel, "precision": precision, "target": target, "tile": vars(tile)}
+            kernel, precision, target, tile, gallery = case
+            facts = {"kernel": kernel, "precision": precision, "target": target, "tile": vars(tile), "gallery": gallery}
             facts["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         sys.stdout.write(json.dumps(facts) + "\n")
         sys.stdout.flush()

@@ -216,6 +216,17 @@ def _matmul_tile(
 
 
 @triton.jit
+def tile_order(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(row tile, column tile) of ``linear``'s tile number ``tile``: GROUP row tiles share their weight columns before
+    the walk moves on. In plain Python too, as ``tile_order.fn``: what fct.report.gpu_traffic walks."""
+    group = tile // (GROUP * tiles_n)
+    first = group * GROUP
+    height = min(tiles_m - first, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
 def linear(
     n_rows, a_ptr, stride_a, w_ptr, stride_w, scale_ptr, bias_ptr, next_ptr, out_ptr, stride_out,
     N: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr,
@@ -224,18 +235,15 @@ def linear(
 ):  # fmt: skip
     """out (n_rows, N) = relu(a (n_rows, K) @ w (N, K).T * scale + bias), requantised for the next layer.
 
-    Persistent: the grid is the number of multiprocessors, each program walks tiles. GROUP row tiles share their
-    weight columns before the walk moves on, so that both operands are found in L2.
+    Persistent: the grid is the number of multiprocessors, each program walks tiles in ``tile_order``, so that both
+    operands are found in L2.
     """
     tiles_m = tl.cdiv(n_rows, BM)
     tiles_n: tl.constexpr = (N + BN - 1) // BN
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        group = tile // (GROUP * tiles_n)
-        first = group * GROUP
-        height = tl.minimum(tiles_m - first, GROUP)
-        within = tile % (GROUP * tiles_n)
-        m0 = (first + within % height) * BM
-        n0 = (within // height) * BN
+        tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP)
+        m0 = tile_m * BM
+        n0 = tile_n * BN
         acc = _matmul_tile(
             a_ptr, w_ptr, m0, n0, n_rows, stride_a, stride_w, N, K, BM, BN, BK, INT8, TMA, PRECISION, UPCAST
         )

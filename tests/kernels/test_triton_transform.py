@@ -223,11 +223,21 @@ def test_a_compiler_error_names_kernel_shape_and_device(monkeypatch: pytest.Monk
 
 def test_chunk_keeps_activations_in_l2_and_waves_full() -> None:
     h100 = FakeDevice(processors=132, l2_bytes=50 << 20)
-    per_row = 2 * (512 + 2048 + 2048)
-    rows = backend.chunk_rows(per_row, 2048, h100)
-    assert rows * per_row <= 0.6 * h100.l2_bytes
+    middle = (4096, 4096, 2048 * 4096)
+    rows = backend.chunk_rows([(1024, 4096, 1024 * 2048), middle, (4096, 512, 4096 * 128)], 2048, h100)
+    assert rows * 8192 + middle[2] <= 0.6 * h100.l2_bytes
     tiles = rows // 128 * 8
     assert tiles / (-(-tiles // 132) * 132) > 0.9
+    # weights larger than L2 are streamed; the rows' operands still stay
+    assert 128 <= backend.chunk_rows([(8192, 8192, 1 << 30)], 4096, h100) <= 0.3 * h100.l2_bytes / 16384
+
+
+def test_chunk_follows_the_tile_and_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "device_of", lambda name: FakeDevice("sm_89", processors=58, l2_bytes=48 << 20))
+    h = Transformation.random(16, 16, 24, inner=160)
+    packed = backend.TritonTransform().pack(h, "bf16", "cuda:0")
+    assert packed.footprints == [(256, 384, 160 * 256), (384, 384, 160 * 384), (384, 96, 24 * 384)]
+    assert backend._chunk_of(packed) % 128 == 0
 
 
 def test_why_not_here() -> None:

@@ -8,7 +8,7 @@ alpha = 0.5), so that channels of unlike range share one accumulator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,13 @@ class PackedTransform:
         return all(len(b) == 2 and b[1].d_out <= _WIDEST_ROW for b in (self.old, self.side))
 
     @property
+    def footprints(self) -> list[tuple[int, int, int]]:
+        """Of each layer of the mixer: bytes of a row in, of a row out, of the weights."""
+        into = [_pitch(x.d_in, self.precision, mixer=True) for x in self.mixer]
+        out = [*into[1:], 4 * self.mixer[-1].d_out]
+        return [(a, b, a * x.d_out) for a, b, x in zip(into, out, self.mixer, strict=True)]
+
+    @property
     def bytes_per_row(self) -> int:
         """Activations between launches, for one row."""
         total = 4 * self.mixer[-1].d_out if self.normalise and self.mixer[-1].d_out > _WIDEST_ROW else 0
@@ -77,10 +84,22 @@ def _pitch(width: int, precision: str, *, mixer: bool) -> int:
 
 
 def chunk_rows(
-    bytes_per_row: int, widest: int, device: Device, *, tile_rows: int = 128, tile_columns: int = 256
+    layers: Sequence[tuple[int, int, int]],
+    widest: int,
+    device: Device,
+    *,
+    tile_rows: int = 128,
+    tile_columns: int = 256,
 ) -> int:
-    """Rows per chunk: activations inside 60 % of L2, and the widest layer's tiles filling whole waves of the device."""
-    most = max(1, int(0.6 * device.l2_bytes) // max(1, bytes_per_row) // tile_rows)
+    """Rows per chunk: every layer's operands inside 60 % of L2, and the widest layer's tiles in whole waves.
+
+    layers: bytes of a row that goes in, of a row that comes out, and of the weights. Weights that leave less than half
+    of that room are read again for each chunk; the rest of L2 is for rows that stream by. fct.report.gpu_traffic
+    derives what this costs in memory traffic.
+    """
+    room = 0.6 * device.l2_bytes
+    fits = min(max(room - weights, room / 2) / (into + out) for into, out, weights in layers)
+    most = max(1, int(fits) // tile_rows)
     columns = -(-widest // tile_columns)
 
     def filled(units: int) -> float:
@@ -168,8 +187,7 @@ def run_chunks(packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, chu
     if n == 0:
         return
     device = packed.device
-    most = chunk or chunk_rows(packed.bytes_per_row, max(x.d_out for x in packed.mixer), device)
-    most = min(most, n)
+    most = min(chunk or _chunk_of(packed), n)
     while True:
         try:
             with device.errors(f"the transformation of {n} rows"):
@@ -185,6 +203,14 @@ def run_chunks(packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, chu
                 ) from error
             device.release()
             most = max(MIN_CHUNK, most // 2)
+
+
+def _chunk_of(packed: PackedTransform) -> int:
+    from fct.kernels.configs import tiles
+
+    widest = max(x.d_out for x in packed.mixer)
+    tile = tiles("linear", packed.precision, packed.device.target, width=widest)[0]
+    return chunk_rows(packed.footprints, widest, packed.device, tile_rows=max(tile.m, 128), tile_columns=tile.n)
 
 
 class _Chunks:
@@ -263,9 +289,7 @@ class _Chunks:
         import triton.language as tl
 
         p = self.p
-        compute = "fp32" if p.precision == "fp32" else "bf16"
-        width = max(p.old[1].d_out, p.side[1].d_out)
-        tile = self._tile("branches", compute, width)
+        tile = self._tile("branches", p.precision, max(p.old[1].d_out, p.side[1].d_out))
         first = p.mixer[0]
         arguments: dict[str, Any] = {
             "row0_ptr": self.row0, "n_rows": rows, "out_ptr": self.joined, "stride_out": self.joined.stride(0),

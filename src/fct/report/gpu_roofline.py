@@ -1,17 +1,36 @@
-"""Lower bounds for the transformation on GPUs nobody here has: from compiled machine code and published peaks.
+"""Lower bounds on GPUs nobody here has: from compiled machine code, a model of L2, and published peaks.
 
-``python -m fct.report.gpu_roofline`` compiles the kernels for each GPU's target (no GPU is needed) and prints the table
-of docs/gpu.md: tensor-core operations issued for a row against the operations h needs, bytes moved, and the least time.
+``python -m fct.report.gpu_roofline [csrc/cuda]`` compiles the Triton kernels for each GPU's target (no GPU is needed),
+and with a folder and nvcc the CUDA kernels too, and prints the tables of docs/gpu.md: tensor-core operations issued
+against those that are needed, bytes moved to and from memory (:mod:`fct.report.gpu_traffic`), and the least time.
 A bound is not a measurement; ``fct doctor --full`` measures.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-__all__ = ["GPUS", "Bound", "Gpu", "bound", "issued_per_iteration", "main", "published_peak"]
+from fct.report import gpu_traffic
+
+__all__ = [
+    "GPUS",
+    "Bound",
+    "Gpu",
+    "bound",
+    "issued_per_iteration",
+    "main",
+    "plan_of",
+    "published_peak",
+    "scan_bound",
+    "small_bound",
+    "traffic",
+]
 
 
 @dataclass(frozen=True)
@@ -60,16 +79,34 @@ def published_peak(model: str, precision: str) -> float | None:
 
 @dataclass(frozen=True)
 class Bound:
-    """floor, issued: operations a row; moved, least_moved: bytes a row; nanoseconds: the least time for one row."""
+    """What one kernel family does on one GPU; a row is a gallery row (transformation) or a query (search).
+
+    floor, issued: operations a row. least_moved: bytes a row in and out, and for ``allowed`` the weights once a chunk
+    besides. moved, moved_split: bytes a row to and from memory by the model of L2, and with half of it.
+    nanoseconds: the least time for one row.
+    """
 
     gpu: str
+    what: str
     chunk: int
     floor: float
     issued: float
     least_moved: float
+    allowed: float
     moved: float
+    moved_split: float
     nanoseconds: float
     floor_nanoseconds: float
+
+    @property
+    def share(self) -> float:
+        """Of the operations that are issued, those that are needed."""
+        return self.floor / self.issued
+
+    @property
+    def excess(self) -> float:
+        """Bytes moved over inputs, outputs and weights once a chunk."""
+        return self.moved / self.allowed
 
 
 def issued_per_iteration(facts: dict[str, Any]) -> float:
@@ -90,48 +127,186 @@ def issued_per_iteration(facts: dict[str, Any]) -> float:
     return total
 
 
-def bound(gpu: Gpu, linear: dict[str, Any], final: dict[str, Any], *, d: int = 128, inner: int = 2048) -> Bound:
-    """The paper's h at d dimensions in and out, bfloat16, float32 galleries, large batch."""
+def _bound(gpu: Gpu, what: str, precision: str, chunk: int, floor: float, issued: float, least: float, allowed: float,
+           moved: float, split: float) -> Bound:  # fmt: skip
+    rate = 1e12 * (gpu.peak(precision) or float("nan"))
+    seconds = max(issued / rate, moved / (gpu.gbytes * 1e9))
+    fastest = max(floor / rate, least / (gpu.gbytes * 1e9))
+    return Bound(gpu.name, what, chunk, floor, issued, least, allowed, moved, split, seconds * 1e9, fastest * 1e9)
+
+
+# ---- the transformation, Triton ----
+def plan_of(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: int = 2048) -> gpu_traffic.Plan:
+    """The chunk that run_chunks takes on this GPU for the paper's h in bfloat16, and how its kernels walk it.
+
+    facts: "branches", "linear", "final" -> what the compiler made of them.
+    """
+    from fct.kernels.machine_code import blocks_per_processor
     from fct.ops.triton import chunk_rows
 
-    def layer(facts: dict[str, Any], k: int, n: int) -> float:
-        t = facts["tile"]
+    tiles = {name: f["tile"] for name, f in facts.items()}
+    resident = {
+        name: gpu.processors * blocks_per_processor(f["registers"], 32 * tiles[name]["warps"], f["shared"], gpu.target)
+        for name, f in facts.items()
+    }
+    place: Any = gpu
+    rows = chunk_rows(_layers(d, inner), inner, place, tile_columns=tiles["linear"]["n"])
+    return gpu_traffic.Plan(rows, 4 * d, 4 * d, 4 * d, inner, d, 2, tiles, resident, gpu.processors)
+
+
+def _layers(d: int, inner: int) -> list[tuple[int, int, int]]:
+    """The mixer's layers in bfloat16: bytes of a row in, of a row out, of the weights."""
+    return [
+        (8 * d, 2 * inner, 8 * d * inner),
+        (2 * inner, 2 * inner, 2 * inner * inner),
+        (2 * inner, 4 * d, 2 * inner * d),
+    ]
+
+
+def traffic(plan: gpu_traffic.Plan, l2_bytes: int, *, chunks: int = 3, seed: int = 0) -> float:
+    """Bytes a row to and from memory, once the first chunk has brought the weights."""
+    cache = gpu_traffic.Cache(l2_bytes)
+    gpu_traffic.simulate(gpu_traffic.transform_launches(plan, 0), cache, seed=seed)
+    cache.flush()
+    before = cache.moved
+    for i in range(1, chunks + 1):
+        gpu_traffic.simulate(gpu_traffic.transform_launches(plan, i), cache, seed=seed + i)
+    cache.flush()
+    return (cache.moved - before) / (chunks * plan.rows)
+
+
+def bound(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: int = 2048) -> Bound:
+    """The paper's h at d dimensions in and out, bfloat16, float32 galleries, large batch."""
+
+    def layer(name: str, k: int, n: int) -> float:
+        t = facts[name]["tile"]
         iterations = -(-k // int(t["k"])) * -(-n // int(t["n"]))
-        return issued_per_iteration(facts) * iterations / int(t["m"])
+        return issued_per_iteration(facts[name]) * iterations / int(t["m"])
 
     branches = 2 * 2 * (d * 2 * d + 2 * d * 2 * d)
     mixer = 2 * (4 * d * inner + inner * inner + inner * d)
     # the branches are 3 % of the work; where a warp group repeats their first layer, this much is issued twice
     repeated = 2 * 2 * d * 2 * d if gpu.target == "sm_90" else 0
-    issued = branches + repeated + layer(linear, 4 * d, inner) + layer(linear, inner, inner) + layer(final, inner, d)
-    place: Any = gpu
-    chunk = chunk_rows(2 * (4 * d + 2 * inner), inner, place)
-    rows = 4.0 * 3 * d
-    weights = 2.0 * (branches + mixer) / 2
-    moved = rows + weights / chunk
-    floor = float(branches + mixer)
-    seconds = max(issued / (gpu.tflops * 1e12), moved / (gpu.gbytes * 1e9))
-    least = max(floor / (gpu.tflops * 1e12), rows / (gpu.gbytes * 1e9))
-    return Bound(gpu.name, chunk, floor, issued, rows, moved, seconds * 1e9, least * 1e9)
+    issued = branches + repeated + layer("linear", 4 * d, inner) + layer("linear", inner, inner)
+    issued += layer("final", inner, d)
+    plan = plan_of(gpu, facts, d=d, inner=inner)
+    rows = 12.0 * d
+    allowed = rows + (branches + mixer) / plan.rows  # two bytes for each weight, which is two operations a row
+    return _bound(gpu, "h (Triton)", "bf16", plan.rows, branches + mixer, issued, rows, allowed,
+                  traffic(plan, gpu.l2_bytes), traffic(plan, gpu.l2_bytes // 2))  # fmt: skip
+
+
+# ---- the CUDA kernels ----
+def scan_bound(
+    gpu: Gpu, facts: dict[str, Any], kind: str, *, queries: int = 4096, gallery: int = 1 << 20, d: int = 128
+) -> Bound:
+    """csrc/cuda/topk.cuh's ``scan<kind, 4, 2, 8, 3>``: 128 queries a block, tiles of 64 rows, 128 bytes at a time.
+
+    A sample of the gallery, four times L2, is walked; a row is a query.
+    """
+    from fct.kernels.machine_code import blocks_per_processor
+
+    size = 2 if kind == "bf16" else 1
+    pitch = -(-d * size // 128) * 128
+    shared = 128 * (pitch + 16) + 3 * 64 * (144 + 16)
+    resident = gpu.processors * blocks_per_processor(facts["registers"], 128, shared, gpu.target)
+    blocks = -(-queries // 128)
+    splits = -(-2 * gpu.processors // blocks)
+    tile = {"m": 128, "n": 64, "k": 128 // size, "warps": 4}
+    per_tile = issued_per_iteration({**facts, "tile": tile, "precision": kind}) * (pitch // 128)
+    issued = per_tile * -(-gallery // 64) * blocks / queries
+    sample = min(gallery, 4 * gpu.l2_bytes // pitch)
+
+    def moved(l2_bytes: int) -> float:
+        cache = gpu_traffic.Cache(l2_bytes)
+        gpu_traffic.simulate(
+            gpu_traffic.scan_launches(queries=queries, gallery=sample, pitch=pitch, tile_queries=128, tile_rows=64,
+                                      splits=splits, resident=resident, contiguous=False), cache)  # fmt: skip
+        return cache.read["gallery"] / sample * gallery / queries + cache.read["queries"] / queries
+
+    least = float(pitch) * gallery / queries + pitch
+    return _bound(gpu, f"search, {kind} scan (CUDA)", kind, queries, 2.0 * gallery * d, issued, least, least,
+                  moved(gpu.l2_bytes), moved(gpu.l2_bytes // 2))  # fmt: skip
+
+
+def small_bound(gpu: Gpu, facts: dict[str, Any], rows: int, *, d: int = 128, inner: int = 2048) -> Bound:
+    """csrc/cuda/transform.cuh's ``transform_small`` for a batch whose weights come from memory: 16 output columns and
+    16, 32 or 64 rows a unit, 64 inputs at a time. Every weight is read from memory once, since 256 rows' activations
+    and the weights fit every L2 here; the batch's rows go in and out."""
+    high = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    tile = {"m": high, "n": 16, "k": 64, "warps": 4}
+    each = issued_per_iteration({**facts, "tile": tile, "precision": "bf16"})
+    layers = [(d, 2 * d), (2 * d, 2 * d)] * 2 + [(4 * d, inner), (inner, inner), (inner, d)]
+    units = sum(-(-k // 64) * -(-n // 16) for k, n in layers) * -(-rows // high)
+    floor = 2.0 * sum(k * n for k, n in layers)
+    moved = 12.0 * d + floor / rows
+    return _bound(gpu, f"h, {rows} rows (CUDA)", "bf16", rows, floor, units * each / rows, moved, moved, moved, moved)
+
+
+def _cuda_facts(folder: Path, target: str) -> dict[str, dict[str, Any]]:
+    """Mangled kernel name -> facts, for csrc/cuda compiled by nvcc for the target."""
+    from fct.kernels.machine_code import read_sass
+
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in ("topk", "transform"):
+            out = Path(scratch) / f"{source}.cubin"
+            command = [
+                "nvcc",
+                "-std=c++17",
+                "-O3",
+                f"-arch={target}",
+                "-cubin",
+                str(folder / f"{source}.cu"),
+                "-o",
+                str(out),
+            ]
+            subprocess.run(command, check=True)
+            found |= read_sass(out.read_bytes())
+    return found
+
+
+def _line(b: Bound) -> str:
+    rate = 1e9 / b.nanoseconds
+    shown = f"{rate / 1e6:.1f} million" if rate > 1e6 else f"{rate:,.0f}"
+    return (
+        f"| {b.gpu} | {b.what} | {b.chunk:,} | {b.floor / 1e6:,.2f} / {b.issued / 1e6:,.2f} ({b.share:.2f}) | "
+        f"{b.least_moved:,.0f} / {b.moved:,.0f} ({b.excess:.2f}) | {b.moved_split:,.0f} | "
+        f"{b.floor_nanoseconds:,.1f} / {b.nanoseconds:,.1f} | {shown} |"
+    )
 
 
 def main() -> None:
     from fct.kernels.configs import tiles
     from fct.kernels.machine_code import compile_case
 
-    print("| GPU | rows a chunk | MFLOP a row, needed / issued | bytes a row, in and out / with weights | "
-          "least ns a row, needed / issued | rows a second at most |\n|---|---|---|---|---|---|")  # fmt: skip
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    print("| GPU | what | rows or queries at once | MFLOP a row, needed / issued | bytes a row, least / by the model | "
+          "with half of L2 | least ns a row, needed / issued | rows a second at most |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    made: dict[str, dict[str, dict[str, Any]]] = {}
     for gpu in GPUS:
-        linear, final = (
-            compile_case(k, "bf16", gpu.target, tiles(k, "bf16", gpu.target, width=w)[0])
-            for k, w in (("linear", 2048), ("final", 128))
-        )
-        b = bound(gpu, linear, final)
-        print(
-            f"| {b.gpu} | {b.chunk:,} | {b.floor / 1e6:.2f} / {b.issued / 1e6:.2f} ({b.floor / b.issued:.2f}) | "
-            f"{b.least_moved:,.0f} / {b.moved:,.0f} | {b.floor_nanoseconds:.1f} / {b.nanoseconds:.1f} | "
-            f"{1e9 / b.nanoseconds / 1e6:.1f} million |"
-        )
+        if gpu.target not in made:
+            made[gpu.target] = {
+                name: compile_case(name, "bf16", gpu.target, tiles(name, "bf16", gpu.target, width=width)[0])
+                for name, width in (("branches", 256), ("linear", 2048), ("final", 128))
+            }
+        print(_line(bound(gpu, made[gpu.target])), flush=True)
+    if folder is None:
+        return
+    cuda: dict[str, dict[str, dict[str, Any]]] = {}
+    for gpu in GPUS:
+        if gpu.target not in cuda:
+            cuda[gpu.target] = _cuda_facts(folder, gpu.target)
+        by_name = cuda[gpu.target]
+
+        def kernel(pattern: str, of: dict[str, dict[str, Any]] = by_name) -> dict[str, Any]:
+            return next(facts for name, facts in of.items() if re.search(pattern, name))
+
+        for kind, code in (("bf16", 0), ("int8", 1)):
+            print(_line(scan_bound(gpu, kernel(rf"scan.*ShadowE{code}ELi4ELi2ELi8E"), kind)), flush=True)
+        for rows, warps in ((1, 1), (256, 4)):
+            print(_line(small_bound(gpu, kernel(rf"transform_smallILi{warps}E"), rows)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,242 @@
+"""How many bytes the kernels move to and from a GPU's memory: their address streams, walked through a model of its L2.
+
+A stream is what a program (thread block) reads and writes, step by step, in units of :data:`UNIT` bytes: 32 rows of one
+128-byte column. Tests record the addresses that the Triton kernels touch in the interpreter and hold these streams
+against them; the CUDA scan's is written down from csrc/cuda/topk.cuh. As many programs are in flight as registers and
+shared memory allow, in random order; one that waits for memory stands still for a turn.
+
+The L2 is one least-recently-used cache that writes back; what is written whole is not read first. NVIDIA's real policy
+and hash are not published. The data centre parts have two halves, and a line may lie in both, so the model is
+also run with half the size, which is the pessimist's bound.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["UNIT", "Cache", "Launch", "Unit", "block", "scan_launches", "simulate", "transform_launches"]
+
+ROWS, LINE = 32, 128
+UNIT = ROWS * LINE
+Unit = tuple[str, int, int]  # buffer, rows / 32, bytes / 128
+# What one program does in one turn: units read, units written.
+Step = tuple[Sequence[Unit], Sequence[Unit]]
+
+
+def block(buffer: str, row: int, rows: int, byte: int, size: int, *, of_rows: int, of_bytes: int) -> list[Unit]:
+    """The units of ``rows`` x ``size`` bytes at (row, byte), inside a buffer of ``of_rows`` rows of ``of_bytes``."""
+    last_row, last_byte = min(row + rows, of_rows), min(byte + size, of_bytes)
+    return [
+        (buffer, i, j)
+        for i in range(row // ROWS, -(-last_row // ROWS))
+        for j in range(byte // LINE, -(-last_byte // LINE))
+    ]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's grid: ``program(i)`` is the i-th program's steps; ``resident`` of them run at once."""
+
+    name: str
+    grid: int
+    resident: int
+    program: Any  # (int) -> Iterator[Step]
+
+
+@dataclass
+class Cache:
+    """Least recently used, ``size`` bytes, write-back. read, written: bytes that went to memory, by buffer."""
+
+    size: int
+    read: dict[str, int] = field(default_factory=dict)
+    written: dict[str, int] = field(default_factory=dict)
+    _units: OrderedDict[Unit, bool] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        """Full of what came before: an empty cache would flatter whoever comes first."""
+        for i in range(self.size // UNIT):
+            self._units["before", i, 0] = False
+
+    def flush(self) -> None:
+        """What was written and not yet in memory goes there, except what the next chunk overwrites."""
+        for unit, dirty in self._units.items():
+            if dirty and unit[0].startswith("out"):
+                self.written[unit[0]] = self.written.get(unit[0], 0) + UNIT
+                self._units[unit] = False
+
+    def touch(self, unit: Unit, write: bool) -> bool:
+        """Whether it was there."""
+        units = self._units
+        dirty = units.pop(unit, None)
+        units[unit] = write or bool(dirty)
+        if dirty is not None:
+            return True
+        if not write:
+            self.read[unit[0]] = self.read.get(unit[0], 0) + UNIT
+        if len(units) * UNIT > self.size:
+            old, was_dirty = units.popitem(last=False)
+            if was_dirty:
+                self.written[old[0]] = self.written.get(old[0], 0) + UNIT
+        return False
+
+    @property
+    def moved(self) -> int:
+        return sum(self.read.values()) + sum(self.written.values())
+
+
+def simulate(launches: Sequence[Launch], cache: Cache, *, seed: int = 0) -> None:
+    """Runs the launches one after another through the cache."""
+    rng = random.Random(seed)
+    for launch in launches:
+        waiting = iter(range(launch.grid))
+        live: list[Iterator[Step]] = []
+        late: set[int] = set()  # those that wait for memory this turn
+        while True:
+            while len(live) < launch.resident and (number := next(waiting, None)) is not None:
+                live.append(launch.program(number))
+            if not live:
+                break
+            order = list(range(len(live)))
+            rng.shuffle(order)
+            ended, missed = [], set()
+            for i in order:
+                if i in late:
+                    continue
+                step = next(live[i], None)
+                if step is None:
+                    ended.append(i)
+                    continue
+                reads, writes = step
+                hits = [cache.touch(unit, False) for unit in reads]
+                for unit in writes:
+                    cache.touch(unit, True)
+                if not all(hits):
+                    missed.add(id(live[i]))
+            for i in sorted(ended, reverse=True):
+                live.pop(i)
+            late = {i for i, program in enumerate(live) if id(program) in missed}
+
+
+# ---- the transformation ----
+@dataclass(frozen=True)
+class Plan:
+    """What the launches of one chunk need to know. widths: of the operands in bytes; tiles: by kernel."""
+
+    rows: int
+    d: int  # bytes of a gallery row
+    hidden: int  # bytes of a branch's hidden layer (never written by the fused kernel)
+    half: int  # bytes of a branch's output
+    inner: int
+    d_new: int  # columns
+    size: int  # bytes of an operand's element
+    tiles: dict[str, dict[str, int]]
+    resident: dict[str, int]
+    processors: int
+
+
+def transform_launches(plan: Plan, chunk: int) -> list[Launch]:
+    """One chunk through ``branches``, ``linear`` twice and ``final``; ``chunk`` numbers it."""
+    joined = 2 * plan.half
+    inner = plan.inner * plan.size
+    t = plan.tiles["linear"]
+    return [
+        _branches(plan, chunk),
+        _linear(plan, "joined", joined, "mixer.0", "inner.0", inner, t),
+        _linear(plan, "inner.0", inner, "mixer.1", "inner.1", inner, t),
+        _final(plan, chunk, inner),
+    ]
+
+
+def _branches(plan: Plan, chunk: int) -> Launch:
+    t = plan.tiles["branches"]
+    n, size = plan.rows, plan.size
+    row_tiles = -(-n // t["m"])
+    channels = plan.hidden // size  # of a hidden layer
+
+    def program(number: int) -> Iterator[Step]:
+        tile, side = number % row_tiles, number // row_tiles
+        name = ("old", "side")[side]
+        x = block(f"{name} rows {chunk}", tile * t["m"], t["m"], 0, plan.d, of_rows=n, of_bytes=plan.d)
+        columns = plan.d // 4 * size  # bytes of a weight row of the first layer; the gallery is float32
+        for h in range(0, channels, t["hidden"]):
+            w1 = block(f"{name}.0", h, t["hidden"], 0, columns, of_rows=channels, of_bytes=columns)
+            w2 = block(f"{name}.1", 0, plan.half // size, h * size, t["hidden"] * size,
+                       of_rows=plan.half // size, of_bytes=plan.hidden)  # fmt: skip
+            again = x if h == 0 or t["k"] * 4 < plan.d else []
+            yield [*again, *w1, *w2], []
+        out = block("joined", tile * t["m"], t["m"], side * plan.half, plan.half, of_rows=n, of_bytes=2 * plan.half)
+        yield [], out
+
+    return Launch("branches", 2 * row_tiles, plan.resident["branches"], program)
+
+
+def _linear(plan: Plan, a: str, k: int, w: str, to: str, out: int, t: dict[str, int]) -> Launch:
+    """k, out: bytes of a row of the operand and of the result."""
+    from fct.kernels.transform import tile_order
+
+    n, size = plan.rows, plan.size
+    columns = out // size
+    tiles_m, tiles_n = -(-n // t["m"]), -(-columns // t["n"])
+    grid = min(tiles_m * tiles_n, plan.processors)
+
+    def program(number: int) -> Iterator[Step]:
+        for tile in range(number, tiles_m * tiles_n, grid):
+            i, j = tile_order.fn(tile, tiles_m, tiles_n, 8)
+            yield from _products(n, a, k, w, columns, i * t["m"], j * t["n"], t, size)
+            where = {"of_rows": n, "of_bytes": out}
+            yield [], block(to, i * t["m"], t["m"], j * t["n"] * size, t["n"] * size, **where)
+
+    return Launch("linear", grid, plan.processors, program)
+
+
+def _products(
+    n: int, a: str, k: int, w: str, columns: int, m0: int, n0: int, t: dict[str, int], size: int
+) -> Iterator[Step]:
+    depth = t["k"] * size
+    for at in range(0, k, depth):
+        yield (
+            [
+                *block(a, m0, t["m"], at, depth, of_rows=n, of_bytes=k),
+                *block(w, n0, t["n"], at, depth, of_rows=columns, of_bytes=k),
+            ],
+            [],
+        )
+
+
+def _final(plan: Plan, chunk: int, k: int) -> Launch:
+    t, n = plan.tiles["final"], plan.rows
+
+    def program(number: int) -> Iterator[Step]:
+        m0 = number * t["m"]
+        yield from _products(n, "inner.1", k, "mixer.2", plan.d_new, m0, 0, t, plan.size)
+        yield [], block(f"out rows {chunk}", m0, t["m"], 0, 4 * plan.d_new, of_rows=n, of_bytes=4 * plan.d_new)
+
+    return Launch("final", -(-n // t["m"]), plan.resident["final"], program)
+
+
+# ---- the search ----
+def scan_launches(
+    *, queries: int, gallery: int, pitch: int, tile_queries: int, tile_rows: int, splits: int, resident: int,
+    contiguous: bool,
+) -> list[Launch]:  # fmt: skip
+    """A scan of (gallery, pitch bytes) rows: grid (query blocks, splits), a query block's programs neighbours.
+
+    contiguous: a program walks one part of the gallery (the Triton scan), else every ``splits``-th tile (the CUDA one).
+    """
+    blocks, tiles = -(-queries // tile_queries), -(-gallery // tile_rows)
+    part = -(-tiles // splits)
+
+    def program(number: int) -> Iterator[Step]:
+        query, split = number % blocks, number // blocks
+        mine = range(split * part, min((split + 1) * part, tiles)) if contiguous else range(split, tiles, splits)
+        for tile in mine:
+            # the query block lies in shared memory (CUDA) or L1
+            asked = block("queries", query * tile_queries, tile_queries, 0, pitch, of_rows=queries, of_bytes=pitch)
+            rows = block("gallery", tile * tile_rows, tile_rows, 0, pitch, of_rows=gallery, of_bytes=pitch)
+            yield [*(asked if tile == mine[0] else []), *rows], []
+
+    return [Launch("scan", blocks * splits, resident, program)]

@@ -1,0 +1,177 @@
+"""The address streams of the model are those of the kernels, and the model counts as one counts by hand."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import triton.runtime.interpreter as interpreter
+from fake_device import FakeDevice
+from fct.kernels.configs import tiles
+
+from fct.ops import triton as backend
+from fct.report import gpu_traffic
+from fct.report.gpu_roofline import GPUS, Gpu, plan_of, scan_bound, small_bound, traffic
+from fct.report.gpu_traffic import UNIT, Cache, Launch, Unit, block, simulate, transform_launches
+from fct.transformation import Transformation
+
+D, INNER = 128, 320
+
+
+class Recorder:
+    """Stands where the interpreter loads and stores: which units each program touches, call by call."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.buffers: dict[str, Any] = {}
+        self.calls: list[tuple[str, int, bool, frozenset[Unit]]] = []  # launch, program, write, units
+        self.launch, self.width = "", 1
+
+    def note(self, addresses: Any, mask: Any, write: bool) -> None:
+        at = np.broadcast_to(addresses, np.broadcast(addresses, mask).shape)[np.broadcast_to(mask, mask.shape)]
+        for name, tensor in self.buffers.items():
+            pitch = tensor.stride(0) * tensor.element_size()
+            off = at.astype(np.int64) - tensor.data_ptr()
+            off = np.unique(off[(off >= 0) & (off < tensor.shape[0] * pitch)])
+            if off.size:
+                units = frozenset((name, int(r), int(b)) for r, b in {
+                    (r, b) for r, b in zip(off // pitch // 32, off % pitch // 128, strict=True)
+                })  # fmt: skip
+                x, y, _ = interpreter.interpreter_builder.grid_idx
+                self.calls.append((self.launch, x + y * self.width, write, units))
+
+    def load(self, pointers: Any, mask: Any, *rest: Any) -> Any:
+        self.note(pointers, mask, False)
+        return self.real.load(pointers, mask, *rest)
+
+    def store(self, pointers: Any, value: Any, mask: Any) -> Any:
+        self.note(pointers, mask, True)
+        return self.real.store(pointers, value, mask)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # 16-byte copies; TMA descriptors
+def test_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch, rng: Any, target: str) -> None:
+    n, device = 300, FakeDevice(target, processors=3)
+    recorder = Recorder(interpreter._interpreter)
+    monkeypatch.setattr(interpreter, "_interpreter", recorder)
+    monkeypatch.setattr(backend, "device_of", lambda name: device)
+    monkeypatch.setattr(device, "_push", lambda work: work())
+
+    def launch(kernel: Any, grid: Any, arguments: Any, *, warps: int, stages: int) -> None:
+        device.launches.append(kernel.fn.__name__)
+        recorder.launch, recorder.width = f"{len(device.launches) - 1} {kernel.fn.__name__}", grid[0]
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+
+    monkeypatch.setattr(device, "launch", launch)
+    h = Transformation.random(D, D, D, inner=INNER, normalise=True)
+    packed = backend.TritonTransform().pack(h, "bf16", "cuda:0")
+    old, side = (device.rows(rng.standard_normal((n, D), dtype=np.float32)) for _ in range(2))
+    out = device.out(n, D)
+    chunk = backend._Chunks(packed, old, side, out, n)
+    recorder.buffers = {
+        "old rows 0": old.values, "side rows 0": side.values, "out rows 0": out.values, "joined": chunk.joined,
+        "inner.0": chunk.inner[0], "inner.1": chunk.inner[1],
+        **{f"mixer.{i}": layer.weight for i, layer in enumerate(packed.mixer)},
+        **{f"{b}.{i}": layer.weight for b in ("old", "side") for i, layer in enumerate(getattr(packed, b))},
+    }  # fmt: skip
+    chunk.run()
+
+    chosen = {
+        name: vars(tiles(name, "bf16", target, width=w)[0])
+        for name, w in (("branches", 256), ("linear", INNER), ("final", D))
+    }
+    plan = gpu_traffic.Plan(n, 4 * D, 4 * D, 4 * D, INNER, D, 2, chosen, dict.fromkeys(chosen, 3), 3)
+    for number, modelled in enumerate(transform_launches(plan, 0)):
+        name = f"{number} {modelled.name}"
+        assert {p for launched, p, _, _ in recorder.calls if launched == name} == set(range(modelled.grid))
+        for program in range(modelled.grid):
+            steps = list(modelled.program(program))
+            calls = [(w, units) for launched, p, w, units in recorder.calls if (launched, p) == (name, program)]
+            for write in (False, True):
+                touched = frozenset().union(*(units for w, units in calls if w == write))
+                assert touched == {unit for step in steps for unit in step[write]}, (name, program, write)
+            if modelled.name == "linear":  # and in this order: operand and weights, step by step, then the tile
+                want = [frozenset(units) for reads, writes in steps for units in _split(reads, writes)]
+                assert [units for _, units in calls] == want
+
+
+def _split(reads: Any, writes: Any) -> Iterator[list[Unit]]:
+    """One step as the kernel's own calls: the operand's tile, the weights' tile; or the result's."""
+    if writes:
+        yield list(writes)
+    else:
+        for weights in (False, True):
+            yield [unit for unit in reads if unit[0].startswith("mixer") == weights]
+
+
+def test_cache_by_hand() -> None:
+    def program(_: int) -> Iterator[Any]:
+        yield [("a", 0, 0), ("a", 1, 0)], [("out", 0, 0)]
+        yield [("a", 0, 0)], []  # there
+        yield [("a", 2, 0)], []  # pushes out a 1, the longest unused
+        yield [("a", 1, 0)], []  # read again, pushes out the result
+
+    cache = Cache(3 * UNIT)
+    simulate([Launch("x", 1, 1, program)], cache)
+    assert cache.read == {"a": 4 * UNIT}
+    assert cache.written == {"out": UNIT}
+    cache.flush()
+    assert cache.moved == 5 * UNIT
+    assert block("x", 32, 40, 128, 500, of_rows=70, of_bytes=300) == [("x", i, j) for i in (1, 2) for j in (1, 2)]
+
+
+class SetAssociative(Cache):
+    """16 ways, the set by a hash."""
+
+    def touch(self, unit: Unit, write: bool) -> bool:
+        sets = self.__dict__.setdefault("sets", {})
+        whole = self._units
+        self._units = sets.setdefault(hash(unit) % (self.size // UNIT // 16), OrderedDict())
+        size, self.size = self.size, 16 * UNIT
+        try:
+            return super().touch(unit, write)
+        finally:
+            self._units, self.size = whole, size
+
+
+def as_compiled(gpu: Gpu) -> dict[str, dict[str, Any]]:
+    """Registers and shared memory as the compiler gives them, rounded up: occupancy is what matters here."""
+    shapes = {"branches": (256, 208), "linear": (2048, 255), "final": (128, 160)}
+    return {
+        name: {"tile": vars(tiles(name, "bf16", gpu.target, width=w)[0]), "registers": r, "shared": 80 << 10}
+        for name, (w, r) in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("gpu", [g for g in GPUS if g.name != "H200"], ids=lambda g: g.name)
+def test_activations_stay_in_l2(gpu: Gpu) -> None:
+    """The paper's shape: nothing but rows in and out moves, far under 1.15 x (in + out + weights once a chunk)."""
+    plan = plan_of(gpu, as_compiled(gpu))
+    assert traffic(plan, gpu.l2_bytes, chunks=2) == pytest.approx(12 * D, rel=0.02)
+    if gpu.name == "A100":
+        cache = SetAssociative(gpu.l2_bytes)
+        for i in range(3):
+            simulate(transform_launches(plan, i), cache, seed=i)
+        reread = sum(v for k, v in cache.read.items() if "rows" not in k) / (3 * plan.rows)
+        assert reread < 0.15 * (12 * D + 11_404_800 / plan.rows) + 11_404_800 / (3 * plan.rows)
+    # the model sees a chunk that is too large
+    from dataclasses import replace
+
+    assert traffic(replace(plan, rows=4 * plan.rows), gpu.l2_bytes, chunks=1) > 5 * 12 * D
+
+
+def test_search_and_small_batches() -> None:
+    a100 = GPUS[0]
+    facts = {"registers": 255, "loop": {"HMMA.16816.F32.BF16": 64}}
+    found = scan_bound(a100, facts, "bf16", queries=512, gallery=100_000)
+    assert found.floor <= found.issued <= 1.001 * found.floor
+    assert 1 <= found.excess <= 1.15
+    one = small_bound(a100, {"loop": {"HMMA.16816.F32.BF16": 2}}, 1)
+    assert one.moved == pytest.approx(11_404_800, rel=1e-6)  # every weight once, two bytes each, and one row
+    assert one.share == pytest.approx(1 / 16)
