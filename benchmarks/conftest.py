@@ -53,15 +53,17 @@ def peaks(threads: int, record: Callable[..., None]) -> Peaks:
 
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """``record(table, **fields)``: one row. At the end of the run the report is written, other tables kept."""
+    """``record(table, **fields)``: one row, saved with those before it, so that a run cut short leaves what it has;
+    other tables are kept. The plots come at the end."""
     context = reporting.context(request.config.invocation_params.args)
+    folder = Path(request.config.getoption("--report"))
     rows: list[dict[str, Any]] = []
 
     def add(table: str, **fields: Any) -> None:
         rows.append({"table": table, **fields, "context": context})
+        reporting.save(rows, folder)
 
     yield add
     if rows:
-        folder = Path(request.config.getoption("--report"))
         for path in reporting.write(rows, folder):
             print(f"\nwrote {path}")

@@ -81,8 +81,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def write(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Merges ``rows`` into the folder's report and draws the plots; returns what was written."""
+def save(rows: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Merges ``rows`` into the folder's results.json and results.md; returns all rows."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "results.json"
     fresh = {row["table"] for row in rows}
@@ -90,7 +90,13 @@ def write(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     merged = sorted([row for row in old if row["table"] not in fresh] + list(rows), key=lambda row: row["table"])
     source.write_text(json.dumps({"rows": merged}, indent=1) + "\n")
     (folder / "results.md").write_text(markdown(merged))
-    return [source, folder / "results.md", *plots(merged, folder)]
+    return merged
+
+
+def write(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """:func:`save`, and the plots; returns what was written."""
+    merged = save(rows, folder)
+    return [folder / "results.json", folder / "results.md", *plots(merged, folder)]
 
 
 def plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -108,20 +114,32 @@ def plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return written
 
 
-def _lines(x: str, y: str, series: str, title: str) -> Any:
-    """Log-log lines of y over x, one per series."""
+def _style(name: str) -> dict[str, Any]:
+    return {"linewidth": 2} if name.startswith("fct") else {"linestyle": "--", "linewidth": 1}
+
+
+def _lines(x: str, y: str, series: str, title: str, by: str | None = None) -> Any:
+    """Log-log lines of y over x, one per series (and per value of ``by``); labels stand beside the axes."""
 
     def draw(mine: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: Path) -> None:
         from matplotlib import pyplot
+        from matplotlib.ticker import NullLocator
 
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
-        for name in dict.fromkeys(row[series] for row in mine):
-            points = sorted((row[x], row[y]) for row in mine if row[series] == name and row.get(y))
-            style = {"linewidth": 2} if str(name).startswith("fct") else {"linestyle": "--", "linewidth": 1}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
-        axes.set(xscale="log", yscale="log", xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), title=title)
+        figure, axes = pyplot.subplots(figsize=(8.5, 4.5), constrained_layout=True)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in mine:
+            if row.get(y):
+                name = str(row[series]) + (f", {by} = {row[by]:,}" if by else "")
+                lines.setdefault(name, []).append((row[x], row[y]))
+        for name, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name, **_style(name))
+        axes.set(xscale="log", yscale="log", xlabel=x.replace("_", " "), ylabel=y.replace("_per_s", " a second"))
+        axes.set_title(title, fontsize=10)
+        ticks = sorted({row[x] for row in mine})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
@@ -129,29 +147,58 @@ def _lines(x: str, y: str, series: str, title: str) -> Any:
 
 
 def _roofline(mine: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Attained GFLOP/s of everybody under the machine's roofs; the abscissa is operations per byte of a block's
-    inputs, outputs and one reading of the weights."""
+    """Attained GFLOP/s of everybody under the machine's roofs: colour is precision, the marker who it is. The
+    abscissa is operations per byte of a batch's inputs, outputs and one reading of the weights."""
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     peaks = {row["what"]: row for row in rows if row["table"] == "peaks"}
-    memory = next((row["gb_per_s"] for what, row in peaks.items() if what.startswith("memory")), None)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
-    x = [2.0**i for i in range(-1, 13)]
-    for colour, precision in zip(("tab:blue", "tab:orange", "tab:green"), ("fp32", "bf16", "int8"), strict=True):
+    reads = {
+        name: next((row["gb_per_s"] for what, row in peaks.items() if what.startswith(name)), None)
+        for name in ("memory", "cache")
+    }
+    points = [row for row in mine if row.get("gflops") and "one thread" not in row["peer"]]
+    figure, axes = pyplot.subplots(figsize=(9, 5), constrained_layout=True)
+    axes.set(xscale="log", yscale="log")
+    x = [2.0 ** (i / 4) for i in range(-8, 53)]
+    colours = dict(zip(("fp32", "bf16", "int8"), ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    for precision, colour in colours.items():
         roof = max((row["gflops"] for what, row in peaks.items() if what.startswith(f"{precision} ")), default=None)
-        if roof and memory:
-            axes.plot(x, [min(roof, memory * i) for i in x], color=colour, label=f"{precision} roof")
-        for row in mine:
-            if row.get("precision") == precision and row.get("gflops"):
-                ours = row["peer"].startswith("fct")
-                axes.plot(row["flop_per_byte"], row["gflops"], "o" if ours else "x", color=colour)
-                axes.annotate(
-                    f"{row['peer']} ({row['rows']:,})", (row["flop_per_byte"], row["gflops"]), fontsize=5,
-                    textcoords="offset points", xytext=(4, -2),
-                )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s", title="Roofline")
+        for name, line in (("memory", "-"), ("cache", ":")):
+            if roof and reads[name]:
+                axes.plot(x, [min(roof, reads[name] * i) for i in x], line, color=colour, linewidth=1)
+        if roof:
+            axes.text(120, roof * 1.06, f"{precision} {roof:,.0f}", color=colour, fontsize=8)
+    names = sorted({row["peer"] for row in points}, key=lambda name: (not name.startswith("fct"), name))
+    markers = dict(zip(names, "*osD^v<>Pph8", strict=False))
+    for row in points:
+        ours = row["peer"].startswith("fct")
+        axes.plot(
+            row["flop_per_byte"], row["gflops"], markers[row["peer"]], color=colours[row["precision"]],
+            markersize=12 if ours else 6, markerfacecolor=None if ours else "none",
+        )  # fmt: skip
+    for rows_of_batch in sorted({row["rows"] for row in points}):
+        at = [row for row in points if row["rows"] == rows_of_batch]
+        centre = sum(row["flop_per_byte"] for row in at) / len(at)
+        label = f"{rows_of_batch:,} row" + ("s" if rows_of_batch > 1 else "")
+        axes.text(centre, 0.03, label, fontsize=8, ha="center", transform=axes.get_xaxis_transform())
+    axes.set_ylim(bottom=min(row["gflops"] for row in points) / 3)
+    handles = [
+        Line2D([], [], linestyle="", marker=markers[n], color="black", label=n,
+               markersize=10 if n.startswith("fct") else 6,
+               markerfacecolor="black" if n.startswith("fct") else "none")
+        for n in names
+    ]  # fmt: skip
+    handles += [Line2D([], [], color=colour, label=precision) for precision, colour in colours.items()]
+    handles += [
+        Line2D([], [], color="grey", linestyle=line, label=f"reads from {name}, {reads[name]:.0f} GB/s")
+        for name, line in (("memory", "-"), ("cache", ":"))
+        if reads[name]
+    ]
+    axes.set(xlabel="operations per byte", ylabel="GFLOP/s")
+    axes.set_title("The transformation under this machine's roofs, 128/128 to 128, inner 2048", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -161,6 +208,9 @@ PLOTS: dict[str, Any] = {
     "transform": _roofline,
     "transform rows": _lines("rows", "rows_per_s", "peer", "Transformation: rows a second against batch"),
     "transform inner": _lines("inner", "rows_per_s", "peer", "Transformation: rows a second against inner width"),
-    "gpu transform": _lines("rows", "rows_per_s", "who", "Transformation on a GPU: rows a second against batch"),
     "transform dims": _lines("d", "rows_per_s", "peer", "Transformation: rows a second against dimensions"),
+    "topk": _lines("queries", "queries_per_s", "who", "Exact search in 1,000,000 x 128", by="k"),
+    "topk k": _lines("k", "ms", "who", "Exact search: 500 queries in 200,000 x 128"),
+    "topk gallery": _lines("gallery", "ms", "who", "Exact search: 100 queries, 128 dimensions, k = 10"),
+    "topk dims": _lines("d", "ms", "who", "Exact search: 500 queries in 100,000 rows, k = 10"),
 }

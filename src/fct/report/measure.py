@@ -60,9 +60,15 @@ class Timing:
 
 
 def interleave(
-    fns: dict[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5, most: int = 200, pause: float = 0.0
+    fns: dict[str, Callable[[], Any]],
+    *,
+    seconds: float = 1.0,
+    rounds: int = 5,
+    most: int = 200,
+    pause: float = 0.0,
+    warm: bool = False,
 ) -> dict[str, Timing]:
-    """Times every function turn by turn, so that all see the same machine; one warm-up call each.
+    """Times every function turn by turn, so that all see the same machine; two warm-up calls each.
 
     Args:
         fns: name -> a call without arguments. Results must have been compared before.
@@ -70,9 +76,10 @@ def interleave(
         rounds, most: at least and at most so many turns.
         pause: seconds of rest before each call, for calls so short that another library's workers, which spin for
             some milliseconds after theirs, would be measured.
+        warm: every function has been called already, and just ``rounds`` turns are wanted.
     """
-    slowest = 0.0
-    for fn in fns.values():
+    slowest = seconds if warm else 0.0
+    for fn in () if warm else fns.values():
         fn()
         start = time.perf_counter()
         fn()

@@ -10,8 +10,15 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cxx=${CXX:-g++}
 "$python" -m pip install -q --no-build-isolation --no-deps --target "$work/site" \
-    -C cmake.define.FCT_SANITIZE=address,undefined -C cmake.define.FCT_CUDA=off -C cmake.build-type=RelWithDebInfo \
+    -C cmake.define.FCT_SANITIZE=address,undefined -C cmake.define.FCT_CUDA=off -C cmake.build-type=None \
+    -C cmake.define.CMAKE_CXX_FLAGS='-O1 -g1' \
     -C build-dir="$work/build" "$root"
+cat >"$work/site/sitecustomize.py" <<'EOF'
+import sys
+
+# An editable install's finder would come before PYTHONPATH.
+sys.meta_path = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]
+EOF
 cp -r "$root/tests" "$root/pyproject.toml" "$work/" # beside no src, so that the built package is the one imported
 cd "$work"
 export LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
