@@ -144,7 +144,7 @@ def test_sweep(axis: str, full: bool, threads: int, record: Callable[..., None],
         want = ref.transform(old[:64], side[:64], h)
         for name, call in calls.items():
             assert error_of(call()[:64], want) < TOLERANCE[name.rpartition(" ")[2]], name
-        times = interleave(calls, seconds=0.7, rounds=1 if large else 3, most=30, pause=0.01, warm=large)
+        times = interleave(calls, seconds=0.5, rounds=1 if large else 3, most=30, pause=0.01, warm=large)
         for name, timing in times.items():
             fields = timing_fields(timing, rows=rows, flop=h.flop_per_row * rows)
             record(f"transform {axis}", peer=name, rows=rows, d=d, inner=inner, threads=threads, **fields)
