@@ -35,14 +35,19 @@ class Shared {
         done_.store(0, std::memory_order_relaxed);
     }
 
+    // fn(from, to) on pieces that are multiples of `step`: large ones first, so that they are few, small ones last, so
+    // that all workers end together.
     template <class Fn>
-    void run(int64_t count, int64_t step, Fn&& fn) {
-        for (;;) {
-            const int64_t from = next_.fetch_add(step, std::memory_order_relaxed);
-            if (from >= count) break;
-            const int64_t to = from + step < count ? from + step : count;
+    void run(int64_t count, int64_t step, int workers, Fn&& fn) {
+        int64_t from = next_.load(std::memory_order_relaxed);
+        while (from < count) {
+            const int64_t even = (count - from) / (2 * workers);
+            int64_t to = from + (even > step ? (even + step - 1) / step * step : step);
+            if (to > count) to = count;
+            if (!next_.compare_exchange_weak(from, to, std::memory_order_relaxed)) continue;
             fn(from, to);
             done_.fetch_add(to - from, std::memory_order_acq_rel);
+            from = next_.load(std::memory_order_relaxed);
         }
         wait(count);
     }

@@ -26,7 +26,8 @@ constexpr int64_t kLine = 64;
 // spare the weights' way from L3 or memory, few keep the activations in L2.
 constexpr int64_t kBlockBytes = 2 << 20;
 constexpr int64_t kMaxBlockTiles = 8;
-constexpr int64_t kMostPanels = 4;         // that one call of a micro-kernel takes
+constexpr int64_t kMostPanels = 4;  // that one call of a micro-kernel takes
+constexpr int64_t kRowsApart = 4;
 constexpr int64_t kMaxInt8Inputs = 66311;  // 255 * 127 * 66311 < 2^31
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -266,10 +267,11 @@ struct PackedTransform::Alone {
 
 struct PackedTransform::Together {
     Shared* phase;  // one for every step of run_block; each worker walks along them
+    int workers;
 
     template <class Fn>
     void operator()(int64_t count, int64_t step, Fn&& fn) {
-        (phase++)->run(count, step, fn);
+        (phase++)->run(count, step, workers, fn);
     }
 };
 
@@ -277,26 +279,26 @@ int64_t PackedTransform::phases() const {
     return static_cast<int64_t>(old_.layers.size() + side_.layers.size() + mixer_.layers.size()) + 3;
 }
 
-// One block through every layer.
-template <class Divide>
-void PackedTransform::run_block(Workspace& w, const Call& call, int64_t first, int64_t rows, int workers,
-                                Divide divide) const {
-    const auto layer = [&](const Packed& l, const uint8_t* in, uint8_t* out) {
-        const int64_t step = round_up(std::max<int64_t>(1, l.panels / (4 * workers)), kMostPanels);
-        divide(l.panels, step, [&](int64_t from, int64_t to) { run_layer(l, in, out, rows, from, to); });
+// One block through every layer; the branches in `own`, which is w or a workspace that no other worker sees.
+template <class DivideBranches, class Divide>
+void PackedTransform::run_block(Workspace& own, Workspace& w, const Call& call, int64_t first, int64_t rows,
+                                DivideBranches& divide_branches, Divide& divide) const {
+    const auto layer = [&](auto& divide_layer, const Packed& l, const uint8_t* in, uint8_t* out) {
+        divide_layer(l.panels, kMostPanels, [&](int64_t from, int64_t to) { run_layer(l, in, out, rows, from, to); });
     };
     const auto branch = [&](const Chain& chain, const RowsView& from) {
-        divide(1, 1, [&](int64_t, int64_t) { pack_input(chain, from, first, rows, w.a, w.scratch); });
-        uint8_t *in = w.a, *out = w.b;
-        for (size_t i = 0; i + 1 < chain.layers.size(); ++i, std::swap(in, out)) layer(chain.layers[i], in, out);
-        layer(chain.layers.back(), in, w.joined);
+        divide_branches(1, 1, [&](int64_t, int64_t) { pack_input(chain, from, first, rows, own.a, own.scratch); });
+        uint8_t *in = own.a, *out = own.b;
+        for (size_t i = 0; i + 1 < chain.layers.size(); ++i, std::swap(in, out))
+            layer(divide_branches, chain.layers[i], in, out);
+        layer(divide_branches, chain.layers.back(), in, own.joined);
     };
     branch(old_, call.old);
     branch(side_, call.side);
-    const uint8_t* in = w.joined;
+    const uint8_t* in = own.joined;
     uint8_t *out = w.a, *other = w.b;
     for (const Packed& l : mixer_.layers) {
-        layer(l, in, out);
+        layer(divide, l, in, out);
         in = out;
         std::swap(out, other);
     }
@@ -319,11 +321,23 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
         for (const Chain* chain : {&old_, &side_, &mixer_})
             for (const Packed& layer : chain->layers) panels = std::max(panels, layer.panels);
         const int workers = static_cast<int>(std::min<int64_t>(threads, (panels + kMostPanels - 1) / kMostPanels));
-        std::unique_ptr<Workspace> space = take();
-        for (Shared& phase : space->phases) phase.reset();
-        parallel(workers, Join::as_awake,
-                 [&](int) { run_block(*space, call, 0, n, workers, Together{space->phases.data()}); });
-        give(std::move(space));
+        // With very few rows the branches cost less than meeting after each of their layers: every worker runs them
+        // for itself.
+        const bool apart = n <= kRowsApart;
+        std::vector<std::unique_ptr<Workspace>> spaces;
+        for (int i = 0; i <= (apart ? workers : 0); ++i) spaces.push_back(take());
+        Workspace& shared = *spaces.back();
+        for (Shared& phase : shared.phases) phase.reset();
+        parallel(workers, Join::as_awake, [&](int worker) {
+            Alone alone;
+            Together together{shared.phases.data(), workers};
+            if (apart) {
+                run_block(*spaces[static_cast<size_t>(worker)], shared, call, 0, n, alone, together);
+            } else {
+                run_block(shared, shared, call, 0, n, together, together);
+            }
+        });
+        for (auto& w : spaces) give(std::move(w));
         return true;
     }
     // Whole tiles, in blocks that differ by one tile at most, as many for every worker.
@@ -343,7 +357,9 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
             if (block >= blocks || stop.load(std::memory_order_relaxed)) break;
             const int64_t first = tiles * block / blocks * kernels_.rows;
             const int64_t end = std::min(n, tiles * (block + 1) / blocks * kernels_.rows);
-            run_block(*spaces[static_cast<size_t>(worker)], call, first, end - first, 1, Alone{});
+            Workspace& own = *spaces[static_cast<size_t>(worker)];
+            Alone alone;
+            run_block(own, own, call, first, end - first, alone, alone);
             if (worker == 0 && keep_going.ask != nullptr && Clock::now() - asked > std::chrono::milliseconds(100)) {
                 if (!keep_going.ask(keep_going.context)) stop.store(true);
                 asked = Clock::now();
