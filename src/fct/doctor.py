@@ -18,7 +18,8 @@ from fct.arrays import Rows
 from fct.ops.base import GPU_PRECISIONS, PRECISIONS, TransformBackend
 from fct.ops.dispatch import default_threads, packed, transform_backends
 from fct.ops.ref import store
-from fct.ops.selfproof import ALLOWED, error_of
+from fct.ops.rounding import SIGMAS, deviation
+from fct.ops.selfproof import error_of
 from fct.ref.transform import chain
 from fct.transformation import Transformation
 
@@ -188,15 +189,17 @@ def _prove(backend: TransformBackend, precision: str, place: str, full: bool) ->
         try:
             backend.run(packed(backend, h, precision, place), old, side, out, threads=default_threads())
             error = error_of(_host(out), want)
+            off = deviation(_host(out), want, _host(old), _host(side), h, precision, backend.name)
         except Exception as failure:
             return Finding(
                 backend.name, precision, place, "wrong", f"{shape}: {type(failure).__name__}: {failure}", None
             )
-        # one-number outputs may come close to cancelling: their own size says little
-        allowed = ALLOWED[precision] * (1 if want.size > 64 else 4)
         worst = max(worst, error)
-        if not error <= allowed:
-            detail = f"{shape}: off by {error:.3g} of the output's size, expected at most {allowed:.3g}"
+        if not off <= SIGMAS:
+            detail = (
+                f"{shape}: off by {error:.3g} of the output's size, {off:.3g} standard deviations of what rounding "
+                f"explains, expected at most {SIGMAS:.0f}"
+            )
             return Finding(backend.name, precision, place, "wrong", detail, error)
     return Finding(backend.name, precision, place, "right", "", worst)
 

@@ -22,13 +22,11 @@ from fct.arrays import Rows
 from fct.errors import FctWarning
 from fct.files import write_bytes
 from fct.ops.base import TransformBackend
+from fct.ops.rounding import SIGMAS, deviation
 from fct.transformation import Transformation
 
-__all__ = ["ALLOWED", "ROWS", "cache_dir", "error_of", "prove", "read_verdicts", "write_verdict"]
+__all__ = ["ROWS", "cache_dir", "error_of", "prove", "read_verdicts", "write_verdict"]
 
-# Largest error over the output's root mean square. Rounding steps of the operands, times room for the largest of many;
-# a wrong tile, a missed row or a lost carry is off by 1.
-ALLOWED = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 0.15, "int8": 0.5, "fp8": 0.9}
 ROWS = (1, 67, 259)
 _known: dict[str, str] = {}
 
@@ -120,9 +118,13 @@ def _run(backend: TransformBackend, h: Transformation, precision: str, device: s
             got = place.download(out)
             if np.isfinite(got[[0, -1]]).any():
                 return f"it wrote outside its {n} rows"
-            error = error_of(got[1:-1], ref.transform(old, side, h))
-            if not error <= ALLOWED[precision]:
-                return f"{n} rows are off by {error:.3g} of the output's size, expected at most {ALLOWED[precision]}"
+            want = ref.transform(old, side, h)
+            off = deviation(got[1:-1], want, old, side, h, precision, backend.name)
+            if not off <= SIGMAS:
+                return (
+                    f"{n} rows are off by {error_of(got[1:-1], want):.3g} of the output's size, {off:.3g} standard "
+                    f"deviations of what rounding explains, expected at most {SIGMAS:.0f}"
+                )
     except DeviceLostError:
         raise
     except Exception as error:

@@ -159,6 +159,13 @@ def _target_lacks(precision: str, target: str) -> list[str]:
     return []
 
 
+def activation_steps(ranges: Any, precision: str) -> Any:
+    """(d_in,) float64: what one unit of a quantised input channel stands for; ranges: (2, d_in), calibrated."""
+    top = np.abs(np.asarray(ranges, np.float64)).max(axis=0)
+    top = np.maximum(top, max(float(top.max()), 1e-30) * 1e-4)
+    return np.sqrt(top * top.max()) / _LARGEST[precision]  # never clips: sqrt(top * max) >= top
+
+
 def _pack_layer(layer: Layer, ranges: Any, precision: str, device: Device, *, mixer: bool) -> PackedLayer:
     dtype = (MIXER if mixer else COMPUTE)[precision]
     pitch = _pitch(layer.d_in, precision, mixer=mixer) // _SIZES[dtype]
@@ -167,9 +174,7 @@ def _pack_layer(layer: Layer, ranges: Any, precision: str, device: Device, *, mi
     scale = inverse = None
     if mixer and precision in _LARGEST:
         largest = _LARGEST[precision]
-        top = np.abs(np.asarray(ranges, np.float64)).max(axis=0)
-        top = np.maximum(top, max(float(top.max()), 1e-30) * 1e-4)
-        step = np.sqrt(top * top.max()) / largest  # never clips: sqrt(top * max) >= top
+        step = activation_steps(ranges, precision)
         weight[:, : layer.d_in] = layer.weight * step
         rows = np.maximum(np.abs(weight).max(axis=1), 1e-30) / largest
         weight /= rows[:, None]
