@@ -28,10 +28,11 @@ __all__ = ["TOLERANCE", "BenchReport", "error_of", "inputs_of", "processor", "ru
 # Error against the float64 reference, relative to the output's spread, that counts as the same result.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-1}
 ROWS_TO_COME = (1_000_000, 1_000_000_000, 10_000_000_000)
-_SECONDS = 0.5  # about, of each call that is timed
+_SECONDS = 0.3  # about, of each call that is timed
 _CALL = 0.1  # seconds of the largest batch's fp32 call at the machine's peak, at most
 _SEARCH = 1.28e8  # gallery rows x dimensions, at most
 _K = 10
+_PROBED = 50_000  # rows in which FAISS's settings are compared
 _QUERIES = (1, 1000)
 
 
@@ -325,9 +326,8 @@ def _transform(
         if not off < TOLERANCE[key[1]]:
             status[key] = f"differs: error {off:.1e}"
     live = {key: call for key, call in calls.items() if key not in status}
-    pause = 0.005 if rows < 64 else 0.02
     rounds = {f"{a}|{b}": c for (a, b), c in live.items()}
-    times = interleave(rounds, seconds=_SECONDS, rounds=4, most=40, pause=pause)
+    times = interleave(rounds, seconds=_SECONDS, rounds=3, most=15, pause=0.02)  # peers' threads spin after a call
     for who, precision in [*calls, *(key for key in status if key not in calls)]:
         entry = {"who": who, "precision": precision, "rows": rows, "status": status.get((who, precision), "ok")}
         if entry["status"] == "ok":
@@ -405,7 +405,7 @@ def _search(
     if peers:
         try:
             progress(0.7, "FAISS's best setting")
-            setting = _faiss_setting(queries, gallery[:100_000], threads, folder, report)
+            setting = _faiss_setting(queries, gallery[:_PROBED], threads, folder, report)
             np.save(folder / "gallery.npy", gallery)
         except (ImportError, RuntimeError) as error:
             why = "not installed" if "No module named" in str(error) else str(error)
@@ -449,6 +449,6 @@ def _faiss_setting(queries: Any, gallery: Any, threads: int, folder: Path, repor
     report.notes.append(
         f"FAISS runs under {name}, the fastest of "
         + ", ".join(f"{key} ({1e3 * seconds:.0f} ms)" for key, seconds in times.items())
-        + " in a search of 1,000 queries in its first 100,000 rows."
+        + f" in a search of 1,000 queries in its first {_PROBED:,} rows."
     )
     return variables
