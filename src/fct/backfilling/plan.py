@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
+from fct import _C
 from fct.backfilling.job import BackfillError, Job, Journal
-from fct.backfilling.pipeline import RowMapper
+from fct.backfilling.pipeline import RowMapper, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
 from fct.errors import FctError, SpaceMismatchError
+from fct.files import checksum_file
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
-from fct.gallery.base import VECTOR_KEY, Destination, rows_at
+from fct.gallery.base import VECTOR_KEY, Destination, Shard, rows_at
+from fct.gallery.files import FileDestination
 from fct.gallery.spaces import SIDE_FILE
 from fct.gallery.stores import FORMATS
 from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_type
-from fct.ops.dispatch import pick_transform
+from fct.ops.dispatch import default_threads, pick_transform
 from fct.transformation import Transformation
 
 __all__ = ["BackfillPlan", "Resolved", "plan_backfill", "resolve"]
@@ -36,7 +42,11 @@ class BackfillPlan:
     """What :func:`plan_backfill` found out.
 
     rows, bytes_in, bytes_out: of the whole gallery. free_bytes: None where the destination cannot say.
-    rows_per_second: of h on this machine, from a one-second measurement at ``precision`` on ``backend``.
+    rows_per_second: of the whole backfill on this machine, from h (at ``precision`` on ``backend``), reading and
+    writing, each measured for a moment: they overlap, so the slowest binds (``binds``), and on a CPU they share it.
+    h_rows_per_second, read_rows_per_second, write_rows_per_second: of each alone. Reading is that of the source as it
+    lies now (page cache included); writing goes to a temporary folder of this machine, None where the destination is
+    not files.
     seconds: predicted for ``workers`` machines like this one. cost_per_billion_rows: at ``price_per_hour`` for each.
     nonfinite_share: rows of the sample that would go to rejects/.
     refusals: every reason why the backfill would be refused; empty when it would run.
@@ -65,6 +75,10 @@ class BackfillPlan:
     quality: Quality | None = None
     scores: ScoreShift | None = None
     job: Job | None = field(default=None, repr=False, compare=False)
+    h_rows_per_second: float = 0.0
+    read_rows_per_second: float = 0.0
+    write_rows_per_second: float | None = None
+    binds: str = "h"
 
 
 @dataclass
@@ -314,7 +328,8 @@ def plan_backfill(
     threads: int | None = None,
     **options: Any,
 ) -> BackfillPlan:
-    """Reads metadata and a sample, measures h for a second, and says what a backfill would do. Writes nothing.
+    """Reads metadata and a sample, measures h, reading and writing, and says what a backfill would do. The destination
+    is not touched.
 
     Args:
         source: the old gallery: a folder, a glob or a file of Parquet, Arrow IPC, .npy, .fbin/.u8bin/.i8bin; a
@@ -325,7 +340,8 @@ def plan_backfill(
         pairs: held-out pairs as an .npz path or a mapping with "old", "side" (where h needs it), "new" and, for
             ``min_gap_closed``, "labels": (n, d) arrays, row i of each the same item.
         min_gap_closed: least share of the gap closed, by mAP. min_recall: least recall@10 against new/new.
-        sample_rows: rows of the sample. measure_seconds: how long h is measured. threads: CPU threads.
+        sample_rows: rows of the sample. measure_seconds: how long h is measured, and reading and writing together.
+        threads: CPU threads.
         options: side_source, vector_column, side_column, id_column, keep_side_info, old_model, format,
             vector_format, dtype, binary_dtype, scale, precision, backend, device, shard_rows, batch_rows, filesystem,
             storage_options; see docs/backfill.md.
@@ -372,10 +388,12 @@ def plan_backfill(
         sample = _sample(found, sample_rows)
     except (FctError, ValueError, OSError) as error:
         refusals.append(str(error))
-    n, rejects = sum(b.num_rows for b, _ in sample), []
+    n, rejects, mapped = sum(b.num_rows for b, _ in sample), [], []
     for batch, side in sample:
         try:
-            rejects += mapper(batch, side, 0)[1]
+            rows, bad = mapper(batch, side, 0)
+            mapped.append(rows)
+            rejects += bad
         except ValueError as error:
             refusals.append(str(error))
             break
@@ -384,7 +402,12 @@ def plan_backfill(
         reasons[reject["reason"]] = reasons.get(reject["reason"], 0) + 1
     if n and len(rejects) == n:
         refusals.append(f"source: every row of the sample would be rejected: {next(iter(reasons))}")
-    rate = _rate(mapper, measure_seconds)
+    h_rate = _rate(mapper, measure_seconds)
+    pace = _Pace(h_rate, on_cpu=found.device == "cpu", threads=threads or default_threads())
+    if not refusals:
+        _measure_reading(pace, found, mapper, measure_seconds / 2)
+        _measure_writing(pace, found, mapped)
+    rate, binds = pace.together()
     seconds = job.rows / (rate * max(1, workers))
     cost = None if price_per_hour is None else 1e9 / rate / 3600 * price_per_hour
     return BackfillPlan(
@@ -410,7 +433,66 @@ def plan_backfill(
         quality=quality,
         scores=None if refusals or not sample else score_shift(mapper, sample),
         job=job,
+        h_rows_per_second=h_rate,
+        read_rows_per_second=1 / pace.read if pace.read else 0.0,
+        write_rows_per_second=1 / pace.write if pace.write else None,
+        binds=binds,
     )
+
+
+@dataclass
+class _Pace:
+    """What a row costs: seconds on the clock of each stage, and processor seconds of reading and writing."""
+
+    h_rate: float
+    on_cpu: bool
+    threads: int
+    read: float = 0.0
+    write: float = 0.0
+    cpu: float = 0.0
+
+    def together(self) -> tuple[float, str]:
+        """(rows per second, which stage binds). Stages overlap; what runs on the processors adds up there."""
+        stages = {"h": 1 / self.h_rate, "reading": self.read, "writing": self.write}
+        if self.on_cpu:
+            stages["h"] += self.cpu / self.threads
+        binds = max(stages, key=lambda name: stages[name])
+        return 1 / stages[binds], binds
+
+
+def _measure_reading(pace: _Pace, found: Resolved, mapper: RowMapper, seconds: float) -> None:
+    """Rows as the backfill reads them, with the checksum of what was read."""
+    reader, rows = ShardReader(found.job, found.source, found.side), 0
+    wall, cpu = time.perf_counter(), time.process_time()
+    for shard in found.job.shards:
+        for batch, side in reader.batches(shard):
+            mapper.digest(batch, side, _C.Xxh64())
+            rows += batch.num_rows
+            if time.perf_counter() - wall > seconds:
+                break
+        if time.perf_counter() - wall > seconds:
+            break
+    pace.read, pace.cpu = (time.perf_counter() - wall) / rows, pace.cpu + (time.process_time() - cpu) / rows
+
+
+def _measure_writing(pace: _Pace, found: Resolved, mapped: list[pa.RecordBatch]) -> None:
+    """The mapped sample, again and again to a shard's size, as the backfill encodes, checks and publishes it."""
+    rows = sum(batch.num_rows for batch in mapped)
+    if not isinstance(found.destination, FileDestination) or not rows:
+        return
+    job = found.job
+    once = pa.Table.from_batches(mapped)
+    full = pa.concat_tables([once] * max(1, job.batch_rows // rows)).combine_chunks().to_batches()[0]
+    times = max(1, min(job.shard_rows, job.rows) // full.num_rows)
+    with tempfile.TemporaryDirectory(prefix="fct-plan-") as folder:
+        part = Path(folder) / "part"
+        wall, cpu = time.perf_counter(), time.process_time()
+        found.destination.write_file(part, Shard(0, 0, 0, times * full.num_rows, 0), iter([full] * times), {})
+        with open(part, "rb", buffering=0) as file:
+            checksum_file(file)
+        Location(LocalFileSystem(), str(part.with_name("whole"))).publish(part)
+        done = times * full.num_rows
+        pace.write, pace.cpu = (time.perf_counter() - wall) / done, pace.cpu + (time.process_time() - cpu) / done
 
 
 def _refused(

@@ -58,7 +58,7 @@ def plan(
     price_per_hour: Annotated[float | None, typer.Option(help="Of one machine, for the cost.")] = None,
     threshold: Annotated[float | None, typer.Option(help="A score threshold of the old space, to be mapped.")] = None,
 ) -> None:
-    """Say what a backfill would do, how long it takes and what it would refuse. Writes nothing.
+    """Say what a backfill would do, how long it takes and what it would refuse. The destination is not touched.
 
     Example: fct plan gallery/ new-gallery/ --transformation h.safetensors --price-per-hour 2.5
     """
@@ -104,9 +104,13 @@ def _show_plan(found: Any, threshold: float | None) -> None:
         console.print(f"{found.rows:,} rows in {found.shards:,} shards: {escape(found.source)} -> {found.destination}")
         console.print(f"{found.bytes_in / 1e9:,.2f} GB in, {found.bytes_out / 1e9:,.2f} GB of vectors out{free}")
         console.print(
-            f"{found.rows_per_second:,.0f} rows/s measured here ({found.backend}, {found.precision}): "
-            f"{_duration(found.seconds)} on {found.workers} such machine{'s' if found.workers > 1 else ''}"
+            f"{found.rows_per_second:,.0f} rows/s expected here ({found.backend}, {found.precision}; {found.binds} "
+            f"binds): {_duration(found.seconds)} on {found.workers} such machine{'s' if found.workers > 1 else ''}",
+            soft_wrap=True,
         )
+        alone = {"h": found.h_rows_per_second, "reading": found.read_rows_per_second}
+        alone |= {"writing": found.write_rows_per_second} if found.write_rows_per_second else {}
+        console.print("measured alone: " + ", ".join(f"{what} {rate:,.0f} rows/s" for what, rate in alone.items()))
         if found.cost_per_billion_rows is not None:
             console.print(f"{found.cost_per_billion_rows:,.2f} per billion rows at {found.price_per_hour:g} an hour")
         console.print(f"sample of {found.sample_rows:,} rows: {found.nonfinite_share:.2%} would go to rejects/")
