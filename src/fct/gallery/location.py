@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -20,8 +21,9 @@ __all__ = ["Location", "Version", "location_of", "with_retries"]
 
 T = TypeVar("T")
 _BLOCK = 8 << 20
-# Waiting longer does not make these go away.
+# Waiting longer does not make these go away; nor a full or read-only disk.
 _FINAL = (FctError, FileNotFoundError, PermissionError, IsADirectoryError, TypeError, ValueError, MemoryError)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def with_retries(
 ) -> T:
     """``do()``, again after 0.5, 1, 2, ... up to 60 s while it fails with what may pass: time-outs, 5xx, resets.
 
-    A missing file, a refused permission and wrong content are final. Raises the last error.
+    A missing file, a refused permission, a full disk and wrong content are final. Raises the last error.
     """
     for attempt in range(retries + 1):
         try:
@@ -187,7 +189,7 @@ def with_retries(
         except _FINAL:
             raise
         except Exception as error:
-            if attempt == retries:
+            if attempt == retries or (isinstance(error, OSError) and error.errno in _FULL):
                 raise
             wait = min(60.0, first_wait * 2**attempt)
             if say is not None:

@@ -48,6 +48,10 @@ class _Matrix(FileSource):
             raise FctError(
                 f"source: {file} is truncated: its header says ({n}, {d}) {dtype}, {want} bytes, the file has {size}"
             )
+        if size > want or d < 1:  # rows that the header does not count would be lost without a word
+            raise FctError(
+                f"source: {file} has a wrong header: it says ({n}, {d}) {dtype}, {want} bytes, the file has {size}"
+            )
         return n, d, dtype, offset
 
     def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
@@ -96,7 +100,9 @@ class NpySource(_Matrix):
                     shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
                 else:
                     raise ValueError(f"version {version}")
-            except (ValueError, EOFError, SyntaxError) as error:
+            except OSError:
+                raise
+            except Exception as error:  # numpy's parser of a damaged header raises what it likes, tokenize's errors too
                 raise FctError(
                     f"source: expected a whole .npy file, {file} has no readable header ({error}): "
                     "was its writer killed?"
