@@ -356,7 +356,8 @@ class Journal:
         finally:
             stop.set()
             thread.join()
-            place.remove()
+            with contextlib.suppress(Exception):  # a store that is down: the lock goes stale, the first error stands
+                place.remove()
 
 
 def _me() -> str:

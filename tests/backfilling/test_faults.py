@@ -1,0 +1,256 @@
+"""What breaks around a backfill: a full disk, lost permissions, a store that fails for a while or for good."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fct
+from fct.backfilling.job import BackfillError
+from tests.backfilling.conftest import QUICK, contents
+
+Make = Callable[..., Path]
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[], None]]:
+    """``folder`` on a disk of 128 KB where mounting is allowed, else files limited to 4 KB; yields what makes room."""
+    folder.mkdir()
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(folder)], capture_output=True, check=False
+    ).returncode
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def make_room() -> None:
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    if not mounted:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield make_room
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_resumed_from(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
+    source = gallery()
+    fct.backfill(source, tmp_path / "plain", h, **QUICK)
+    with small_disk(tmp_path / "disk") as make_room:
+        new = tmp_path / "disk" / "new"
+        # Not tried again and again: a full disk does not empty itself.
+        with pytest.raises(BackfillError, match=r"(No space left|File too large).*what is done is kept"):
+            fct.backfill(source, new, h, **QUICK)
+        done = len(list((new / "_fct/done").glob("[0-9]*.json")))
+        assert done < 10
+        make_room()
+        report = fct.backfill(source, new, h, **QUICK)
+        assert report.shards_kept == done
+        assert contents(new) == contents(tmp_path / "plain")
+        assert fct.verify_gallery(new).ok
+
+
+_CHILD = """
+import os, sys, threading, time
+from pathlib import Path
+import fct
+source, new, path, other = sys.argv[1:]
+options = {"progress": False, "shard_rows": 300, "batch_rows": 64, "threads": 1}
+fct.backfill(source, other, path, **options)  # everything is imported while files of Python's own can still be read
+done = Path(new) / "_fct/done"
+
+def take_away():
+    while not done.is_dir() or len(list(done.glob("[0-9]*.json"))) < 2:
+        time.sleep(0.001)
+    os.chmod(new, 0o500)
+
+if os.geteuid() == 0:  # root may write anywhere
+    os.seteuid(65534)
+threading.Thread(target=take_away, daemon=True).start()
+try:
+    fct.backfill(source, new, path, **options)
+except fct.backfilling.job.BackfillError as error:
+    print(error)
+    sys.exit(7)
+"""
+
+
+def test_a_lost_permission_is_named_and_resumed_from(gallery: Make, h: fct.Transformation) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        source = gallery(20000)
+        source = source.rename(folder / "old")
+        h.save(folder / "h.safetensors")
+        os.chmod(folder / "h.safetensors", 0o644)
+        arguments = [str(source), str(folder / "new"), str(folder / "h.safetensors"), str(folder / "plain")]
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert child.returncode == 7, child.stderr
+        assert "Permission denied" in child.stdout
+        assert "what is done is kept, start again once this is put right" in child.stdout
+        (folder / "new").chmod(0o700)
+        report = fct.backfill(source, folder / "new", h, progress=False, threads=1)
+        assert 2 <= report.shards_kept < report.shards
+        assert contents(folder / "new") == contents(folder / "plain")
+
+
+class Unwell:
+    """A WSGI application in front of a store's: answers with errors, or late, when told to."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.lock = store, threading.Lock()
+        self.requests = self.failed = 0
+        self.mode: Callable[[int], str] = lambda request: "well"
+
+    def __call__(self, environ: dict[str, Any], start: Any) -> Any:
+        with self.lock:
+            self.requests += 1
+            how = self.mode(self.requests)
+            self.failed += how != "well"
+        if how == "late":
+            threading.Event().wait(1.2)  # longer than the client waits
+        if how in ("500", "503"):
+            length = int(environ.get("CONTENT_LENGTH") or 0)
+            environ["wsgi.input"].read(length)
+            code = {"500": "InternalError", "503": "SlowDown"}[how]
+            body = f"<Error><Code>{code}</Code><Message>the store is unwell</Message></Error>".encode()
+            start(f"{how} {code}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+        return self.store(environ, start)
+
+
+@pytest.fixture
+def unwell(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Unwell, dict[str, Any]]]:
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    application = Unwell(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    options = {
+        "endpoint_url": f"http://127.0.0.1:{server.port}",
+        "skip_instance_cache": True,
+        "config_kwargs": {"read_timeout": 0.5, "retries": {"max_attempts": 1}},
+    }
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # ours are tested, not its
+    from moto.moto_api._internal.models import moto_api_backend
+
+    moto_api_backend.reset()  # what another test left in the same process
+    s3fs.S3FileSystem(**options).makedirs("unwell", exist_ok=True)
+    yield application, options
+    server.shutdown()
+    thread.join()
+
+
+def test_a_store_that_fails_for_a_while(
+    gallery: Make, h: fct.Transformation, tmp_path: Path, unwell: tuple[Unwell, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import s3fs
+
+    import fct.gallery.location as location
+
+    application, options = unwell
+    source = gallery(1500, bad=(3,))
+    s3fs.S3FileSystem(**options).put(str(source) + "/", "unwell/old/", recursive=True)
+    waits: list[float] = []
+    monkeypatch.setattr(location.time, "sleep", waits.append)
+    asked = application.requests
+
+    def mode(request: int) -> str:
+        """From the fortieth request on, three bad ones of six: errors and a time-out; then well again."""
+        return (
+            ["500", "503", "well", "late", "well", "well"][request % 6] if asked + 40 < request < asked + 64 else "well"
+        )
+
+    application.mode = mode
+    how = {**QUICK, "shard_rows": 400, "batch_rows": 200}
+    report = fct.backfill("s3://unwell/old", "s3://unwell/new", h, storage_options=options, **how)
+    assert application.failed >= 6
+    assert waits
+    assert (report.rows_out, report.rejects) == (1499, 1)
+    s3fs.S3FileSystem(**options).get("unwell/new/", str(tmp_path / "got") + "/", recursive=True)
+    fct.backfill(source, tmp_path / "plain", h, **how)
+    got, want = (
+        {k: v for k, v in contents(tmp_path / x).items() if not k.startswith("_fct/done")} for x in ("got", "plain")
+    )
+    assert got == want
+
+
+def test_a_store_that_fails_for_good(
+    gallery: Make, h: fct.Transformation, unwell: tuple[Unwell, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    import fct.gallery.location as location
+
+    application, options = unwell
+    source = gallery(1500)
+    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)
+    publish = location.Location.publish
+
+    def ill(self: location.Location, part: Path) -> None:
+        if part.name.startswith("part-00000002"):
+            application.mode = lambda request: "503"
+        publish(self, part)
+
+    monkeypatch.setattr(location.Location, "publish", ill)
+    with pytest.raises(BackfillError, match=r"destination: writing to s3://unwell/new failed.*start again"):
+        fct.backfill(source, "s3://unwell/new", h, retries=1, storage_options=options, **QUICK)
+    monkeypatch.setattr(location.Location, "publish", publish)
+    application.mode = lambda request: "well"
+    report = fct.backfill(source, "s3://unwell/new", h, storage_options=options, **QUICK)
+    assert report.shards_kept >= 2
+    assert report.rows_out == 1500
+    assert fct.verify_gallery("s3://unwell/new", storage_options=options).ok
+
+
+def test_gs_urls_reach_their_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Google's store itself is not here: what is tested is which filesystem is asked, with which path and options."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    from fct.gallery.location import location_of
+
+    asked: list[dict[str, Any]] = []
+
+    class Google(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        cachable = False
+
+        def __init__(self, **options: Any) -> None:
+            asked.append(options)
+            super().__init__()
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.split("://")[-1].rstrip("/")
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gs", Google)
+    place = location_of("gs://bucket/new", storage_options={"project": "p", "token": "t"})
+    assert asked[-1] == {"project": "p", "token": "t"}
+    assert (place.path, place.is_local) == ("bucket/new", False)
+    assert str(place / "_fct/job.json") == "gs://bucket/new/_fct/job.json"
+    (place / "a").write_bytes(b"x")
+    assert (place.files(), (place / "a").read_bytes()) == (["a"], b"x")
