@@ -19,6 +19,7 @@ import pytest
 import fct
 from fct import ref
 from fct.backfilling.job import BackfillError, InUseError, Marker, QualityGateError, RejectLimitError, cut_shards
+from fct.backfilling.run import _UNDER_WAY
 from fct.gallery import Piece, open_source, tag_space
 from tests.backfilling.conftest import D_NEW, D_OLD, D_SIDE, QUICK, contents
 
@@ -245,6 +246,64 @@ def test_upgrading_gallery_answers_the_same_throughout(
         np.testing.assert_array_equal(got.indices, keep[want.indices])
         np.testing.assert_array_equal(got.distances, want.distances)
     assert live.done() == pytest.approx(1 - 1 / len(live._job.shards))
+    fct.backfill(source, new, h, **QUICK)
+    assert live.done() == 1
+    at_the_end = live.topk(queries, 9)
+    np.testing.assert_array_equal(at_the_end.indices, keep[want.indices])
+    np.testing.assert_array_equal(at_the_end.distances, want.distances)
+
+
+def test_rolling_back_is_deleting_the_new_folder(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
+    source = gallery()
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in source.rglob("*")}
+    fct.backfill(source, tmp_path / "new", h, **QUICK)
+    assert {p.name for p in tmp_path.iterdir()} == {"old", "new"}
+    shutil.rmtree(tmp_path / "new")
+    assert {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in source.rglob("*")} == before
+    assert fct.backfill(source, tmp_path / "new", h, **QUICK).shards_kept == 0
+
+
+def test_another_backend_may_go_on(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
+    """The backend is not in the fingerprint: the halves of two backends agree within the precision's tolerance."""
+    source, new = gallery(), tmp_path / "new"
+    fct.backfill(source, new, h, precision="fp32", backend="cpu", **QUICK)
+    whole = rows_of(new)[1]
+    for number in (1, 4, 8):
+        (new / f"_fct/done/{number:08d}.json").unlink()
+    report = fct.backfill(source, new, h, precision="fp32", backend="torch", **QUICK)
+    assert (report.shards_done, report.backend) == (3, "torch")
+    np.testing.assert_allclose(rows_of(new)[1], whole, rtol=1e-4, atol=1e-5)
+    verified = fct.verify_gallery(new)
+    assert verified.ok, verified.problems
+
+
+@pytest.mark.parametrize("slow", ["reading", "writing"])
+def test_the_plan_counts_reading_and_writing(
+    slow: str, gallery: Make, h: fct.Transformation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fct.gallery.parquet import ParquetDestination, ParquetSource
+
+    source = gallery()
+    read, write = ParquetSource.read_file, ParquetDestination.write_file
+
+    def reading(self: Any, *args: Any) -> Any:
+        for batch in read(self, *args):
+            time.sleep(batch.num_rows / 20_000)
+            yield batch
+
+    def writing(self: Any, path: Path, shard: Any, *args: Any) -> None:
+        write(self, path, shard, *args)
+        time.sleep(shard.rows / 20_000)
+
+    if slow == "reading":
+        monkeypatch.setattr(ParquetSource, "read_file", reading)
+    else:
+        monkeypatch.setattr(ParquetDestination, "write_file", writing)
+    plan = fct.plan_backfill(source, tmp_path / "new", h, measure_seconds=0.1, sample_rows=64)
+    assert plan.binds == slow
+    assert 2_000 < plan.rows_per_second < 20_000
+    assert plan.h_rows_per_second > 20_000
+    assert plan.seconds == pytest.approx(3000 / plan.rows_per_second)
 
 
 def test_shards_cover_every_row_once() -> None:
@@ -278,7 +337,18 @@ def test_a_changed_marker_is_not_believed() -> None:
         assert Marker.from_json(data[:i]) is None
 
 
-def _child(source: str, new: str, path: str) -> None:
+def _child(source: str, new: str, path: str, log: str) -> None:
+    """One run, which writes down each shard as it begins to read it."""
+    from fct.backfilling.pipeline import ShardReader
+
+    batches = ShardReader.batches
+
+    def logged(self: Any, shard: Any) -> Any:
+        with open(log, "a") as file:
+            file.write(f"{shard.number}\n")
+        yield from batches(self, shard)
+
+    ShardReader.batches = logged  # type: ignore[method-assign]
     fct.backfill(source, new, path, progress=False, shard_rows=300, batch_rows=64, threads=1)
 
 
@@ -291,8 +361,11 @@ def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fct.backfilling.run", "fct.ops.cpu", "pyarrow.parquet"])
 
+    log = tmp_path / "begun"
+
     def run(target: Path, kill_after: float | None = None) -> tuple[float, bool]:
-        process = context.Process(target=_child, args=(str(source), str(target), str(path)))
+        log.write_text("")
+        process = context.Process(target=_child, args=(str(source), str(target), str(path), str(log)))
         start = time.perf_counter()
         process.start()
         process.join(kill_after)
@@ -311,6 +384,10 @@ def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(
         _, killed = run(new, random.uniform(0.1, 0.9) * whole)
         after = {p.name: p.read_bytes() for p in (new / "_fct/done").glob("[0-9]*.json")}
         redone += sum(after.get(name) != data for name, data in before.items())  # a proven shard stays as it is
+        begun = log.read_text().split()
+        assert len(begun) == len(set(begun))
+        assert not {f"{int(n):08d}.json" for n in begun} & set(before)
+        assert sum(f"{int(n):08d}.json" not in after for n in begun) <= _UNDER_WAY  # all that a kill can cost
         kills += killed
         if (new / "_fct/manifest.json").exists():
             assert contents(new) == contents(tmp_path / "plain")

@@ -1,0 +1,64 @@
+"""``fct plan``, ``fct backfill`` and ``fct verify`` as a user runs them: exit codes and what they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import fct
+from tests.backfilling.conftest import D_NEW, D_OLD, D_SIDE
+
+Make = Callable[..., Path]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr), lines joined."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fct", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    return done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+
+def test_from_plan_to_verify(gallery: Make, h: fct.Transformation, tmp_path: Path, rng: np.random.Generator) -> None:
+    source, new, path = gallery(), tmp_path / "new", tmp_path / "h.safetensors"
+    h.save(path)
+    old, side = (rng.standard_normal((50, d), dtype=np.float32) for d in (D_OLD, D_SIDE))
+    np.savez(tmp_path / "bad.npz", old=old, side=side, new=rng.standard_normal((50, D_NEW), dtype=np.float32))
+    gate = ("--pairs", tmp_path / "bad.npz", "--min-recall", 0.9)
+
+    code, out, _ = run("plan", source, new, "-t", path, "--threshold", 1.0, "--price-per-hour", 2)
+    assert code == 0
+    for words in ("3,000 rows in 2 shards", "binds", "reading", "per billion rows", "an old threshold of 1 maps to"):
+        assert words in out
+    code, out, _ = run("plan", source, new, "-t", path, *gate)
+    assert (code, "refused: quality gate: recall@10 is" in out) == (3, True)
+    code, out, _ = run("backfill", source, new, "-t", path, *gate)
+    assert (code, "below 0.9" in out, new.exists()) == (3, True, False)
+    code, _, err = run("backfill", source, new)
+    assert (code, "--transformation" in err) == (2, True)
+    code, _, err = run("backfill", source, new, "-t", path, "--vector-column", "vec")
+    assert (code, "vector_column: expected a column of the gallery" in err) == (1, True)
+    code, out, err = run("backfill", source, new, "-t", path, "--no-progress")
+    assert (code, err) == (0, "")
+    assert "3,000 rows in = 3,000 out + 0 rejected; 2 shards done, 0 kept" in out
+    code, out, _ = run("verify", new)
+    assert (code, out.endswith("ok")) == (0, True)
+    file = sorted(new.glob("*.parquet"))[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    code, out, _ = run("verify", new)
+    assert (code, "problem: shard 0 part-00000000.parquet does not match its checksum" in out) == (1, True)
+
+
+def test_rejects_have_their_exit_code(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
+    source, path = gallery(bad=(4, 9)), tmp_path / "h.safetensors"
+    h.save(path)
+    code, _, err = run("backfill", source, tmp_path / "new", "-t", path, "--no-progress", "--max-rejects", 1)
+    assert (code, "max_rejects: expected at most 1 rejected rows, got 2" in err) == (1, True)
+    code, out, _ = run("backfill", source, tmp_path / "new", "-t", path, "--no-progress")
+    assert (code, "2,998 out + 2 rejected" in out, "rejected rows: " in out) == (4, True, True)
