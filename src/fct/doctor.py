@@ -87,8 +87,24 @@ class Report:
             "devices": self.devices,
             "healthy": self.healthy,
             "findings": [asdict(f) for f in self.findings],
-            "timings": [asdict(t) for t in self.timings],
-            "fastest": [asdict(t) for t in self.fastest()],
+            "shape": dict(zip(("d_old", "d_side", "d_new", "inner"), PAPER_SHAPE, strict=True)),
+            "timings": [self._timing(t) for t in self.timings],
+            "fastest": [self._timing(t) for t in self.fastest()],
+        }
+
+    def _timing(self, t: Timing) -> dict[str, Any]:
+        """With what docs/gpu.md bounds: rows a second, GFLOP/s, and the share of the data sheet's peak."""
+        from fct.report.gpu_roofline import published_peak
+
+        old, side, new, inner = PAPER_SHAPE
+        widths = [(d, 2 * d) for d in (old, side)] + [(2 * d, 2 * new) for d in (old, side)]
+        flop = 2.0 * sum(a * b for a, b in [*widths, (4 * new, inner), (inner, inner), (inner, new)])
+        gflops = t.rows * flop / t.seconds / 1e9
+        peak = published_peak(self.devices.get(t.device, ""), t.precision)
+        return asdict(t) | {
+            "rows_per_s": t.rows / t.seconds,
+            "gflops": gflops,
+            "share_of_published_peak": None if peak is None else gflops / (1e3 * peak),
         }
 
 

@@ -180,7 +180,17 @@ def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pyt
     assert verdict["broken", "fp32", "cuda:0"] == "wrong"
     assert not report.healthy
     assert {t.backend for t in report.fastest()} == {"triton"}
-    json.dumps(report.to_dict())
+    mailed = json.loads(json.dumps(report.to_dict()))
+    assert mailed["format"] == "fct-doctor 1"
+    assert mailed["healthy"] is False
+    assert mailed["devices"]["cuda:0"] == "fake"
+    assert {"backend", "precision", "device", "verdict", "detail", "worst_error"} == set(mailed["findings"][0])
+    assert all(t["rows_per_s"] == t["rows"] / t["seconds"] for t in mailed["timings"])
+    report.devices["cuda:0"] = "NVIDIA H100 80GB HBM3, sm_90"
+    h = Transformation.random(16, 16, 16, inner=32)
+    for t in report.to_dict()["fastest"]:
+        assert t["gflops"] == pytest.approx(t["rows"] * h.flop_per_row / t["seconds"] / 1e9)
+        assert 0 < t["share_of_published_peak"] < 1
 
 
 def test_doctor_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,3 +202,72 @@ def test_doctor_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     right = {(f.backend, f.precision) for f in report.findings if f.verdict == "right" and f.device == "cpu"}
     assert {("cpu", "fp32"), ("torch", "fp32"), ("ref", "fp32")} <= right
     assert all(f.detail for f in report.findings if f.verdict == "not here")
+
+
+def test_bad_days_name_the_argument(fake: FakeDevice, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows on two devices, a device of another kind, outputs that would need a copy: refused before any launch."""
+    from fct import transform as public
+
+    h = Transformation.random(5, 5, 6, inner=8)
+    x = rng.standard_normal((7, 5), dtype=np.float32)
+    on_gpu = Rows(fake.upload(x), "float32", None, "cuda:0", "torch")
+    known = {id(on_gpu): on_gpu}
+    real = public.rows_of
+    monkeypatch.setattr(public, "rows_of", lambda a, *rest, **how: known.get(id(a)) or real(a, *rest, **how))
+    with pytest.raises(ValueError, match="side_info: expected an array on cuda:0 like old, got one on cpu"):
+        fct.transform_batch(on_gpu, x, h)
+    with pytest.raises(ValueError, match="out: expected an array on cuda:0 like old, got one on cpu"):
+        fct.transform_batch(on_gpu, on_gpu, h, out=np.zeros((7, 6), np.float32))
+    with pytest.raises(ValueError, match="device: expected cuda:0, where the rows lie, or cuda, got cpu"):
+        fct.transform_batch(on_gpu, on_gpu, h, device="cpu")
+    with pytest.raises(ValueError, match="device: expected cpu, where the rows lie, or cuda, got tpu:0"):
+        fct.transform_batch(x, x, h, device="tpu:0")
+    with pytest.raises(ValueError, match="out: expected rows whose elements are contiguous"):
+        fct.transform_batch(x, x, h, out=np.zeros((6, 7), np.float32).T, device="cuda:0")
+    assert fake.launches == []
+
+
+def test_strided_rows_are_streamed_as_they_are(fake: FakeDevice, rng: Any) -> None:
+    h = Transformation.random(5, 4, 6, inner=8)
+    wide = rng.standard_normal((90, 30), dtype=np.float32)
+    old, side, out = wide[::2, 3:8], wide[1::2, 20:24], np.full((45, 9), np.nan, np.float32)[:, 1:7]
+    stream(h, old, side, out, block=20)
+    np.testing.assert_allclose(out, ref.transform(old, side, h), rtol=1e-4, atol=1e-4)
+
+
+def test_more_than_2_to_the_31_elements(fake: FakeDevice, rng: Any) -> None:
+    """The last three rows of int8 galleries of 2^31 elements and more; the pages of the others are never touched."""
+    import torch
+
+    h, n = Transformation.random(64, 64, 64, inner=16), (1 << 25) + 3
+    old, out = (torch.zeros((n, 64), dtype=torch.int8) for _ in range(2))
+    old[-3:] = torch.from_numpy(rng.integers(-99, 99, (3, 64), dtype=np.int8))
+    assert old.numel() > 1 << 31
+    scale = fake.upload(np.full((1, 1), 0.02, np.float32))
+    packed = backend.TritonTransform().pack(h, "fp32", "cuda:0")
+    rows, to = (Rows(x, "int8", scale, "cuda:0", "torch") for x in (old, out))
+    chunk = backend._Chunks(packed, rows, rows, to, 3)
+    fake.set_counter(chunk.row0, n - 3)
+    chunk._chunk(3)
+    fake.drain()
+    x = old[-3:].double().numpy() * np.float32(0.02)
+    want = np.clip(np.rint(ref.transform(x, x, h) / np.float32(0.02)), -127, 127)
+    assert np.abs(out[-3:].numpy() - want).max() <= 1
+    assert (out[-3:].numpy() == want).mean() > 0.95
+    assert not out[:3].any()
+    assert int(chunk.row0) == n
+
+
+def test_the_callers_own_stream(fake: FakeDevice, rng: Any) -> None:
+    """Rows on the device: every launch goes to the stream that is current, behind what the caller queued there."""
+    h = Transformation.random(5, 5, 6, inner=8)
+    packed = backend.TritonTransform().pack(h, "fp32", "cuda:0")
+    x = rng.standard_normal((40, 5), dtype=np.float32)
+    late, out, mine = fake.rows(np.zeros_like(x)), fake.out(40, 6), fake.new_stream()
+    with fake.on(mine):
+        fake.copy(late.values, fake.upload(x))  # not done when the transformation is queued
+        backend.run_chunks(packed, late, late, out)
+        assert not fake.main.queue
+        done = fake.record()
+    fake.finish(done)
+    np.testing.assert_allclose(out.values.numpy(), ref.transform(x, x, h), rtol=1e-4, atol=1e-4)

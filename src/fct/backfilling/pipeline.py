@@ -118,20 +118,11 @@ class RowMapper:
         return pa.RecordBatch.from_arrays(columns, schema=self.schema), rejects
 
     def _map(self, old: Any, side: Any, out: Any) -> None:
-        how: dict[str, Any] = {
-            "precision": self.job.precision, "backend": self.job.backend, "threads": self.threads,
-        }  # fmt: skip
-        if self.device == "cpu":
-            transform_batch(old, side, self.h, out=out, **how)
-            return
-        import torch
-
-        def there(x: Any) -> Any:
-            return None if x is None else torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
-
-        mapped = torch.empty(out.shape, dtype=getattr(torch, out.dtype.name), device=self.device)
-        transform_batch(there(old), there(side), self.h, out=mapped, **how)
-        torch.from_numpy(out).copy_(mapped)
+        job = self.job
+        transform_batch(
+            old, side, self.h, out=out, device=self.device, precision=job.precision, backend=job.backend,
+            threads=self.threads,
+        )  # fmt: skip
 
     def _blocks(self, batch: pa.RecordBatch, side: pa.RecordBatch | None) -> tuple[VectorBlock, VectorBlock | None]:
         job = self.job
