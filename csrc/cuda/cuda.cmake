@@ -3,8 +3,6 @@
 set(FCT_CUDA_WHY_NOT "")
 if(FCT_CUDA STREQUAL "off")
   set(FCT_CUDA_WHY_NOT "built with FCT_CUDA=off")
-elseif(FCT_CUDA STREQUAL "auto")
-  set(FCT_CUDA_WHY_NOT "not asked for at build time (FCT_CUDA=on)")
 else()
   include(CheckLanguage)
   check_language(CUDA)
