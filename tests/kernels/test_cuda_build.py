@@ -100,3 +100,21 @@ def test_import_touches_no_driver() -> None:
     code = "import fct, sys; fct.build_info; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_blocks_a_multiprocessor(architecture: str) -> None:
+    """What the kernels' launch bounds and the search's plan count on, at 128 dimensions."""
+    from fct.kernels.machine_code import blocks_per_processor
+
+    stages = 64 * (128 + 16 + 16)  # a stage of the scan: 64 padded rows and their meta
+    shared = {
+        r"scan.*ShadowE0ELi4ELi2ELi8E": 128 * (256 + 16) + 3 * stages,
+        r"scan.*ShadowE1ELi4ELi2ELi8E": 128 * (128 + 16) + 3 * stages,
+        r"transform_smallILi4E": 6 * (64 + 16) * 72 * 2 + 64 * 16 * 4,
+    }
+    found = usage("topk", architecture) | usage("transform", architecture)
+    target = "sm_" + architecture.rstrip("a")
+    for pattern, size in shared.items():
+        (registers,) = (used["REG"] for name, used in found.items() if re.search(pattern, name))
+        assert blocks_per_processor(registers, 128, size, target) >= 2, (pattern, registers, size)
