@@ -262,7 +262,7 @@ class ScanBlock {
 
     // Tiles [from, to); candidates of query q into found[q].
     void scan(const Search& s, int64_t from, int64_t to, Candidates* found, int worker) {
-        const size_t room = static_cast<size_t>(2 * s.k + 384);
+        const size_t room = static_cast<size_t>(2 * s.k + 64);
         const size_t most = static_cast<size_t>(std::max<int64_t>(4 * s.k + 2048, s.gallery.n / 32));
         for (int64_t q = 0; q < count_; ++q) {
             found[q].room = room;
@@ -271,16 +271,25 @@ class ScanBlock {
         uint64_t masks[kScanQueries];
         alignas(64) float keys[kScanQueries * kTile];
         const int64_t padded = static_cast<int64_t>(base_.size());
+        const int64_t tile_bytes = steps_ * 4 * kTile;
+        const int64_t parts = static_cast<int64_t>(groups_.size());
+        const int64_t share = parts < 8 ? 0 : (tile_bytes / 64 + parts - 1) / parts * 64;  // few: memory is the bound
         for (int64_t t = from; t < to; ++t) {
             if ((t & 63) == 0 && !s.control.go(worker)) return;
             const float* meta = s.shadow.meta + t * kMeta;
-            const uint8_t* tile = s.shadow.tiles + t * steps_ * 4 * kTile;
+            const uint8_t* tile = s.shadow.tiles + t * tile_bytes;
             const float error = meta[4 * kTile], norm = meta[4 * kTile + 1], half = meta[4 * kTile + 2];
             for (int64_t q = 0; q < padded; ++q)
                 threshold_[static_cast<size_t>(q)] =
                     base_[static_cast<size_t>(q)] - per_error_[static_cast<size_t>(q)] * error -
                     per_norm_[static_cast<size_t>(q)] * norm - per_half_[static_cast<size_t>(q)] * half;
+            // The next tile comes to L2 while this one is at work, a few lines with each group of queries.
+            const uint8_t* ahead = tile + tile_bytes;
+            const int64_t more = t + 1 < to ? tile_bytes : 0;
             for (const auto& [start, group] : groups_) {
+                for (int64_t stop = std::min(ahead - tile - tile_bytes + share, more); ahead - tile - tile_bytes < stop;
+                     ahead += 64)
+                    __builtin_prefetch(ahead, 0, 2);
                 s.kernel.scan(tile, meta, steps_, words_.data() + start * steps_, init_.data() + start,
                               inverse_.data() + start, threshold_.data() + start, group, masks, keys);
                 for (int j = 0; j < group; ++j)
@@ -321,7 +330,8 @@ class ScanBlock {
             found.rows.push_back({id, key - margin, key + margin});
             if (found.rows.size() < found.room) continue;
             found.shrink(s.k);
-            if (found.rows.size() > found.room / 2) found.room *= 2;
+            // Often enough that the threshold is fresh, since a needless candidate costs more than its share of a pass.
+            found.room = found.rows.size() + found.rows.size() / 2 + 32;
             if (found.rows.size() > most) {
                 found.exhausted = true;
                 found.rows.clear();
