@@ -15,8 +15,8 @@ from fct.errors import ArtifactError, BackendError
 from fct.files import atomic_path
 from fct.ops.base import check_precision
 from fct.ops.dispatch import default_threads
-from fct.ops.topk import topk_blocked
 from fct.ops.topk_cpu import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
+from fct.ops.topk_gpu import topk_gpu
 from fct.spaces import EmbeddingSpace, check_metric
 
 __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
@@ -337,9 +337,7 @@ def topk(
     if q.n == 0:
         return _as_kind(np.empty((0, k), np.float32), np.empty((0, k), np.int64), q)
     if q.device != "cpu":
-        if precision not in ("auto", "fp32"):
-            raise BackendError(f"precision: expected auto or fp32 on {q.device}, got {precision!r}")
-        return _as_kind(*topk_blocked(q, g, k, metric, same_items), q)
+        return _as_kind(*topk_gpu(q, g, k, metric, precision, same_items), q)
     workers = threads or default_threads()
     shadow = _shadow_for(q, g, prepared, metric, precision, workers)
     distances, indices, _ = topk_cpu(q, g, shadow, k, metric, same_items, threads=workers)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from fct.ops.base import TransformBackend
 from fct.ops.rounding import SIGMAS, deviation
 from fct.transformation import Transformation
 
-__all__ = ["ROWS", "cache_dir", "error_of", "prove", "read_verdicts", "write_verdict"]
+__all__ = ["ROWS", "cache_dir", "error_of", "prove", "prove_search", "read_verdicts", "write_verdict"]
 
 ROWS = (1, 67, 259)
+SEARCHES = ((1, 1, 1, 1), (3, 197, 65, 7), (17, 331, 127, 10), (2, 700, 33, 600))  # queries, rows, dims, k
 _known: dict[str, str] = {}
 
 
@@ -82,20 +84,70 @@ def _key(backend: TransformBackend, h: Transformation, precision: str, device: s
 def prove(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
     """ "" where the backend agrees with the reference on this device, else what was wrong; the answer is remembered."""
     key = _key(backend, h, precision, device)
+    return _remembered(key, f"{backend.name} ({precision})", device, lambda: _run(backend, h, precision, device))
+
+
+def prove_search(search: Any, metric: str, kind: str, device: str) -> str:
+    """The same for a search over a shadow of ``kind``."""
+    import fct
+    from fct.ops.device import device_of
+
+    place = device_of(device)
+    what = f"{place.model}|{place.driver}|{fct.__version__}|{search.name}|{kind}|{metric}"
+    key = f"{search.name} search {kind} {metric} {place.model} {hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    return _remembered(
+        key, f"{search.name} search ({kind}, {metric})", device, lambda: _run_search(search, metric, kind, device)
+    )
+
+
+def _remembered(key: str, what: str, device: str, run: Callable[[], str]) -> str:
     if key not in _known:
         verdicts = read_verdicts()
         if key not in verdicts:
-            verdicts[key] = _run(backend, h, precision, device)
+            verdicts[key] = run()
             write_verdict(key, verdicts[key])
         _known[key] = verdicts[key]
         if _known[key]:
             warnings.warn(
-                f"{backend.name} ({precision}) is refused on {device}: {_known[key]}; another backend takes over. "
+                f"{what} is refused on {device}: {_known[key]}; another backend takes over. "
                 "Please report the output of `fct doctor --full --json`.",
                 FctWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return _known[key]
+
+
+def _run_search(search: Any, metric: str, kind: str, device: str) -> str:
+    from fct.ops.device import DeviceLostError, device_of
+
+    place = device_of(device)
+    rng = np.random.default_rng(0)
+    try:
+        for n_queries, n, d, k in SEARCHES:
+            # Small whole numbers: many ties, and every l2 or ip score exact, so that the rows must be the same.
+            for whole in (True, False):
+                sides = [rng.integers(-3, 4, (m, d)) if whole else rng.standard_normal((m, d)) for m in (n_queries, n)]
+                q, g = (side.astype(np.float32) for side in sides)
+                on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
+                found = search.search(on_q, search.prepare(on_g, metric, kind), k)
+                got, rows = (place.download(x) for x in found)
+                scores = ref.scores(q, g, metric).astype(np.float32)
+                want, want_rows = ref.topk(q, g, k, metric)
+                where = f"{n_queries} queries, {n} rows of {d}, k {k}"
+                if ((rows < 0) | (rows >= n)).any() or (np.diff(np.sort(rows, axis=1), axis=1) == 0).any():
+                    return f"{where}: expected distinct rows of the gallery"
+                if whole and metric != "cosine" and not (rows == want_rows).all():
+                    return f"{where}: other rows than the reference's, or ties in another order"
+                for values in (got, np.take_along_axis(scores, rows, axis=1)):
+                    if not np.allclose(values, want, rtol=1e-6, atol=1e-6):
+                        return f"{where}: scores off by up to {np.abs(values - want).max():.3g}"
+    except DeviceLostError:
+        raise
+    except Exception as error:
+        if place.is_out_of_memory(error) or place.is_lost(error):
+            raise
+        return f"it does not run: {type(error).__name__}: {error}"
+    return ""
 
 
 def _run(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
