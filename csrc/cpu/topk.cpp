@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -21,6 +22,9 @@ constexpr double kLargest = 1e12;           // norms beyond, or scales below its
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kInfinityF = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlockQueries = 192;
+// Guessed thresholds (ScanBlock::scan) are for blocks of many queries, which are bound by arithmetic, not by memory.
+constexpr int64_t kGuessQueries = 24;
+constexpr int64_t kGuessTiles = 256;
 
 const TopkKernels& kernels(Isa isa) {
 #if defined(__x86_64__)
@@ -128,19 +132,24 @@ struct Found {
 
 // Candidates of one query within one part of the gallery.
 struct Candidates {
-    std::vector<Candidate> rows;
-    double tau = -kInfinity;  // proven: at least k rows' keys are not below
+    std::vector<Candidate> rows;  // of those seen, every one whose key may reach `tau`
+    double tau = -kInfinity;      // what a row has to reach: proven by k rows' keys, or guessed (see ScanBlock)
     size_t room = 0;
     bool exhausted = false;
 
-    void shrink(int64_t k) {
-        if (static_cast<int64_t>(rows.size()) >= k) {
-            std::nth_element(rows.begin(), rows.begin() + (k - 1), rows.end(),
+    // Raises tau to the rank-th largest lower bound and drops what cannot reach it. rank = k is a proof.
+    void shrink(int64_t rank) {
+        if (static_cast<int64_t>(rows.size()) >= rank) {
+            std::nth_element(rows.begin(), rows.begin() + (rank - 1), rows.end(),
                              [](const Candidate& a, const Candidate& b) { return a.low > b.low; });
-            tau = std::max(tau, rows[static_cast<size_t>(k - 1)].low);
+            tau = std::max(tau, rows[static_cast<size_t>(rank - 1)].low);
         }
         rows.erase(std::remove_if(rows.begin(), rows.end(), [&](const Candidate& c) { return c.high < tau; }),
                    rows.end());
+    }
+
+    bool proven(int64_t k) const {
+        return std::count_if(rows.begin(), rows.end(), [&](const Candidate& c) { return c.low >= tau; }) >= k;
     }
 };
 
@@ -206,7 +215,9 @@ struct Search {
 // One block of queries, quantised and laid out for the scan.
 class ScanBlock {
   public:
-    ScanBlock(const Search& s, int64_t first, int64_t count) : first_(first), count_(count) {
+    ScanBlock(const Search& s, std::vector<int64_t> queries)
+        : queries_(std::move(queries)), count_(static_cast<int64_t>(queries_.size())) {
+        const int64_t count = count_;
         const int64_t d = s.gallery.d, steps = (d + 3) / 4;
         steps_ = steps;
         for (int64_t at = 0; at < count;) {
@@ -232,7 +243,7 @@ class ScanBlock {
                 facts_[i].usable = false;
                 base_[i] = kInfinityF;  // padding never hits
                 if (start + j >= count) continue;
-                to_scanned(s.queries.row(first + start + j, scratch.data()), d, s.metric,
+                to_scanned(s.queries.row(queries_[i], scratch.data()), d, s.metric,
                            s.metric == Metric::l2 ? s.shadow.shift : nullptr, v.data());
                 std::fill(bytes.begin(), bytes.end(), int8_t{0});
                 const Quantised q = quantise(v.data(), d, bytes.data(), s.kernel);
@@ -260,8 +271,15 @@ class ScanBlock {
 
     bool usable(int64_t q) const { return facts_[static_cast<size_t>(q)].usable; }
 
-    // Tiles [from, to); candidates of query q into found[q].
-    void scan(const Search& s, int64_t from, int64_t to, Candidates* found, int worker) {
+    // Tiles [from, to); candidates of query q into found[q]. Returns the places of the queries whose guess failed.
+    //
+    // A threshold proven by k rows of the tiles seen so far is low at first, and every row above it costs: k log(n / k)
+    // rows come and go before the last k stand. With `guess`, tiles are visited in a scattered order, so that those
+    // seen are a sample of all, and the threshold is the key of a rank in the sample that the k-th best row of all
+    // will, very probably, not be below: after a share t of the tiles the k t-th and 4.5 standard deviations more. At
+    // the end k rows must reach it, which proves it; where they do not (rows in the order of their clusters are no
+    // fair sample), the query has to be scanned again without a guess.
+    std::vector<int64_t> scan(const Search& s, int64_t from, int64_t to, bool guess, Candidates* found, int worker) {
         const size_t room = static_cast<size_t>(2 * s.k + 64);
         const size_t most = static_cast<size_t>(std::max<int64_t>(4 * s.k + 2048, s.gallery.n / 32));
         for (int64_t q = 0; q < count_; ++q) {
@@ -271,32 +289,44 @@ class ScanBlock {
         uint64_t masks[kScanQueries];
         alignas(64) float keys[kScanQueries * kTile];
         const int64_t padded = static_cast<int64_t>(base_.size());
-        const int64_t tile_bytes = steps_ * 4 * kTile;
+        const int64_t tile_bytes = steps_ * 4 * kTile, tiles = to - from;
         const int64_t parts = static_cast<int64_t>(groups_.size());
         const int64_t share = parts < 8 ? 0 : (tile_bytes / 64 + parts - 1) / parts * 64;  // few: memory is the bound
-        for (int64_t t = from; t < to; ++t) {
-            if ((t & 63) == 0 && !s.control.go(worker)) return;
-            const float* meta = s.shadow.meta + t * kMeta;
-            const uint8_t* tile = s.shadow.tiles + t * tile_bytes;
+        const int64_t stride = guess ? scattered(tiles) : 1;
+        for (int64_t seen = 0, t = 0; seen < tiles; ++seen) {
+            if ((seen & 63) == 0 && !s.control.go(worker)) return {};
+            const double sampled =
+                static_cast<double>(s.k) * static_cast<double>(seen + 1) / static_cast<double>(tiles);
+            rank_ = guess ? std::min(s.k, static_cast<int64_t>(sampled + 4.5 * std::sqrt(sampled)) + 4) : s.k;
+            const float* meta = s.shadow.meta + (from + t) * kMeta;
+            const uint8_t* tile = s.shadow.tiles + (from + t) * tile_bytes;
             const float error = meta[4 * kTile], norm = meta[4 * kTile + 1], half = meta[4 * kTile + 2];
             for (int64_t q = 0; q < padded; ++q)
                 threshold_[static_cast<size_t>(q)] =
                     base_[static_cast<size_t>(q)] - per_error_[static_cast<size_t>(q)] * error -
                     per_norm_[static_cast<size_t>(q)] * norm - per_half_[static_cast<size_t>(q)] * half;
             // The next tile comes to L2 while this one is at work, a few lines with each group of queries.
-            const uint8_t* ahead = tile + tile_bytes;
-            const int64_t more = t + 1 < to ? tile_bytes : 0;
+            const int64_t next = t + stride < tiles ? t + stride : t + stride - tiles;
+            const uint8_t* ahead = s.shadow.tiles + (from + next) * tile_bytes;
+            const uint8_t* const end = seen + 1 < tiles ? ahead + tile_bytes : ahead;
+            if (share > 0)
+                for (int64_t at = 0; at < kMeta; at += 16)
+                    __builtin_prefetch(s.shadow.meta + (from + next) * kMeta + at);
             for (const auto& [start, group] : groups_) {
-                for (int64_t stop = std::min(ahead - tile - tile_bytes + share, more); ahead - tile - tile_bytes < stop;
-                     ahead += 64)
+                for (const uint8_t* stop = std::min(ahead + share, end); ahead < stop; ahead += 64)
                     __builtin_prefetch(ahead, 0, 2);
                 s.kernel.scan(tile, meta, steps_, words_.data() + start * steps_, init_.data() + start,
                               inverse_.data() + start, threshold_.data() + start, group, masks, keys);
                 for (int j = 0; j < group; ++j)
                     if (__builtin_expect(masks[j] != 0, 0))
-                        push(s, start + j, t, meta, masks[j], keys + j * kTile, found[start + j], most);
+                        push(s, start + j, from + t, meta, masks[j], keys + j * kTile, found[start + j], most);
             }
+            t = next;
         }
+        std::vector<int64_t> failed;
+        for (int64_t q = 0; guess && q < count_; ++q)
+            if (usable(q) && !found[q].exhausted && !found[q].proven(s.k)) failed.push_back(q);
+        return failed;
     }
 
   private:
@@ -304,6 +334,13 @@ class ScanBlock {
         double scale, length, error, constant;
         bool usable;
     };
+
+    // A step that visits every one of n places and leaves the visited ones evenly spread: near n / golden ratio.
+    static int64_t scattered(int64_t n) {
+        int64_t step = std::max<int64_t>(1, static_cast<int64_t>(0.6180339887498949 * static_cast<double>(n)));
+        while (std::gcd(step, n) != 1) ++step;
+        return step;
+    }
 
     // The scan's threshold before a tile's own margins, in units of the query's scale, lowered past its rounding.
     void set_base(int64_t q, double tau) {
@@ -317,7 +354,7 @@ class ScanBlock {
     void push(const Search& s, int64_t q, int64_t t, const float* meta, uint64_t mask, const float* keys,
               Candidates& found, size_t most) {
         const Facts& f = facts_[static_cast<size_t>(q)];
-        const int64_t own = s.self_of(first_ + q);
+        const int64_t own = s.self_of(queries_[static_cast<size_t>(q)]);
         for (; mask; mask &= mask - 1) {
             const int r = __builtin_ctzll(mask);
             const int64_t id = t * kTile + r;
@@ -329,7 +366,7 @@ class ScanBlock {
             if (key + margin < found.tau) continue;
             found.rows.push_back({id, key - margin, key + margin});
             if (found.rows.size() < found.room) continue;
-            found.shrink(s.k);
+            found.shrink(rank_);
             // Often enough that the threshold is fresh, since a needless candidate costs more than its share of a pass.
             found.room = found.rows.size() + found.rows.size() / 2 + 32;
             if (found.rows.size() > most) {
@@ -342,7 +379,8 @@ class ScanBlock {
         }
     }
 
-    int64_t first_, count_, steps_;
+    std::vector<int64_t> queries_;
+    int64_t count_, steps_, rank_ = 0;
     std::vector<std::pair<int64_t, int>> groups_;
     std::vector<int32_t> words_, init_;
     std::vector<float> inverse_, base_, per_error_, per_norm_, per_half_, threshold_;
@@ -672,13 +710,26 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
     const int64_t splits = std::max<int64_t>(1, blocks >= threads ? 1 : std::min<int64_t>(tiles / 32, 2 * threads));
     std::vector<Candidates> found(static_cast<size_t>(blocks * splits * block));
     std::vector<uint8_t> through_all(static_cast<size_t>(queries.n), 0);
+    std::atomic<bool> guess{block >= kGuessQueries && tiles / splits >= kGuessTiles};
     bool finished = control.tasks(threads, blocks * splits, [&](int64_t task, int worker) {
         const int64_t b = task / splits, part = task % splits;
-        ScanBlock scan(s, b * block, std::min(block, queries.n - b * block));
-        scan.scan(s, tiles * part / splits, tiles * (part + 1) / splits, found.data() + task * block, worker);
+        const int64_t first = b * block, count = std::min(block, queries.n - first);
+        const int64_t from = tiles * part / splits, to = tiles * (part + 1) / splits;
+        std::vector<int64_t> ids(static_cast<size_t>(count));
+        std::iota(ids.begin(), ids.end(), first);
+        Candidates* const lists = found.data() + task * block;
+        ScanBlock scan(s, ids);
+        const std::vector<int64_t> failed = scan.scan(s, from, to, guess.load(), lists, worker);
+        if (!failed.empty()) {
+            if (static_cast<int64_t>(failed.size()) * 50 > count) guess.store(false);  // no gallery to guess about
+            std::vector<Candidates> again(failed.size());
+            std::vector<int64_t> wanted;
+            for (int64_t q : failed) wanted.push_back(first + q);
+            ScanBlock(s, wanted).scan(s, from, to, false, again.data(), worker);
+            for (size_t i = 0; i < failed.size(); ++i) lists[failed[i]] = std::move(again[i]);
+        }
         if (part == 0)
-            for (int64_t q = 0; q < std::min(block, queries.n - b * block); ++q)
-                through_all[static_cast<size_t>(b * block + q)] = !scan.usable(q);
+            for (int64_t q = 0; q < count; ++q) through_all[static_cast<size_t>(first + q)] = !scan.usable(q);
     });
     if (!finished) return false;
     std::atomic<int64_t> rescored{0};
