@@ -381,7 +381,9 @@ def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(
     kills = redone = 0
     while kills < 20:
         before = {p.name: p.read_bytes() for p in (new / "_fct/done").glob("[0-9]*.json")}
-        _, killed = run(new, random.uniform(0.1, 0.9) * whole)
+        took, killed = run(new, random.uniform(0.1, 0.9) * whole)
+        if not killed:  # the undisturbed run may have met a slow moment, and kills that come too late prove nothing
+            whole = min(whole, took)
         after = {p.name: p.read_bytes() for p in (new / "_fct/done").glob("[0-9]*.json")}
         redone += sum(after.get(name) != data for name, data in before.items())  # a proven shard stays as it is
         begun = log.read_text().split()

@@ -157,6 +157,31 @@ def test_adversaries_never_make_it_wrong(name: str, metric: str, rng: np.random.
             assert counts["exhausted"] == len(q), "expected the fall-back"
 
 
+@pytest.mark.parametrize("order", ["drawn", "best first", "best last", "in clusters", "duplicates"])
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_guessed_thresholds_are_proved_whatever_the_order(order: str, k: int, rng: np.random.Generator) -> None:
+    """Many queries and tiles: thresholds are guessed from a sample, which sorted or clustered rows make unfair."""
+    g = rng.standard_normal((20_000, 16)).astype(np.float32)
+    q = rng.standard_normal((40, 16)).astype(np.float32)
+    if order in ("best first", "best last"):
+        q = (q[:1] + 0.1 * q).astype(np.float32)
+        g = g[np.argsort(g @ q[0])]
+        g = np.ascontiguousarray(g if order == "best last" else g[::-1])
+    elif order == "in clusters":  # all of a query's best rows lie in one or two tiles
+        centres = rng.standard_normal((200, 16)).astype(np.float32)
+        g = np.repeat(centres, 100, axis=0) + np.float32(0.05) * g
+        q = centres[:40] + np.float32(0.05) * q
+    elif order == "duplicates":
+        g = g[rng.integers(0, 50, len(g))]
+    for metric in METRICS:
+        want = ref.topk(q, g, k, metric)
+        for threads in (1, 2):
+            d, i, _ = search(q, g, k, metric, threads=threads)
+            np.testing.assert_allclose(d, want[0], rtol=1.3e-7, atol=1e-13 if metric == "cosine" else 0)
+            same_value = np.abs(d - want[0]) <= np.spacing(np.abs(d))
+            assert ((i == want[1]) | same_value).all()
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_bound_holds_for_every_pair(metric: str, rng: np.random.Generator) -> None:
     """Recomputed here from the packed shadow alone: |<q, x - x'>| <= |q| |x - x'|, with the stored |x - x'|."""
