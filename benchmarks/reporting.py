@@ -209,6 +209,7 @@ PLOTS: dict[str, Any] = {
     "transform rows": _lines("rows", "rows_per_s", "peer", "Transformation: rows a second against batch"),
     "transform inner": _lines("inner", "rows_per_s", "peer", "Transformation: rows a second against inner width"),
     "transform dims": _lines("d", "rows_per_s", "peer", "Transformation: rows a second against dimensions"),
+    "gpu transform": _lines("rows", "rows_per_s", "who", "Transformation on a GPU: rows a second against batch"),
     "topk": _lines("queries", "queries_per_s", "who", "Exact search in 1,000,000 x 128", by="k"),
     "topk k": _lines("k", "ms", "who", "Exact search: 500 queries in 200,000 x 128"),
     "topk gallery": _lines("gallery", "ms", "who", "Exact search: 100 queries, 128 dimensions, k = 10"),

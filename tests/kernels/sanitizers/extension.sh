@@ -9,7 +9,7 @@ python=${PYTHON:-python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cxx=${CXX:-g++}
-"$python" -m pip install -q --no-build-isolation --no-deps --target "$work/site" \
+"$python" -m pip install -q -c "$root/constraints.txt" --no-deps --target "$work/site" \
     -C cmake.define.FCT_SANITIZE=address,undefined -C cmake.define.FCT_CUDA=off -C cmake.build-type=None \
     -C cmake.define.CMAKE_CXX_FLAGS='-O1 -g1' \
     -C build-dir="$work/build" "$root"
