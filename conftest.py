@@ -12,6 +12,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from fct.ops.device import why_no_gpu
 
     why = why_no_gpu("cuda:0")
-    if why:
+    if why:  # these measure silicon; the code that they run is tested on a stand-in by tests/test_gpu_benchmark.py
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no GPU to run on: " + "; ".join(why)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,18 @@ class FakeDevice(Device):
         self.recording: list[Callable[[], bool]] | None = None
 
     driver = "driver fake"
+
+    def install(self, patch: Any, cache: Path) -> None:
+        """Stands in as the GPU of every module that asks for one, with no verdicts from before."""
+        from fct.ops import device, selfproof, streaming, triton
+
+        for module in (triton, streaming, device):
+            patch.setattr(module, "device_of", lambda name: self)
+        for module in (triton, device):
+            patch.setattr(module, "why_no_gpu", lambda name: [])
+        patch.setattr(device, "_lost", set())
+        patch.setattr(selfproof, "_known", {})
+        patch.setenv("FCT_CACHE", str(cache))
 
     # ---- memory ----
     def empty(self, shape: Sequence[int], dtype: str) -> Any:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from fake_device import FakeDevice
 
-from fct.ops import device as device_module
-from fct.ops import selfproof, streaming
+from fct.ops import selfproof
 from fct.ops import triton as backend
 
 ROOT = Path(__file__).parents[1]
@@ -23,13 +22,7 @@ ROOT = Path(__file__).parents[1]
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDevice:
     device = FakeDevice(seed=3)
     device.model = "NVIDIA H100 80GB HBM3"
-    for module in (backend, streaming, device_module):
-        monkeypatch.setattr(module, "device_of", lambda name: device)
-    for module in (backend, device_module):
-        monkeypatch.setattr(module, "why_no_gpu", lambda name: [])
-    monkeypatch.setattr(device_module, "_lost", set())
-    monkeypatch.setattr(selfproof, "_known", {})
-    monkeypatch.setenv("FCT_CACHE", str(tmp_path))
+    device.install(monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return device
 

@@ -44,8 +44,12 @@ def search(monkeypatch: Any, tmp_path: Any) -> CudaSearch:
 
 def sides() -> tuple[Rows, Rows]:
     rng = np.random.default_rng(3)
-    q, g = (rng.integers(-3, 4, (n, 33)).astype(np.float32) for n in (5, 301))
-    return tuple(Rows(torch.from_numpy(x), "float32", None, "cuda:0", "torch") for x in (q, g))  # type: ignore
+
+    def side(n: int) -> Rows:
+        values = rng.integers(-3, 4, (n, 33)).astype(np.float32)
+        return Rows(torch.from_numpy(values), "float32", None, "cuda:0", "torch")
+
+    return side(5), side(301)
 
 
 def same(found: Any, q: Rows, g: Rows) -> None:
@@ -70,3 +74,13 @@ def test_a_search_that_disagrees_is_refused(search: CudaSearch, monkeypatch: Any
     monkeypatch.setenv("FCT_BACKEND", "cuda")
     with pytest.raises(BackendError, match="refused by the self-proof"):
         topk_gpu.topk_gpu(q, g, 9, "l2", "auto", False)
+
+
+def test_a_kernel_compiled_anew_is_proved_anew(search: CudaSearch, monkeypatch: Any) -> None:
+    proofs: list[str] = []
+    monkeypatch.setattr(selfproof, "_run_search", lambda *_: proofs.append("run") or "")
+    for build, runs in (("one", 1), ("one", 1), ("two", 2)):
+        monkeypatch.setattr(selfproof, "_build", lambda build=build: build)
+        monkeypatch.setattr(selfproof, "_known", {})  # another process
+        assert selfproof.prove_search(search, "l2", "bf16", "cuda:0") == ""
+        assert len(proofs) == runs

@@ -25,13 +25,7 @@ from fct.transformation import Transformation
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDevice:
     """A GPU for every module that asks for one."""
     device = FakeDevice(seed=7)
-    for module in (backend, streaming, device_module):
-        monkeypatch.setattr(module, "device_of", lambda name: device)
-    for module in (backend, device_module):
-        monkeypatch.setattr(module, "why_no_gpu", lambda name: [])
-    monkeypatch.setattr(device_module, "_lost", set())
-    monkeypatch.setattr(selfproof, "_known", {})
-    monkeypatch.setenv("FCT_CACHE", str(tmp_path / "cache"))
+    device.install(monkeypatch, tmp_path / "cache")
     return device
 
 

@@ -71,33 +71,59 @@ def error_of(got: Any, want: Any) -> float:
     return float(np.abs(got - want).max() / max(float(np.sqrt((want**2).mean())), 1e-30))
 
 
-def _key(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
+def _build() -> str:
+    """The version and the build: a kernel compiled anew has to prove itself anew."""
     import fct
+    from fct import _C
+
+    extension = os.stat(_C.__file__)
+    return f"{fct.__version__} {extension.st_size} {extension.st_mtime_ns}"
+
+
+def _key(name: str, device: str, what: str) -> str:
     from fct.ops.device import device_of
 
     place = device_of(device)
-    layers = [(name, layer.weight.shape, layer.relu) for name, layer in h.layers()]
-    what = f"{place.model}|{place.driver}|{fct.__version__}|{backend.name}|{precision}|{h.normalise}|{layers}"
-    return f"{backend.name} {precision} {place.model} {hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    whole = f"{place.model}|{place.driver}|{_build()}|{name}|{what}"
+    return f"{name} {place.model} {hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 
 
 def prove(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
     """ "" where the backend agrees with the reference on this device, else what was wrong; the answer is remembered."""
-    key = _key(backend, h, precision, device)
-    return _remembered(key, f"{backend.name} ({precision})", device, lambda: _run(backend, h, precision, device))
+    layers = [(name, layer.weight.shape, layer.relu) for name, layer in h.layers()]
+    key = _key(f"{backend.name} {precision}", device, f"{h.normalise}|{layers}")
+    return _remembered(
+        key,
+        f"{backend.name} ({precision})",
+        device,
+        lambda: _verdict(device, lambda: _run(backend, h, precision, device)),
+    )
 
 
 def prove_search(search: Any, metric: str, kind: str, device: str) -> str:
     """The same for a search over a shadow of ``kind``."""
-    import fct
-    from fct.ops.device import device_of
-
-    place = device_of(device)
-    what = f"{place.model}|{place.driver}|{fct.__version__}|{search.name}|{kind}|{metric}"
-    key = f"{search.name} search {kind} {metric} {place.model} {hashlib.sha256(what.encode()).hexdigest()[:16]}"
+    key = _key(f"{search.name} search {kind} {metric}", device, "")
     return _remembered(
-        key, f"{search.name} search ({kind}, {metric})", device, lambda: _run_search(search, metric, kind, device)
+        key,
+        f"{search.name} search ({kind}, {metric})",
+        device,
+        lambda: _verdict(device, lambda: _run_search(search, metric, kind, device)),
     )
+
+
+def _verdict(device: str, check: Callable[[], str]) -> str:
+    """What ``check`` found; a kernel that does not run is wrong, a device without memory or one that is lost is not."""
+    from fct.ops.device import DeviceLostError, device_of
+
+    try:
+        return check()
+    except DeviceLostError:
+        raise
+    except Exception as error:
+        place = device_of(device)
+        if place.is_out_of_memory(error) or place.is_lost(error):
+            raise
+        return f"it does not run: {type(error).__name__}: {error}"
 
 
 def _remembered(key: str, what: str, device: str, run: Callable[[], str]) -> str:
@@ -118,71 +144,57 @@ def _remembered(key: str, what: str, device: str, run: Callable[[], str]) -> str
 
 
 def _run_search(search: Any, metric: str, kind: str, device: str) -> str:
-    from fct.ops.device import DeviceLostError, device_of
+    from fct.ops.device import device_of
 
     place = device_of(device)
     rng = np.random.default_rng(0)
-    try:
-        for n_queries, n, d, k in SEARCHES:
-            # Small whole numbers: many ties, and every l2 or ip score exact, so that the rows must be the same.
-            for whole in (True, False):
-                sides = [rng.integers(-3, 4, (m, d)) if whole else rng.standard_normal((m, d)) for m in (n_queries, n)]
-                q, g = (side.astype(np.float32) for side in sides)
-                on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
-                found = search.search(on_q, search.prepare(on_g, metric, kind), k)
-                got, rows = (place.download(x) for x in found)
-                scores = ref.scores(q, g, metric).astype(np.float32)
-                want, want_rows = ref.topk(q, g, k, metric)
-                where = f"{n_queries} queries, {n} rows of {d}, k {k}"
-                if ((rows < 0) | (rows >= n)).any() or (np.diff(np.sort(rows, axis=1), axis=1) == 0).any():
-                    return f"{where}: expected distinct rows of the gallery"
-                if whole and metric != "cosine" and not (rows == want_rows).all():
-                    return f"{where}: other rows than the reference's, or ties in another order"
-                for values in (got, np.take_along_axis(scores, rows, axis=1)):
-                    if not np.allclose(values, want, rtol=1e-6, atol=1e-6):
-                        return f"{where}: scores off by up to {np.abs(values - want).max():.3g}"
-    except DeviceLostError:
-        raise
-    except Exception as error:
-        if place.is_out_of_memory(error) or place.is_lost(error):
-            raise
-        return f"it does not run: {type(error).__name__}: {error}"
+    for n_queries, n, d, k in SEARCHES:
+        # Small whole numbers: many ties, and every l2 or ip score exact, so that the rows must be the same.
+        for whole in (True, False):
+            sides = [rng.integers(-3, 4, (m, d)) if whole else rng.standard_normal((m, d)) for m in (n_queries, n)]
+            q, g = (side.astype(np.float32) for side in sides)
+            on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
+            found = search.search(on_q, search.prepare(on_g, metric, kind), k)
+            got, rows = (place.download(x) for x in found)
+            scores = ref.scores(q, g, metric).astype(np.float32)
+            want, want_rows = ref.topk(q, g, k, metric)
+            where = f"{n_queries} queries, {n} rows of {d}, k {k}"
+            if ((rows < 0) | (rows >= n)).any() or (np.diff(np.sort(rows, axis=1), axis=1) == 0).any():
+                return f"{where}: expected distinct rows of the gallery"
+            if whole and metric != "cosine" and not (rows == want_rows).all():
+                return f"{where}: other rows than the reference's, or ties in another order"
+            for values in (got, np.take_along_axis(scores, rows, axis=1)):
+                if not np.allclose(values, want, rtol=1e-6, atol=1e-6):
+                    return f"{where}: scores off by up to {np.abs(values - want).max():.3g}"
     return ""
 
 
 def _run(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
-    from fct.ops.device import DeviceLostError, device_of
+    from fct.ops.device import device_of
     from fct.ops.dispatch import packed
 
     place = device_of(device)
     rng = np.random.default_rng(0)
-    try:
-        weights = packed(backend, h, precision, device)
-        for n in ROWS:
-            old = _sample(rng, h, "old.0", n, h.d_old)
-            side = _sample(rng, h, "side.0", n, h.d_side) if h.uses_side_info else old
-            out = place.empty((n + 2, h.d_new), "float32")
-            out.fill_(float("nan"))
-            on_old, on_side, on_out = (
-                Rows(x, "float32", None, device, "torch") for x in (place.upload(old), place.upload(side), out[1:-1])
+    weights = packed(backend, h, precision, device)
+    for n in ROWS:
+        old = _sample(rng, h, "old.0", n, h.d_old)
+        side = _sample(rng, h, "side.0", n, h.d_side) if h.uses_side_info else old
+        out = place.empty((n + 2, h.d_new), "float32")
+        out.fill_(float("nan"))
+        on_old, on_side, on_out = (
+            Rows(x, "float32", None, device, "torch") for x in (place.upload(old), place.upload(side), out[1:-1])
+        )
+        backend.run(weights, on_old, on_side, on_out, threads=1)
+        got = place.download(out)
+        if np.isfinite(got[[0, -1]]).any():
+            return f"it wrote outside its {n} rows"
+        want = ref.transform(old, side, h)
+        off = deviation(got[1:-1], want, old, side, h, precision, backend.name)
+        if not off <= SIGMAS:
+            return (
+                f"{n} rows are off by {error_of(got[1:-1], want):.3g} of the output's size, {off:.3g} standard "
+                f"deviations of what rounding explains, expected at most {SIGMAS:.0f}"
             )
-            backend.run(weights, on_old, on_side, on_out, threads=1)
-            got = place.download(out)
-            if np.isfinite(got[[0, -1]]).any():
-                return f"it wrote outside its {n} rows"
-            want = ref.transform(old, side, h)
-            off = deviation(got[1:-1], want, old, side, h, precision, backend.name)
-            if not off <= SIGMAS:
-                return (
-                    f"{n} rows are off by {error_of(got[1:-1], want):.3g} of the output's size, {off:.3g} standard "
-                    f"deviations of what rounding explains, expected at most {SIGMAS:.0f}"
-                )
-    except DeviceLostError:
-        raise
-    except Exception as error:
-        if place.is_out_of_memory(error) or place.is_lost(error):
-            raise
-        return f"it does not run: {type(error).__name__}: {error}"
     return ""
 
 
