@@ -1,5 +1,6 @@
 # fct with its CUDA kernels. Build: docker build -t fct .   Run: docker run --gpus all fct info
-# The compiler stays in the first stage; the second needs no CUDA toolkit, only torch's own CUDA libraries and a driver.
+# The CUDA toolkit stays in the first stage; the second has torch's own CUDA libraries, and the C compiler and Python
+# headers with which Triton builds its launcher when its first kernel runs. The driver comes from the host.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3-dev python3-pip python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -8,10 +9,10 @@ COPY . .
 RUN python3 -m venv /venv && FCT_CUDA=on /venv/bin/pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ubuntu:24.04
-RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv libgomp1 \
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /wheels /wheels
 RUN python3 -m venv /venv && /venv/bin/pip install --no-cache-dir /wheels/*.whl && rm -r /wheels
-ENV PATH=/venv/bin:$PATH
+ENV PATH=/venv/bin:$PATH NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ENTRYPOINT ["fct"]
 CMD ["info"]
