@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,7 @@ class Unwell:
     def __init__(self, store: Any) -> None:
         self.store, self.lock = store, threading.Lock()
         self.requests = self.failed = 0
+        self.ended = threading.Event()
         self.mode: Callable[[int], str] = lambda request: "well"
 
     def __call__(self, environ: dict[str, Any], start: Any) -> Any:
@@ -125,6 +127,9 @@ class Unwell:
             self.failed += how != "well"
         if how == "late":
             threading.Event().wait(1.2)  # longer than the client waits
+        if how == "never" or (how == "takes nothing" and environ["REQUEST_METHOD"] == "PUT"):
+            self.ended.wait()
+            raise ConnectionAbortedError
         if how in ("500", "503"):
             length = int(environ.get("CONTENT_LENGTH") or 0)
             environ["wsgi.input"].read(length)
@@ -161,6 +166,7 @@ def unwell(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Unwell, dict[str, 
     moto_api_backend.reset()  # what another test left in the same process
     s3fs.S3FileSystem(**options).makedirs("unwell", exist_ok=True)
     yield application, options
+    application.ended.set()
     server.shutdown()
     thread.join()
 
@@ -224,6 +230,54 @@ def test_a_store_that_fails_for_good(
     report = fct.backfill(source, "s3://unwell/new", h, storage_options=options, **QUICK)
     assert report.shards_kept >= 2
     assert report.rows_out == 1500
+    assert fct.verify_gallery("s3://unwell/new", storage_options=options).ok
+
+
+@pytest.mark.parametrize("when", ["opening", "reading", "writing"])
+def test_a_store_that_never_answers(
+    when: str, gallery: Make, h: fct.Transformation, unwell: tuple[Unwell, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """It takes every request and is silent; the client itself would wait for minutes."""
+    import s3fs
+
+    from fct.gallery.location import Location, StoreError
+    from fct.gallery.parquet import ParquetSource
+
+    application, options = unwell
+    options = {k: v for k, v in options.items() if k != "config_kwargs"}
+    source = gallery(1500)
+    s3fs.S3FileSystem(**options).put(str(source) + "/", "unwell/old/", recursive=True)
+    how = {**QUICK, "storage_options": options}
+
+    def hang(method: Any, at: int) -> Any:
+        calls: list[int] = []
+
+        def hanging(self: Any, *arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                application.mode = lambda request: "never" if when == "reading" else "takes nothing"
+            return method(self, *arguments)
+
+        return hanging
+
+    if when == "opening":
+        application.mode = lambda request: "never"
+    elif when == "reading":
+        monkeypatch.setattr(ParquetSource, "read_file", hang(ParquetSource.read_file, 4))
+    else:
+        monkeypatch.setattr(Location, "publish", hang(Location.publish, 3))
+    start = time.perf_counter()
+    with pytest.raises(
+        (BackfillError, StoreError), match=r"s3://unwell/.*no answer within 0\.\d+ s \(tried twice\)"
+    ) as info:
+        fct.backfill("s3://unwell/old", "s3://unwell/new", h, retries=1, timeout=0.4, **how)
+    assert time.perf_counter() - start < 8
+    assert (when == "writing") == ("what is done is kept, start again" in str(info.value))
+    assert when != "opening" or "looking at s3://unwell/old" in str(info.value)
+    application.mode = lambda request: "well"
+    report = fct.backfill("s3://unwell/old", "s3://unwell/new", h, **how)
+    assert (report.rows_out, report.shards_kept > 0) == (1500, when != "opening")
     assert fct.verify_gallery("s3://unwell/new", storage_options=options).ok
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fct
-from fct.gallery.location import location_of, with_retries
+from fct.gallery.location import StoreError, location_of, with_retries
 from tests.backfilling.conftest import QUICK, contents
 
 pytest.importorskip("s3fs")
@@ -83,7 +83,7 @@ def test_retries_end_and_final_errors_are_not_retried() -> None:
         calls.append(1)
         raise OSError("reset")
 
-    with pytest.raises(OSError, match="reset"):
+    with pytest.raises(StoreError, match=r"x: reset \(tried 3 times\)"):
         with_retries(failing, "x", retries=2, first_wait=0.001)
     assert len(calls) == 3
 

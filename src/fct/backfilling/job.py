@@ -10,14 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from fct.errors import FctError
 from fct.files import checksum_bytes
 from fct.gallery.base import Output, Piece, Shard
-from fct.gallery.location import Location
+from fct.gallery.location import Location, Patience
 from fct.spaces import EmbeddingSpace
 
 __all__ = [
@@ -334,6 +334,7 @@ class Journal:
     @contextlib.contextmanager
     def _heartbeat(self, renew: float = 10.0, stale: float = 60.0) -> Iterator[None]:
         place = self.root / "lock"
+        hasty = replace(place, patience=Patience(0, min(renew, place.patience.timeout)))
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             holder = json.loads(place.read_bytes())
             if time.time() - holder["time"] < stale and holder["who"] != _me():
@@ -346,7 +347,7 @@ class Journal:
         def beat() -> None:
             while not stop.wait(renew):
                 with contextlib.suppress(Exception):  # the next beat tries again; shards are safe without
-                    place.write_bytes(json.dumps({"who": _me(), "time": time.time()}).encode())
+                    hasty.write_bytes(json.dumps({"who": _me(), "time": time.time()}).encode())
 
         place.write_bytes(json.dumps({"who": _me(), "time": time.time()}).encode())
         thread = threading.Thread(target=beat, name="fct-lock", daemon=True)
@@ -357,7 +358,7 @@ class Journal:
             stop.set()
             thread.join()
             with contextlib.suppress(Exception):  # a store that is down: the lock goes stale, the first error stands
-                place.remove()
+                hasty.remove()
 
 
 def _me() -> str:

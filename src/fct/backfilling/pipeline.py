@@ -28,16 +28,17 @@ from fct.arrays import nonfinite_rows, rows_of
 from fct.backfilling.job import BackfillError, Job, Journal, Marker
 from fct.files import checksum_file
 from fct.gallery.base import JOB_KEY, VECTOR_KEY, Destination, Output, Shard, Source
-from fct.gallery.location import with_retries
+from fct.gallery.location import Patience, StoreError
 from fct.gallery.raw import ROW
 from fct.gallery.spaces import SPACE_KEY, with_space
 from fct.gallery.vectors import VectorBlock, column_type, rebatch, vector_array, vector_block
 from fct.transform import transform_batch
 from fct.transformation import Transformation
 
-__all__ = ["RowMapper", "ShardPipeline", "ShardReader", "output_schema"]
+__all__ = ["BATCH_BYTES", "RowMapper", "ShardPipeline", "ShardReader", "output_schema"]
 
-_AHEAD = 2  # batches waiting before each stage
+BATCH_BYTES = 64 << 20  # what a batch takes at default settings
+_AHEAD = 1  # batches waiting before each stage: they are large, since the kernel is undisturbed only inside one
 
 
 def output_schema(job: Job, schema: pa.Schema) -> pa.Schema:
@@ -176,11 +177,9 @@ class ShardReader:
         job: Job,
         source: Source,
         side: Source | None,
-        *,
-        retries: int = 0,
-        say: Callable[[str], None] | None = None,
+        patience: Patience | None = None,
     ) -> None:
-        self.job, self.source, self.side, self.retries, self.say = job, source, side, retries, say
+        self.job, self.source, self.side, self.patience = job, source, side, patience or Patience()
         self._starts = np.cumsum([0] + [p.rows for p in job.side_pieces])
 
     def batches(self, shard: Shard) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch | None]]:
@@ -203,7 +202,6 @@ class ShardReader:
     def _rows(self, source: Source, pieces: Any, piece: int, start: int, rows: int) -> Iterator[pa.RecordBatch]:
         """The rows, going on where it broke off after an error that may pass."""
         done = 0
-        attempts = self.retries if source.transient else 0
         batches: Iterator[pa.RecordBatch] | None = None
 
         def step() -> pa.RecordBatch | None:
@@ -216,7 +214,7 @@ class ShardReader:
                 raise
 
         while done < rows:
-            batch = with_retries(step, f"reading {source.url}", retries=attempts, say=self.say)
+            batch = self.patience.ask(step, f"reading {source.url}", moves=BATCH_BYTES) if source.transient else step()
             if batch is None:
                 raise BackfillError(f"source: {pieces[piece].name} ended {rows - done} rows early")
             done += batch.num_rows
@@ -244,19 +242,19 @@ class ShardPipeline:
         *,
         threads: int | None = None,
         device: str = "cpu",
-        retries: int = 6,
-        say: Callable[[str], None] | None = None,
+        patience: Patience | None = None,
         on_rows: Callable[[int], None] | None = None,
     ) -> None:
         self.job, self.destination, self.journal = job, destination, journal
         self.mapper = RowMapper(job, source.schema, h, threads=threads, device=device)
-        self.retries, self.say, self.on_rows = retries, say, on_rows
+        self.on_rows = on_rows
+        self._down: StoreError | None = None  # a store that is down is asked once for all shards under way
         if journal.root.is_local:
             self.scratch = journal.root.local / "parts" / uuid.uuid4().hex
             self.scratch.mkdir(parents=True)
         else:
             self.scratch = Path(tempfile.mkdtemp(prefix="fct-"))
-        self.reader = ShardReader(job, source, side, retries=retries, say=say)
+        self.reader = ShardReader(job, source, side, patience)
         self._queues: list[queue.Queue[Any]] = [queue.Queue(size) for size in (1, _AHEAD, _AHEAD, 1)]
         stages = (self._read_all, self._map_all, self._write_all, self._publish_all)
         self._threads = [threading.Thread(target=s, name=f"fct{s.__name__}", daemon=True) for s in stages]
@@ -280,12 +278,14 @@ class ShardPipeline:
         while (work := self._queues[0].get()) is not _END:
             self._queues[1].put(work)
             try:
+                if self._down is not None:
+                    raise self._down
                 for item in self.reader.batches(work.shard):
                     if work.done.done():
                         break
                     self._queues[1].put(item)
             except BaseException as error:
-                work.fail(error)
+                self._failed(work, error)
             self._queues[1].put(None)
         self._queues[1].put(_END)
 
@@ -349,9 +349,16 @@ class ShardPipeline:
         while (item := self._queues[3].get()) is not _END:
             work, files, extra = item
             try:
+                if self._down is not None:
+                    raise self._down
                 work.done.set_result(self._publish(work, files, extra))
             except BaseException as error:
-                work.fail(_plainer(error, self.destination.url))
+                self._failed(work, error, self.destination.url)
+
+    def _failed(self, work: _Work, error: BaseException, url: str = "") -> None:
+        if isinstance(error, StoreError):
+            self._down = error
+        work.fail(_plainer(error, url) if url else error)
 
     def _publish(self, work: _Work, files: dict[str, Path], extra: Any) -> Marker:
         rejected = None
@@ -374,14 +381,13 @@ class ShardPipeline:
             self.job.backend,
             extra,
         )
-        with_retries(lambda: self.journal.mark(marker), "marking", retries=self.retries, say=self.say)
+        self.journal.mark(marker)
         return marker
 
     def _put(self, path: Path, name: str) -> Output:
         with open(path, "rb", buffering=0) as file:
             output = Output(name, os.fstat(file.fileno()).st_size, checksum_file(file))
-        place = self.journal.place(output)
-        with_retries(lambda: place.publish(path), f"writing {place}", retries=self.retries, say=self.say)
+        self.journal.place(output).publish(path)
         return output
 
 

@@ -16,13 +16,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fct import _C
 from fct.backfilling.job import BackfillError, Job, Journal
-from fct.backfilling.pipeline import RowMapper, ShardReader
+from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
 from fct.errors import FctError, SpaceMismatchError
 from fct.files import checksum_file
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
 from fct.gallery.base import VECTOR_KEY, Destination, Shard, rows_at
 from fct.gallery.files import FileDestination
+from fct.gallery.location import Patience
 from fct.gallery.spaces import SIDE_FILE
 from fct.gallery.stores import FORMATS
 from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_type
@@ -34,7 +35,6 @@ __all__ = ["BackfillPlan", "Resolved", "plan_backfill", "resolve"]
 _OLD_NAMES = ("old", "vector", "embedding", "emb", "features")
 _SIDE_NAMES = ("side", "side_info", "side_information")
 _SHARD_BYTES = 128 << 20
-_BATCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Resolved:
     journal: Journal
     h: Transformation
     device: str
+    patience: Patience
 
 
 def load_transformation(transformation: Any) -> Transformation:
@@ -173,10 +174,13 @@ def resolve(
     batch_rows: int | None = None,
     filesystem: Any = None,
     storage_options: Mapping[str, Any] | None = None,
+    retries: int = 6,
+    timeout: float = 60.0,
 ) -> Resolved:
     """Opens everything and settles every "auto"; raises for what can never run. See :func:`plan_backfill`."""
     h = load_transformation(transformation)
-    access: dict[str, Any] = {"filesystem": filesystem, "storage_options": storage_options}
+    patience = Patience(retries, timeout)
+    access: dict[str, Any] = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
     reader = open_source(source, **access)
     schema = reader.schema
     vector = _pick_column(schema, vector_column, _OLD_NAMES, "vector_column")
@@ -220,7 +224,7 @@ def resolve(
         destination if isinstance(destination, Destination) else location_of(destination, name="destination", **access)
     )
     writer = open_destination(where, form, storage_options=storage_options)
-    place = where if isinstance(where, Location) else location_of(writer.url, storage_options=storage_options)
+    place = where if isinstance(where, Location) else location_of(writer.url, **{**access, "filesystem": None})
     if isinstance(where, Location) and _same(where, reader):
         raise ValueError("destination: expected another place than the source, which is never written to")
     journal = Journal(journal_location(place, form), place)
@@ -271,9 +275,9 @@ def resolve(
         binary_dtype=binary_dtype,
         scale=scale,
         shard_rows=_positive(shard_rows, "shard_rows") or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
-        batch_rows=_positive(batch_rows, "batch_rows") or max(256, 1 << int(np.log2(_BATCH_BYTES / width))),
+        batch_rows=_positive(batch_rows, "batch_rows") or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
     )
-    return Resolved(job, reader, side, writer, journal, h, device)
+    return Resolved(job, reader, side, writer, journal, h, device, patience)
 
 
 def _positive(value: int | None, name: str) -> int | None:
@@ -344,7 +348,7 @@ def plan_backfill(
         threads: CPU threads.
         options: side_source, vector_column, side_column, id_column, keep_side_info, old_model, format,
             vector_format, dtype, binary_dtype, scale, precision, backend, device, shard_rows, batch_rows, filesystem,
-            storage_options; see docs/backfill.md.
+            storage_options, retries, timeout; see docs/backfill.md.
 
     Returns:
         BackfillPlan; ``refusals`` holds every reason why the backfill would not run.

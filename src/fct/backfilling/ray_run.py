@@ -26,7 +26,7 @@ _PER_ACTOR = 3  # shards handed to an actor at once: it reads one ahead and writ
 class _Worker:
     """What an actor is: a pipeline, fed shard by shard from several calls at once."""
 
-    def __init__(self, found: Resolved, job: Job, threads: int, retries: int) -> None:
+    def __init__(self, found: Resolved, job: Job, threads: int) -> None:
         self._pipeline = ShardPipeline(
             job,
             found.source,
@@ -36,7 +36,7 @@ class _Worker:
             found.h,
             threads=threads,
             device=found.device,
-            retries=retries,
+            patience=found.patience,
         )
 
     def ready(self) -> bool:
@@ -54,7 +54,6 @@ def run_on_ray(
     address: str,
     cpus: int,
     threads: int | None,
-    retries: int,
     bar: Bar,
 ) -> Iterator[Marker]:
     """Yields the marker of each shard as it is done. Raises what a shard raised; lost workers are replaced."""
@@ -85,7 +84,7 @@ def run_on_ray(
     lost = 0
 
     def start() -> None:
-        actor = make.remote(kept, job, threads or cpus, retries)
+        actor = make.remote(kept, job, threads or cpus)
         waiting[actor.ready.remote()] = actor
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -58,7 +59,6 @@ def backfill(
     ray: str | None = None,
     ray_cpus: int = 1,
     threads: int | None = None,
-    retries: int = 6,
     trust_sizes: bool = False,
     progress: bool = True,
     **options: Any,
@@ -71,7 +71,6 @@ def backfill(
         max_rejects: stop once more rows than this were rejected; None for no limit.
         ray: None to run here; "auto" for the running Ray cluster, or its address. ray_cpus: CPUs of each actor.
         threads: CPU threads of the kernel (of each actor); by default all (``ray_cpus``).
-        retries: further attempts, with back-off, where a network may have failed for a while.
         trust_sizes: on a restart believe files that have the right size, without reading them for their checksums.
         progress: show a bar on stderr.
 
@@ -117,10 +116,10 @@ def backfill(
                 from fct.backfilling.ray_run import run_on_ray
 
                 done: Iterable[Marker] = run_on_ray(
-                    found, job, todo, address=ray, cpus=ray_cpus, threads=threads, retries=retries, bar=bar
+                    found, job, todo, address=ray, cpus=ray_cpus, threads=threads, bar=bar
                 )
             else:
-                done = _run_here(found, job, todo, threads=threads, retries=retries, bar=bar)
+                done = _run_here(found, job, todo, threads=threads, bar=bar)
             for marker in done:
                 markers[marker.shard] = marker
                 rejects += marker.rejects
@@ -245,9 +244,7 @@ def _check_rejects(rejects: int, limit: int | None, journal: Journal) -> None:
         )
 
 
-def _run_here(
-    found: Resolved, job: Job, todo: list[Shard], *, threads: int | None, retries: int, bar: Bar
-) -> Iterator[Marker]:
+def _run_here(found: Resolved, job: Job, todo: list[Shard], *, threads: int | None, bar: Bar) -> Iterator[Marker]:
     pipeline = ShardPipeline(
         job,
         found.source,
@@ -257,8 +254,7 @@ def _run_here(
         found.h,
         threads=threads,
         device=found.device,
-        retries=retries,
-        say=bar.say,
+        patience=found.patience,
         on_rows=bar.advance,
     )
     under_way: set[Future[Marker]] = set()
@@ -337,6 +333,17 @@ class Bar:
         return tracked
 
 
+class _Above(logging.Handler):
+    """Shows what the galleries log above the bar."""
+
+    def __init__(self, bar: Bar) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.bar.say(record.getMessage())
+
+
 @contextmanager
 def _bar(show: bool) -> Iterator[Bar]:
     if not show:
@@ -362,4 +369,10 @@ def _bar(show: bool) -> Iterator[Bar]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as progress:
-        yield Bar(progress)
+        bar = Bar(progress)
+        above, log = _Above(bar), logging.getLogger("fct.gallery")
+        log.addHandler(above)
+        try:
+            yield bar
+        finally:
+            log.removeHandler(above)

@@ -18,6 +18,7 @@ from fct.backfilling.plan import load_transformation
 from fct.errors import FctError
 from fct.gallery import journal_location, location_of, open_source
 from fct.gallery.base import rows_at
+from fct.gallery.location import Patience
 from fct.gallery.vectors import vector_block
 from fct.transformation import Transformation
 
@@ -71,6 +72,8 @@ def verify_gallery(
     seed: int = 0,
     filesystem: Any = None,
     storage_options: Mapping[str, Any] | None = None,
+    retries: int = 6,
+    timeout: float = 60.0,
 ) -> VerifyReport:
     """Checks a finished backfill: nothing missing, nothing twice, nothing changed, one space, right values.
 
@@ -79,7 +82,8 @@ def verify_gallery(
         source, side_source: the old gallery for the spot check; by default where the job says it was.
         transformation: h for the spot check; by default the copy in the gallery's ``_fct`` folder.
         spot_check: how many rows are mapped again by the float64 reference; 0 for none.
-        seed: of the choice of rows. filesystem, storage_options: as :func:`fct.plan_backfill` has them.
+        seed: of the choice of rows. filesystem, storage_options, retries, timeout: as :func:`fct.plan_backfill` has
+            them.
 
     Returns:
         VerifyReport with every problem found, each in a sentence.
@@ -96,7 +100,11 @@ def verify_gallery(
         >>> fct.verify_gallery(folder + "-new").ok
         True
     """
-    access: dict[str, Any] = {"filesystem": filesystem, "storage_options": storage_options}
+    access: dict[str, Any] = {
+        "filesystem": filesystem,
+        "storage_options": storage_options,
+        "patience": Patience(retries, timeout),
+    }
     journal, job = gallery_journal(path, **access)
     problems: list[str] = []
     manifest = journal.manifest()

@@ -29,6 +29,8 @@ _MinGap = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below 
 _MinRecall = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this recall@10.")]
 _ShardRows = Annotated[int | None, typer.Option(help="Rows of a shard; by default about 128 MB.")]
 _BatchRows = Annotated[int | None, typer.Option(help="Rows in flight at once; by default about 16 MB.")]
+_Retries = Annotated[int, typer.Option(help="Further attempts, with back-off, where a store may have failed.")]
+_Timeout = Annotated[float, typer.Option(help="Seconds to wait for a store's answer, and 1 more per MB moved.")]
 _KeepSide = Annotated[bool, typer.Option("--keep-side-info", help="Keep the side-information column.")]
 
 
@@ -57,6 +59,8 @@ def plan(
     workers: Annotated[int, typer.Option(help="Machines like this one, for the prediction.")] = 1,
     price_per_hour: Annotated[float | None, typer.Option(help="Of one machine, for the cost.")] = None,
     threshold: Annotated[float | None, typer.Option(help="A score threshold of the old space, to be mapped.")] = None,
+    retries: _Retries = 6,
+    timeout: _Timeout = 60.0,
 ) -> None:
     """Say what a backfill would do, how long it takes and what it would refuse. The destination is not touched.
 
@@ -87,6 +91,8 @@ def plan(
         keep_side_info=keep_side_info,
         workers=workers,
         price_per_hour=price_per_hour,
+        retries=retries,
+        timeout=timeout,
     )
     _show_plan(found, threshold)
     if found.gate_refusals:
@@ -165,7 +171,8 @@ def backfill(
     max_rejects: Annotated[int | None, typer.Option(help="Stop once more rows than this were rejected.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on Ray: auto, local, or a cluster's address.")] = None,
     ray_cpus: Annotated[int, typer.Option(help="CPUs of each Ray worker.")] = 1,
-    retries: Annotated[int, typer.Option(help="Further attempts where a network may have failed.")] = 6,
+    retries: _Retries = 6,
+    timeout: _Timeout = 60.0,
     trust_sizes: Annotated[bool, typer.Option(help="On a restart, believe sizes without reading checksums.")] = False,
     faiss: Annotated[
         str | None, typer.Option(help="Build a FAISS index of the new gallery: Flat, IVF4096,PQ32.")
@@ -207,6 +214,7 @@ def backfill(
             ray=ray,
             ray_cpus=ray_cpus,
             retries=retries,
+            timeout=timeout,
             trust_sizes=trust_sizes,
             progress=progress,
         )
@@ -236,6 +244,8 @@ def verify(
     side_source: _Side = None,
     transformation: Annotated[str | None, typer.Option("--transformation", "-t", help="h; else the copy.")] = None,
     spot_check: Annotated[int, typer.Option(help="Rows to map again by the float64 reference.")] = 256,
+    retries: _Retries = 6,
+    timeout: _Timeout = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a new gallery: every row there once, checksums, spaces, spot checks. Exit code 1 on any problem.
@@ -249,7 +259,13 @@ def verify(
     from fct.backfilling.verify import verify_gallery
 
     report = verify_gallery(
-        gallery, source=source, side_source=side_source, transformation=transformation, spot_check=spot_check
+        gallery,
+        source=source,
+        side_source=side_source,
+        transformation=transformation,
+        spot_check=spot_check,
+        retries=retries,
+        timeout=timeout,
     )
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=1))

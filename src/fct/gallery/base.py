@@ -61,7 +61,7 @@ class Source(ABC):
     """Where stored rows come from. Implementations are picklable, so that Ray workers can open them too."""
 
     kind: ClassVar[str]
-    transient: ClassVar[bool] = False  # whether reading may fail for a while (networks) and is worth another try
+    transient: ClassVar[bool] = False  # whether :meth:`read` may fail for a while and is worth another try from outside
 
     @property
     @abstractmethod

@@ -31,20 +31,19 @@ def find_files(where: Location) -> list[Location]:
     Names and folders that start with ``_`` or ``.`` are not data; neither are side files.
     """
     if any(c in where.path for c in "*?["):
-        paths = [p for p in where.fs.glob(where.path) if not where.fs.isdir(p)]
+        files = where.find()
         root = where.path[: re.search(r"[*?[]", where.path).start()].rpartition("/")[0]  # type: ignore[union-attr]
     elif where.is_folder():
-        paths, root = where.fs.find(where.path), where.path.rstrip("/")
+        files, root = where.find(), where.path.rstrip("/")
     elif where.exists():
         return [where]
     else:
         raise FileNotFoundError(f"source: expected a gallery, found nothing at {where}")
     found = []
-    for path in paths:
-        path = str(path)
-        parts = path[len(root) :].strip("/").split("/")
-        if not any(p.startswith(("_", ".")) for p in parts) and not path.endswith(".json"):
-            found.append(Location(where.fs, path))
+    for file in files:
+        parts = file.path[len(root) :].strip("/").split("/")
+        if not any(p.startswith(("_", ".")) for p in parts) and not file.path.endswith(".json"):
+            found.append(file)
     if not found:
         raise FileNotFoundError(f"source: expected a gallery, found no data files at {where}")
     return sorted(found, key=lambda f: natural(f.path))
@@ -57,7 +56,6 @@ class FileSource(Source):
 
     def __init__(self, where: Location, files: Sequence[Location]) -> None:
         self.where = where
-        self.transient = not where.is_local  # type: ignore[misc]
         self._files = list(files)
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
+import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +20,15 @@ from fsspec.implementations.local import LocalFileSystem
 from fct.errors import FctError
 from fct.files import checksum_file, write_bytes
 
-__all__ = ["Location", "Version", "location_of", "with_retries"]
+__all__ = ["Location", "Patience", "StoreError", "Version", "location_of", "with_retries"]
 
 T = TypeVar("T")
+_log = logging.getLogger("fct.gallery")
 _BLOCK = 8 << 20
+_BYTES_PER_SECOND = 1e6  # a request that moves many bytes gets a second more for each of these
 # Waiting longer does not make these go away; nor a full or read-only disk.
 _FINAL = (FctError, FileNotFoundError, PermissionError, IsADirectoryError, TypeError, ValueError, MemoryError)
+_REFUSED = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -34,12 +40,42 @@ class Version:
     stamp: str
 
 
+class StoreError(FctError, OSError):
+    """A store kept failing, or did not answer, for as long as it was to be waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How a store over a network is waited for; a disk of this machine is not.
+
+    retries: further attempts, after 0.5, 1, 2, ... up to 60 s. timeout: seconds until a request counts as failed,
+    and one more for each megabyte that it moves.
+    """
+
+    retries: int = 6
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
+            raise ValueError(f"retries: expected a number of further attempts, got {self.retries!r}")
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout!r}")
+
+    def ask(self, do: Callable[[], T], what: str, *, moves: int = 0) -> T:
+        """``do()`` with these retries; moves: bytes."""
+        return with_retries(do, what, retries=self.retries, timeout=self.timeout + moves / _BYTES_PER_SECOND)
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
-    """``path`` on ``fs``. Cheap to make, picklable, compares by value."""
+    """``path`` on ``fs``. Cheap to make, picklable, compares by value.
+
+    What goes over a network is tried again as ``patience`` says, and then raises :class:`StoreError`.
+    """
 
     fs: Any
     path: str
+    patience: Patience = Patience()
 
     @property
     def is_local(self) -> bool:
@@ -55,48 +91,64 @@ class Location:
             raise ValueError(f"path: expected a local path, got {self}")
         return Path(self.path)
 
+    def at(self, path: str) -> Location:
+        """Another path in the same place."""
+        return replace(self, path=path)
+
     def __truediv__(self, name: str) -> Location:
-        return Location(self.fs, f"{self.path.rstrip('/')}/{name}")
+        return self.at(f"{self.path.rstrip('/')}/{name}")
 
     @property
     def parent(self) -> Location:
-        return Location(self.fs, self.path.rstrip("/").rpartition("/")[0])
+        return self.at(self.path.rstrip("/").rpartition("/")[0])
 
     def __str__(self) -> str:
         return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
 
     # ---- looking ----
-    def _fresh(self) -> None:
-        if not self.is_local:
+    def _ask(self, what: str, do: Callable[[], T], *, moves: int = 0) -> T:
+        return do() if self.is_local else self.patience.ask(do, f"{what} {self}", moves=moves)
+
+    def _look(self, do: Callable[[], T]) -> T:
+        def fresh() -> T:
             self.fs.invalidate_cache()
+            return do()
+
+        return do() if self.is_local else self._ask("looking at", fresh)
 
     def exists(self) -> bool:
-        self._fresh()
-        return bool(self.fs.exists(self.path))
+        return bool(self._look(lambda: self.fs.exists(self.path)))
 
     def is_folder(self) -> bool:
-        self._fresh()
-        return bool(self.fs.isdir(self.path))
+        return bool(self._look(lambda: self.fs.isdir(self.path)))
 
     def version(self) -> Version:
         """Raises FileNotFoundError when there is no such file."""
         if self.is_local:
             state = os.stat(self.path)
             return Version(state.st_size, str(state.st_mtime_ns))
-        self._fresh()
-        info = self.fs.info(self.path)
+        info = self._look(lambda: self.fs.info(self.path))
         known = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created")
         stamp = next((info[k] for k in known if k in info), "")
         return Version(int(info["size"]), str(stamp))
 
     def files(self) -> list[str]:
         """Names of the files directly in this folder, sorted; [] when there is no such folder."""
-        self._fresh()
         try:
-            entries = self.fs.ls(self.path, detail=True)
+            entries = self._look(lambda: self.fs.ls(self.path, detail=True))
         except FileNotFoundError:
             return []
         return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "file")
+
+    def find(self) -> list[Location]:
+        """Every file below this folder, or that this pattern (``*``, ``?``, ``[``) means; in no particular order."""
+
+        def paths() -> list[str]:
+            if any(c in self.path for c in "*?["):
+                return [str(p) for p in self.fs.glob(self.path) if not self.fs.isdir(p)]
+            return [str(p) for p in self.fs.find(self.path)]
+
+        return [self.at(path) for path in self._look(paths)]
 
     def free_bytes(self) -> int | None:
         """Free space where this would be written; None where the filesystem cannot say (object stores)."""
@@ -110,19 +162,19 @@ class Location:
     # ---- reading and writing ----
     def open(self) -> Any:
         """A binary file object for reading with ``readinto`` and ``seek``."""
-        if self.is_local:
-            return open(self.path, "rb", buffering=0)
-        return self.fs.open(self.path, "rb", block_size=_BLOCK, cache_type="readahead")
+        return open(self.path, "rb", buffering=0) if self.is_local else _Remote(self)
 
     def read_bytes(self) -> bytes:
-        return Path(self.path).read_bytes() if self.is_local else bytes(self.fs.cat_file(self.path))
+        if self.is_local:
+            return Path(self.path).read_bytes()
+        return self._ask("reading", lambda: bytes(self.fs.cat_file(self.path)))
 
     def write_bytes(self, data: bytes) -> None:
         """Whole or not at all: written beside and renamed, or one PUT."""
         if self.is_local:
             write_bytes(self.path, data)
         else:
-            self.fs.pipe_file(self.path, data)
+            self._ask("writing", lambda: self.fs.pipe_file(self.path, data), moves=len(data))
 
     def publish(self, part: Path) -> None:
         """Moves a finished local file here, atomically: a rename after fsync, or an upload that appears when whole."""
@@ -133,7 +185,7 @@ class Location:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(part, self.path)
         else:
-            self.fs.put_file(str(part), self.path)
+            self._ask("writing", lambda: self.fs.put_file(str(part), self.path), moves=part.stat().st_size)
             part.unlink()
 
     def checksum(self) -> str:
@@ -143,7 +195,48 @@ class Location:
 
     def remove(self) -> None:
         if self.exists():
-            self.fs.rm(self.path, recursive=True)
+            self._ask("removing", lambda: self.fs.rm(self.path, recursive=True))
+
+
+class _Remote(io.RawIOBase):
+    """A remote file; each read is tried again on a file opened anew, for one that timed out may still be at work."""
+
+    def __init__(self, place: Location) -> None:
+        self._place, self._at, self._file = place, 0, None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            offset += self._place.version().bytes
+        self._at = offset + (self._at if whence == io.SEEK_CUR else 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._place._ask("reading", lambda: self._read(view.nbytes), moves=view.nbytes)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _read(self, count: int) -> bytes:
+        file, self._file = self._file, None
+        file = file or self._place.fs.open(self._place.path, "rb", block_size=_BLOCK, cache_type="readahead")
+        file.seek(self._at)
+        data = bytes(file.read(count))
+        self._file = file
+        return data
+
+    def close(self) -> None:
+        self._file = None
+        super().close()
 
 
 def _let_go(descriptor: int) -> None:
@@ -154,13 +247,22 @@ def _let_go(descriptor: int) -> None:
 
 
 def location_of(
-    where: Any, *, filesystem: Any = None, storage_options: Mapping[str, Any] | None = None, name: str = "path"
+    where: Any,
+    *,
+    filesystem: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
+    patience: Patience | None = None,
+    name: str = "path",
 ) -> Location:
     """A Location from a path, a URL or a Location.
 
     filesystem: an fsspec or pyarrow filesystem that ``where`` is a path on. storage_options: what fsspec passes to the
-    filesystem that the URL names (endpoint, keys, ...).
+    filesystem that the URL names (endpoint, keys, ...). patience: how a network is waited for.
+
+    Raises:
+        StoreError: the store that the URL names cannot be reached.
     """
+    patience = patience or Patience()
     if isinstance(where, Location):
         return where
     if not isinstance(where, (str, os.PathLike)) or not os.fspath(where):
@@ -171,28 +273,60 @@ def location_of(
             from fsspec.implementations.arrow import ArrowFSWrapper
 
             filesystem = ArrowFSWrapper(filesystem)
-        return Location(filesystem, str(filesystem._strip_protocol(text)))
-    fs, path = fsspec.core.url_to_fs(text, **(storage_options or {}))
-    return Location(fs, path.rstrip("/") or "/")
+        return Location(filesystem, str(filesystem._strip_protocol(text)), patience)
+    if "://" not in text:
+        fs, path = fsspec.core.url_to_fs(text, **(storage_options or {}))
+    else:  # some filesystems ask their store for a token or a region when they are made
+        fs, path = patience.ask(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), f"opening {text}")
+    return Location(fs, path.rstrip("/") or "/", patience)
 
 
 def with_retries(
-    do: Callable[[], T], what: str, *, retries: int, say: Callable[[str], None] | None = None, first_wait: float = 0.5
+    do: Callable[[], T], what: str, *, retries: int, timeout: float | None = None, first_wait: float = 0.5
 ) -> T:
     """``do()``, again after 0.5, 1, 2, ... up to 60 s while it fails with what may pass: time-outs, 5xx, resets.
 
-    A missing file, a refused permission, a full disk and wrong content are final. Raises the last error.
+    A missing file, a refused permission, a full disk and wrong content are final, and raised as they are.
+
+    Args:
+        timeout: seconds after which an attempt counts as failed; what it began is left to itself.
+
+    Raises:
+        StoreError: all attempts failed; the last error is its cause.
     """
     for attempt in range(retries + 1):
         try:
-            return do()
+            return do() if timeout is None else _within(do, timeout)
         except _FINAL:
             raise
         except Exception as error:
-            if attempt == retries or (isinstance(error, OSError) and error.errno in _FULL):
+            if (isinstance(error, OSError) and error.errno in _FULL) or type(error).__name__ in _REFUSED:
                 raise
+            if attempt == retries:
+                times = {0: "once", 1: "twice"}.get(retries, f"{retries + 1} times")
+                raise StoreError(f"{what}: {error} (tried {times})") from error
             wait = min(60.0, first_wait * 2**attempt)
-            if say is not None:
-                say(f"{what}: {error}; trying again in {wait:g} s ({attempt + 1} of {retries})")
+            _log.warning("%s: %s; trying again in %g s (%d of %d)", what, error, wait, attempt + 1, retries)
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _within(do: Callable[[], T], seconds: float) -> T:
+    """``do()`` on a thread of its own. Raises TimeoutError when it takes longer; the thread then ends by itself."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(do())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="fct-request", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not done:
+        raise TimeoutError(f"no answer within {seconds:.3g} s")
+    return done[0]

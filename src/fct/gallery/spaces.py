@@ -33,7 +33,7 @@ def space_of_schema(schema: pa.Schema, what: str) -> EmbeddingSpace | None:
 
 def side_file_space(file: Location) -> EmbeddingSpace | None:
     """The space in ``<file>.space.json`` or in ``space.json`` in its folder (in the folder itself for a folder)."""
-    for place in (Location(file.fs, f"{file.path}.{SIDE_FILE}"), file / SIDE_FILE, file.parent / SIDE_FILE):
+    for place in (file.at(f"{file.path}.{SIDE_FILE}"), file / SIDE_FILE, file.parent / SIDE_FILE):
         try:
             text = place.read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -67,5 +67,5 @@ def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location
     place = location_of(gallery, name="gallery", **location)
     if not place.exists():
         raise FileNotFoundError(f"gallery: expected a folder or a file, found none at {place}")
-    file = place / SIDE_FILE if place.is_folder() else Location(place.fs, f"{place.path}.{SIDE_FILE}")
+    file = place / SIDE_FILE if place.is_folder() else place.at(f"{place.path}.{SIDE_FILE}")
     file.write_bytes(json.dumps(space.to_dict(), sort_keys=True).encode())

@@ -9,7 +9,7 @@ from fct.errors import FctError
 from fct.gallery.arrow import ArrowDestination, ArrowSource
 from fct.gallery.base import Destination, Source
 from fct.gallery.files import FileDestination, FileSource, find_files
-from fct.gallery.location import Location, location_of
+from fct.gallery.location import Location, Patience, location_of
 from fct.gallery.parquet import ParquetDestination, ParquetSource
 from fct.gallery.raw import BinDestination, BinSource, NpyDestination, NpySource
 
@@ -23,13 +23,22 @@ FORMATS = (*_DESTINATIONS, "lance")
 
 
 def open_source(
-    where: Any, *, filesystem: Any = None, storage_options: Mapping[str, Any] | None = None, name: str = "source"
+    where: Any,
+    *,
+    filesystem: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
+    patience: Patience | None = None,
+    name: str = "source",
 ) -> Source:
     """The gallery at ``where``: a file, a folder, a glob, a ``.lance`` dataset, or a Source, which is returned.
 
+    Args:
+        filesystem, storage_options: an fsspec or pyarrow filesystem, or what fsspec passes to the one that a URL names.
+        patience: how a store over a network is waited for.
+
     Raises:
         FileNotFoundError: nothing there. FctError: files of several formats or of none that we read; an unfinished
-            backfill.
+            backfill. StoreError: a store that does not answer.
 
     Example:
         >>> import numpy as np, tempfile
@@ -41,7 +50,9 @@ def open_source(
     """
     if isinstance(where, Source):
         return where
-    place = location_of(where, filesystem=filesystem, storage_options=storage_options, name=name)
+    place = location_of(
+        where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
+    )  # fmt: skip
     if place.name.endswith(".lance"):
         from fct.gallery.lance import LanceSource
 
@@ -60,14 +71,21 @@ def open_source(
 
 
 def open_destination(
-    where: Any, format: str, *, filesystem: Any = None, storage_options: Mapping[str, Any] | None = None
+    where: Any,
+    format: str,
+    *,
+    filesystem: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
+    patience: Patience | None = None,
 ) -> Destination:
     """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, or a Destination, as it is."""
     if isinstance(where, Destination):
         return where
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    place = location_of(where, filesystem=filesystem, storage_options=storage_options, name="destination")
+    place = location_of(
+        where, filesystem=filesystem, storage_options=storage_options, patience=patience, name="destination"
+    )  # fmt: skip
     if format == "lance":
         from fct.gallery.lance import LanceDestination
 
@@ -77,4 +95,4 @@ def open_destination(
 
 def journal_location(where: Location, format: str) -> Location:
     """Where a backfill's journal lies: in the new gallery's folder, or beside a Lance dataset."""
-    return Location(where.fs, where.path.removesuffix(".lance") + ".fct") if format == "lance" else where / "_fct"
+    return where.at(where.path.removesuffix(".lance") + ".fct") if format == "lance" else where / "_fct"
