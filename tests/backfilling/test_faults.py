@@ -279,32 +279,3 @@ def test_a_store_that_never_answers(
     report = fct.backfill("s3://unwell/old", "s3://unwell/new", h, **how)
     assert (report.rows_out, report.shards_kept > 0) == (1500, when != "opening")
     assert fct.verify_gallery("s3://unwell/new", storage_options=options).ok
-
-
-def test_gs_urls_reach_their_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Google's store itself is not here: what is tested is which filesystem is asked, with which path and options."""
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    from fct.gallery.location import location_of
-
-    asked: list[dict[str, Any]] = []
-
-    class Google(MemoryFileSystem):
-        protocol = ("gs", "gcs")
-        cachable = False
-
-        def __init__(self, **options: Any) -> None:
-            asked.append(options)
-            super().__init__()
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            return path.split("://")[-1].rstrip("/")
-
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gs", Google)
-    place = location_of("gs://bucket/new", storage_options={"project": "p", "token": "t"})
-    assert asked[-1] == {"project": "p", "token": "t"}
-    assert (place.path, place.is_local) == ("bucket/new", False)
-    assert str(place / "_fct/job.json") == "gs://bucket/new/_fct/job.json"
-    (place / "a").write_bytes(b"x")
-    assert (place.files(), (place / "a").read_bytes()) == (["a"], b"x")

@@ -1,8 +1,9 @@
-"""Against a real S3 API server on loopback that answers 500 for a while."""
+"""Against S3's and Google Cloud Storage's API servers on loopback; S3's answers 500 for a while."""
 
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,44 @@ def test_from_and_to_s3(
     fct.backfill(source, tmp_path / "plain", h, progress=False, shard_rows=800, batch_rows=400)
     got, want = contents(tmp_path / "got"), contents(tmp_path / "plain")
     assert {k: v for k, v in got.items() if "done" not in k} == {k: v for k, v in want.items() if "done" not in k}
+
+
+@pytest.fixture
+def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An emulator of Google Cloud Storage with an empty bucket; its URL."""
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of bucket by gRPC
+    pytest.importorskip("gcsfs")
+    create_server = pytest.importorskip("gcp_storage_emulator.server").create_server
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+def test_from_and_to_gs(gallery: Callable[..., Path], h: fct.Transformation, tmp_path: Path, google: str) -> None:
+    source = gallery(1500, bad=(3,))
+    options = {"endpoint_url": google, "token": "anon", "project": "p", "skip_instance_cache": True}
+    fs = location_of("gs://bucket/x", storage_options=options).fs
+    fs.put(str(source) + "/", "bucket/old/", recursive=True)
+    old, new, access = "gs://bucket/old", "gs://bucket/new", {"storage_options": options}
+    how: dict[str, Any] = {"progress": False, "shard_rows": 800, "batch_rows": 400}
+    report = fct.backfill(old, new, h, **access, **how)
+    assert (report.rows_out, report.rejects) == (1499, 1)
+    verified = fct.verify_gallery(new, **access)
+    assert verified.ok, verified.problems
+    assert verified.spot_checked > 200
+    fs.rm("bucket/new/_fct/done/00000001.json")
+    assert fct.backfill(old, new, h, **access, **how).shards_done == 1
+    fs.invalidate_cache()
+    fs.get("bucket/new/", str(tmp_path / "got") + "/", recursive=True)
+    fct.backfill(source, tmp_path / "plain", h, **how)
+    got, want = (
+        {k: v for k, v in contents(tmp_path / x).items() if not k.startswith("_fct/done")} for x in ("got", "plain")
+    )
+    assert got == want
 
 
 def test_a_lock_on_a_store_names_its_holder(h: fct.Transformation, store: dict[str, Any]) -> None:
