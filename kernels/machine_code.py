@@ -54,9 +54,11 @@ def cases() -> Iterator[Case]:
                 tile = tiles(kernel, precision, target, width=width)[0]
                 for gallery in GALLERY if kernel != "linear" and precision == "bf16" else ("fp32",):
                     yield kernel, precision, target, tile, gallery
-        for precision in ("fp32", "fp16", "bf16"):
-            yield "scan", precision, target, search.tile(precision), "fp32"
+        for precision in ("bf16", "int8"):
+            for keep in search.KEEPS:
+                yield "scan", precision, target, search.tile(precision, keep, target), f"keep {keep}"
         for gallery in GALLERY:
+            yield "rescore", "fp32", target, search.RESCORE, gallery
             yield "ingest", "bf16", target, Tile(32, 128, 0, 4, 1), gallery
             yield "normalise", "fp32", target, Tile(8, 512, 0, 8, 1), gallery
 
@@ -67,11 +69,13 @@ def _signature(
     import triton.language as tl
 
     kind = _TYPES[precision]
+    if kernel == "scan":
+        return search.scan, *search.signature(kind, tile, int(gallery.removeprefix("keep ")))
     element, scale = GALLERY[gallery]
+    if kernel == "rescore":
+        return search.rescore, *search.rescore_signature(element, scale)
     exact = "ieee" if target.startswith("gfx") else "tf32x3"
     product = {"PRECISION": exact if precision == "fp32" else "ieee", "UPCAST": False}
-    if kernel == "scan":
-        return search.scan, *search.signature(kind, tile, product)
     block = {"BM": tile.m, "BN": tile.n, "UPCAST": False}
     if kernel == "ingest":
         types = {"row0_ptr": "*i64", "n_rows": "i32", "x_ptr": f"*{element}", "scale_ptr": "*fp32", "stride_x": "i64",
@@ -114,7 +118,7 @@ def compile_case(kernel: str, precision: str, target: str, tile: Tile, gallery: 
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(function.arg_names)
-        if n in types and n != "n_rows" and not types[n].startswith("tensordesc")
+        if n in types and n not in ("n_rows", "n_q", "n_g", "splits", "count") and not types[n].startswith("tensordesc")
     }
     amd = target.startswith("gfx")
     place = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)

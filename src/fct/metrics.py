@@ -10,8 +10,8 @@ import numpy as np
 
 from fct.arrays import check_labels
 from fct.ops.dispatch import default_threads
-from fct.ops.topk import ranks_blocked
 from fct.ops.topk_cpu import ranks_cpu
+from fct.ops.topk_gpu import ranks_gpu
 from fct.retrieval import check_pair
 from fct.spaces import EmbeddingSpace
 
@@ -135,7 +135,7 @@ def evaluate(
     if q.device == "cpu":
         first, ap = ranks_cpu(q, g, q_codes, g_codes, metric, same_items, threads=threads or default_threads())
     else:
-        first, ap = ranks_blocked(q, g, q_codes, g_codes, metric, same_items)
+        first, ap = ranks_gpu(q, g, q_codes, g_codes, metric, same_items)
     return _summary(first, ap, sorted({1, 5, *(int(k) for k in ks)}), metric, bootstrap, confidence, seed)
 
 

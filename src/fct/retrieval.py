@@ -13,10 +13,10 @@ import numpy as np
 from fct.arrays import Rows, ScaledInt8, rows_of
 from fct.errors import ArtifactError, BackendError
 from fct.files import atomic_path
-from fct.ops.base import check_precision
+from fct.ops.base import GpuShadow, check_precision
 from fct.ops.dispatch import default_threads
 from fct.ops.topk_cpu import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
-from fct.ops.topk_gpu import topk_gpu
+from fct.ops.topk_gpu import extend_gpu, prepare_gpu, topk_gpu
 from fct.spaces import EmbeddingSpace, check_metric
 
 __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
@@ -78,10 +78,18 @@ class PreparedGallery:
 
     gallery: the (n, d) array that was given. metric, space: as given. nbytes: of the shadow. memory_ratio: rows and
     shadow together over the rows alone, 1 + (d + 16.25) / (4 d) for float32: 1.28 at 128 dimensions, under 1.3 from
-    82 on; 1.56 for 16-bit and 2.13 for 8-bit rows of 128 dimensions.
+    82 on; 1.56 for 16-bit and 2.13 for 8-bit rows of 128 dimensions. On a GPU the shadow lies beside the rows: 2 d
+    bytes ("bf16") or d ("int8"), rounded up to 128, and 16 a row.
     """
 
-    def __init__(self, gallery: Any, rows: Rows, shadow: Shadow | None, metric: str, space: EmbeddingSpace | None):
+    def __init__(
+        self,
+        gallery: Any,
+        rows: Rows,
+        shadow: Shadow | GpuShadow | None,
+        metric: str,
+        space: EmbeddingSpace | None,
+    ):
         self.gallery = gallery
         self.rows = rows
         self.shadow = shadow
@@ -136,11 +144,23 @@ class PreparedGallery:
         grown = rows_of(
             gallery, "gallery", d=self.rows.d, n=total, n_why="to hold the old rows and the new", finite=False
         )
-        shadow = None if self.shadow is None else extend_shadow(self.shadow, grown, threads=default_threads())
+        shadow: Shadow | GpuShadow | None = None
+        if isinstance(self.shadow, GpuShadow):
+            shadow = extend_gpu(self.shadow, grown)
+        elif self.shadow is not None:
+            shadow = extend_shadow(self.shadow, grown, threads=default_threads())
         return PreparedGallery(gallery, grown, shadow, self.metric, self.space)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the shadow (not the rows) as one file, beside and then in place of what is there."""
+        """Writes the shadow (not the rows) as one file, beside and then in place of what is there.
+
+        A shadow on a GPU is not written: packing it there again takes less than reading it from a file.
+        """
+        if isinstance(self.shadow, GpuShadow):
+            raise ValueError(
+                f"path: expected a gallery prepared on the cpu, got one on {self.rows.device}; prepare_gallery packs "
+                "it there again in less time than a file is read"
+            )
         if self.shadow is None:
             raise ValueError("path: expected a gallery with a shadow to save; this one is searched row by row")
         arrays = {name: np.ascontiguousarray(getattr(self.shadow, name)) for name in ("tiles", "meta", "shift")}
@@ -197,16 +217,23 @@ def _joined(a: Any, b: Any) -> Any:
         return np.concatenate([a, b])
     import torch
 
+    if a.device != b.device:
+        raise ValueError(f"rows: expected an array on {a.device} like the gallery, got one on {b.device}")
+
     return torch.cat([a, b])
 
 
 def _joined_scales(a: Rows, b: Rows) -> Any:
     """One scale for both where it is the same, else one for each row."""
-    if a.scale.shape == b.scale.shape and np.array_equal(a.scale, b.scale) and (len(a.scale) == 1):
+    if a.scale.shape == b.scale.shape and len(a.scale) == 1 and bool((a.scale == b.scale).all()):
         return a.scale
     if a.scale.shape[1] > 1 or b.scale.shape[1] > 1:
         raise ValueError("rows: expected the gallery's own scale, since one of the two has a scale per dimension")
-    return np.concatenate([np.broadcast_to(rows.scale, (rows.n, 1)) for rows in (a, b)])
+    if a.kind_is_numpy:
+        return np.concatenate([np.broadcast_to(rows.scale, (rows.n, 1)) for rows in (a, b)])
+    import torch
+
+    return torch.cat([rows.scale.expand(rows.n, 1) for rows in (a, b)])
 
 
 def _fingerprint(rows: Rows) -> str:
@@ -253,21 +280,31 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def prepare_gallery(
-    gallery: Any, *, metric: str = "l2", space: EmbeddingSpace | None = None, threads: int | None = None
+    gallery: Any,
+    *,
+    metric: str = "l2",
+    precision: str = "auto",
+    space: EmbeddingSpace | None = None,
+    threads: int | None = None,
 ) -> PreparedGallery:
-    """Builds, once, the 8-bit shadow of a gallery that :func:`topk` scans.
+    """Builds, once, the low-precision shadow of a gallery that :func:`topk` scans.
 
     Args:
-        gallery: (n, d) float32, float16, bfloat16 or :class:`fct.ScaledInt8` in CPU memory or memory-mapped.
+        gallery: (n, d) float32, float16, bfloat16 or :class:`fct.ScaledInt8` in CPU memory, memory-mapped, or on a
+            GPU, where the shadow then lies too.
         metric: what it will be searched by.
+        precision: of the shadow, never of the answer: "int8" on the CPU; on a GPU "bf16", which "auto" is there, or
+            "int8", half as large and certain of fewer rows.
         space: of its vectors; searches that name the queries' space are then checked against it.
         threads: by default FCT_NUM_THREADS or all.
 
     Returns:
-        PreparedGallery: pass it as ``gallery``. The shadow takes d + 16.25 bytes a row.
+        PreparedGallery: pass it as ``gallery``. The shadow takes d + 16.25 bytes a row on the CPU. Where a GPU can not
+        run the kernels there is none, and :func:`topk` scores every row.
 
     Raises:
-        TypeError, ValueError: the argument, what was expected and what came.
+        TypeError, ValueError: the argument, what was expected and what came. BackendError: a precision that can not be
+        had there, or a device out of memory.
 
     Example:
         >>> import numpy as np, fct
@@ -276,10 +313,15 @@ def prepare_gallery(
         [[2]]
     """
     check_metric(metric)
+    check_precision(precision)
     why = "to match space" if space else ""
     rows = rows_of(gallery, "gallery", d=space.dim if space else None, d_why=why)
     if rows.device != "cpu":
-        raise ValueError(f"gallery: expected rows on the cpu, got {rows.device}; topk searches those as they are")
+        if precision == "fp32":
+            raise BackendError("precision: expected auto, bf16 or int8 for a shadow, got 'fp32'")
+        return PreparedGallery(gallery, rows, prepare_gpu(rows, metric, precision), metric, space)
+    if precision not in ("auto", "int8"):
+        raise BackendError(f"precision: expected auto or int8 for a shadow on the cpu, got {precision!r}")
     shadow = None if why_not_shadow(rows) else build_shadow(rows, metric, threads=threads or default_threads())
     return PreparedGallery(gallery, rows, shadow, metric, space)
 
@@ -303,8 +345,10 @@ def topk(
         gallery: (m, d), likewise, on the same device; or what :func:`prepare_gallery` made of it for this metric.
         k: how many, 1 <= k <= m (m - 1 with ``same_items``).
         metric: "l2" (squared, ascending), "ip" or "cosine" (descending).
-        precision: of the scan, never of the answer: "int8" goes over the gallery's shadow (packed for this call
-            where the gallery is not prepared), "fp32" scores every row; "auto" takes the faster.
+        precision: of the scan, never of the answer: "int8" (on a GPU also "bf16") goes over the gallery's shadow,
+            packed for this call where the gallery is not prepared; "fp32" scores every row. "auto" takes the shadow of
+            a prepared gallery, and packs one from 16 queries on: "int8" on the CPU, "bf16" on a GPU, where torch
+            scores every row if no kernel can run.
         same_items: the queries are the gallery's own rows, in order: row i is left out of query i's answer.
         query_space, gallery_space: where both are given, they must be one space; a prepared gallery knows its own.
         threads: CPU threads; by default FCT_NUM_THREADS or all.
@@ -320,7 +364,8 @@ def topk(
 
     Raises:
         TypeError, ValueError: the argument, what was expected and what came. SpaceMismatchError: two models' vectors.
-        BackendError: a forced precision that this search can not use.
+        BackendError: a forced precision that this search can not use, or a GPU out of memory. DeviceLostError: the
+        GPU failed; nothing that it computed can be trusted.
 
     Example:
         >>> import numpy as np, fct
@@ -337,7 +382,8 @@ def topk(
     if q.n == 0:
         return _as_kind(np.empty((0, k), np.float32), np.empty((0, k), np.int64), q)
     if q.device != "cpu":
-        return _as_kind(*topk_gpu(q, g, k, metric, precision, same_items), q)
+        on_gpu = prepared.shadow if prepared is not None and isinstance(prepared.shadow, GpuShadow) else None
+        return _as_kind(*topk_gpu(q, g, k, metric, precision, same_items, on_gpu), q)
     workers = threads or default_threads()
     shadow = _shadow_for(q, g, prepared, metric, precision, workers)
     distances, indices, _ = topk_cpu(q, g, shadow, k, metric, same_items, threads=workers)
@@ -355,7 +401,8 @@ def _shadow_for(
     why = why_not_shadow(g)
     shadow = None
     if not why:
-        shadow = prepared.shadow if prepared is not None else build_shadow(g, metric, threads=threads)
+        ready = build_shadow(g, metric, threads=threads) if prepared is None else prepared.shadow
+        shadow = ready if isinstance(ready, Shadow) else None
         if shadow is None or not shadow.usable:
             why, shadow = "some norms are beyond 1e12, too far for float32 products", None
     if shadow is None and precision == "int8":
@@ -377,5 +424,7 @@ def _as_kind(distances: Any, indices: Any, like: Rows) -> TopK:
 
     from fct.arrays import _as_kind as hand_over
 
-    tensors = (torch.as_tensor(x, device=like.device) for x in (distances, indices))
+    tensors = (
+        x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device=like.device) for x in (distances, indices)
+    )
     return TopK(*(hand_over(t, like.kind) for t in tensors))

@@ -84,7 +84,7 @@ def transform_batch(
         result, out_rows = empty_like_kind(old_rows, (old_rows.n, transformation.d_new), "float32")
     else:
         result, out_rows = out, _check_out(out, old_rows, transformation.d_new)
-    chosen, chosen_precision = pick_transform(transformation, precision, target, backend)
+    chosen, chosen_precision = pick_transform(transformation, precision, target, backend, rows=old_rows.n)
     if old_rows.n:
         weights = packed(chosen, transformation, chosen_precision, target)
         count = threads or default_threads()

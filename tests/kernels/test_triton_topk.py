@@ -1,48 +1,199 @@
-"""The scan kernel in Triton's interpreter: exact on integers, ties to the lower row, parts, own row left out."""
+"""The Triton search in the interpreter: exact on integers, certified on floats, on poisoned and guarded memory."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fake_device import FakeDevice
+from fake_device import FakeDevice, plain
 from fct.kernels import topk as kernels
 
 from fct import ref
+from fct.arrays import Rows
+from fct.ops import topk_triton
+from fct.ops.topk_triton import TritonSearch
+
+KINDS = ("bf16", "int8")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("n_q", "n_g", "d", "part"), [(1, 1, 1, 64), (5, 77, 9, 77), (17, 150, 37, 70)])
-@pytest.mark.parametrize("l2", [True, False])
-@pytest.mark.parametrize("same", [True, False])
-def test_scan(rng: Any, dtype: str, n_q: int, n_g: int, d: int, part: int, l2: bool, same: bool) -> None:
-    """Small integers: every product and every cost is exact, and ties abound."""
-    device, keep = FakeDevice(), 16
-    gallery = rng.integers(-2, 3, (n_g, d)).astype(np.float32)
-    queries = gallery[:n_q].copy() if same else rng.integers(-2, 3, (n_q, d)).astype(np.float32)
-    q, g = (device.rows(torch.from_numpy(x).to(getattr(torch, dtype)), pitch=d + 2).values for x in (queries, gallery))
-    parts = -(-n_g // part)
-    out = device.empty((parts, n_q, keep), "int64")
-    kernels.scan[(-(-n_q // 16), parts)](
-        q, q.stride(0), g, g.stride(0), device.upload((queries**2).sum(1)), device.upload((gallery**2).sum(1)), out,
-        n_q, n_g, part, 0, D=d, KEEP=keep, L2=l2, SAME=same, BQ=16, BG=32, BK=32, PRECISION="ieee", UPCAST=True,
-    )  # fmt: skip
-    device.check_guards()
-    k = min(keep, n_g - same)
-    found = out.numpy()
-    cost = ref.scores(queries, gallery, "l2" if l2 else "ip") * (1 if l2 else -1)
-    if same:
-        cost[np.arange(n_q), np.arange(n_q)] = np.inf
-    want = np.argsort(cost, axis=1, kind="stable")[:, :k]
-    rows = (found & 0xFFFFFFFF) + np.arange(parts)[:, None, None] * part
-    bits = (found >> 32).astype(np.int32)
-    costs = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
-    empty = found == np.iinfo(np.int64).max
-    costs, rows = (
-        np.moveaxis(np.where(empty, big, x), 0, 1).reshape(n_q, -1) for x, big in ((costs, np.inf), (rows, -1))
-    )
-    order = np.lexsort((rows, costs), axis=1)[:, :k]
-    np.testing.assert_array_equal(np.take_along_axis(rows, order, 1), want)
-    np.testing.assert_array_equal(np.take_along_axis(costs, order, 1), np.take_along_axis(cost, want, 1))
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDevice:
+    device = FakeDevice(seed=5)
+    device.install(monkeypatch, tmp_path)
+    return device
+
+
+def searched(fake: FakeDevice, q: Rows, g: Rows, k: int, metric: str, kind: str, **how: Any) -> tuple[Any, Any]:
+    search = TritonSearch(**how)
+    found = search.search(q, search.prepare(g, metric, kind), k)
+    out = tuple(fake.download(x) for x in found)
+    fake.check_guards()
+    return out  # type: ignore[return-value]
+
+
+def check(found: tuple[Any, Any], q: Any, g: Any, k: int, metric: str) -> None:
+    """The reference's scores, at rows that have them; other rows only where float64 sums in another order tie."""
+    scores = ref.scores(q, g, metric).astype(np.float32)
+    want, _ = ref.topk(q, g, k, metric)
+    distances, rows = found
+    assert distances.dtype == np.float32
+    assert rows.dtype == np.int64
+    assert ((rows >= 0) & (rows < len(g))).all()
+    assert all(len(set(r)) == k for r in rows)
+    np.testing.assert_allclose(distances, want, rtol=2e-7, atol=1e-12)
+    np.testing.assert_allclose(np.take_along_axis(scores, rows, 1), want, rtol=2e-7, atol=1e-12)
+
+
+def never(*_: Any) -> Any:
+    raise AssertionError("every row was scored")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize(("n_q", "n", "d", "k"), [(1, 1, 1, 1), (5, 77, 9, 7), (35, 331, 131, 10)])
+def test_search(
+    fake: FakeDevice, rng: Any, monkeypatch: Any, kind: str, metric: str, n_q: int, n: int, d: int, k: int
+) -> None:
+    monkeypatch.setattr(topk_triton, "topk_blocked", never)  # certified, not exhausted
+    q, g = rng.standard_normal((n_q, d), dtype=np.float32), rng.standard_normal((n, d), dtype=np.float32)
+    check(searched(fake, fake.rows(q), fake.rows(g, pitch=d + 3), k, metric, kind), q, g, k, metric)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_ties_go_to_the_lower_row(fake: FakeDevice, rng: Any, kind: str, metric: str) -> None:
+    """Small integers: every score is exact, and ties abound, beyond what any list keeps."""
+    q, g = (rng.integers(-2, 3, (n, 6)).astype(np.float32) for n in (4, 700))
+    for k in (1, 9, 200):
+        found = searched(fake, fake.rows(q), fake.rows(g), k, metric, kind)
+        want = ref.topk(q, g, k, metric)
+        np.testing.assert_array_equal(found[1], want[1])
+        np.testing.assert_array_equal(found[0], want[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "k"), [(2048, 2048), (2500, 2047)])
+def test_the_largest_k(fake: FakeDevice, rng: Any, kind: str, n: int, k: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(topk_triton, "topk_blocked", never)
+    q, g = rng.standard_normal((2, 8), dtype=np.float32), rng.standard_normal((n, 8), dtype=np.float32)
+    check(searched(fake, fake.rows(q), fake.rows(g), k, "l2", kind), q, g, k, "l2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("case", ["near", "equal", "zero", "huge", "tiny", "outlier", "clustered", "zero query"])
+def test_exact_on_hostile_rows(fake: FakeDevice, rng: Any, case: str, metric: str, kind: str) -> None:
+    q, g = rng.standard_normal((3, 24), dtype=np.float32), rng.standard_normal((900, 24), dtype=np.float32)
+    if case == "near":
+        g = np.float32(1) + g * np.float32(1e-5)
+    elif case == "equal":
+        g[:] = g[0]
+    elif case == "zero":
+        g[::2] = 0
+    elif case == "huge":
+        g[::7] *= np.float32(1e17)
+    elif case == "tiny":
+        g *= np.float32(1e-18)
+        q *= np.float32(1e-18)
+    elif case == "outlier":
+        g[:, 3] *= np.float32(1e4)
+    elif case == "clustered":
+        g[100:200] = q[0] + g[100:200] * np.float32(1e-2)
+    else:
+        q[:] = 0
+    found = searched(fake, fake.rows(q), fake.rows(g), 9, metric, kind)
+    check(found, q, g, 9, metric)
+    if case == "equal":
+        np.testing.assert_array_equal(found[1], np.broadcast_to(np.arange(9), (3, 9)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8-one", "int8-row", "int8-dim"])
+def test_every_dtype(fake: FakeDevice, rng: Any, dtype: str) -> None:
+    sides = []
+    for n in (4, 200):
+        x = rng.standard_normal((n, 20), dtype=np.float32)
+        if dtype.startswith("int8"):
+            axis = {"one": None, "row": 1, "dim": 0}[dtype[5:]]
+            scale = np.atleast_2d(np.abs(x).max(axis, keepdims=True) / 127).astype(np.float32)
+            values = torch.from_numpy(np.clip(np.rint(x / scale), -127, 127).astype(np.int8))
+            sides.append(fake.rows(values, scale, pitch=23))
+        else:
+            sides.append(fake.rows(torch.from_numpy(x).to(getattr(torch, dtype)), pitch=23))
+    q, g = sides
+    found = searched(fake, q, g, 6, "l2", "bf16")
+    check(found, *(plain(x.float32()).numpy() for x in (q, g)), 6, "l2")
+
+
+def test_a_split_gallery_and_split_queries(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(topk_triton, "_KEYS", 8 * 32 * 10 * 3)  # three queries at a time
+    q, g = (rng.integers(-3, 4, (n, 12)).astype(np.float32) for n in (7, 500))
+    for k, slab in ((5, 101), (90, 60)):
+        found = searched(fake, fake.rows(q), fake.rows(g), k, "l2", "bf16", slab=slab)
+        np.testing.assert_array_equal(found[1], ref.topk(q, g, k)[1])
+
+
+def test_the_own_row_is_left_out(fake: FakeDevice, rng: Any) -> None:
+    g = rng.standard_normal((120, 16), dtype=np.float32)
+    g[7] = g[8] = g[9]
+    search, rows = TritonSearch(), fake.rows(g)
+    found = [fake.download(x) for x in search.search(rows, search.prepare(rows, "l2"), 3, same_items=True)]
+    want = ref.topk(g, g, 3, same_items=True)
+    np.testing.assert_array_equal(found[1], want[1])
+    np.testing.assert_array_equal(found[0], want[0])
+
+
+def test_no_rows_launch_nothing(fake: FakeDevice) -> None:
+    search = TritonSearch()
+    g = search.prepare(fake.rows(np.ones((3, 4), np.float32)), "l2")
+    found = search.search(fake.rows(np.empty((0, 4), np.float32)), g, 2)
+    assert [tuple(x.shape) for x in found] == [(0, 2), (0, 2)]
+    assert fake.launches == []
+
+
+def test_certified_by_the_bounds_and_not_by_luck(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:
+    """Lists that keep too little: the bounds must say so. Without them, the answer is wrong."""
+    g = np.repeat(rng.standard_normal((32, 16)), 64, axis=0).astype(np.float32)
+    g += rng.standard_normal(g.shape).astype(np.float32) * 1e-4  # near-ties that bfloat16 can not tell
+    q = g[::300] + np.float32(1e-4)
+    narrow = topk_triton.Plan(kernels.tile("bf16", 32, "sm_90"), 32, 1, False)  # one list of 32 for 2,048 rows
+    monkeypatch.setattr(topk_triton, "plan", lambda *_: narrow)
+    check(searched(fake, fake.rows(q), fake.rows(g), 10, "l2", "bf16"), q, g, 10, "l2")
+    settle = topk_triton._Scan._settle
+
+    def trusting(*args: Any) -> Any:
+        costs, ids, certain = settle(*args)
+        return costs, ids, torch.ones_like(certain)
+
+    monkeypatch.setattr(topk_triton._Scan, "_settle", trusting)
+    with pytest.raises(AssertionError):
+        check(searched(fake, fake.rows(q), fake.rows(g), 10, "l2", "bf16"), q, g, 10, "l2")
+
+
+def test_the_bounds_hold_for_every_pair(fake: FakeDevice, rng: Any) -> None:
+    """Upper bounds of q.g - |g|^2 / 2, pair by pair, and not much above it."""
+    q, g = rng.standard_normal((6, 40), dtype=np.float32), rng.standard_normal((64, 40), dtype=np.float32)
+    g[5] *= 1e4
+    g[6] *= 1e-6
+    for kind in KINDS:
+        (sq, mq, _), (sg, mg, _) = (
+            topk_triton._pack(fake.rows(x), "l2", kind, is_query=query) for x, query in ((q, True), (g, False))
+        )
+        keys = fake.empty((6, 1, 64), "int64")
+        tile = kernels.tile(kind, 64, "sm_90")
+        fake.launch(kernels.scan, (1, 1), {
+            "q_ptr": sq, "stride_q": sq.stride(0), "q_meta": mq, "g_ptr": sg, "stride_g": sg.stride(0), "g_meta": mg,
+            "out_ptr": keys, "n_q": 6, "n_g": 64, "splits": 1, "D": sg.shape[1], "KEEP": 64, "BQ": tile.m,
+            "BG": tile.n, "BK": tile.k, "UPCAST": True,
+        }, warps=4, stages=1)  # fmt: skip
+        found = fake.download(keys)[:, 0]
+        bits = (found >> 32).astype(np.int32)
+        bound = -(bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
+        rows = found & 0xFFFFFFFF
+        true = q.astype(np.float64) @ g.T.astype(np.float64) - (g.astype(np.float64) ** 2).sum(1) / 2
+        true = np.take_along_axis(true, rows, 1)
+        lengths = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(g, axis=1)[rows]
+        assert (bound >= true).all()
+        assert (bound - true <= (0.02 if kind == "bf16" else 0.05) * lengths + 1e-3 * np.abs(true)).all()

@@ -19,9 +19,10 @@ from typing import Any
 
 from fct import _C
 from fct.arrays import Rows
+from fct.ops.base import GpuShadow, drop_own_rows
 from fct.transformation import BRANCHES, Transformation
 
-__all__ = ["CudaRuntime", "CudaSearch", "CudaTransform", "PreparedGallery"]
+__all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
 
 SMALL_ROWS = 256  # csrc/cuda/transform.cuh: kMaxSmallRows
 _CHUNK = 4096  # rows of a large batch whose activations stay in L2
@@ -43,11 +44,7 @@ class CudaRuntime:
         if _C.cuda_why_not:
             return [_C.cuda_why_not]
         reason = self.lib.cuda_why_not_here()
-        if reason:
-            return [reason]
-        import torch
-
-        return [] if torch.cuda.is_available() else ["torch sees no CUDA device"]
+        return [reason] if reason else []
 
     def where(self, device: str) -> tuple[int, int]:
         """(device number, the caller's current stream on it)."""
@@ -61,20 +58,10 @@ class CudaRuntime:
         return _properties(self.lib, index)
 
     def check_device(self, device: str) -> list[str]:
-        """Reasons against one device: none of that number, or older than what was built."""
-        why = self.why_not()
-        if why:
-            return why
-        import torch
+        """Reasons against one device: none of that number, lost, forked after CUDA, older than what was built, ..."""
+        from fct.ops.device import why_no_gpu
 
-        chosen = torch.device(device)
-        index = torch.cuda.current_device() if chosen.index is None else chosen.index
-        if index >= torch.cuda.device_count():
-            return [f"no device {index}: there are {torch.cuda.device_count()}"]
-        major, minor = self.properties(index)["capability"]
-        return (
-            [] if (major, minor) >= (8, 0) else [f"needs compute capability 8.0 or newer, {device} has {major}.{minor}"]
-        )
+        return self.why_not() or why_no_gpu(device)
 
 
 @cache
@@ -260,17 +247,6 @@ def _blaslt_paths() -> list[str]:
 
 
 # ---- top-k ----
-@dataclass(frozen=True)
-class PreparedGallery:
-    """A gallery on a GPU with the low-precision shadow that is scanned; see :meth:`CudaSearch.prepare`."""
-
-    rows: Rows
-    metric: str
-    kind: str
-    shadow: Any  # (n, bytes) uint8
-    meta: Any  # (n, 4) float32
-
-
 class CudaSearch:
     """Certified-exact top-k on a GPU; the answer is that of :func:`fct.topk` on a CPU."""
 
@@ -287,13 +263,13 @@ class CudaSearch:
             why.append(f"has no metric {metric!r}")
         return why + (["runs on cuda only, got cpu"] if device == "cpu" else self.runtime.check_device(device))
 
-    def prepare(self, gallery: Rows, metric: str, kind: str = "bf16") -> PreparedGallery:
+    def prepare(self, gallery: Rows, metric: str, kind: str = "bf16") -> GpuShadow:
         """The gallery's shadow: "bf16" or "int8" rows and four floats a row that bound what the rounding lost.
 
         gallery: (n, d) on the device, n >= 1. Takes n * (2 d or d, rounded up to 128, + 16) bytes.
         """
         shadow, meta = self._shadow(gallery, metric, kind, is_query=False)
-        return PreparedGallery(gallery, metric, kind, shadow, meta)
+        return GpuShadow(self.name, gallery, metric, kind, shadow, meta)
 
     def _shadow(self, rows: Rows, metric: str, kind: str, *, is_query: bool) -> tuple[Any, Any]:
         import torch
@@ -313,13 +289,13 @@ class CudaSearch:
         )
         return shadow, meta
 
-    def search(self, queries: Rows, gallery: PreparedGallery, k: int, *, same_items: bool = False) -> tuple[Any, Any]:
+    def search(self, queries: Rows, gallery: GpuShadow, k: int, *, same_items: bool = False) -> tuple[Any, Any]:
         """((n, k) float32 distances, (n, k) int64 rows) of the k best, ties by lower row; tensors on the device.
 
         1 <= k <= 2048. ``same_items`` leaves row i out of query i's answer and needs k <= 2047.
         """
         if same_items:
-            return _without_own(*self.search(queries, gallery, k + 1))
+            return drop_own_rows(*self.search(queries, gallery, k + 1))
         import torch
 
         device = queries.values.device
@@ -330,7 +306,7 @@ class CudaSearch:
             self._chunk(queries[part], gallery, k, distances[part], indices[part])
         return distances, indices
 
-    def _chunk(self, queries: Rows, gallery: PreparedGallery, k: int, distances: Any, indices: Any) -> None:
+    def _chunk(self, queries: Rows, gallery: GpuShadow, k: int, distances: Any, indices: Any) -> None:
         import torch
 
         lib = self.runtime.lib
@@ -370,7 +346,7 @@ class CudaSearch:
                 filled = 1
 
     def _args(
-        self, queries: Rows, shadow: Any, meta: Any, gallery: PreparedGallery, part: slice, k: int, index: int
+        self, queries: Rows, shadow: Any, meta: Any, gallery: GpuShadow, part: slice, k: int, index: int
     ) -> dict[str, Any]:
         properties = self.runtime.properties(index)
         return {
@@ -387,13 +363,3 @@ class CudaSearch:
             "multiprocessors": properties["multiprocessors"],
             "shared_memory": properties["shared_memory"],
         }
-
-
-def _without_own(distances: Any, indices: Any) -> tuple[Any, Any]:
-    """(n, k + 1) results -> (n, k): query i's own row i left out, or the last where it is not among them."""
-    import torch
-
-    n = indices.shape[0]
-    own = indices == torch.arange(n, device=indices.device)[:, None]
-    order = own.to(torch.uint8).sort(dim=1, stable=True).indices[:, :-1]
-    return distances.gather(1, order), indices.gather(1, order)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fct.errors import BackendError
 
-__all__ = ["Device", "DeviceLostError", "device_of", "why_no_gpu"]
+__all__ = ["Device", "DeviceLostError", "device_of", "why_no_cuda", "why_no_gpu"]
 
 _lost: set[str] = set()
 
@@ -22,7 +22,21 @@ class DeviceLostError(BackendError):
 
 
 def why_no_gpu(device: str) -> list[str]:
-    """Every reason why ``device`` ("cuda" or "cuda:1") can not be used by this process; empty when it can."""
+    """Every reason why our kernels can not use ``device`` ("cuda" or "cuda:1") in this process; empty when they can."""
+    why = why_no_cuda(device)
+    if why:
+        return why
+    import torch
+
+    index = int(device.partition(":")[2] or 0)
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        return [f"needs compute capability 8.0 or later, {device} has {major}.{minor}"]
+    return []
+
+
+def why_no_cuda(device: str) -> list[str]:
+    """The same for torch itself, whatever the device's age."""
     import torch
 
     if device.partition(":")[0] != "cuda":
@@ -41,9 +55,6 @@ def why_no_gpu(device: str) -> list[str]:
     index = int(device.partition(":")[2] or 0)
     if index >= count:
         return [f"expected one of {count} CUDA devices, got {device}"]
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(index)
-        return [f"needs compute capability 8.0 or later, {device} has {major}.{minor}"]
     return []
 
 

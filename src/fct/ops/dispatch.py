@@ -43,11 +43,12 @@ def forced_backend(backend: str | None) -> str | None:
 
 
 def pick_transform(
-    h: Transformation, precision: str, device: str, backend: str | None = None
+    h: Transformation, precision: str, device: str, backend: str | None = None, *, rows: int | None = None
 ) -> tuple[TransformBackend, str]:
     """(backend, precision): the first backend with no reason against it.
 
-    ``precision="auto"`` takes the fastest that the backend runs there and h's stored measurements allow.
+    ``precision="auto"`` takes the fastest that the backend runs there and h's stored measurements allow. On a GPU that
+    ``fct doctor`` has timed, the fastest backend and precision for ``rows`` rows (None: many) come first.
     Raises BackendError with every backend's reasons when none can.
     """
     forced = forced_backend(backend)
@@ -57,25 +58,36 @@ def pick_transform(
         backends = [b for b in backends if b.name == forced]
         if not backends:
             raise ValueError(f"backend: expected one of {', '.join(known)}, got {forced!r}")
-    reasons: list[str] = []
+    pairs: dict[str, tuple[TransformBackend, str]] = {}
     for candidate in backends:
         wanted = [precision] if precision != "auto" else [p for p in candidate.fastest_first(device) if h.allows(p)]
-        for p in wanted or [PRECISIONS[0]]:
-            why = candidate.why_not(h, p, device)
-            if not why and candidate.name in _PROVE_ON_DEVICE:
-                from fct.ops.selfproof import prove
+        pairs |= {f"{candidate.name} {p}": (candidate, p) for p in wanted or [PRECISIONS[0]]}
+    order = list(pairs)
+    if device.partition(":")[0] == "cuda":
+        from fct.ops import device as devices
+        from fct.ops.selfproof import fastest_first
 
-                verdict = prove(candidate, h, p, device)
-                why = [f"refused by the self-proof: {verdict}"] if verdict else []
-            if not why and forced is None and candidate.name == "cpu" and _bf16_will_do(h, precision):
-                from fct.ops.amx import torch_is_faster
+        if device in devices._lost:
+            raise devices.DeviceLostError(f"{device} failed earlier in this process; start a new one")
+        if not devices.why_no_gpu(device):
+            order = fastest_first("transform", device, order, rows)
+    reasons: list[str] = []
+    for candidate, p in (pairs[name] for name in order):
+        why = candidate.why_not(h, p, device)
+        if not why and candidate.name in _PROVE_ON_DEVICE:
+            from fct.ops.selfproof import prove
 
-                torch = next(b for b in backends if b.name == "torch")
-                if torch_is_faster(candidate, h, p, torch):
-                    return torch, "bf16"
-            if not why:
-                return candidate, p
-            reasons += [f"{candidate.name} ({p}): {reason}" for reason in why]
+            verdict = prove(candidate, h, p, device)
+            why = [f"refused by the self-proof: {verdict}"] if verdict else []
+        if not why and forced is None and candidate.name == "cpu" and _bf16_will_do(h, precision):
+            from fct.ops.amx import torch_is_faster
+
+            torch = next(b for b in backends if b.name == "torch")
+            if torch_is_faster(candidate, h, p, torch):
+                return torch, "bf16"
+        if not why:
+            return candidate, p
+        reasons += [f"{candidate.name} ({p}): {reason}" for reason in why]
     raise BackendError(f"no backend can run this transformation on {device}: " + "; ".join(reasons))
 
 

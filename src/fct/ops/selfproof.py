@@ -3,13 +3,15 @@
 No GPU was in the room where the kernels were written. So the first use on a device runs the transformation's own
 layers over a few hundred random rows, against the float64 reference, and writes the verdict to a file, keyed by device,
 driver, build and layer shapes. A kernel that disagrees is refused with a warning; the next backend (torch) takes over.
-``FCT_CACHE`` moves the file; deleting it makes the proof run again.
+``FCT_CACHE`` moves the file; deleting it makes the proof run again. The same file, under keys of the same kind, holds
+the times that ``fct doctor`` measured; dispatch asks the fastest first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -26,7 +28,19 @@ from fct.ops.base import TransformBackend
 from fct.ops.rounding import SIGMAS, deviation
 from fct.transformation import Transformation
 
-__all__ = ["ROWS", "cache_dir", "error_of", "prove", "prove_search", "read_verdicts", "write_verdict"]
+__all__ = [
+    "ROWS",
+    "cache_dir",
+    "error_of",
+    "fastest_first",
+    "prove",
+    "prove_search",
+    "read_verdicts",
+    "remember_times",
+    "search_verdict",
+    "verdict_file",
+    "write_verdict",
+]
 
 ROWS = (1, 67, 259)
 SEARCHES = ((1, 1, 1, 1), (3, 197, 65, 7), (17, 331, 127, 10), (2, 700, 33, 600))  # queries, rows, dims, k
@@ -41,14 +55,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fct"
 
 
-def _file() -> Path:
+def verdict_file() -> Path:
+    """Where verdicts and times are kept."""
     return cache_dir() / "selfproof.json"
 
 
 def read_verdicts() -> dict[str, str]:
     """Key -> "" (right) or what was wrong. An unreadable file counts as empty: the proof runs again."""
     try:
-        found = json.loads(_file().read_text())
+        found = json.loads(verdict_file().read_text())
     except (OSError, ValueError):
         return {}
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
@@ -57,8 +72,8 @@ def read_verdicts() -> dict[str, str]:
 def write_verdict(key: str, verdict: str) -> None:
     """Adds one verdict; a folder that can not be written costs the next process a proof, nothing more."""
     try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(_file(), json.dumps(read_verdicts() | {key: verdict}, indent=1, sort_keys=True).encode())
+        verdict_file().parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(verdict_file(), json.dumps(read_verdicts() | {key: verdict}, indent=1, sort_keys=True).encode())
     except OSError:
         pass
 
@@ -102,13 +117,57 @@ def prove(backend: TransformBackend, h: Transformation, precision: str, device: 
 
 def prove_search(search: Any, metric: str, kind: str, device: str) -> str:
     """The same for a search over a shadow of ``kind``."""
-    key = _key(f"{search.name} search {kind} {metric}", device, "")
     return _remembered(
-        key,
+        _search_key(search.name, metric, kind, device),
         f"{search.name} search ({kind}, {metric})",
         device,
         lambda: _verdict(device, lambda: _run_search(search, metric, kind, device)),
     )
+
+
+def _search_key(name: str, metric: str, kind: str, device: str) -> str:
+    return _key(f"{name} search {kind} {metric}", device, "")
+
+
+def search_verdict(name: str, metric: str, kind: str, device: str) -> str | None:
+    """What the proof of a search found on this device: "" (right) or what was wrong; None where it has not run yet."""
+    key = _search_key(name, metric, kind, device)
+    return _known.get(key, read_verdicts().get(key))
+
+
+def remember_times(op: str, device: str, times: dict[str, dict[int, float]]) -> None:
+    """Keeps what ``fct doctor`` measured: "backend precision" -> rows (queries) of one call -> seconds.
+
+    op: "transform" or "search".
+    """
+    key = _key(f"times of {op}", device, "")
+    _known[key] = json.dumps(times, sort_keys=True)
+    write_verdict(key, _known[key])
+
+
+def fastest_first(op: str, device: str, names: list[str], rows: int | None) -> list[str]:
+    """``names`` ("backend precision"), those first that were measured faster at the nearest number of rows.
+
+    Those without a time come behind, in the order given; so does everything where ``fct doctor`` never ran on this
+    device, driver and build. rows: None stands for many.
+    """
+    key = _key(f"times of {op}", device, "")
+    if key not in _known:
+        _known[key] = read_verdicts().get(key, "{}")
+    try:
+        times = {str(name): {int(n): float(s) for n, s in t.items()} for name, t in json.loads(_known[key]).items()}
+    except (ValueError, AttributeError, TypeError):
+        return names
+
+    def seconds(name: str) -> float:
+        sizes = times.get(name)
+        if not sizes:
+            return math.inf
+        wanted = max(sizes) if rows is None else max(rows, 1)
+        nearest = min(sizes, key=lambda n: abs(math.log(n / wanted)))
+        return sizes[nearest]
+
+    return sorted(names, key=seconds)
 
 
 def _verdict(device: str, check: Callable[[], str]) -> str:

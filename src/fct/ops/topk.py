@@ -12,7 +12,7 @@ import numpy as np
 
 from fct.arrays import Rows
 
-__all__ = ["cost_blocks", "ranks_blocked", "topk_blocked"]
+__all__ = ["cost_blocks", "merge_sorted", "ranks_on_device", "topk_blocked"]
 
 _BLOCK_BYTES = 128 << 20
 
@@ -63,7 +63,7 @@ def topk_blocked(queries: Rows, gallery: Rows, k: int, metric: str, same_items: 
     best: tuple[Any, Any] | None = None
     for _, g_part, cost in cost_blocks(queries, gallery, metric, same_items, max(8192, 4 * k)):
         found = _best_of(cost, k, g_part.start)
-        best = found if best is None else _merge(best, found, k)
+        best = found if best is None else merge_sorted(best, found, k)
         if g_part.stop == gallery.n:
             parts.append(best)
             best = None
@@ -89,7 +89,7 @@ def _best_of(cost: Any, k: int, offset: int) -> tuple[Any, Any]:
     return np.take_along_axis(cost, ids, axis=1), ids + offset
 
 
-def _merge(a: tuple[Any, Any], b: tuple[Any, Any], k: int) -> tuple[Any, Any]:
+def merge_sorted(a: tuple[Any, Any], b: tuple[Any, Any], k: int) -> tuple[Any, Any]:
     """The k lowest of two sorted lists; every index of ``a`` is below every one of ``b``, so a stable sort suffices."""
     costs: Any
     ids: Any
@@ -104,25 +104,32 @@ def _merge(a: tuple[Any, Any], b: tuple[Any, Any], k: int) -> tuple[Any, Any]:
     return costs[:, :k], ids.gather(1, order[:, :k])
 
 
-def ranks_blocked(
+def ranks_on_device(
     queries: Rows, gallery: Rows, query_labels: Any, gallery_labels: Any, metric: str, same_items: bool
 ) -> tuple[Any, Any]:
-    """Per query, as numpy: rows before its first match (-1: no match) and its average precision (NaN: no match)."""
+    """Per query, as numpy: rows before its first match (-1: no match) and its average precision (NaN: no match).
+
+    For tensors: sorted and counted on their device, a block of queries at a time; labels are int64 codes, numpy.
+    """
+    import torch
+
     first = np.full(queries.n, -1, np.int64)
     ap = np.full(queries.n, np.nan)
-    for q_part, _, block in cost_blocks(queries, gallery, metric, same_items, gallery.n):
-        costs = block if isinstance(block, np.ndarray) else block.cpu().numpy()
-        for i, cost in enumerate(costs, q_part.start):
-            match = gallery_labels == query_labels[i]
-            if same_items:
-                match[i] = False
-            positives = np.sort(cost[match])
-            if not positives.size:
-                continue
-            ordered = np.sort(cost)
-            within = np.searchsorted(ordered, positives, side="right")
-            matches_within = np.searchsorted(positives, positives, side="right")
-            ap[i] = np.mean(matches_within / within)
-            tied_before = np.flatnonzero(cost == positives[0])
-            first[i] = np.searchsorted(ordered, positives[0], side="left") + int(np.argmax(match[tied_before]))
+    q_codes, g_codes = (torch.as_tensor(x, device=queries.device) for x in (query_labels, gallery_labels))
+    for part, _, costs in cost_blocks(queries, gallery, metric, same_items, gallery.n):
+        ordered, order = costs.sort(dim=1, stable=True)
+        match = g_codes[order] == q_codes[part, None]
+        last = torch.searchsorted(ordered, ordered, right=True) - 1  # of the rows that cost no more: ties come together
+        counted = torch.ones_like(order)
+        if same_items:
+            counted[order == torch.arange(part.start, part.stop, device=queries.device)[:, None]] = 0
+            match = match & (counted > 0)
+        matches = match.cumsum(1)
+        count = matches[:, -1]
+        within = counted.cumsum(1)
+        shares = torch.where(match, matches.gather(1, last).double() / within.gather(1, last).clamp(min=1), 0.0)
+        position = within.gather(1, match.to(torch.uint8).argmax(1, keepdim=True)) - 1
+        there = count > 0
+        first[part] = torch.where(there, position[:, 0], -1).cpu().numpy()
+        ap[part] = torch.where(there, shares.sum(1) / count.clamp(min=1), torch.nan).cpu().numpy()
     return first, ap

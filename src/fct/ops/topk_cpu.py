@@ -147,7 +147,7 @@ def ranks_cpu(
     *,
     threads: int,
 ) -> tuple[Any, Any]:
-    """As :func:`fct.ops.topk.ranks_blocked`; labels are int64 codes from 0."""
+    """As :func:`fct.ops.topk.ranks_on_device`; labels are int64 codes from 0."""
     classes = int(max(query_labels.max(initial=-1), gallery_labels.max(initial=-1))) + 1
     members = np.argsort(gallery_labels, kind="stable").astype(np.int64, copy=False)
     starts = np.zeros(classes + 1, np.int64)

@@ -20,10 +20,9 @@ class TorchTransform:
     def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
         why = [] if precision in _DTYPES else [f"has no {precision}"]
         if device != "cpu":
-            import torch
+            from fct.ops.device import why_no_cuda
 
-            if not torch.cuda.is_available():
-                why.append("torch sees no CUDA device")
+            why += why_no_cuda(device)
         return why
 
     def fastest_first(self, device: str) -> tuple[str, ...]:

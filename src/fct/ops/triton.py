@@ -19,7 +19,7 @@ from fct.errors import BackendError
 from fct.ops.device import Device, device_of, why_no_gpu
 from fct.transformation import Layer, Transformation
 
-__all__ = ["MIN_CHUNK", "PackedTransform", "TritonTransform", "chunk_rows"]
+__all__ = ["MIN_CHUNK", "PackedTransform", "TritonTransform", "chunk_rows", "scale_mode"]
 
 COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "bfloat16", "fp8": "bfloat16"}
 MIXER = {**COMPUTE, "int8": "int8", "fp8": "float8_e4m3fn"}
@@ -308,7 +308,7 @@ class _Chunks:
                 f"{name}_ptr": x.values, f"{name}_scale_ptr": self._or_one(x.scale), f"stride_{name}": x.row_stride,
                 f"{name}_w1": one.weight, f"{name}_b1": one.bias, f"{name}_w2": two.weight, f"{name}_b2": two.bias,
                 f"{big}_D": one.d_in, f"{big}_PITCH1": one.weight.shape[1], f"{big}_H": one.d_out,
-                f"{big}_PITCH2": two.weight.shape[1], f"{big}_N": two.d_out, f"{big}_SCALE": _scale_mode(x),
+                f"{big}_PITCH2": two.weight.shape[1], f"{big}_N": two.d_out, f"{big}_SCALE": scale_mode(x),
                 f"{big}_RELU1": one.relu, f"{big}_RELU2": two.relu,
             }  # fmt: skip
         self._launch("branches", (-(-rows // tile.m), 2), tile, arguments)
@@ -321,7 +321,7 @@ class _Chunks:
         self._launch("ingest", (-(-rows // tile.m), -(-x.d // tile.n)), tile, {
             "row0_ptr": self.row0, "n_rows": rows, "x_ptr": x.values, "scale_ptr": self._or_one(x.scale),
             "stride_x": x.row_stride, "next_ptr": self.p.one, "out_ptr": scratch[0],
-            "stride_out": scratch[0].stride(0), "D": x.d, "SCALE": _scale_mode(x), "BM": tile.m, "BN": tile.n,
+            "stride_out": scratch[0].stride(0), "D": x.d, "SCALE": scale_mode(x), "BM": tile.m, "BN": tile.n,
             "UPCAST": self.device.interpreted,
         })  # fmt: skip
         compute = "fp32" if self.p.precision == "fp32" else "bf16"
@@ -363,7 +363,7 @@ class _Chunks:
         layer, out = self.p.mixer[-1], self.out
         tile = self._tile("final", self.p.precision, layer.d_out)
         arguments, _ = self._operands(rows, a, layer, tile)
-        mode = _scale_mode(out)
+        mode = scale_mode(out)
         target = {
             "row0_ptr": self.row0, "out_ptr": out.values, "out_scale_ptr": self._or_one(out.scale),
             "stride_out": out.row_stride, "OUT_SCALE": mode,
@@ -393,7 +393,7 @@ class _Chunks:
         return self.p.one if pointer is None else pointer
 
 
-def _scale_mode(rows: Rows) -> int:
+def scale_mode(rows: Rows) -> int:
     """The kernels' SCALE_NONE, SCALE_ONE, SCALE_ROW or SCALE_DIM."""
     if rows.scale is None:
         return 0
