@@ -1,6 +1,7 @@
-"""Every backend that can run here, held against the float64 reference and timed.
+"""Every backend that can run here, held against the float64 reference and timed: the transformation's and the search's.
 
-On a machine with a GPU this is the first time its kernels meet silicon; the JSON report is made to be mailed in.
+On a machine with a GPU this is the first time its kernels meet silicon; the JSON report is made to be mailed in. What
+was timed on a GPU is kept beside the self-proof's verdicts, and dispatch asks the fastest first from then on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ PAPER_SHAPE = (128, 128, 128, 2048)
 ODD_ROWS = (1, 3, 17, 130)
 SIZES = (1, 32, 256, 4096)
 FULL_SIZES = (1, 8, 32, 256, 4096, 65536, 1 << 20)
+# queries, rows, dims, k: odd on purpose
+ODD_SEARCHES = ((1, 1, 1, 1), (3, 197, 65, 7), (17, 331, 127, 10), (2, 700, 33, 600))
+SEARCH_GALLERY, FULL_SEARCH_GALLERY = (100_000, 128), (1_000_000, 128)
+SEARCH_SIZES, FULL_SEARCH_SIZES, SEARCH_K = (1, 16, 256, 1024), (1, 16, 256, 1024, 4096), 10
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,13 @@ class Finding:
     verdict: str  # "right", "wrong", "not here"
     detail: str
     worst_error: float | None  # largest error over the output's root mean square
+    op: str = "transform"  # or "search"; its precision is the scan's
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one call with ``rows`` rows of the paper's shape, inputs and output in place."""
+    """Median seconds of one call, inputs and output in place: ``rows`` rows of the paper's shape, or that many queries
+    among ``gallery`` rows, prepared before."""
 
     backend: str
     precision: str
@@ -56,33 +63,37 @@ class Timing:
     seconds: float
     p20: float
     p80: float
+    op: str = "transform"
+    gallery: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``fct doctor`` found. fastest: (precision, rows) -> backend, among those that are right."""
+    """What ``fct doctor`` found. remembered: the file by which dispatch goes from now on, "" where no GPU was timed."""
 
     build: dict[str, Any]
     devices: dict[str, str]
     findings: list[Finding]
     timings: list[Timing]
+    remembered: str = ""
 
     @property
     def healthy(self) -> bool:
         return not any(f.verdict == "wrong" for f in self.findings)
 
     def fastest(self) -> list[Timing]:
-        """The quickest right backend for each device, precision and number of rows."""
-        best: dict[tuple[str, str, int], Timing] = {}
+        """The quickest right backend for each device, precision and number of rows; of the searches, for each device
+        and number of queries, since all answer alike."""
+        best: dict[tuple[str, str, str, int], Timing] = {}
         for t in self.timings:
-            key = (t.device, t.precision, t.rows)
+            key = (t.op, t.device, t.precision if t.op == "transform" else "", t.rows)
             if key not in best or t.seconds < best[key].seconds:
                 best[key] = t
         return list(best.values())
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "format": "fct-doctor 1",
+            "format": "fct-doctor 2",
             "build": self.build,
             "devices": self.devices,
             "healthy": self.healthy,
@@ -90,6 +101,7 @@ class Report:
             "shape": dict(zip(("d_old", "d_side", "d_new", "inner"), PAPER_SHAPE, strict=True)),
             "timings": [self._timing(t) for t in self.timings],
             "fastest": [self._timing(t) for t in self.fastest()],
+            "remembered": self.remembered,
         }
 
     def _timing(self, t: Timing) -> dict[str, Any]:
@@ -99,6 +111,8 @@ class Report:
         old, side, new, inner = PAPER_SHAPE
         widths = [(d, 2 * d) for d in (old, side)] + [(2 * d, 2 * new) for d in (old, side)]
         flop = 2.0 * sum(a * b for a, b in [*widths, (4 * new, inner), (inner, inner), (inner, new)])
+        if t.op == "search":
+            flop = 2.0 * t.gallery * SEARCH_GALLERY[1]
         gflops = t.rows * flop / t.seconds / 1e9
         peak = published_peak(self.devices.get(t.device, ""), t.precision)
         return asdict(t) | {
@@ -136,7 +150,7 @@ def examine(
 
     Args:
         full: the paper's shape among the proofs too, and up to a million rows timed.
-        backends: whom to examine; by default all.
+        backends: of the transformation, whom to examine; by default all, and every search.
         progress: told what is being done.
 
     Example:
@@ -148,7 +162,8 @@ def examine(
     from fct.info import build_info
 
     places = devices()
-    findings, timings = [], []
+    findings: list[Finding] = []
+    timings: list[Timing] = []
     h = _calibrated(Transformation.random(*PAPER_SHAPE[:3], inner=PAPER_SHAPE[3]))
     for place in places:
         for backend in backends or transform_backends():
@@ -162,7 +177,150 @@ def examine(
                 findings.append(finding)
                 if finding.verdict == "right" and backend.name != "ref":
                     timings += _time(backend, h, precision, place, FULL_SIZES if full else SIZES)
-    return Report(build_info(), places, findings, timings)
+        for name, precision, search in _searches(place) if backends is None else ():
+            why = search.why_not()
+            if why:
+                findings.append(Finding(name, precision, place, "not here", "; ".join(why), None, "search"))
+                continue
+            progress(f"{name} search ({precision}) on {place}")
+            finding = _prove_search(name, precision, place, search)
+            findings.append(finding)
+            if finding.verdict == "right":
+                timings += _time_search(name, precision, place, search, full)
+    return Report(build_info(), places, findings, timings, _remember(timings))
+
+
+def _remember(timings: list[Timing]) -> str:
+    """Keeps the GPUs' times for dispatch; where they lie, or "" where there are none."""
+    from fct.ops.selfproof import remember_times, verdict_file
+
+    kept = False
+    for op, place in sorted({(t.op, t.device) for t in timings if t.device != "cpu"}):
+        times: dict[str, dict[int, float]] = {}
+        for t in timings:
+            if (t.op, t.device) == (op, place):
+                times.setdefault(f"{t.backend} {t.precision}", {})[t.rows] = t.seconds
+        remember_times(op, place, times)
+        kept = True
+    return str(verdict_file()) if kept else ""
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search on a device. prepare: (gallery rows, metric) -> what ``run`` takes besides the queries, k and metric."""
+
+    why_not: Callable[[], list[str]]
+    prepare: Callable[[Rows, str], Any]
+    run: Callable[[Rows, Any, int, str], tuple[Any, Any]]
+
+
+def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
+    """(backend, precision of the scan, search) of every search of the device's kind."""
+    from fct.ops.topk import topk_blocked
+    from fct.ops.topk_cpu import build_shadow, topk_cpu
+    from fct.ops.topk_gpu import search_backends
+
+    threads = default_threads()
+
+    def compiled(shadowed: bool) -> _Search:
+        return _Search(
+            list,
+            lambda g, metric: (g, build_shadow(g, metric, threads=threads) if shadowed else None),
+            lambda q, ready, k, metric: topk_cpu(q, ready[0], ready[1], k, metric, False, threads=threads)[:2],
+        )
+
+    def shadowed(search: Any, kind: str) -> _Search:
+        return _Search(
+            lambda: search.why_not(SEARCH_K, "l2", place),
+            lambda g, metric: search.prepare(g, metric, kind),
+            lambda q, g, k, metric: search.search(q, g, k),
+        )
+
+    if place == "cpu":
+        yield "cpu", "int8", compiled(True)
+        yield "cpu", "fp32", compiled(False)
+    else:
+        for search in search_backends():
+            for kind in ("bf16", "int8"):
+                yield search.name, kind, shadowed(search, kind)
+    from fct.ops.device import why_no_cuda
+
+    yield (
+        "numpy" if place == "cpu" else "torch",
+        "fp32",
+        _Search(
+            lambda: [] if place == "cpu" else why_no_cuda(place),
+            lambda g, metric: g,
+            lambda q, g, k, metric: topk_blocked(q, g, k, metric, False),
+        ),
+    )
+
+
+def _prove_search(name: str, precision: str, place: str, search: _Search) -> Finding:
+    from fct.ops.selfproof import search_error
+    from fct.spaces import METRICS
+
+    rng = np.random.default_rng(4)
+    worst = 0.0
+    for metric in METRICS:
+        for n_q, n, d, k in ODD_SEARCHES:
+            for whole in (True, False):
+                sides = [rng.integers(-3, 4, (m, d)) if whole else rng.standard_normal((m, d)) for m in (n_q, n)]
+                q, g = (x.astype(np.float32) for x in sides)
+                shape = f"{metric}, {n_q} queries, {n} rows of {d}, k {k}"
+                try:
+                    ready = search.prepare(_rows(g, "float32", place), metric)
+                    found = search.run(_rows(q, "float32", place), ready, k, metric)
+                    distances, rows = (_array(x, place) for x in found)
+                    wrong = search_error(distances, rows, q, g, k, metric, same_rows=whole and metric != "cosine")
+                    if not wrong:
+                        want = ref.topk(q, g, k, metric)[0]
+                        worst = max(worst, error_of(distances, want) if want.any() else 0.0)
+                except Exception as failure:
+                    wrong = f"{type(failure).__name__}: {failure}"
+                if wrong:
+                    return Finding(name, precision, place, "wrong", f"{shape}: {wrong}", None, "search")
+    return Finding(name, precision, place, "right", "", worst, "search")
+
+
+def _array(x: Any, place: str) -> Any:
+    if isinstance(x, np.ndarray):
+        return x
+    from fct.ops.device import device_of
+
+    return device_of(place).download(x)
+
+
+def _time_search(name: str, precision: str, place: str, search: _Search, full: bool) -> list[Timing]:
+    rng = np.random.default_rng(5)
+    n, d = FULL_SEARCH_GALLERY if full else SEARCH_GALLERY
+    g = search.prepare(_rows(rng.standard_normal((n, d), dtype=np.float32), "float32", place), "l2")
+    found = []
+    for n_q in FULL_SEARCH_SIZES if full else SEARCH_SIZES:
+        if place == "cpu" and precision == "fp32" and n_q > 16:
+            continue  # every row for every query: seconds on a CPU, and no faster a query than before
+        q = _rows(rng.standard_normal((n_q, d), dtype=np.float32), "float32", place)
+
+        def call(q: Rows = q) -> None:
+            search.run(q, g, min(SEARCH_K, n), "l2")
+
+        seconds = _seconds(call, place)
+        found.append(Timing(name, precision, place, n_q, *seconds, "search", n))
+    return found
+
+
+def _seconds(call: Callable[[], Any], place: str) -> tuple[float, float, float]:
+    """(median, p20, p80) seconds of a call and of what it queued; the first is not counted."""
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    while len(seconds) < 3 or (len(seconds) < 50 and time.perf_counter() - begin < 0.3):
+        start = time.perf_counter()
+        call()
+        if place != "cpu":
+            _settle(place)
+        seconds.append(time.perf_counter() - start)
+    seconds = sorted(seconds[1:])
+    return median(seconds), seconds[len(seconds) // 5], seconds[min(len(seconds) - 1, len(seconds) * 4 // 5)]
 
 
 def _calibrated(h: Transformation, old: Any = None, side: Any = None) -> Transformation:
@@ -254,17 +412,11 @@ def _time(
         x = rng.standard_normal((n, h.d_old), dtype=np.float32)
         old, out = _rows(x, "float32", place), _rows(np.zeros((n, h.d_new), np.float32), "float32", place)
         weights = packed(backend, h, precision, place)
-        seconds: list[float] = []
-        begin = time.perf_counter()
-        while len(seconds) < 3 or (len(seconds) < 50 and time.perf_counter() - begin < 0.3):
-            start = time.perf_counter()
+
+        def call(old: Rows = old, out: Rows = out, weights: Any = weights) -> None:
             backend.run(weights, old, old, out, threads=default_threads())
-            if place != "cpu":
-                _settle(place)
-            seconds.append(time.perf_counter() - start)
-        seconds = sorted(seconds[1:])
-        p20, p80 = seconds[len(seconds) // 5], seconds[min(len(seconds) - 1, len(seconds) * 4 // 5)]
-        found.append(Timing(backend.name, precision, place, n, median(seconds), p20, p80))
+
+        found.append(Timing(backend.name, precision, place, n, *_seconds(call, place)))
     return found
 
 

@@ -14,7 +14,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: "version", "python", "platform", "backends" (name -> {"runs": bool, "why_not":
-        [str, ...]} for the paper's h on this machine's devices), "cuda_build" ("" or why it was not built).
+        [str, ...]} for the paper's h on this machine's devices), "searches" (likewise for fct.topk; "proved": what
+        the self-proof found on the GPU so far, "metric kind" -> "" where right, else what was wrong), "cuda_build" (""
+        or why it was not built), "verdicts" (the file of the self-proof's verdicts and of what fct doctor timed).
 
     Example:
         >>> import fct
@@ -24,6 +26,7 @@ def build_info() -> dict[str, Any]:
     import fct
     from fct import _C
     from fct.ops.dispatch import default_threads, transform_backends
+    from fct.ops.selfproof import verdict_file
 
     h = fct.Transformation.random(8, 8, 8, inner=8)
     backends = {}
@@ -32,6 +35,8 @@ def build_info() -> dict[str, Any]:
         why = backend.why_not(h, backend.fastest_first(device)[-1] if backend.fastest_first(device) else "fp32", device)
         backends[backend.name] = {"device": device, "runs": not why, "why_not": why}
     return {
+        "searches": _searches(),
+        "verdicts": str(verdict_file()),
         "version": fct.__version__,
         "python": sys.version.split()[0],
         "platform": f"{platform.system()} {platform.machine()}",
@@ -39,3 +44,24 @@ def build_info() -> dict[str, Any]:
         "cuda_build": _C.cuda_why_not,
         "backends": backends,
     }
+
+
+def _searches() -> dict[str, dict[str, Any]]:
+    from fct.ops.device import why_no_cuda
+    from fct.ops.selfproof import search_verdict
+    from fct.ops.topk_gpu import search_backends
+    from fct.spaces import METRICS
+
+    found: dict[str, dict[str, Any]] = {"cpu": {"device": "cpu", "runs": True, "why_not": [], "proved": {}}}
+    for search in search_backends():
+        why = search.why_not(1, "l2", "cuda:0")
+        proved: dict[str, str] = {}
+        for metric in METRICS if not why else ():
+            for kind in ("bf16", "int8"):
+                verdict = search_verdict(search.name, metric, kind, "cuda:0")
+                if verdict is not None:
+                    proved[f"{metric} {kind}"] = verdict
+        found[search.name] = {"device": "cuda", "runs": not why, "why_not": why, "proved": proved}
+    why = why_no_cuda("cuda:0")
+    found["torch"] = {"device": "cuda", "runs": not why, "why_not": why, "proved": {}}
+    return found

@@ -175,10 +175,10 @@ def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pyt
     assert not report.healthy
     assert {t.backend for t in report.fastest()} == {"triton"}
     mailed = json.loads(json.dumps(report.to_dict()))
-    assert mailed["format"] == "fct-doctor 1"
+    assert mailed["format"] == "fct-doctor 2"
     assert mailed["healthy"] is False
     assert mailed["devices"]["cuda:0"] == "fake"
-    assert {"backend", "precision", "device", "verdict", "detail", "worst_error"} == set(mailed["findings"][0])
+    assert {"backend", "precision", "device", "verdict", "detail", "worst_error", "op"} == set(mailed["findings"][0])
     assert all(t["rows_per_s"] == t["rows"] / t["seconds"] for t in mailed["timings"])
     report.devices["cuda:0"] = "NVIDIA H100 80GB HBM3, sm_90"
     h = Transformation.random(16, 16, 16, inner=32)
@@ -191,10 +191,14 @@ def test_doctor_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     """Every backend as it is: what can not run here says so, and nothing here is wrong."""
     monkeypatch.setattr(doctor, "SIZES", (1,))
     monkeypatch.setattr(doctor, "ODD_ROWS", (3,))
+    monkeypatch.setattr(doctor, "SEARCH_GALLERY", (500, 128))
+    monkeypatch.setattr(doctor, "SEARCH_SIZES", (1,))
     report = doctor.examine()
     assert report.healthy, [f for f in report.findings if f.verdict == "wrong"]
-    right = {(f.backend, f.precision) for f in report.findings if f.verdict == "right" and f.device == "cpu"}
-    assert {("cpu", "fp32"), ("torch", "fp32"), ("ref", "fp32")} <= right
+    right = {(f.op, f.backend, f.precision) for f in report.findings if f.verdict == "right" and f.device == "cpu"}
+    assert {("transform", "cpu", "fp32"), ("transform", "torch", "fp32"), ("transform", "ref", "fp32")} <= right
+    assert {("search", "cpu", "int8"), ("search", "cpu", "fp32"), ("search", "numpy", "fp32")} <= right
+    assert {t.backend for t in report.timings if t.op == "search"} >= {"cpu", "numpy"}
     assert all(f.detail for f in report.findings if f.verdict == "not here")
 
 
@@ -265,3 +269,105 @@ def test_the_callers_own_stream(fake: FakeDevice, rng: Any) -> None:
         done = fake.record()
     fake.finish(done)
     np.testing.assert_allclose(fake.download(out.values), ref.transform(x, x, h), rtol=1e-4, atol=1e-4)
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doctor's searches at a size for the interpreter."""
+    monkeypatch.setattr(doctor, "devices", lambda: {"cuda:0": "fake"})
+    monkeypatch.setattr(doctor, "ODD_SEARCHES", ((1, 1, 1, 1), (3, 90, 9, 7)))
+    monkeypatch.setattr(doctor, "SEARCH_GALLERY", (200, 8))
+    monkeypatch.setattr(doctor, "SEARCH_SIZES", (1, 64))
+    monkeypatch.setattr(dispatch, "transform_backends", list)
+    monkeypatch.setattr(doctor, "transform_backends", list)
+    monkeypatch.setattr(selfproof, "SEARCHES", ((3, 90, 9, 7),))
+    monkeypatch.delenv("FCT_BACKEND", raising=False)
+
+
+def test_doctor_examines_every_search_and_dispatch_follows_its_times(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Times that make torch the fastest for one query and Triton for many; then the other way round."""
+    from fct.info import build_info
+    from fct.ops.topk_gpu import pick_search
+
+    quick(monkeypatch)
+    told = {"triton": {1: 9.0, 64: 1.0}, "torch": {1: 1.0, 64: 9.0}}
+
+    def timed(name: str, precision: str, place: str, search: Any, full: bool) -> list[doctor.Timing]:
+        at = ("search", 200)
+        return [doctor.Timing(name, precision, place, n, s, s, s, *at) for n, s in told[name].items()]
+
+    monkeypatch.setattr(doctor, "_time_search", timed)
+    with fake.torch():
+        assert pick_search(5, "l2", "cuda:0", "auto", queries=1)[0].name == "triton"  # not timed: in order
+        for few, many in (("torch", "triton"), ("triton", "torch")):
+            report = doctor.examine()
+            verdict = {(f.backend, f.precision): f.verdict for f in report.findings}
+            assert verdict["triton", "bf16"] == verdict["triton", "int8"] == verdict["torch", "fp32"] == "right"
+            assert verdict["cuda", "bf16"] == "not here"
+            assert report.remembered == str(tmp_path / "cache" / "selfproof.json")
+            for known in (selfproof._known, {}):  # this process and the next
+                monkeypatch.setattr(selfproof, "_known", known)
+                for n, name in ((1, few), (3, few), (40, many), (10**6, many)):
+                    search, _ = pick_search(5, "l2", "cuda:0", "auto", queries=n)
+                    assert ("torch" if search is None else search.name) == name, n
+                assert pick_search(5, "l2", "cuda:0", "bf16", queries=1)[0].name == "triton"  # demanded
+            told["triton"], told["torch"] = told["torch"], told["triton"]
+        monkeypatch.setattr(selfproof, "_build", lambda: "another build")
+        assert pick_search(5, "l2", "cuda:0", "auto", queries=10**6)[0].name == "triton"  # its times do not count
+    monkeypatch.setattr("fct.ops.device.why_no_gpu", lambda name: [])
+    facts = build_info()
+    assert facts["searches"]["triton"]["runs"]
+    assert facts["searches"]["triton"]["proved"] == {"l2 bf16": ""}
+    assert facts["verdicts"] == report.remembered
+
+
+def test_doctor_times_searches_and_finds_a_wrong_one(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fct.ops import topk_gpu, topk_triton
+
+    class Wrong(topk_triton.TritonSearch):
+        name = "wrong"
+
+        def search(self, *args: Any, **how: Any) -> Any:
+            distances, rows = super().search(*args, **how)
+            return distances, rows.flip(1)
+
+    quick(monkeypatch)
+    monkeypatch.setattr(doctor, "SEARCH_SIZES", (2,))
+    monkeypatch.setattr(topk_gpu, "search_backends", lambda: [topk_triton.TritonSearch(), Wrong()])
+    with fake.torch():
+        report = doctor.examine()
+    assert {(f.backend, f.verdict) for f in report.findings} == {
+        ("triton", "right"), ("wrong", "wrong"), ("torch", "right"),
+    }  # fmt: skip
+    assert not report.healthy
+    assert {(t.backend, t.precision, t.rows, t.gallery) for t in report.timings} == {
+        ("triton", "bf16", 2, 200), ("triton", "int8", 2, 200), ("torch", "fp32", 2, 200),
+    }  # fmt: skip
+    assert all(t["gflops"] > 0 for t in report.to_dict()["timings"])
+    assert len(report.fastest()) == 1  # all answer alike, so one is the fastest
+
+
+def test_the_transformation_follows_doctors_times(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which backend runs flips with the measured times, by rows and by precision; a forced one is not asked."""
+    from fct.ops.torch import TorchTransform
+
+    monkeypatch.setattr(dispatch, "transform_backends", lambda: [backend.TritonTransform(), TorchTransform()])
+    monkeypatch.setattr(selfproof, "ROWS", (3,))
+    h = Transformation.random(9, 5, 6, inner=8)
+
+    def picked(rows: int | None, precision: str = "fp32", force: str | None = None) -> str:
+        return dispatch.pick_transform(h, precision, "cuda:0", force, rows=rows)[0].name
+
+    with fake.torch():
+        assert picked(1) == picked(4096) == "triton"
+        times = {"triton fp32": {1: 5.0, 4096: 1.0}, "torch fp32": {1: 1.0, 4096: 5.0}}
+        selfproof.remember_times("transform", "cuda:0", times)
+        assert [picked(1), picked(30), picked(500), picked(None)] == ["torch", "torch", "triton", "triton"]
+        assert picked(1, force="triton") == "triton"
+        assert picked(1, "bf16") == "triton"  # not timed: in order
+        selfproof.remember_times("transform", "cuda:0", {"torch fp32": {1: 1.0}})
+        assert picked(4096) == "torch"  # what was not timed comes behind
+        selfproof.write_verdict(selfproof._key("times of transform", "cuda:0", ""), "{broken")
+        monkeypatch.setattr(selfproof, "_known", {})
+        assert picked(1) == "triton"

@@ -66,6 +66,12 @@ def info() -> None:
     for name, state in facts["backends"].items():
         table.add_row(name, state["device"], "yes" if state["runs"] else "no", escape("; ".join(state["why_not"])))
     console.print(table)
+    table = Table("search", "device", "runs", "why not", "proved there")
+    for name, state in facts["searches"].items():
+        proved = "; ".join(f"{what}: {verdict or 'right'}" for what, verdict in state["proved"].items())
+        why = escape("; ".join(state["why_not"]))
+        table.add_row(name, state["device"], "yes" if state["runs"] else "no", why, escape(proved))
+    console.print(table)
     if facts["cuda_build"]:
         console.print(f"CUDA kernels: {escape(facts['cuda_build'])}")
 

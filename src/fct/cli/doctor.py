@@ -40,13 +40,21 @@ def _show(report: dict[str, Any]) -> None:
 
     for name, what in report["devices"].items():
         console.print(f"{name}: {what}", highlight=False)
-    table = Table("backend", "precision", "device", "verdict", "worst error", "")
+    table = Table("what", "backend", "precision", "device", "verdict", "worst error", "")
     for f in report["findings"]:
         colour = {"right": "green", "wrong": "bold red"}.get(f["verdict"], "dim")
         error = "" if f["worst_error"] is None else f"{f['worst_error']:.1e}"
-        table.add_row(f["backend"], f["precision"], f["device"], f"[{colour}]{f['verdict']}[/]", error, f["detail"])
+        verdict = f"[{colour}]{f['verdict']}[/]"
+        table.add_row(f["op"], f["backend"], f["precision"], f["device"], verdict, error, f["detail"])
     console.print(table)
-    table = Table("rows", "precision", "device", "fastest", "rows a second")
-    for t in sorted(report["fastest"], key=lambda t: (t["device"], t["precision"], t["rows"])):
-        table.add_row(f"{t['rows']:,}", t["precision"], t["device"], t["backend"], f"{t['rows'] / t['seconds']:,.0f}")
+    table = Table("what", "rows or queries", "precision", "device", "fastest", "a second")
+    for t in sorted(report["fastest"], key=lambda t: (t["op"], t["device"], t["precision"], t["rows"])):
+        speed = f"{t['rows'] / t['seconds']:,.0f}"
+        table.add_row(t["op"], f"{t['rows']:,}", t["precision"], t["device"], t["backend"], speed)
     console.print(table)
+    if report["remembered"]:
+        console.print(
+            "fct asks the fastest first on this GPU from now on; delete "
+            f"{report['remembered']} to have it prove and choose anew",
+            highlight=False,
+        )
