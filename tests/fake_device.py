@@ -116,7 +116,8 @@ class _Torch(torch.overrides.TorchFunctionMode):
         name = getattr(func, "__name__", "")
         wanted = kwargs.get("device")
         if wanted is None and name == "to" and len(args) > 1 and isinstance(args[1], (str, torch.device)):
-            wanted, args = args[1], (args[0], *args[2:])
+            wanted, args = args[1], (args[0], *(a for a in args[2:] if a is not None))
+            args = args[:1] if args[1:] and isinstance(args[1], bool) else args  # what is left of (dtype, non_blocking)
         kwargs.pop("device", None)
         if wanted is None or torch.device(wanted).type != "cuda":
             if wanted is not None:

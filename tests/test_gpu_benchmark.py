@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDevice:
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice]:
     device = FakeDevice(seed=3)
     device.model = "NVIDIA H100 80GB HBM3"
     device.install(monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return device
+    with device.torch():
+        yield device
 
 
 @pytest.fixture

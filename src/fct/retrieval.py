@@ -154,12 +154,12 @@ class PreparedGallery:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the shadow (not the rows) as one file, beside and then in place of what is there.
 
-        A shadow on a GPU is not written: packing it there again takes less than reading it from a file.
+        A shadow on a GPU is not written: packing reads each row once, from the device's own memory.
         """
         if isinstance(self.shadow, GpuShadow):
             raise ValueError(
                 f"path: expected a gallery prepared on the cpu, got one on {self.rows.device}; prepare_gallery packs "
-                "it there again in less time than a file is read"
+                "it there again"
             )
         if self.shadow is None:
             raise ValueError("path: expected a gallery with a shadow to save; this one is searched row by row")
