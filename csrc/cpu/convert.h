@@ -51,22 +51,27 @@ inline uint16_t to_f16(float x) {
     return static_cast<uint16_t>(sign | h);
 }
 
+// The caller's 16-bit values may lie at any address, which what a plain uint16_t* points to must not.
+inline uint16_t load_u16(const void* from, int64_t i) {
+    uint16_t h;
+    std::memcpy(&h, static_cast<const char*>(from) + 2 * i, 2);
+    return h;
+}
+
+inline void store_u16(void* to, int64_t i, uint16_t h) { std::memcpy(static_cast<char*>(to) + 2 * i, &h, 2); }
+
 inline void load_row(const RowsView& from, int64_t row, float* to) {
     const int64_t offset = row * from.stride;
     switch (from.dtype) {
         case DType::f32:
             std::memcpy(to, static_cast<const float*>(from.data) + offset, static_cast<size_t>(from.d) * 4);
             break;
-        case DType::f16: {
-            const uint16_t* x = static_cast<const uint16_t*>(from.data) + offset;
-            for (int64_t j = 0; j < from.d; ++j) to[j] = from_f16(x[j]);
+        case DType::f16:
+            for (int64_t j = 0; j < from.d; ++j) to[j] = from_f16(load_u16(from.data, offset + j));
             break;
-        }
-        case DType::bf16: {
-            const uint16_t* x = static_cast<const uint16_t*>(from.data) + offset;
-            for (int64_t j = 0; j < from.d; ++j) to[j] = from_bf16(x[j]);
+        case DType::bf16:
+            for (int64_t j = 0; j < from.d; ++j) to[j] = from_bf16(load_u16(from.data, offset + j));
             break;
-        }
         case DType::i8: {
             const int8_t* x = static_cast<const int8_t*>(from.data) + offset;
             const float* scale = from.scale + row * from.scale_row;
@@ -77,21 +82,18 @@ inline void load_row(const RowsView& from, int64_t row, float* to) {
 }
 
 inline void store_row(const float* from, const RowsView& to, int64_t row) {
-    const int64_t offset = row * to.stride;
+    const int64_t offset = row * to.stride, d = to.d;
+    void* const data = to.data;  // copies, since a store through memcpy could change `to` for all the compiler knows
     switch (to.dtype) {
         case DType::f32:
             std::memcpy(static_cast<float*>(to.data) + offset, from, static_cast<size_t>(to.d) * 4);
             break;
-        case DType::f16: {
-            uint16_t* y = static_cast<uint16_t*>(to.data) + offset;
-            for (int64_t j = 0; j < to.d; ++j) y[j] = to_f16(from[j]);
+        case DType::f16:
+            for (int64_t j = 0; j < d; ++j) store_u16(data, offset + j, to_f16(from[j]));
             break;
-        }
-        case DType::bf16: {
-            uint16_t* y = static_cast<uint16_t*>(to.data) + offset;
-            for (int64_t j = 0; j < to.d; ++j) y[j] = to_bf16(from[j]);
+        case DType::bf16:
+            for (int64_t j = 0; j < d; ++j) store_u16(data, offset + j, to_bf16(from[j]));
             break;
-        }
         case DType::i8: {
             int8_t* y = static_cast<int8_t*>(to.data) + offset;
             const float* scale = to.scale + row * to.scale_row;

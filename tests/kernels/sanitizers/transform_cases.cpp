@@ -148,10 +148,46 @@ void run_case(const std::vector<int64_t>& a, const std::vector<int64_t>& b, std:
     }
 }
 
+// 16-bit rows in and out at odd addresses: the same bits as at even ones.
+void run_misaligned(Isa isa, DType dtype) {
+    const std::vector<Layer> chains[3] = {chain({19, 11}, true), chain({7, 5}, true), chain({16, 21}, false)};
+    std::vector<LayerSpec> specs[3];
+    for (size_t c = 0; c < 3; ++c)
+        for (const Layer& l : chains[c])
+            specs[c].push_back({l.weight.data(), nullptr, l.bias.data(), nullptr, nullptr, l.d_in, l.d_out, l.relu,
+                                Precision::fp32});
+    const PackedTransform packed(specs[0], specs[1], specs[2], false, isa);
+    constexpr int64_t n = 17, d[3] = {19, 7, 21};
+    const Guarded<uint8_t> even[3] = {Guarded<uint8_t>(2 * n * d[0]), Guarded<uint8_t>(2 * n * d[1]),
+                                      Guarded<uint8_t>(2 * n * d[2])};
+    const Guarded<uint8_t> odd[3] = {Guarded<uint8_t>(2 * n * d[0] + 1), Guarded<uint8_t>(2 * n * d[1] + 1),
+                                     Guarded<uint8_t>(2 * n * d[2] + 1)};
+    for (size_t i = 0; i < 2; ++i) {
+        for (int64_t k = 0; k < n * d[i]; ++k) {
+            const uint16_t value = static_cast<uint16_t>(0x3800u + rng() % 0x0800u);  // finite in both dtypes
+            std::memcpy(even[i].data + 2 * k, &value, 2);
+        }
+        std::memcpy(odd[i].data, even[i].data, static_cast<size_t>(2 * n * d[i]));
+    }
+    const auto run = [&](const Guarded<uint8_t>(&rows)[3]) {
+        const auto view = [&](size_t i) { return RowsView{rows[i].data, dtype, d[i], d[i], nullptr, 0, 0}; };
+        packed.run(view(0), view(1), view(2), n, 2, {});
+    };
+    run(even);
+    run(odd);
+    check(std::memcmp(even[2].data, odd[2].data, static_cast<size_t>(2 * n * d[2])) == 0, "bits depend on alignment",
+          isa, 0, n);
+}
+
 }  // namespace
 
 int main() {
     int cases = 0;
+    for (int level = 0; level <= static_cast<int>(detected_isa()); ++level)
+        for (const DType dtype : {DType::f16, DType::bf16}) {
+            run_misaligned(static_cast<Isa>(level), dtype);
+            ++cases;
+        }
     for (int level = 0; level <= static_cast<int>(detected_isa()); ++level)
         for (int p = 0; p < kPrecisions; ++p) {
             const Isa isa = static_cast<Isa>(level);
