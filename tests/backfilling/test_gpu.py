@@ -27,7 +27,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDevice:
     device = FakeDevice(seed=5)
     for module in (backend, streaming, device_module):
         monkeypatch.setattr(module, "device_of", lambda name: device)
-    monkeypatch.setattr(backend, "why_no_gpu", lambda name: ["it failed"] if device_module._lost else [])
+    monkeypatch.setattr(backend, "why_no_gpu", lambda name: ["cuda:0 failed earlier"] if device_module._lost else [])
     monkeypatch.setattr(device_module, "_lost", set())
     monkeypatch.setattr(selfproof, "_known", {})
     monkeypatch.setattr(selfproof, "ROWS", (3,))
@@ -54,7 +54,7 @@ def test_device_lost_in_the_middle_then_resumed(
     proven = sorted((tmp_path / "new").rglob("done/*"))
     assert 0 < len(proven) < len(sorted((tmp_path / "undisturbed").rglob("done/*")))
     kept = {f: f.read_bytes() for f in proven}
-    with pytest.raises(fct.errors.BackendError, match="it failed"):  # the process does not touch the device again
+    with pytest.raises(fct.errors.BackendError, match="failed earlier"):  # the process does not touch the device again
         fct.backfill(source, tmp_path / "new", h, **GPU)
 
     device_module._lost.clear()  # a new process
