@@ -6,12 +6,14 @@ namespace fct::cpu {
 namespace {
 
 // A float is non-finite exactly when its exponent bits are all ones; integer compares vectorise on every target.
+// Read as bytes, since the caller's values may lie at any address.
 template <class Bits, Bits kExponent>
-bool row_is_finite(const Bits* row, int64_t d) {
+bool row_is_finite(const void* data, int64_t offset, int64_t d) {
+    const char* row = static_cast<const char*>(data) + offset * static_cast<int64_t>(sizeof(Bits));
     Bits bad = 0;
     for (int64_t j = 0; j < d; ++j) {
         Bits bits;
-        std::memcpy(&bits, row + j, sizeof bits);
+        std::memcpy(&bits, row + j * static_cast<int64_t>(sizeof bits), sizeof bits);
         bad |= static_cast<Bits>((bits & kExponent) == kExponent);
     }
     return bad == 0;
@@ -20,11 +22,11 @@ bool row_is_finite(const Bits* row, int64_t d) {
 bool is_finite(const void* data, DType dtype, int64_t offset, int64_t d) {
     switch (dtype) {
         case DType::f32:
-            return row_is_finite<uint32_t, 0x7f800000u>(static_cast<const uint32_t*>(data) + offset, d);
+            return row_is_finite<uint32_t, 0x7f800000u>(data, offset, d);
         case DType::f16:
-            return row_is_finite<uint16_t, 0x7c00u>(static_cast<const uint16_t*>(data) + offset, d);
+            return row_is_finite<uint16_t, 0x7c00u>(data, offset, d);
         case DType::bf16:
-            return row_is_finite<uint16_t, 0x7f80u>(static_cast<const uint16_t*>(data) + offset, d);
+            return row_is_finite<uint16_t, 0x7f80u>(data, offset, d);
         case DType::i8:
             return true;
     }

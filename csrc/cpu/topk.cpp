@@ -173,7 +173,7 @@ class Panel {
   public:
     Panel(const RowSource& gallery, const TopkKernels& kernel)
         : gallery_(gallery), kernel_(kernel), values(static_cast<size_t>(gallery.d * kPanel)) {
-        if (gallery.dtype != DType::f32) scratch_.resize(static_cast<size_t>(gallery.d * kPanel));
+        if (!gallery.in_place()) scratch_.resize(static_cast<size_t>(gallery.d * kPanel));
     }
 
     template <class Id>
@@ -627,12 +627,14 @@ const float* RowSource::row(int64_t i, float* scratch) const {
     const int64_t at = i * row_stride;
     switch (dtype) {
         case DType::f32:
-            return static_cast<const float*>(data) + at;
+            if (in_place()) return static_cast<const float*>(data) + at;
+            std::memcpy(scratch, static_cast<const char*>(data) + at * 4, static_cast<size_t>(d) * 4);
+            break;
         case DType::f16:
-            for (int64_t j = 0; j < d; ++j) scratch[j] = from_f16(static_cast<const uint16_t*>(data)[at + j]);
+            for (int64_t j = 0; j < d; ++j) scratch[j] = from_f16(load_u16(data, at + j));
             break;
         case DType::bf16:
-            for (int64_t j = 0; j < d; ++j) scratch[j] = from_bf16(static_cast<const uint16_t*>(data)[at + j]);
+            for (int64_t j = 0; j < d; ++j) scratch[j] = from_bf16(load_u16(data, at + j));
             break;
         case DType::i8: {
             const int8_t* from = static_cast<const int8_t*>(data) + at;

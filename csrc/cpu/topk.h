@@ -36,6 +36,8 @@ struct RowSource {
     const float* scale;
     int64_t scale_row, scale_column;
 
+    // Whether rows are float32 that can be read where they lie: an odd address cannot be a float's.
+    bool in_place() const { return dtype == DType::f32 && reinterpret_cast<uintptr_t>(data) % sizeof(float) == 0; }
     // Row i as float32: in place, or brought into scratch (d floats).
     const float* row(int64_t i, float* scratch) const;
 };

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawn import DTYPES, narrow, placed, scales, wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fct
 from fct import _C, ref
+from fct.arrays import rows_of
 from fct.ops.quantise import layer_plans
 from fct.spaces import EmbeddingSpace
 from fct.training.precision import calibrate
@@ -234,65 +236,59 @@ def test_dtypes_scales_and_strides(isa: str, rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(out8.values, want8)
 
 
-def placed(x: Any, start: int, gap: int) -> Any:
-    """``x`` copied to ``start`` bytes past a page's begin, ``gap`` values between its rows."""
-    n, d = x.shape
-    size = x.itemsize
-    memory = mmap.mmap(-1, start + n * (d + gap) * size)
-    view: Any = np.ndarray((n, d), x.dtype, buffer=memory, offset=start, strides=((d + gap) * size, size))
-    view[:] = x
-    return view
-
-
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=25)
+@settings(max_examples=50)
 @given(
     n=st.integers(1, 40),
     dims=st.tuples(*[st.integers(1, 70)] * 3),
     inner=st.integers(1, 97),
     precision=st.sampled_from(["fp32", "bf16", "int8"]),
-    dtype=st.sampled_from(["float32", "float16", "int8"]),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
     starts=st.tuples(*[st.integers(0, 67)] * 3),
     gaps=st.tuples(*[st.integers(0, 5)] * 3),
     threads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_where_rows_lie_changes_no_bit(
+def test_dtypes_and_where_rows_lie_change_no_bit(
     isa: str,
     n: int,
     dims: tuple[int, int, int],
     inner: int,
     precision: str,
-    dtype: str,
+    dtypes: tuple[str, str, str],
     starts: tuple[int, int, int],
     gaps: tuple[int, int, int],
     threads: int,
     seed: int,
 ) -> None:
-    """Any byte to start at, any distance between rows, every precision and dtype, in and out; nothing between written.
+    """Every precision with every dtype and scale layout of both inputs and the output, drawn one by one, at any byte
+    and row distance: the bits of the same rows as plain float32, rounded once; nothing written between rows.
 
-    The int8 plan itself is held against its emulation at the same drawn shapes.
+    The plain float32 call is held against float64 in the tests above; the int8 plan here, against its emulation.
     """
     rng = np.random.default_rng(seed)
     h = fct.Transformation.random(*dims, inner=inner)
-    a, b = (rng.standard_normal((n, d), dtype=np.float32) for d in dims[:2])
     if precision == "int8":
         h = calibrate(h, *(rng.standard_normal((64, d), dtype=np.float32) for d in dims[:2]))
-        want = emulate(a, b, h, "bf16" if isa == "avx512-bf16" else "fp32")
-        spread = np.sqrt(np.mean(want**2)) + 1e-3
-        assert np.max(np.abs(run(a, b, h, isa, "int8", threads=threads) - want)) < 0.2 * spread
-    ranged = np.rint(a * 30).clip(-127, 127).astype(np.int8) if dtype == "int8" else a.astype(dtype)
-    plain_out: Any = np.zeros((n, dims[2]), dtype)
-    out = placed(plain_out, starts[2], gaps[2] if starts[2] % plain_out.itemsize == 0 else 0)
-    moved = placed(ranged, starts[0], gaps[0])
-    wrap = (lambda x: fct.ScaledInt8(x, 0.03)) if dtype == "int8" else (lambda x: x)
-    run(wrap(ranged), b, h, isa, precision, out=wrap(plain_out), threads=threads)
-    run(wrap(moved), placed(b, starts[1], gaps[1]), h, isa, precision, out=wrap(out), threads=threads)
-    np.testing.assert_array_equal(out, plain_out)
+    inputs, plain = [], []
+    for d, dtype, start, gap in zip(dims[:2], dtypes[:2], starts[:2], gaps[:2], strict=True):
+        x = rng.standard_normal((n, d), dtype=np.float32)
+        scale = scales(x.shape, dtype, rng)
+        values = narrow(x, dtype, scale)
+        inputs.append(wrapped(placed(values, start, gap), dtype, scale))
+        plain.append(np.ascontiguousarray(rows_of(wrapped(values, dtype, scale), "x").float32()))
+    exact = run(*plain, h, isa, precision, threads=threads)
+    if precision == "int8":
+        want = emulate(*plain, h, "bf16" if isa == "avx512-bf16" else "fp32")
+        assert np.max(np.abs(exact - want)) < 0.2 * (np.sqrt(np.mean(want**2)) + 1e-3)
+    scale = scales(exact.shape, dtypes[2], rng)
+    rounded = narrow(exact, dtypes[2], scale)
+    # A buffer that is off its values' boundary is taken where its rows follow one another.
+    out = placed(np.zeros_like(rounded), starts[2], gaps[2] if starts[2] % rounded.itemsize == 0 else 0)
+    run(*inputs, h, isa, precision, out=wrapped(out, dtypes[2], scale), threads=threads)
+    np.testing.assert_array_equal(out, rounded)
     memory = np.frombuffer(out.base, np.uint8).copy()
-    assert memory.any() == plain_out.any()
-    placed_back = np.ndarray(out.shape, out.dtype, buffer=memory, offset=starts[2], strides=out.strides)
-    placed_back[:] = 0
+    np.ndarray(out.shape, out.dtype, buffer=memory, offset=starts[2], strides=out.strides)[:] = 0
     assert not memory.any()  # nothing before the first row, between rows or behind the last
 
 
