@@ -17,6 +17,7 @@ from drawn import DTYPES, drawn_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fct
 from fct import _C, ref
 from fct.arrays import Rows, ScaledInt8, rows_of
 from fct.ops.topk_cpu import build_shadow, extend_shadow, ranks_cpu, topk_cpu
@@ -418,6 +419,49 @@ def test_past_two_to_the_31_elements(tmp_path: Path, rng: np.random.Generator) -
     got = topk_cpu(q, whole, None, 50, "ip", False, threads=2)
     np.testing.assert_array_equal(got[0], tail[0])
     np.testing.assert_array_equal(got[1], tail[1] + n - 200)
+
+
+@pytest.mark.slow
+def test_a_shadow_past_two_to_the_31_elements(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A sparse float16 file: elements, bytes and the packed tiles all past 2^31, and the bytes of the rows past 2^32.
+
+    Planted rows on both sides of each border are found by the scan alone (no query goes through every row), and stand
+    in the shadow where they lie in the file.
+    """
+    d, n = 1024, (1 << 21) + 200
+    data = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float16, (n, d))
+    assert data.size > 1 << 31
+    middle = (1 << 31) // d  # the row whose first element, and byte of its tile, is number 2^31
+    at = [*range(middle // 2 - 2, middle // 2 + 2), *range(middle - 66, middle + 3), n - 1]
+    # The other rows are zeros and score 0. Ahead of them, in each part that a worker scans by itself, some that do
+    # better: else all the zeros tie for the best.
+    ahead = [64 * (-(-n // 64) * part // 4) + r for part in range(4) for r in range(8)]
+    planted = np.unique([*ahead, *at])
+    data[planted] = 1 + rng.standard_normal((len(planted), d))
+    data.flush()
+    gallery = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    prepared = fct.prepare_gallery(gallery, metric="ip")
+    few = np.asarray(gallery[planted])
+    wanted = few[[np.searchsorted(planted, row) for row in (0, *at)]]
+    queries = (wanted + 0.1 * rng.standard_normal(wanted.shape)).astype(np.float32)
+    for some in (*np.split(queries[-3:], 3), queries[:20]):  # alone, the gallery in parts; and many
+        q = rows_of(some, "q")
+        distances, indices, counts = topk_cpu(q, prepared.rows, prepared.shadow, 5, "ip", False, threads=2)
+        assert counts["exhausted"] == 0
+        want = ref.topk(some, few, 5, "ip")
+        np.testing.assert_array_equal(indices, planted[want[1]])
+        np.testing.assert_allclose(distances, want[0], rtol=1.3e-7)
+    shadow = prepared.shadow
+    assert shadow.tiles.nbytes > 1 << 31
+    for row, values in zip(planted, few, strict=True):
+        tile, r = divmod(int(row), 64)
+        packed = shadow.tiles[tile].reshape(d // 4, 64, 4)[:, r].reshape(d).astype(np.float64) - 128
+        scale, half, error, norm = shadow.meta[tile, :256].reshape(4, 64)[:, r].astype(np.float64)
+        exact = values.astype(np.float64) - shadow.shift
+        assert np.linalg.norm(exact - scale * packed) <= error * (1 + 1e-12)
+        assert error < 0.02 * norm
+        assert half == 0
+    assert not shadow.meta[-1, :256].reshape(4, 64)[:, n % 64 :].any(), "facts of rows past the last"
 
 
 @pytest.mark.parametrize("call", ["topk", "evaluate"])
