@@ -49,11 +49,21 @@ fct::cpu::Isa isa_of(int isa) {
     return static_cast<fct::cpu::Isa>(isa);
 }
 
-// Asked on the calling thread, without the GIL; false once a signal's Python handler raised, whose exception is then
-// set. Elsewhere than on the main thread Python delivers no signals and this is always true.
-bool no_signal(void*) {
+// Asked on the calling thread, without the GIL; false once a signal's Python handler or `report` raised, whose
+// exception is then set. Elsewhere than on the main thread Python delivers no signals. report: called with the share
+// done, or null.
+bool no_exception(void* report, double share) {
     py::gil_scoped_acquire acquire;
-    return PyErr_CheckSignals() == 0;
+    if (PyErr_CheckSignals() != 0) return false;
+    if (report == nullptr) return true;
+    PyObject* answer = PyObject_CallFunction(static_cast<PyObject*>(report), "d", share);
+    Py_XDECREF(answer);
+    return answer != nullptr;
+}
+
+// The caller holds `report`, a callable or None, while this is in use.
+fct::cpu::KeepGoing keep_going(const py::object& report) {
+    return {no_exception, report.is_none() ? nullptr : report.ptr()};
 }
 
 void bind_machine(py::module_& m) {
@@ -124,7 +134,7 @@ void bind_transform(py::module_& m) {
                 bool done;
                 {
                     py::gil_scoped_release release;
-                    done = self.run(rows_of(old), rows_of(side), rows_of(out), n, threads, {no_signal, nullptr});
+                    done = self.run(rows_of(old), rows_of(side), rows_of(out), n, threads, {no_exception, nullptr});
                 }
                 if (!done) throw py::error_already_set();
             },
@@ -169,46 +179,46 @@ void bind_topk(py::module_& m) {
         "topk",
         [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t tiles,
            uintptr_t meta, uintptr_t shift, int metric, int64_t k, int64_t self, uintptr_t distances, uintptr_t indices,
-           int threads, int isa) {
+           int threads, int isa, const py::object& report) {
             const fct::cpu::Isa level = isa_of(isa);
+            const fct::cpu::KeepGoing going = keep_going(report);
             fct::cpu::SearchCounts counts;
             bool done;
             {
                 py::gil_scoped_release release;
-                done =
-                    fct::cpu::topk(source_of(queries, n_queries), source_of(gallery, n_gallery),
-                                   {reinterpret_cast<const uint8_t*>(tiles), reinterpret_cast<const float*>(meta),
-                                    reinterpret_cast<const float*>(shift)},
-                                   static_cast<Metric>(metric), k, self, reinterpret_cast<float*>(distances),
-                                   reinterpret_cast<int64_t*>(indices), threads, level, {no_signal, nullptr}, &counts);
+                done = fct::cpu::topk(source_of(queries, n_queries), source_of(gallery, n_gallery),
+                                      {reinterpret_cast<const uint8_t*>(tiles), reinterpret_cast<const float*>(meta),
+                                       reinterpret_cast<const float*>(shift)},
+                                      static_cast<Metric>(metric), k, self, reinterpret_cast<float*>(distances),
+                                      reinterpret_cast<int64_t*>(indices), threads, level, going, &counts);
             }
             if (!done) throw py::error_already_set();
             return std::make_pair(counts.rescored, counts.exhausted);
         },
         py::arg("queries"), py::arg("n_queries"), py::arg("gallery"), py::arg("n_gallery"), py::arg("tiles"),
         py::arg("meta"), py::arg("shift"), py::arg("metric"), py::arg("k"), py::arg("self"), py::arg("distances"),
-        py::arg("indices"), py::arg("threads"), py::arg("isa"));
+        py::arg("indices"), py::arg("threads"), py::arg("isa"), py::arg("report") = py::none());
     m.def(
         "ranks",
         [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t codes,
            uintptr_t starts, uintptr_t members, int metric, int64_t self, uintptr_t first, uintptr_t precision,
-           int threads, int isa) {
+           int threads, int isa, const py::object& report) {
             const fct::cpu::Isa level = isa_of(isa);
+            const fct::cpu::KeepGoing going = keep_going(report);
             bool done;
             {
                 py::gil_scoped_release release;
-                done =
-                    fct::cpu::ranks(source_of(queries, n_queries), source_of(gallery, n_gallery),
-                                    reinterpret_cast<const int64_t*>(codes), reinterpret_cast<const int64_t*>(starts),
-                                    reinterpret_cast<const int64_t*>(members), static_cast<Metric>(metric), self,
-                                    reinterpret_cast<int64_t*>(first), reinterpret_cast<double*>(precision), threads,
-                                    level, {no_signal, nullptr});
+                done = fct::cpu::ranks(
+                    source_of(queries, n_queries), source_of(gallery, n_gallery),
+                    reinterpret_cast<const int64_t*>(codes), reinterpret_cast<const int64_t*>(starts),
+                    reinterpret_cast<const int64_t*>(members), static_cast<Metric>(metric), self,
+                    reinterpret_cast<int64_t*>(first), reinterpret_cast<double*>(precision), threads, level, going);
             }
             if (!done) throw py::error_already_set();
         },
         py::arg("queries"), py::arg("n_queries"), py::arg("gallery"), py::arg("n_gallery"), py::arg("codes"),
         py::arg("starts"), py::arg("members"), py::arg("metric"), py::arg("self"), py::arg("first"),
-        py::arg("precision"), py::arg("threads"), py::arg("isa"));
+        py::arg("precision"), py::arg("threads"), py::arg("isa"), py::arg("report") = py::none());
 }
 
 // ---- checksum ----

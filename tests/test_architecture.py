@@ -23,7 +23,7 @@ FLOORS = [
     {"training", "transform", "retrieval", "metrics", "data", "info", "onnx_export", "ml_fct"},
     {"ops"},
     {"arrays", "transformation"},
-    {"spaces", "files", "kernels", "_C"},
+    {"spaces", "files", "progress", "kernels", "_C"},
     {"errors", "ref"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -59,9 +59,10 @@ class Shared {
     std::atomic<int64_t> done_{0};
 };
 
-// Asked by long calls about every 100 ms, on the calling thread; returns false to stop (Ctrl-C).
+// Asked by long calls about every 100 ms, on the calling thread, and told the share that is done, 0 to 1, as well as it
+// can be foreseen; returns false to stop (Ctrl-C).
 struct KeepGoing {
-    bool (*ask)(void* context) = nullptr;
+    bool (*ask)(void* context, double share) = nullptr;
     void* context = nullptr;
 };
 

@@ -25,6 +25,8 @@ constexpr int64_t kBlockQueries = 192;
 // Guessed thresholds (ScanBlock::scan) are for blocks of many queries, which are bound by arithmetic, not by memory.
 constexpr int64_t kGuessQueries = 24;
 constexpr int64_t kGuessTiles = 256;
+// For progress, which counts tiles times queries: about how many rows are scanned while one is scored in float64.
+constexpr int64_t kExactCost = 24;
 
 const TopkKernels& kernels(Isa isa) {
 #if defined(__x86_64__)
@@ -44,18 +46,23 @@ const TopkKernels& kernels(Isa isa) {
 #endif
 }
 
-// Shared by the workers of one call: whether to stop. Worker 0, on the calling thread, asks every 100 ms.
+// Shared by the workers of one call: whether to stop, and how much is done. Worker 0, on the calling thread, asks and
+// tells every 100 ms.
 class Control {
   public:
     explicit Control(KeepGoing keep_going) : keep_going_(keep_going), last_(Clock::now()) {}
 
     bool go(int worker) {
         if (worker == 0 && keep_going_.ask && Clock::now() - last_ > std::chrono::milliseconds(100)) {
-            if (!keep_going_.ask(keep_going_.context)) stop_.store(true);
+            if (!keep_going_.ask(keep_going_.context, share())) stop_.store(true);
             last_ = Clock::now();
         }
         return !stop_.load(std::memory_order_relaxed);
     }
+
+    // Work that was found, and work that was done, in any unit that does not change within a call.
+    void expect(int64_t units) { expected_.fetch_add(units, std::memory_order_relaxed); }
+    void did(int64_t units) { did_.fetch_add(units, std::memory_order_relaxed); }
 
     // fn(task, worker) for every task in [0, count); false when stopped.
     template <class Fn>
@@ -74,10 +81,16 @@ class Control {
     }
 
   private:
+    double share() const {
+        const auto expected = static_cast<double>(expected_.load());
+        return expected > 0 ? std::min(1.0, static_cast<double>(did_.load()) / expected) : 0.0;
+    }
+
     using Clock = std::chrono::steady_clock;
     KeepGoing keep_going_;
     Clock::time_point last_;
     std::atomic<bool> stop_{false};
+    std::atomic<int64_t> expected_{0}, did_{0};
 };
 
 float round_up(double x) {
@@ -294,7 +307,10 @@ class ScanBlock {
         const int64_t share = parts < 8 ? 0 : (tile_bytes / 64 + parts - 1) / parts * 64;  // few: memory is the bound
         const int64_t stride = guess ? scattered(tiles) : 1;
         for (int64_t seen = 0, t = 0; seen < tiles; ++seen) {
-            if ((seen & 63) == 0 && !s.control.go(worker)) return {};
+            if ((seen & 63) == 0) {
+                s.control.did(count_ * std::min<int64_t>(seen, 64));
+                if (!s.control.go(worker)) return {};
+            }
             const double sampled =
                 static_cast<double>(s.k) * static_cast<double>(seen + 1) / static_cast<double>(tiles);
             rank_ = guess ? std::min(s.k, static_cast<int64_t>(sampled + 4.5 * std::sqrt(sampled)) + 4) : s.k;
@@ -323,6 +339,7 @@ class ScanBlock {
             }
             t = next;
         }
+        s.control.did(tiles > 0 ? count_ * ((tiles - 1) % 64 + 1) : 0);
         std::vector<int64_t> failed;
         for (int64_t q = 0; guess && q < count_; ++q)
             if (usable(q) && !found[q].exhausted && !found[q].proven(s.k)) failed.push_back(q);
@@ -433,6 +450,8 @@ bool search_all(const Search& s, const std::vector<int64_t>& wanted, float* dist
     const int64_t splits =
         std::max<int64_t>(1, std::min<int64_t>(panels / 64, groups >= 2 * s.threads ? 1 : 2 * s.threads));
     std::vector<std::vector<Found>> lists(wanted.size() * static_cast<size_t>(splits));
+    constexpr int64_t kPanelsATile = kTile / kPanel;
+    s.control.expect(static_cast<int64_t>(wanted.size()) * panels * kExactCost / kPanelsATile);
     const bool finished = s.control.tasks(s.threads, groups * splits, [&](int64_t task, int worker) {
         const int64_t g = task / splits, part = task % splits;
         const int64_t from = panels * part / splits, to = panels * (part + 1) / splits;
@@ -454,6 +473,7 @@ bool search_all(const Search& s, const std::vector<int64_t>& wanted, float* dist
         Panel panel(s.gallery, s.kernel);
         double sums[kExactQueries * kPanel], norms[kPanel] = {};
         for (int64_t p = from; p < to; ++p) {
+            if (p > from && (p - from) % 256 == 0) s.control.did(some * 256 * kExactCost / kPanelsATile);
             if ((p & 255) == 0 && !s.control.go(worker)) return;
             const int64_t rows = std::min<int64_t>(kPanel, n - p * kPanel);
             panel.load(rows, [&](int64_t r) { return p * kPanel + r; });
@@ -476,6 +496,7 @@ bool search_all(const Search& s, const std::vector<int64_t>& wanted, float* dist
                 }
             }
         }
+        if (to > from) s.control.did(some * ((to - from - 1) % 256 + 1) * kExactCost / kPanelsATile);
     });
     if (!finished) return false;
     for (size_t i = 0; i < wanted.size(); ++i) {
@@ -712,6 +733,8 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
     const int64_t splits = std::max<int64_t>(1, blocks >= threads ? 1 : std::min<int64_t>(tiles / 32, 2 * threads));
     std::vector<Candidates> found(static_cast<size_t>(blocks * splits * block));
     std::vector<uint8_t> through_all(static_cast<size_t>(queries.n), 0);
+    const int64_t rescoring = k * 4 * kExactCost / kTile;  // of a query: a guess of what the scan will leave
+    control.expect(queries.n * (tiles + rescoring));
     std::atomic<bool> guess{block >= kGuessQueries && tiles / splits >= kGuessTiles};
     bool finished = control.tasks(threads, blocks * splits, [&](int64_t task, int worker) {
         const int64_t b = task / splits, part = task % splits;
@@ -724,6 +747,7 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
         const std::vector<int64_t> failed = scan.scan(s, from, to, guess.load(), lists, worker);
         if (!failed.empty()) {
             if (static_cast<int64_t>(failed.size()) * 50 > count) guess.store(false);  // no gallery to guess about
+            control.expect(static_cast<int64_t>(failed.size()) * (to - from));
             std::vector<Candidates> again(failed.size());
             std::vector<int64_t> wanted;
             for (int64_t q : failed) wanted.push_back(first + q);
@@ -736,6 +760,7 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
     if (!finished) return false;
     std::atomic<int64_t> rescored{0};
     finished = control.tasks(threads, queries.n, [&](int64_t q, int) {
+        control.did(rescoring);
         if (through_all[static_cast<size_t>(q)]) return;
         Candidates merged;
         for (int64_t part = 0; part < splits; ++part) {
@@ -777,6 +802,7 @@ bool ranks(const RowSource& queries, const RowSource& gallery, const int64_t* co
         RankScratch scratch;
     };
     std::vector<Worker> workers(static_cast<size_t>(std::max(1, threads)));
+    control.expect(blocks);
     return control.tasks(threads, blocks, [&](int64_t b, int worker) {
         Worker& w = workers[static_cast<size_t>(worker)];
         const int64_t start = b * block, some = std::min(block, queries.n - start);
@@ -822,6 +848,7 @@ bool ranks(const RowSource& queries, const RowSource& gallery, const int64_t* co
             query_ranks(costs, n, members + starts[code], starts[code + 1] - starts[code], own, kernel, w.scratch,
                         first + start + q, precision + start + q);
         }
+        control.did(1);
     });
 }
 

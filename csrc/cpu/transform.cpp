@@ -361,7 +361,8 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
             Alone alone;
             run_block(own, own, call, first, end - first, alone, alone);
             if (worker == 0 && keep_going.ask != nullptr && Clock::now() - asked > std::chrono::milliseconds(100)) {
-                if (!keep_going.ask(keep_going.context)) stop.store(true);
+                const double share = static_cast<double>(std::min(next.load(), blocks)) / static_cast<double>(blocks);
+                if (!keep_going.ask(keep_going.context, share)) stop.store(true);
                 asked = Clock::now();
             }
         }

@@ -1,5 +1,7 @@
 """Types of the compiled kernels. Addresses are ints; sizes and strides count elements."""
 
+from collections.abc import Callable
+
 version: str
 cuda_why_not: str  # "" where the CUDA kernels were built
 cuda_architectures: str
@@ -64,6 +66,7 @@ def topk(
     indices: int,
     threads: int,
     isa: int,
+    report: Callable[[float], None] | None = None,  # told the share done, every 100 ms
 ) -> tuple[int, int]: ...
 def ranks(
     queries: _Rows,
@@ -79,6 +82,7 @@ def ranks(
     precision: int,
     threads: int,
     isa: int,
+    report: Callable[[float], None] | None = None,
 ) -> None: ...
 
 # ---- checksum ----

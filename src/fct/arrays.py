@@ -8,6 +8,7 @@ scale as :class:`ScaledInt8`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ __all__ = [
 
 # The order is csrc/cpu/rows.h's DType.
 DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+_CHECKED_AT_ONCE = 1 << 26  # values of one compiled call
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ def rows_of(
     n_why: str = "",
     finite: bool = True,
     allow_empty: bool = True,
+    report: Callable[[float], None] | None = None,
 ) -> Rows:
     """Checks ``x`` and brings it to :class:`Rows`; copies only where the last axis is not contiguous.
 
@@ -147,6 +151,7 @@ def rows_of(
         d, n: expected sizes, with ``d_why``/``n_why`` appended to the message ("to match the transformation").
         finite: refuse NaN and infinities (integer dtypes have none).
         allow_empty: whether zero rows are fine.
+        report: told the share of the rows that have been looked at, which a memory map may take long for.
 
     Raises:
         TypeError: not an array. ValueError: wrong rank, size, dtype or a non-finite value.
@@ -179,7 +184,7 @@ def rows_of(
         scale = _check_scale(scale, shape, array, name)
     rows = Rows(array, dtype, scale, device, kind)
     if finite:
-        bad = _first_nonfinite(rows)
+        bad = _first_nonfinite(rows, report)
         if bad >= 0:
             raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {bad}")
     return rows
@@ -259,11 +264,19 @@ def _check_scale(scale: Any, shape: tuple[int, int], like: Any, name: str) -> An
     return torch.from_numpy(host).to(like.device)
 
 
-def _first_nonfinite(rows: Rows) -> int:
+def _first_nonfinite(rows: Rows, report: Callable[[float], None] | None) -> int:
     if rows.n == 0 or rows.dtype == "int8":
         return -1
     if rows.kind_is_numpy:
-        return int(_C.first_nonfinite_row(rows.address, rows.dtype_code, rows.n, rows.d, rows.row_stride))
+        step = max(1, _CHECKED_AT_ONCE // rows.d)
+        for start in range(0, rows.n, step):  # between two, Python hears Ctrl-C
+            part = rows[start : start + step]
+            found = int(_C.first_nonfinite_row(part.address, part.dtype_code, part.n, part.d, part.row_stride))
+            if found >= 0:
+                return start + found
+            if report is not None:
+                report((start + part.n) / rows.n)
+        return -1
     import torch
 
     bad = ~torch.isfinite(rows.values).all(dim=1)

@@ -12,6 +12,7 @@ from fct.arrays import check_labels
 from fct.ops.dispatch import default_threads
 from fct.ops.topk_cpu import ranks_cpu
 from fct.ops.topk_gpu import ranks_gpu
+from fct.progress import LongCall, Report
 from fct.retrieval import check_pair
 from fct.spaces import EmbeddingSpace
 
@@ -78,6 +79,7 @@ def evaluate(
     query_space: EmbeddingSpace | None = None,
     gallery_space: EmbeddingSpace | None = None,
     threads: int | None = None,
+    progress: bool = True,
 ) -> RetrievalMetrics:
     """CMC and mean average precision of every query over the whole gallery, exact.
 
@@ -94,6 +96,7 @@ def evaluate(
         seed: of the resampling.
         query_space, gallery_space: where both are given, they must be one space.
         threads: CPU threads; by default FCT_NUM_THREADS or all.
+        progress: show a bar on stderr, where that is a terminal and a call on the CPU lasts more than two seconds.
 
     Returns:
         RetrievalMetrics. Queries without a match in the gallery are counted and left out of every mean; with none
@@ -111,20 +114,6 @@ def evaluate(
         >>> fct.evaluate(x, x, [0, 0, 1, 1], same_items=True).cmc1
         1.0
     """
-    q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space)
-    if g.n == 0:
-        raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
-    q_labels = check_labels(query_labels, "query_labels", q.n)
-    if gallery_labels is None:
-        if q.n != g.n:
-            raise ValueError(
-                f"gallery_labels: expected ({g.n},), one label per row of the gallery; None stands for the queries' "
-                f"labels, of which there are {q.n}"
-            )
-        g_labels = q_labels
-    else:
-        g_labels = check_labels(gallery_labels, "gallery_labels", g.n)
-    q_codes, g_codes = _codes(q_labels, g_labels)
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"ks: expected positive whole numbers, got {k!r}")
@@ -132,11 +121,31 @@ def evaluate(
         raise ValueError(f"confidence: expected a share between 0 and 1, got {confidence!r}")
     if bootstrap < 0:
         raise ValueError(f"bootstrap: expected a number of resamples, 0 for none, got {bootstrap!r}")
-    if q.device == "cpu":
-        first, ap = ranks_cpu(q, g, q_codes, g_codes, metric, same_items, threads=threads or default_threads())
-    else:
-        first, ap = ranks_gpu(q, g, q_codes, g_codes, metric, same_items)
-    return _summary(first, ap, sorted({1, 5, *(int(k) for k in ks)}), metric, bootstrap, confidence, seed)
+    wanted = sorted({1, 5, *(int(k) for k in ks)})
+    with LongCall(progress) as call:
+        reading = call.stage("reading the gallery")
+        q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space, reading)
+        if g.n == 0:
+            raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
+        codes = _codes(*_checked_labels(query_labels, gallery_labels, q.n, g.n))
+        if q.device == "cpu":
+            workers, ranking = threads or default_threads(), call.stage("ranking")
+            first, ap = ranks_cpu(q, g, *codes, metric, same_items, threads=workers, report=ranking)
+        else:
+            first, ap = ranks_gpu(q, g, *codes, metric, same_items)
+        return _summary(first, ap, wanted, metric, bootstrap, confidence, seed, call.stage("resampling"))
+
+
+def _checked_labels(query_labels: Any, gallery_labels: Any, queries: int, rows: int) -> tuple[Any, Any]:
+    q_labels = check_labels(query_labels, "query_labels", queries)
+    if gallery_labels is not None:
+        return q_labels, check_labels(gallery_labels, "gallery_labels", rows)
+    if queries != rows:
+        raise ValueError(
+            f"gallery_labels: expected ({rows},), one label per row of the gallery; None stands for the queries' "
+            f"labels, of which there are {queries}"
+        )
+    return q_labels, q_labels
 
 
 def _codes(q_labels: Any, g_labels: Any) -> tuple[Any, Any]:
@@ -150,7 +159,14 @@ def _codes(q_labels: Any, g_labels: Any) -> tuple[Any, Any]:
 
 
 def _summary(
-    first: Any, ap: Any, ks: Sequence[int], metric: str, bootstrap: int, confidence: float, seed: int
+    first: Any,
+    ap: Any,
+    ks: Sequence[int],
+    metric: str,
+    bootstrap: int,
+    confidence: float,
+    seed: int,
+    report: Report | None,
 ) -> RetrievalMetrics:
     counted = first >= 0
     n = int(counted.sum())
@@ -161,7 +177,11 @@ def _summary(
         rng = np.random.default_rng(seed)
         tails = [50 * (1 - confidence), 50 * (1 + confidence)]
         values = ap[counted]
-        means = [float(np.mean(values[rng.integers(0, n, n)])) for _ in range(bootstrap)]
+        means = []
+        for done in range(bootstrap):
+            means.append(float(np.mean(values[rng.integers(0, n, n)])))
+            if report is not None:
+                report((done + 1) / bootstrap)
         low, high = np.percentile(means, tails)
         intervals["map"] = (float(low), float(high))
         for k, share in cmc.items():  # a resample of n hits and misses holds Binomial(n, share) hits
@@ -290,6 +310,7 @@ def backfilling_curve(
     metric: str = "l2",
     same_items: bool = False,
     ks: Sequence[int] = (1, 5),
+    progress: bool = True,
 ) -> BackfillingCurve:
     """How retrieval changes while the gallery is backfilled row by row in random order.
 
@@ -321,7 +342,15 @@ def backfilling_curve(
         mixed[part] = new_values[part]
         results.append(
             evaluate(
-                queries, mixed, query_labels, gallery_labels, metric=metric, same_items=same_items, ks=ks, bootstrap=0
+                queries,
+                mixed,
+                query_labels,
+                gallery_labels,
+                metric=metric,
+                same_items=same_items,
+                ks=ks,
+                bootstrap=0,
+                progress=progress,
             )
         )
     return BackfillingCurve(tuple(float(s) for s in shares), tuple(results))

@@ -404,9 +404,9 @@ class _Run:
             ),
             ("new/new", "new", re_embedded, spent["new"] + spent["re-embed"]),
         ]
-        found = {name: topk(asked[q], gallery, 10).indices for name, q, gallery, _ in systems}
+        found = {name: topk(asked[q], gallery, 10, progress=self.progress).indices for name, q, gallery, _ in systems}
         measured: dict[str, RetrievalMetrics] = {
-            name: evaluate(asked[q], gallery, queries.labels, old_gallery.labels, bootstrap=0)
+            name: evaluate(asked[q], gallery, queries.labels, old_gallery.labels, bootstrap=0, progress=self.progress)
             for name, q, gallery, _ in systems
         }
         rows = [

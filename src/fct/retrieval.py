@@ -17,6 +17,7 @@ from fct.ops.base import GpuShadow, check_precision
 from fct.ops.dispatch import default_threads
 from fct.ops.topk_cpu import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
 from fct.ops.topk_gpu import extend_gpu, prepare_gpu, topk_gpu
+from fct.progress import LongCall, Report
 from fct.spaces import EmbeddingSpace, check_metric
 
 __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
@@ -45,6 +46,7 @@ def check_pair(
     same_items: bool,
     query_space: EmbeddingSpace | None,
     gallery_space: EmbeddingSpace | None,
+    report: Report | None = None,
 ) -> tuple[Rows, Rows]:
     """Both sides as checked rows of one length, one device and, where the spaces are given, one space."""
     check_metric(metric)
@@ -59,7 +61,7 @@ def check_pair(
         g = prepared.rows
     else:
         dim = gallery_space.dim if gallery_space else None
-        g = rows_of(gallery, "gallery", d=dim, d_why="to match gallery_space")
+        g = rows_of(gallery, "gallery", d=dim, d_why="to match gallery_space", report=report)
     q = rows_of(queries, "queries", d=g.d, d_why="to match the gallery")
     if q.device != g.device:
         raise ValueError(f"queries: expected an array on {g.device} like the gallery, got one on {q.device}")
@@ -118,7 +120,7 @@ class PreparedGallery:
             f"{self.nbytes / 1e6:.1f} MB, {self.memory_ratio:.2f} x the rows)"
         )
 
-    def append(self, rows: Any, *, gallery: Any = None) -> PreparedGallery:
+    def append(self, rows: Any, *, gallery: Any = None, progress: bool = True) -> PreparedGallery:
         """A prepared gallery with ``rows`` behind these; only they (and the last 64 before) are packed.
 
         Args:
@@ -126,6 +128,7 @@ class PreparedGallery:
                 row (or one for all, which is spread over its rows), else with the gallery's own scale.
             gallery: (n + m, d) holding both already (a memory map that has grown); by default they are copied
                 into one new array.
+            progress: show a bar on stderr, where that is a terminal and packing lasts more than two seconds.
 
         Raises ValueError for rows of another kind, dtype or width, or a scale per dimension that is not the gallery's.
         """
@@ -148,7 +151,8 @@ class PreparedGallery:
         if isinstance(self.shadow, GpuShadow):
             shadow = extend_gpu(self.shadow, grown)
         elif self.shadow is not None:
-            shadow = extend_shadow(self.shadow, grown, threads=default_threads())
+            with LongCall(progress) as call:
+                shadow = extend_shadow(self.shadow, grown, threads=default_threads(), report=call.stage("packing"))
         return PreparedGallery(gallery, grown, shadow, self.metric, self.space)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -286,6 +290,7 @@ def prepare_gallery(
     precision: str = "auto",
     space: EmbeddingSpace | None = None,
     threads: int | None = None,
+    progress: bool = True,
 ) -> PreparedGallery:
     """Builds, once, the low-precision shadow of a gallery that :func:`topk` scans.
 
@@ -297,6 +302,7 @@ def prepare_gallery(
             "int8", half as large and certain of fewer rows.
         space: of its vectors; searches that name the queries' space are then checked against it.
         threads: by default FCT_NUM_THREADS or all.
+        progress: show a bar on stderr, where that is a terminal and the call lasts more than two seconds.
 
     Returns:
         PreparedGallery: pass it as ``gallery``. The shadow takes d + 16.25 bytes a row on the CPU. Where a GPU can not
@@ -315,15 +321,26 @@ def prepare_gallery(
     check_metric(metric)
     check_precision(precision)
     why = "to match space" if space else ""
-    rows = rows_of(gallery, "gallery", d=space.dim if space else None, d_why=why)
+    with LongCall(progress) as call:
+        rows = rows_of(
+            gallery, "gallery", d=space.dim if space else None, d_why=why, report=call.stage("reading the gallery")
+        )
+        shadow = _prepared_shadow(rows, metric, precision, threads, call.stage("packing the gallery"))
+    return PreparedGallery(gallery, rows, shadow, metric, space)
+
+
+def _prepared_shadow(
+    rows: Rows, metric: str, precision: str, threads: int | None, report: Report | None
+) -> Shadow | GpuShadow | None:
     if rows.device != "cpu":
         if precision == "fp32":
             raise BackendError("precision: expected auto, bf16 or int8 for a shadow, got 'fp32'")
-        return PreparedGallery(gallery, rows, prepare_gpu(rows, metric, precision), metric, space)
+        return prepare_gpu(rows, metric, precision)
     if precision not in ("auto", "int8"):
         raise BackendError(f"precision: expected auto or int8 for a shadow on the cpu, got {precision!r}")
-    shadow = None if why_not_shadow(rows) else build_shadow(rows, metric, threads=threads or default_threads())
-    return PreparedGallery(gallery, rows, shadow, metric, space)
+    if why_not_shadow(rows):
+        return None
+    return build_shadow(rows, metric, threads=threads or default_threads(), report=report)
 
 
 def topk(
@@ -337,6 +354,7 @@ def topk(
     query_space: EmbeddingSpace | None = None,
     gallery_space: EmbeddingSpace | None = None,
     threads: int | None = None,
+    progress: bool = True,
 ) -> TopK:
     """The exact k nearest gallery rows of each query.
 
@@ -352,6 +370,7 @@ def topk(
         same_items: the queries are the gallery's own rows, in order: row i is left out of query i's answer.
         query_space, gallery_space: where both are given, they must be one space; a prepared gallery knows its own.
         threads: CPU threads; by default FCT_NUM_THREADS or all.
+        progress: show a bar on stderr, where that is a terminal and a call on the CPU lasts more than two seconds.
 
     Returns:
         TopK(distances, indices) of the queries' kind. The order is exact: by score (summed in float64, rounded to
@@ -376,22 +395,32 @@ def topk(
     prepared = gallery if isinstance(gallery, PreparedGallery) else None
     if prepared is not None and prepared.metric != metric:
         raise ValueError(f"metric: expected {prepared.metric!r}, which the gallery was prepared for, got {metric!r}")
-    q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space)
-    check_k(k, g.n, same_items)
-    k = int(k)
-    if q.n == 0:
-        return _as_kind(np.empty((0, k), np.float32), np.empty((0, k), np.int64), q)
-    if q.device != "cpu":
-        on_gpu = prepared.shadow if prepared is not None and isinstance(prepared.shadow, GpuShadow) else None
-        return _as_kind(*topk_gpu(q, g, k, metric, precision, same_items, on_gpu), q)
-    workers = threads or default_threads()
-    shadow = _shadow_for(q, g, prepared, metric, precision, workers)
-    distances, indices, _ = topk_cpu(q, g, shadow, k, metric, same_items, threads=workers)
+    with LongCall(progress) as call:
+        reading = call.stage("reading the gallery")
+        q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space, reading)
+        check_k(k, g.n, same_items)
+        k = int(k)
+        if q.n == 0:
+            return _as_kind(np.empty((0, k), np.float32), np.empty((0, k), np.int64), q)
+        if q.device != "cpu":
+            on_gpu = prepared.shadow if prepared is not None and isinstance(prepared.shadow, GpuShadow) else None
+            return _as_kind(*topk_gpu(q, g, k, metric, precision, same_items, on_gpu), q)
+        workers = threads or default_threads()
+        shadow = _shadow_for(q, g, prepared, metric, precision, workers, call.stage("packing the gallery"))
+        distances, indices, _ = topk_cpu(
+            q, g, shadow, k, metric, same_items, threads=workers, report=call.stage("searching")
+        )
     return _as_kind(distances, indices, q)
 
 
 def _shadow_for(
-    q: Rows, g: Rows, prepared: PreparedGallery | None, metric: str, precision: str, threads: int
+    q: Rows,
+    g: Rows,
+    prepared: PreparedGallery | None,
+    metric: str,
+    precision: str,
+    threads: int,
+    report: Report | None,
 ) -> Shadow | None:
     """The shadow to scan, or None to score every row."""
     if precision not in ("auto", "int8", "fp32"):
@@ -401,7 +430,7 @@ def _shadow_for(
     why = why_not_shadow(g)
     shadow = None
     if not why:
-        ready = build_shadow(g, metric, threads=threads) if prepared is None else prepared.shadow
+        ready = build_shadow(g, metric, threads=threads, report=report) if prepared is None else prepared.shadow
         shadow = ready if isinstance(ready, Shadow) else None
         if shadow is None or not shadow.usable:
             why, shadow = "some norms are beyond 1e12, too far for float32 products", None

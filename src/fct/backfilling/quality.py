@@ -88,13 +88,13 @@ def check_quality(h: Transformation, pairs: Any, min_gap_closed: float | None, m
     old, new = np.asarray(data["old"], np.float32), np.asarray(data["new"], np.float32)
     mapped = transform_batch(old, data.get("side") if h.uses_side_info else None, h)
     metric = h.new_space.metric
-    best = topk(new, new, 10, metric=metric, same_items=True).indices
-    recall = recall_at_k(topk(new, mapped, 10, metric=metric, same_items=True).indices, best, 10)
+    best = topk(new, new, 10, metric=metric, same_items=True, progress=False).indices
+    recall = recall_at_k(topk(new, mapped, 10, metric=metric, same_items=True, progress=False).indices, best, 10)
     closed = None
     if "labels" in data:
         labels = data["labels"]
         scores = [
-            evaluate(q, g, labels, metric=m, same_items=True, bootstrap=0).map
+            evaluate(q, g, labels, metric=m, same_items=True, bootstrap=0, progress=False).map
             for q, g, m in ((new, mapped, metric), (old, old, h.old_space.metric), (new, new, metric))
         ]
         closed = gap_closed(*scores)
@@ -131,6 +131,6 @@ def score_shift(mapper: Any, sample: Any) -> ScoreShift | None:
         return None
     found = []
     for rows, space in ((old, job.old_space), (new, job.new_space)):
-        nearest = topk(rows, rows, 1, metric=space.metric, same_items=True).distances[:, 0]
+        nearest = topk(rows, rows, 1, metric=space.metric, same_items=True, progress=False).distances[:, 0]
         found.append(tuple(float(x) for x in np.quantile(nearest, _QUANTILES)))
     return ScoreShift(job.old_space.metric, job.new_space.metric, len(old), _QUANTILES, found[0], found[1])

@@ -102,7 +102,7 @@ class UpgradingGallery:
             vectors, numbers = self._rows(shard)
             if not len(vectors):
                 continue
-            part = topk(queries, vectors, min(k, len(vectors)), metric=metric)
+            part = topk(queries, vectors, min(k, len(vectors)), metric=metric, progress=False)
             found = numbers[np.asarray(part.indices)]
             if best is None or where is None:
                 best, where = np.asarray(part.distances), found

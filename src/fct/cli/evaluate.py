@@ -82,18 +82,17 @@ def evaluate(
     if out is not None:
         refuse_existing(out, overwrite=overwrite, name="--out")
     rows = _load(queries, "--queries")
-    with console.status("evaluating"):
-        found = fct.evaluate(
-            rows,
-            rows if gallery is None else _load(gallery, "--gallery"),
-            _load(query_labels, "--query-labels"),
-            None if gallery_labels is None else _load(gallery_labels, "--gallery-labels"),
-            metric=metric,
-            same_items=same_items or gallery is None,
-            ks=tuple(k or ()),
-            bootstrap=bootstrap,
-            seed=seed,
-        )
+    found = fct.evaluate(
+        rows,
+        rows if gallery is None else _load(gallery, "--gallery"),
+        _load(query_labels, "--query-labels"),
+        None if gallery_labels is None else _load(gallery_labels, "--gallery-labels"),
+        metric=metric,
+        same_items=same_items or gallery is None,
+        ks=tuple(k or ()),
+        bootstrap=bootstrap,
+        seed=seed,
+    )
     table = Table("measure", "%", "95 % interval")
     for name, label, value in [("map", "mAP", found.map)] + [
         (f"cmc{n}", f"CMC top-{n}", v) for n, v in found.cmc.items()

@@ -11,6 +11,7 @@ import numpy as np
 from fct import _C
 from fct.arrays import Rows
 from fct.ops.cpu import _rows, isa
+from fct.progress import Report
 from fct.spaces import METRICS
 
 __all__ = ["Shadow", "build_shadow", "extend_shadow", "ranks_cpu", "topk_cpu"]
@@ -57,7 +58,7 @@ def _shift(gallery: Rows, metric: str) -> Any:
     return np.clip(mean, -1e30, 1e30).astype(np.float32)
 
 
-def _pack(gallery: Rows, metric: str, shift: Any, first: int, threads: int) -> tuple[Any, Any]:
+def _pack(gallery: Rows, metric: str, shift: Any, first: int, threads: int, report: Report | None) -> tuple[Any, Any]:
     """(tiles, meta) of rows first..n; first is a multiple of the tile."""
     count = gallery.n - first
     tiles = -(-count // _C.shadow_tile)
@@ -78,6 +79,8 @@ def _pack(gallery: Rows, metric: str, shift: Any, first: int, threads: int) -> t
             threads,
             isa(),
         )
+        if report is not None:
+            report(min(begin + step, count) / count)
     return packed, meta
 
 
@@ -88,16 +91,16 @@ def why_not_shadow(gallery: Rows) -> str:
     return ""
 
 
-def build_shadow(gallery: Rows, metric: str, *, threads: int) -> Shadow:
+def build_shadow(gallery: Rows, metric: str, *, threads: int, report: Report | None = None) -> Shadow:
     shift = _shift(gallery, metric)
-    tiles, meta = _pack(gallery, metric, shift, 0, threads)
+    tiles, meta = _pack(gallery, metric, shift, 0, threads, report)
     return Shadow(tiles, meta, shift, gallery.n, metric)
 
 
-def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int) -> Shadow:
+def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int, report: Report | None = None) -> Shadow:
     """The shadow of a gallery that has grown: rows shadow.n..gallery.n are packed, and the last tile again."""
     whole = shadow.n // _C.shadow_tile
-    tiles, meta = _pack(gallery, shadow.metric, shadow.shift, whole * _C.shadow_tile, threads)
+    tiles, meta = _pack(gallery, shadow.metric, shadow.shift, whole * _C.shadow_tile, threads, report)
     return Shadow(
         np.concatenate([shadow.tiles[:whole], tiles]),
         np.concatenate([shadow.meta[:whole], meta]),
@@ -108,7 +111,15 @@ def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int) -> Shadow:
 
 
 def topk_cpu(
-    queries: Rows, gallery: Rows, shadow: Shadow | None, k: int, metric: str, same_items: bool, *, threads: int
+    queries: Rows,
+    gallery: Rows,
+    shadow: Shadow | None,
+    k: int,
+    metric: str,
+    same_items: bool,
+    *,
+    threads: int,
+    report: Report | None = None,
 ) -> tuple[Any, Any, dict[str, int]]:
     """(distances, indices, counts): what was rescored, and how many queries went through every row."""
     distances = np.empty((queries.n, k), np.float32)
@@ -131,10 +142,15 @@ def topk_cpu(
             indices[start:].ctypes.data,
             threads,
             isa(),
+            None if report is None else _within(report, start / queries.n, part.n / queries.n),
         )
         counts["rescored"] += rescored
         counts["exhausted"] += exhausted
     return distances, indices, counts
+
+
+def _within(report: Report, start: float, part: float) -> Report:
+    return lambda share: report(start + part * share)
 
 
 def ranks_cpu(
@@ -146,6 +162,7 @@ def ranks_cpu(
     same_items: bool,
     *,
     threads: int,
+    report: Report | None = None,
 ) -> tuple[Any, Any]:
     """As :func:`fct.ops.topk.ranks_on_device`; labels are int64 codes from 0."""
     classes = int(max(query_labels.max(initial=-1), gallery_labels.max(initial=-1))) + 1
@@ -170,5 +187,6 @@ def ranks_cpu(
             precision.ctypes.data,
             threads,
             isa(),
+            report,
         )
     return first, precision

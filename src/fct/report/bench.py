@@ -395,7 +395,7 @@ def _search(
     queries = rng.standard_normal((_QUERIES[-1], d), dtype=np.float32)
     k = min(_K, n)
     begun = time.perf_counter()
-    prepared = fct.prepare_gallery(gallery, metric="ip", threads=threads)
+    prepared = fct.prepare_gallery(gallery, metric="ip", threads=threads, progress=False)
     took = time.perf_counter() - begun
     report.notes.append(
         f"Preparing the {n:,} x {d} gallery took {took:.2f} s; it takes {prepared.memory_ratio:.2f} x the rows' memory."
@@ -413,7 +413,7 @@ def _search(
         progress(0.8 + 0.1 * i, f"exact search, {m:,} queries")
         q = queries[:m]
         calls: dict[str, Callable[[], Any]] = {
-            "fct, prepared": lambda q=q: fct.topk(q, prepared, k, metric="ip", threads=threads)  # type: ignore[misc]
+            "fct, prepared": lambda q=q: fct.topk(q, prepared, k, metric="ip", threads=threads, progress=False)  # type: ignore[misc]
         }
         status = {"FAISS IndexFlatIP": why} if why else {}
         if not why:

@@ -276,11 +276,13 @@ class _Run:
             (WITH, new, galleries[""], new_train + pairs + spent["h"]["fit"] + spent["h"]["transform"]),
             ("new/new", new, new, new_train + spent["new"]["embed test"]),
         ]
-        truth = topk(new, new, self._k(), same_items=True).indices
+        truth = topk(new, new, self._k(), same_items=True, progress=self.progress).indices
         rows = []
         for name, queries, gallery, seconds in systems:
-            found = topk(queries, gallery, self._k(), same_items=True).indices
-            measured = evaluate(queries, gallery, self.test.labels, same_items=True, bootstrap=0)
+            found = topk(queries, gallery, self._k(), same_items=True, progress=self.progress).indices
+            measured = evaluate(
+                queries, gallery, self.test.labels, same_items=True, bootstrap=0, progress=self.progress
+            )
             recall = recall_at_k(found, truth, self._k())
             rows.append(Row(name, measured.cmc1, measured.cmc5, measured.map, recall, seconds))
         e = self.experiment

@@ -78,6 +78,7 @@ def measure_precisions(
     labels: Any = None,
     *,
     precisions: Sequence[str] = ("bf16", "int8"),
+    progress: bool = True,
 ) -> Transformation:
     """h with the measured effect of each precision on retrieval, against fp32 on the same rows.
 
@@ -89,6 +90,7 @@ def measure_precisions(
         queries_new: (n, d_new) the new model's embeddings of the same items.
         labels: (n,) classes; None: each query's own item is its one match.
         precisions: which to measure.
+        progress: show a bar on stderr for a search that lasts more than two seconds.
 
     Returns:
         A copy of h with ``precisions`` filled. A precision that no backend can run is left out.
@@ -121,8 +123,10 @@ def measure_precisions(
 
     def retrieve(precision: str) -> tuple[Any, Any]:
         gallery = _host(rows_of(transform_batch(old, side_info, h, precision=precision), "gallery").float32())
-        nearest = topk(wanted, gallery, k, metric=metric).indices
-        figures = evaluate(wanted, gallery, classes, metric=metric, same_items=same_items, bootstrap=0)
+        nearest = topk(wanted, gallery, k, metric=metric, progress=progress).indices
+        figures = evaluate(
+            wanted, gallery, classes, metric=metric, same_items=same_items, bootstrap=0, progress=progress
+        )
         return nearest, figures
 
     base, before = retrieve("fp32")

@@ -139,7 +139,7 @@ def fit_transformation(
             "torch": torch.__version__,
         },
     )
-    h = _measure(h.with_(tolerance=tolerance or Tolerance()), train, held, seed)
+    h = _measure(h.with_(tolerance=tolerance or Tolerance()), train, held, seed, progress)
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     return h
@@ -194,14 +194,14 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _measure(h: Transformation, train: Pairs, held: Pairs, seed: int) -> Transformation:
+def _measure(h: Transformation, train: Pairs, held: Pairs, seed: int, progress: bool) -> Transformation:
     """Calibrates int8 on training rows and stores how each precision changes retrieval on the held-out ones."""
     from fct.training.precision import calibrate, measure_precisions
 
     old, side, _ = train.sample(_MEASURED_PAIRS, seed).loaded()
     h = calibrate(h, old, side)
     old, side, new = held.sample(_MEASURED_PAIRS, seed).loaded()
-    return measure_precisions(h, old, side, new)
+    return measure_precisions(h, old, side, new, progress=progress)
 
 
 class _Fit:

@@ -1,0 +1,82 @@
+"""A bar on stderr for calls that last: nothing is shown, or loaded, before."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["LongCall", "Report"]
+
+Report = Callable[[float], None]  # told the share that is done, 0 to 1
+
+_AFTER_SECONDS = 2.0
+_shown = threading.Lock()  # one bar at a time: a call inside another's, or in another thread, shows none
+
+
+class LongCall:
+    """Shows how far a call is, once it has lasted two seconds, where stderr is a terminal.
+
+    show: False for silence. A bar that can not be drawn (the terminal is gone) never stops the call.
+
+    Example:
+        >>> with LongCall(True) as call:
+        ...     report = call.stage("searching")
+        ...     if report is not None:
+        ...         report(0.5)
+    """
+
+    def __init__(self, show: bool) -> None:
+        if not isinstance(show, bool):
+            raise TypeError(f"progress: expected True or False, got {show!r}")
+        self._show = show
+        self._begun = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> LongCall:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._bar is not None:
+            self._close()
+
+    def stage(self, what: str) -> Report | None:
+        """What one part of the call reports to, from any number of steps; None where nothing will be shown."""
+        return (lambda share: self._tell(what, share)) if self._show else None
+
+    def _tell(self, what: str, share: float) -> None:
+        if not self._show or time.monotonic() - self._begun < _AFTER_SECONDS:
+            return
+        try:
+            if self._bar is None:
+                self._show = self._open()
+            if self._bar is not None:
+                self._bar.update(self._task, description=what, completed=share, refresh=True)
+        except OSError:
+            self._show = False
+
+    def _open(self) -> bool:
+        stream = sys.stderr
+        if stream is None or stream.closed or not stream.isatty() or not _shown.acquire(blocking=False):
+            return False
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        # Drawn when told, by the calling thread; the kernels tell every 100 ms.
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+        self._task = self._bar.add_task("", total=1.0)
+        self._bar.start()
+        return True
+
+    def _close(self) -> None:
+        try:
+            self._bar.stop()
+        except OSError:
+            pass
+        finally:
+            self._bar = None
+            _shown.release()
