@@ -1,10 +1,16 @@
 // The only file that sees pybind11. Python passes addresses, sizes and strides that src/fct/ops has checked.
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/checksum.h"
@@ -22,12 +28,73 @@ using fct::cpu::DType;
 
 namespace {
 
+// ---- the end of the interpreter ----
+// A thread that asks for the GIL once the interpreter is being finalised is ended on the spot by CPython before 3.14,
+// its C++ frames unwound while pool threads still work for them: std::terminate at best. So kernels in daemon threads
+// are told to stop when the interpreter's exit functions run, are waited for, and their threads never come back to
+// Python.
+class AtExit {
+  public:
+    static void enter() { inside_.fetch_add(1); }
+    static void leave() { inside_.fetch_sub(1); }
+
+    // Whether the calling thread may not go back to Python. The one that ends the interpreter may.
+    static bool here() { return begun_.load() && std::this_thread::get_id() != ender_; }
+
+    [[noreturn]] static void stay() {
+        leave();
+        for (;;) ::pause();
+    }
+
+    // Called by Python's atexit, with the GIL: returns when no other thread is in a kernel or on its way back. The
+    // limit is for a thread whose progress report hangs.
+    static void begin() {
+        ender_ = std::this_thread::get_id();
+        begun_.store(true);
+        py::gil_scoped_release release;
+        const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+        while (inside_.load() > 0 && std::chrono::steady_clock::now() < limit)
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+
+    static void install() {
+        // The threads that were in kernels are not in a forked child.
+        if (pthread_atfork(nullptr, nullptr, [] { inside_.store(0); }) != 0) throw std::bad_alloc();
+        py::module_::import("atexit").attr("register")(py::cpp_function(&AtExit::begin));
+    }
+
+  private:
+    static inline std::atomic<bool> begun_{false};
+    static inline std::atomic<int> inside_{0};
+    static inline std::thread::id ender_;
+};
+
+// Gives the GIL away for as long as it lives.
+class WithoutGil {
+  public:
+    WithoutGil() {
+        AtExit::enter();
+        state_ = PyEval_SaveThread();
+        if (AtExit::here()) AtExit::stay();
+    }
+    ~WithoutGil() {
+        if (AtExit::here()) AtExit::stay();
+        PyEval_RestoreThread(state_);
+        AtExit::leave();
+    }
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
+
+  private:
+    PyThreadState* state_;
+};
+
 // ---- rows ----
 void bind_rows(py::module_& m) {
     m.def(
         "first_nonfinite_row",
         [](uintptr_t data, int dtype, int64_t n, int64_t d, int64_t row_stride) {
-            py::gil_scoped_release release;
+            WithoutGil without_gil;
             return fct::cpu::first_nonfinite_row(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), n, d,
                                                  row_stride);
         },
@@ -35,7 +102,7 @@ void bind_rows(py::module_& m) {
     m.def(
         "nonfinite_rows",
         [](uintptr_t data, int dtype, int64_t n, int64_t d, int64_t row_stride, uintptr_t flags) {
-            py::gil_scoped_release release;
+            WithoutGil without_gil;
             return fct::cpu::nonfinite_rows(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), n, d,
                                             row_stride, reinterpret_cast<uint8_t*>(flags));
         },
@@ -53,6 +120,7 @@ fct::cpu::Isa isa_of(int isa) {
 // exception is then set. Elsewhere than on the main thread Python delivers no signals. report: called with the share
 // done, or null.
 bool no_exception(void* report, double share) {
+    if (AtExit::here()) return false;
     py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) return false;
     if (report == nullptr) return true;
@@ -76,14 +144,14 @@ void bind_machine(py::module_& m) {
         "peak_ops",
         [](int precision, int isa, int threads, double seconds) {
             const fct::cpu::Isa level = isa_of(isa);
-            py::gil_scoped_release release;
+            WithoutGil without_gil;
             return fct::cpu::peak_ops(static_cast<fct::cpu::Precision>(precision), level, threads, seconds);
         },
         py::arg("precision"), py::arg("isa"), py::arg("threads"), py::arg("seconds"));
     m.def(
         "read_bandwidth",
         [](int64_t bytes, int threads, double seconds) {
-            py::gil_scoped_release release;
+            WithoutGil without_gil;
             return fct::cpu::read_bandwidth(bytes, threads, seconds);
         },
         py::arg("bytes"), py::arg("threads"), py::arg("seconds"));
@@ -122,7 +190,7 @@ void bind_transform(py::module_& m) {
         .def(py::init([](const std::vector<LayerTuple>& old, const std::vector<LayerTuple>& side,
                          const std::vector<LayerTuple>& mixer, bool normalise, int isa) {
                  const fct::cpu::Isa level = isa_of(isa);
-                 py::gil_scoped_release release;
+                 WithoutGil without_gil;
                  return std::make_unique<PackedTransform>(layers_of(old), layers_of(side), layers_of(mixer), normalise,
                                                           level);
              }),
@@ -133,14 +201,19 @@ void bind_transform(py::module_& m) {
                int64_t n, int threads) {
                 bool done;
                 {
-                    py::gil_scoped_release release;
+                    WithoutGil without_gil;
                     done = self.run(rows_of(old), rows_of(side), rows_of(out), n, threads, {no_exception, nullptr});
                 }
                 if (!done) throw py::error_already_set();
             },
             py::arg("old"), py::arg("side"), py::arg("out"), py::arg("n"), py::arg("threads"))
-        .def("read_weights", &PackedTransform::read_weights, py::arg("threads"),
-             py::call_guard<py::gil_scoped_release>())
+        .def(
+            "read_weights",
+            [](const PackedTransform& self, int threads) {
+                WithoutGil without_gil;
+                return self.read_weights(threads);
+            },
+            py::arg("threads"))
         .def_property_readonly("weight_bytes", &PackedTransform::weight_bytes)
         .def_property_readonly("rows_per_block", &PackedTransform::rows_per_block);
 }
@@ -168,7 +241,7 @@ void bind_topk(py::module_& m) {
         [](const RowsTuple& gallery, int64_t n, int metric, int64_t first, int64_t count, uintptr_t shift,
            uintptr_t tiles, uintptr_t meta, int threads, int isa) {
             const fct::cpu::Isa level = isa_of(isa);
-            py::gil_scoped_release release;
+            WithoutGil without_gil;
             fct::cpu::shadow_pack(source_of(gallery, n), static_cast<Metric>(metric), first, count,
                                   reinterpret_cast<const float*>(shift), reinterpret_cast<uint8_t*>(tiles),
                                   reinterpret_cast<float*>(meta), threads, level);
@@ -185,7 +258,7 @@ void bind_topk(py::module_& m) {
             fct::cpu::SearchCounts counts;
             bool done;
             {
-                py::gil_scoped_release release;
+                WithoutGil without_gil;
                 done = fct::cpu::topk(source_of(queries, n_queries), source_of(gallery, n_gallery),
                                       {reinterpret_cast<const uint8_t*>(tiles), reinterpret_cast<const float*>(meta),
                                        reinterpret_cast<const float*>(shift)},
@@ -207,7 +280,7 @@ void bind_topk(py::module_& m) {
             const fct::cpu::KeepGoing going = keep_going(report);
             bool done;
             {
-                py::gil_scoped_release release;
+                WithoutGil without_gil;
                 done = fct::cpu::ranks(
                     source_of(queries, n_queries), source_of(gallery, n_gallery),
                     reinterpret_cast<const int64_t*>(codes), reinterpret_cast<const int64_t*>(starts),
@@ -228,7 +301,7 @@ void bind_checksum(py::module_& m) {
         .def(
             "update",
             [](fct::cpu::Xxh64& self, uintptr_t data, size_t bytes) {
-                py::gil_scoped_release release;
+                WithoutGil without_gil;
                 self.update(reinterpret_cast<const void*>(data), bytes);
             },
             py::arg("data"), py::arg("bytes"))
@@ -251,6 +324,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("cuda_architectures") = "";
 #endif
+    AtExit::install();
     bind_rows(m);
     bind_machine(m);
     bind_transform(m);

@@ -1,0 +1,61 @@
+"""The interpreter ends while daemon threads are in compiled calls: they are stopped, and the process ends in peace."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CALLS = {
+    "topk": "fct.topk(x, x, 10, precision='fp32', threads=2)",
+    "topk by a shadow": "fct.topk(x, x, 10, threads=2)",
+    "evaluate": "fct.evaluate(x, x, labels, threads=2)",
+    "transform_batch": "fct.transform_batch(x, x, h, precision='fp32', backend='cpu', threads=2)",
+    "prepare_gallery": "fct.prepare_gallery(x, threads=2)",
+    "many short ones": "fct.topk(x[:9], x[:2000], 5, threads=2)",
+}
+CODE = """
+import atexit, faulthandler, sys, threading, time
+faulthandler.enable()
+import numpy as np
+import fct
+x = np.random.default_rng(0).standard_normal((150_000, 128), dtype=np.float32)
+labels = np.arange(len(x)) % 100
+h = fct.Transformation.random(128, 128, 128)
+def calls():
+    while True:
+        {call}
+if {thread}:
+    threading.Thread(target=calls, daemon=True).start()
+time.sleep({seconds})
+print("ending", time.monotonic())
+"""
+
+
+def run(call: str, seconds: float, thread: bool = True, more: str = "") -> tuple[int, str, str]:
+    code = more + CODE.format(call=call, seconds=seconds, thread=thread)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_daemon_thread_in_a_call_harms_no_exit(call: str, seconds: float) -> None:
+    status, said, errors = run(CALLS[call], seconds)
+    assert (status, errors) == (0, "")
+    assert said.startswith("ending")
+
+
+def test_exit_functions_can_still_call() -> None:
+    """What was registered before the kernels were loaded runs after they were told to stop."""
+    late = """
+import atexit
+def last():
+    print("found", fct.topk(x[:3], x[:2000], 1, threads=2).indices.ravel().tolist())
+atexit.register(last)
+"""
+    for thread in (False, True):
+        status, said, errors = run(CALLS["topk"], 0.2, thread, late)
+        assert (status, errors) == (0, "")
+        assert said.splitlines()[1] == "found [0, 1, 2]"
