@@ -24,7 +24,7 @@ FLOORS = [
     {"ops"},
     {"arrays", "transformation"},
     {"spaces", "files", "progress", "kernels", "_C"},
-    {"errors", "ref"},
+    {"errors", "ref", "checks"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import struct
 import subprocess
@@ -225,6 +226,286 @@ def test_refused_with_a_message(case: str) -> None:
     call, kind, message = CASES[case]
     with pytest.raises(kind, match=re.escape(message)):
         call()
+
+
+# ---- a hostile caller: every entrance of an array with every wrong kind of it ----
+
+A, B, G = rows(6, 8), rows(6, 4), rows(6, 8) + np.float32(0.1)
+NO_DTYPE = "expected dtype float32, float16, bfloat16 or scaled int8, got "
+ENTRANCES: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
+    "transform old": ("old", A, lambda x: fct.transform_batch(x, B, H)),
+    "transform side_info": ("side_info", B, lambda x: fct.transform_batch(A, x, H)),
+    "transform out": ("out", rows(6, 16), lambda x: fct.transform_batch(A, B, H, out=x)),
+    "topk queries": ("queries", A, lambda x: fct.topk(x, G, 2)),
+    "topk gallery": ("gallery", A, lambda x: fct.topk(A, x, 2)),
+    "prepare gallery": ("gallery", A, fct.prepare_gallery),
+    "append rows": ("rows", A, lambda x: fct.prepare_gallery(A).append(x)),
+    "evaluate queries": ("queries", A, lambda x: fct.evaluate(x, G, LABELS)),
+    "evaluate gallery": ("gallery", A, lambda x: fct.evaluate(A, x, LABELS)),
+    "fit old": ("old", A, lambda x: fct.fit_transformation(x, B, G, progress=False)),
+    "fit side_info": ("side_info", B, lambda x: fct.fit_transformation(A, x, G, progress=False)),
+    "fit new": ("new", A, lambda x: fct.fit_transformation(A, B, x, progress=False)),
+}
+WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a list": (lambda x: x.tolist(), "expected a numpy array, a torch tensor or a DLPack object, got list"),
+    "a scalar": (lambda x: x[0, 0], "expected a numpy array, a torch tensor or a DLPack object, got float32"),
+    "float64": (lambda x: x.astype(np.float64), NO_DTYPE + "float64; convert with .astype('float32')"),
+    "complex": (lambda x: x.astype(np.complex64), NO_DTYPE + "complex64"),
+    "bool": (lambda x: x > 0, NO_DTYPE + "bool"),
+    "strings": (lambda x: x.astype("U5"), NO_DTYPE + "str160"),
+    "objects": (lambda x: x.astype(object), NO_DTYPE + "object"),
+    "masked": (lambda x: np.ma.masked_equal(x, x[2, 1]), "expected values without a mask, got 1 masked"),
+    "sparse": (lambda x: torch.tensor(x).to_sparse(), "expected a dense tensor, got torch.sparse_coo"),
+    "meta": (lambda x: torch.tensor(x, device="meta"), "expected a tensor on cpu or cuda, got one on meta"),
+    "float8": (lambda x: torch.tensor(x).to(torch.float8_e4m3fn), NO_DTYPE + "float8_e4m3fn"),
+    "no dimensions": (lambda x: x[:, :0], "expected "),
+    "scale of strings": (lambda x: fct.ScaledInt8(x.astype(np.int8), "a"), "expected a scale of positive floats, got"),
+    "complex scale": (lambda x: fct.ScaledInt8(x.astype(np.int8), 1j), "expected a scale of positive floats, got"),
+    "scale on meta": (
+        lambda x: fct.ScaledInt8(x.astype(np.int8), torch.ones(6, device="meta")),
+        "expected a scale of positive floats, got",
+    ),
+    "zero scale": (lambda x: fct.ScaledInt8(x.astype(np.int8), 0.0), "expected positive finite scales"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_wrong_arrays_are_refused_everywhere(entrance: str, wrong: str) -> None:
+    name, right, call = ENTRANCES[entrance]
+    make, message = WRONG[wrong]
+    with pytest.raises((TypeError, ValueError), match="^" + re.escape(f"{name}: {message}")):
+        call(make(right))
+
+
+ODD: dict[str, Callable[[Any], Any]] = {
+    "big endian": lambda x: x.astype(">f4"),
+    "Fortran order": np.asfortranarray,
+    "rows backwards": lambda x: x[::-1].copy()[::-1],
+    "columns backwards": lambda x: x[:, ::-1].copy()[:, ::-1],
+    "every third column": lambda x: np.repeat(x, 3, axis=1)[:, ::3],
+    "off its boundary": lambda x: np.frombuffer(b"." + x.tobytes(), np.float32, x.size, 1).reshape(x.shape),
+    "a matrix": np.matrix,
+    "masked nowhere": lambda x: np.ma.masked_array(x, mask=np.zeros(x.shape, bool)),
+    "read-only": lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape),
+    "gradients": lambda x: torch.tensor(x, requires_grad=True),
+    "transposed tensor": lambda x: torch.tensor(x.T.copy()).T,
+    "negated lazily": lambda x: torch.complex(torch.zeros(x.shape), torch.tensor(-x)).conj().imag,
+}
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of np.matrix
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_arrays_give_the_right_answer(odd: str) -> None:
+    change = ODD[odd]
+    want = fct.transform_batch(A, B, H, precision="fp32")
+    got = fct.transform_batch(change(A), change(B), H, precision="fp32")
+    assert not getattr(got, "requires_grad", False)
+    np.testing.assert_array_equal(np.asarray(got), want)
+    for prepare in (lambda x: x, fct.prepare_gallery):
+        found = fct.topk(change(A), prepare(change(G)), 3)
+        np.testing.assert_array_equal(np.asarray(found.indices), fct.topk(A, G, 3).indices)
+    assert fct.evaluate(change(A), change(G), LABELS) == fct.evaluate(A, G, LABELS)
+
+
+OUTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a tensor that would be copied": (lambda: torch.zeros(16, 6).T, "expected rows whose elements are contiguous"),
+    "rows that are one": (lambda: torch.zeros(1, 16).expand(6, 16), "expected rows whose elements are contiguous"),
+    "broadcast": (lambda: np.broadcast_to(np.zeros(16, np.float32), (6, 16)), "expected rows whose elements are"),
+    "backwards": (lambda: np.zeros((6, 16), np.float32)[::-1], "expected rows whose elements are contiguous"),
+    "big endian": (lambda: np.zeros((6, 16), ">f4"), "expected values in this machine's byte order, got >f4"),
+    "read-only": (lambda: np.frombuffer(bytes(384), np.float32).reshape(6, 16), "expected a writable array"),
+    "gradients": (lambda: torch.zeros(6, 16, requires_grad=True), "expected a tensor that records no gradients"),
+}
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_outputs_that_would_not_arrive_are_refused(out: str) -> None:
+    make, message = OUTS[out]
+    with pytest.raises(ValueError, match=f"^out: {message}"):
+        fct.transform_batch(A, B, H, out=make())
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_an_output_never_shares_memory_with_an_input(kind: str) -> None:
+    h = fct.Transformation.random(8, 8, 8, inner=16)
+    wide: Any = np.zeros((20, 40), np.float32) if kind == "numpy" else torch.zeros(20, 40)
+    old, side = wide[4:10, :8], wide[4:10, 8:16]
+    for bad, name in ((old, "old"), (side, "side_info"), (wide[5:11, :8], "old"), (wide[3:9, 15:23], "side_info")):
+        with pytest.raises(ValueError, match=f"^out: expected memory of its own, got .* shares some with {name}"):
+            fct.transform_batch(old, side, h, out=bad)
+    old[:], side[:] = (x if kind == "numpy" else torch.tensor(x) for x in (A, G))
+    want = np.asarray(fct.transform_batch(old, side, h))
+    for out in (wide[4:10, 16:24], wide[4:10, 32:], wide[10:16, :8], wide[4:5, 24:32]):  # beside them
+        n = len(out)
+        fct.transform_batch(old[:n], side[:n], h, out=out)
+        np.testing.assert_array_equal(np.asarray(out), want[:n])
+
+
+LABEL_CASES: dict[str, tuple[Any, str]] = {
+    "ragged": ([[1], [2, 3]], "expected (6,), one label per row, got"),
+    "a word": ("ababab", "expected (6,), one label per row, got shape ()"),
+    "none": ([None] * 6, "expected integer or string labels, got dtype object"),
+    "objects": (np.array(["a", 1] * 3, object), "expected integer or string labels, got dtype object"),
+    "complex": (LABELS * 1j, "expected integer or string labels, got dtype complex128"),
+    "a float tensor": (torch.zeros(6).bfloat16(), "expected integer or string labels, got dtype bfloat16"),
+    "sparse": (torch.tensor(LABELS).to_sparse(), "expected a dense tensor that holds values"),
+    "meta": (torch.zeros(6, dtype=torch.long, device="meta"), "expected a dense tensor that holds values"),
+    "masked": (np.ma.masked_array(LABELS, LABELS > 0), "expected labels without a mask, got 3 masked"),
+}
+
+
+@pytest.mark.parametrize("case", LABEL_CASES)
+def test_wrong_labels_are_refused(case: str) -> None:
+    labels, message = LABEL_CASES[case]
+    for name, both in (("query_labels", (labels, LABELS)), ("gallery_labels", (LABELS, labels))):
+        with pytest.raises(ValueError, match="^" + re.escape(f"{name}: {message}")):
+            fct.evaluate(A, G, *both)
+
+
+def test_large_unsigned_labels_beside_signed_ones_are_not_merged() -> None:
+    """numpy would bring both to doubles, in which these are one number."""
+    labels = np.full(6, 2**53, np.int64)
+    one_more = np.full(6, 2**53 + 1, np.uint64)
+    assert fct.evaluate(A, G, labels, one_more).queries_without_match == 6
+    assert fct.evaluate(A, G, labels, one_more - np.uint64(1)).queries_without_match == 0
+
+
+SCALARS: dict[str, tuple[Callable[[Any], Any], str, tuple[Any, ...]]] = {
+    "topk threads": (
+        lambda v: fct.topk(A, G, 2, threads=v),
+        "threads: expected a whole number from 1 to 4096",
+        (0, -1, True, 1.5, "2", [], float("nan"), np.ones(2), 10**9),
+    ),
+    "prepare threads": (lambda v: fct.prepare_gallery(A, threads=v), "threads: expected a whole", (0, "x")),
+    "transform threads": (lambda v: fct.transform_batch(A, B, H, threads=v), "threads: expected a whole", (0, "x")),
+    "evaluate threads": (lambda v: fct.evaluate(A, G, LABELS, threads=v), "threads: expected a whole", (0, "x")),
+    "k": (lambda v: fct.topk(A, G, v), "k: expected 1 to 6", (True, np.True_, 2.0, "2", None, np.array([2]), -1)),
+    "same_items": (
+        lambda v: fct.topk(A, G, 2, same_items=v),
+        "same_items: expected True or False",
+        (None, 1, "no", float("nan"), np.ones(2)),
+    ),
+    "metric": (lambda v: fct.topk(A, G, 2, metric=v), "metric: expected one of l2", (None, 3, np.ones(2), [])),
+    "precision": (lambda v: fct.topk(A, G, 2, precision=v), "precision: expected one of", (None, 3, np.ones(2), [])),
+    "gallery space": (
+        lambda v: fct.topk(A, G, 2, gallery_space=v),
+        "gallery_space: expected an fct.EmbeddingSpace or None",
+        (3, "old", np.ones(2), []),
+    ),
+    "query space": (lambda v: fct.topk(A, G, 2, query_space=v), "query_space: expected an fct.Embedding", (3, "old")),
+    "space": (lambda v: fct.prepare_gallery(A, space=v), "space: expected an fct.EmbeddingSpace or None", (3, "old")),
+    "device": (lambda v: fct.transform_batch(A, B, H, device=v), "device: expected a name like", (3, [], np.ones(2))),
+    "backend": (lambda v: fct.transform_batch(A, B, H, backend=v), "backend: expected the name", (3, [], np.ones(2))),
+    "ks": (lambda v: fct.evaluate(A, G, LABELS, ks=v), "ks: expected ", (3, None, "12", [2.0], [0], [True])),
+    "bootstrap": (
+        lambda v: fct.evaluate(A, G, LABELS, bootstrap=v),
+        "bootstrap: expected a whole number of at least 0",
+        (-1, None, 1.5, "3", True, np.ones(2)),
+    ),
+    "confidence": (
+        lambda v: fct.evaluate(A, G, LABELS, confidence=v),
+        "confidence: expected a share between 0 and 1",
+        (0, 1.0, None, "3", float("nan"), np.ones(2)),
+    ),
+    "seed": (lambda v: fct.evaluate(A, G, LABELS, seed=v), "seed: expected a whole number", (-1, None, 1.5, "3", [])),
+    "random": (lambda v: fct.Transformation.random(3, 3, v), "d_new: expected a whole number", (0, True, 1.5, "3")),
+    "random seed": (lambda v: fct.Transformation.random(3, 3, 3, seed=v), "seed: expected a whole", (-1, 1.5, "3")),
+    "fit seed": (
+        lambda v: fct.fit_transformation(A, B, G, seed=v, progress=False),
+        "seed: expected a whole number",
+        (-1, None, 1.5, "3", 10**20),
+    ),
+    "fit space": (
+        lambda v: fct.fit_transformation(A, B, G, old_space=v, progress=False),
+        "old_space: expected an fct.EmbeddingSpace or None",
+        (3, "old"),
+    ),
+    "fit tolerance": (
+        lambda v: fct.fit_transformation(A, B, G, tolerance=v, progress=False),
+        "tolerance: expected a Tolerance or None",
+        (0.1, "old"),
+    ),
+    "max_rejects": (
+        lambda v: fct.backfill("x", "y", H, max_rejects=v),
+        "max_rejects: expected a whole number of at least 0",
+        (-1, True, float("nan"), "3", 1.5),
+    ),
+    "workers": (lambda v: fct.plan_backfill("x", "y", H, workers=v), "workers: expected a whole", (0, 1.5, "3")),
+    "spot_check": (lambda v: fct.verify_gallery("x", spot_check=v), "spot_check: expected a whole", (-1, 1.5, "3")),
+    "images": (
+        lambda v: fct.train_side_info(v, progress=False),
+        "images: expected",
+        ("x", np.zeros((3, 8, 8), object), torch.zeros(3, 8, 8, device="meta"), 3),
+    ),
+    "backbone": (
+        lambda v: fct.train_side_info(np.zeros((3, 8, 8), np.uint8), backbone=v, progress=False),
+        "backbone: expected a name or a torch module",
+        (3, []),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALARS)
+def test_wrong_scalars_are_refused(case: str) -> None:
+    call, message, values = SCALARS[case]
+    for value in values:
+        with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
+            call(value)
+
+
+def test_rows_appended_to_another_gallery_are_refused() -> None:
+    prepared = fct.prepare_gallery(A)
+    both = np.concatenate([A, G[:2]])
+    assert len(prepared.append(G[:2], gallery=both)) == 8
+    for other in (both * 2, np.concatenate([A, A[:2]])):
+        with pytest.raises(ValueError, match=r"^gallery: expected the old rows and then the new, got others"):
+            prepared.append(G[:2], gallery=other)
+
+
+@pytest.mark.parametrize("way", ["npy", "raw at an offset", "mmap"])
+def test_a_file_truncated_after_mapping_is_refused(tmp_path: Path, way: str) -> None:
+    """To read behind its end would be SIGBUS, the end of the process."""
+    x = rows(5000, 8)
+    path = tmp_path / "x"
+    lead = 8192 + 64 if way == "raw at an offset" else 0
+    mapped: Any
+    if way == "npy":
+        with open(path, "wb") as file:
+            np.save(file, x)
+        mapped = np.load(path, mmap_mode="r")
+    else:
+        path.write_bytes(bytes(lead) + x.tobytes())
+        mapped = np.memmap(path, np.float32, "r", lead, x.shape)
+    if way == "mmap":
+        with open(path, "rb") as file:
+            area = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = np.frombuffer(area, np.float32).reshape(x.shape)
+    prepared = fct.prepare_gallery(mapped)
+    fct.topk(mapped[:3], prepared, 2)
+    with open(path, "r+b") as file:
+        file.truncate(lead + 4096)
+    calls: dict[str, Callable[[], Any]] = {
+        "gallery": lambda: fct.topk(A, mapped, 2),
+        "gallery:": lambda: fct.topk(A, prepared, 2),
+        "queries": lambda: fct.topk(mapped[-3:], G, 2),
+        "old": lambda: fct.transform_batch(mapped, rows(5000, 4), H),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name.strip(':')}: expected a mapped file of at least .* truncated"):
+            call()
+    assert fct.topk(mapped[:3], G, 2).indices.shape == (3, 2)  # what is still there can be read
+
+
+def test_a_shadow_truncated_after_mapping_is_refused(tmp_path: Path) -> None:
+    x = rows(5000, 8)
+    fct.prepare_gallery(x).save(tmp_path / "shadow")
+    prepared = fct.PreparedGallery.load(tmp_path / "shadow", x)
+    fct.topk(A, prepared, 2)
+    with open(tmp_path / "shadow", "r+b") as file:
+        file.truncate(8192)
+    with pytest.raises(ValueError, match=r"^gallery: expected a mapped file of at least"):
+        fct.topk(A, prepared, 2)
 
 
 def test_no_rows_are_fine_where_nothing_is_learned() -> None:

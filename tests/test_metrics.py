@@ -145,7 +145,7 @@ def test_backfilling_curve_ends_where_evaluate_does(case: Any, rng: np.random.Ge
         ({"gallery_labels": np.zeros(3, int)}, r"gallery_labels: expected \(400,\)"),
         ({"gallery_labels": None}, r"gallery_labels: expected \(400,\).*of which there are 60"),
         ({"metric": "dot"}, "metric: expected one of"),
-        ({"ks": (0,)}, "ks: expected positive whole numbers, got 0"),
+        ({"ks": (0,)}, "ks: expected a whole number of at least 1, got 0"),
         ({"confidence": 95}, "confidence: expected a share between 0 and 1"),
         ({"bootstrap": -1}, "bootstrap: expected"),
         ({"gallery": np.empty((0, 6), np.float32)}, "gallery: expected at least one row"),

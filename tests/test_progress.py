@@ -196,5 +196,5 @@ def test_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_is_true_or_false() -> None:
-    with pytest.raises(TypeError, match="progress: expected True or False, got 'no'"):
+    with pytest.raises(ValueError, match="progress: expected True or False, got 'no'"):
         fct.topk(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 1, progress="no")  # type: ignore[arg-type]

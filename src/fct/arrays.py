@@ -7,6 +7,7 @@ scale as :class:`ScaledInt8`.
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ __all__ = [
     "DTYPES",
     "Rows",
     "ScaledInt8",
+    "check_backed",
     "check_dtype",
     "check_labels",
     "empty_like_kind",
@@ -29,6 +31,7 @@ __all__ = [
 
 # The order is csrc/cpu/rows.h's DType.
 DTYPES = ("float32", "float16", "bfloat16", "int8")
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 _CHECKED_AT_ONCE = 1 << 26  # values of one compiled call
 
@@ -109,6 +112,24 @@ class Rows:
             scale = scale[part]
         return Rows(self.values[part], self.dtype, scale, self.device, self.kind)
 
+    @property
+    def itemsize(self) -> int:
+        return _BYTES[self.dtype]
+
+    def overlaps(self, other: Rows) -> bool:
+        """Whether some value of one lies in the memory of the other; columns of one wide array do not."""
+        if not (self.n and other.n) or self.device != other.device:
+            return False
+        (a, wide_a, step_a), (b, wide_b, step_b) = (
+            (r.address, r.d * r.itemsize, r.row_stride * r.itemsize) for r in (self, other)
+        )
+        if a + (self.n - 1) * step_a + wide_a <= b or b + (other.n - 1) * step_b + wide_b <= a:
+            return False
+        if 1 in (self.n, other.n) or step_a != step_b:
+            return True
+        apart = (b - a) % step_a
+        return apart < wide_a or apart + wide_b > step_a
+
     def float32(self) -> Any:
         """The rows as float32, scale applied; numpy on the CPU, a tensor on a GPU. A copy unless float32 already."""
         if not self.kind_is_numpy:
@@ -141,6 +162,7 @@ def rows_of(
     n_why: str = "",
     finite: bool = True,
     allow_empty: bool = True,
+    write: bool = False,
     report: Callable[[float], None] | None = None,
 ) -> Rows:
     """Checks ``x`` and brings it to :class:`Rows`; copies only where the last axis is not contiguous.
@@ -151,6 +173,8 @@ def rows_of(
         d, n: expected sizes, with ``d_why``/``n_why`` appended to the message ("to match the transformation").
         finite: refuse NaN and infinities (integer dtypes have none).
         allow_empty: whether zero rows are fine.
+        write: what is written there must arrive in ``x``: refuse what would be copied, is read-only or records
+            gradients.
         report: told the share of the rows that have been looked at, which a memory map may take long for.
 
     Raises:
@@ -179,7 +203,10 @@ def rows_of(
         )
     if dtype != "int8" and isinstance(x, ScaledInt8):
         raise ValueError(f"{name}: expected int8 values in ScaledInt8, got {dtype}")
-    array = _inner_contiguous(array)
+    tidy = _inner_contiguous(array)
+    if write:
+        _check_writable(values, array, tidy, name)
+    array = tidy
     if scale is not None:
         scale = _check_scale(scale, shape, array, name)
     rows = Rows(array, dtype, scale, device, kind)
@@ -193,14 +220,14 @@ def rows_of(
 def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
     """(kind, device, array, dtype): numpy on the CPU, a torch tensor elsewhere."""
     if isinstance(x, np.ndarray):
-        return _numpy(x, "numpy")
+        return _numpy(x, "numpy", name)
     if _is_torch(x):
         return _torch(x, "torch", name)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         kind = type(x).__module__.partition(".")[0]
         if int(x.__dlpack_device__()[0]) == 1:  # kDLCPU
             try:
-                return _numpy(np.from_dlpack(x), kind)
+                return _numpy(np.from_dlpack(x), kind, name)
             except (BufferError, RuntimeError, TypeError):
                 pass  # bfloat16, say, which numpy has no name for
         import torch
@@ -209,7 +236,11 @@ def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
     raise TypeError(f"{name}: expected a numpy array, a torch tensor or a DLPack object, got {type(x).__name__}")
 
 
-def _numpy(x: np.ndarray[Any, Any], kind: str) -> tuple[str, str, Any, str]:
+def _numpy(x: np.ndarray[Any, Any], kind: str, name: str) -> tuple[str, str, Any, str]:
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        masked = np.count_nonzero(x.mask)
+        raise ValueError(f"{name}: expected values without a mask, got {masked} masked; use .filled(...)")
+    check_backed(x, name)
     dtype = x.dtype.name
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
@@ -222,10 +253,12 @@ def _numpy(x: np.ndarray[Any, Any], kind: str) -> tuple[str, str, Any, str]:
 def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
     import torch
 
-    x = x.detach()
+    if x.is_nested or x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+    x = x.detach().resolve_neg()
     dtype = str(x.dtype).removeprefix("torch.")
-    if x.layout != torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}")
+    if dtype not in DTYPES:
+        return kind, str(x.device), x, dtype  # refused by name; numpy does not know them all
     if x.device.type == "cpu":
         array = x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
         return kind, "cpu", array, dtype
@@ -247,7 +280,14 @@ def _inner_contiguous(x: Any) -> Any:
 
 def _check_scale(scale: Any, shape: tuple[int, int], like: Any, name: str) -> Any:
     n, d = shape
-    host = np.asarray(scale.detach().cpu() if _is_torch(scale) else scale, dtype=np.float32)
+    try:
+        host = np.asarray(scale.detach().cpu().float() if _is_torch(scale) else scale)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a scale of positive floats, got {type(scale).__name__}: {error}") from error
+    if host.dtype.kind not in "fiu":
+        raise ValueError(f"{name}: expected a scale of positive floats, got {host.dtype} ({scale!r})")
+    with np.errstate(over="ignore"):
+        host = host.astype(np.float32, copy=False)
     if host.ndim == 0:
         host = host.reshape(1, 1)
     elif host.shape == (n,):
@@ -262,6 +302,40 @@ def _check_scale(scale: Any, shape: tuple[int, int], like: Any, name: str) -> An
     import torch
 
     return torch.from_numpy(host).to(like.device)
+
+
+def check_backed(array: np.ndarray[Any, Any], name: str) -> None:
+    """Raises ValueError where a memory-mapped file has been truncated, or its map closed, since it was mapped.
+
+    To read behind the end of the file would end the process (SIGBUS).
+    """
+    base: Any = array
+    offset = 0  # where the map begins in the file; numpy alone tells
+    while isinstance(base, (np.ndarray, memoryview)):
+        if isinstance(base, np.memmap) and isinstance(base.base, mmap.mmap):
+            offset = base.offset - base.offset % mmap.ALLOCATIONGRANULARITY
+        base = base.obj if isinstance(base, memoryview) else base.base
+    if not isinstance(base, mmap.mmap) or not array.size:
+        return
+    start = np.frombuffer(base, np.uint8).ctypes.data
+    ahead = sum(max(0, (n - 1) * step) for n, step in zip(array.shape, array.strides, strict=True))
+    end = array.ctypes.data + ahead + array.itemsize
+    needed = offset + end - start
+    if base.size() < needed:
+        raise ValueError(
+            f"{name}: expected a mapped file of at least {needed} bytes, got {base.size()}: it was truncated"
+        )
+
+
+def _check_writable(given: Any, array: Any, tidy: Any, name: str) -> None:
+    if isinstance(given, np.ndarray) and not given.dtype.isnative:
+        raise ValueError(f"{name}: expected values in this machine's byte order, got {given.dtype.str}")
+    if _is_torch(given) and given.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that records no gradients, got requires_grad=True; .detach() it")
+    if tidy is not array or (_is_torch(given) and given.is_neg()):
+        raise ValueError(f"{name}: expected rows whose elements are contiguous, got a layout that would need a copy")
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name}: expected a writable array, got a read-only one")
 
 
 def _first_nonfinite(rows: Rows, report: Callable[[float], None] | None) -> int:
@@ -336,9 +410,22 @@ def _as_kind(tensor: Any, kind: str) -> Any:
 
 def check_labels(labels: Any, name: str, n: int) -> np.ndarray[Any, Any]:
     """Labels as an (n,) numpy array of integers (or strings); raises ValueError on another length or rank."""
-    array = np.asarray(labels.detach().cpu() if _is_torch(labels) else labels)
+    if _is_torch(labels):
+        dtype = str(labels.dtype).removeprefix("torch.")
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"{name}: expected integer or string labels, got dtype {dtype}")
+        if labels.is_nested or str(labels.layout) != "torch.strided" or labels.device.type == "meta":
+            raise ValueError(f"{name}: expected a dense tensor that holds values, got {labels.layout}, {labels.device}")
+        labels = labels.detach().cpu()
+    elif isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
+        raise ValueError(f"{name}: expected labels without a mask, got {np.count_nonzero(labels.mask)} masked")
+    try:
+        array = np.asarray(labels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected ({n},), one label per row, got {error}") from error
     if array.ndim != 1 or array.shape[0] != n:
         raise ValueError(f"{name}: expected ({n},), one label per row, got shape {array.shape}")
     if array.dtype.kind not in "iubUS":
         raise ValueError(f"{name}: expected integer or string labels, got dtype {array.dtype}")
+    check_backed(array, name)
     return array

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fct.arrays import check_labels
-from fct.ops.dispatch import default_threads
+from fct.checks import check_seed, check_whole
+from fct.ops.dispatch import threads_of
 from fct.ops.topk_cpu import ranks_cpu
 from fct.ops.topk_gpu import ranks_gpu
 from fct.progress import LongCall, Report
@@ -114,14 +115,14 @@ def evaluate(
         >>> fct.evaluate(x, x, [0, 0, 1, 1], same_items=True).cmc1
         1.0
     """
-    for k in ks:
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise ValueError(f"ks: expected positive whole numbers, got {k!r}")
-    if not 0 < confidence < 1:
+    if isinstance(ks, str) or not isinstance(ks, Iterable):
+        raise ValueError(f"ks: expected positive whole numbers, got {ks!r}")
+    wanted = sorted({1, 5, *(check_whole(k, "ks", 1) for k in ks)})
+    if not isinstance(confidence, (float, np.floating)) or not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a share between 0 and 1, got {confidence!r}")
-    if bootstrap < 0:
-        raise ValueError(f"bootstrap: expected a number of resamples, 0 for none, got {bootstrap!r}")
-    wanted = sorted({1, 5, *(int(k) for k in ks)})
+    check_whole(bootstrap, "bootstrap", 0)
+    check_seed(seed)
+    workers = threads_of(threads)
     with LongCall(progress) as call:
         reading = call.stage("reading the gallery")
         q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space, reading)
@@ -129,7 +130,7 @@ def evaluate(
             raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
         codes = _codes(*_checked_labels(query_labels, gallery_labels, q.n, g.n))
         if q.device == "cpu":
-            workers, ranking = threads or default_threads(), call.stage("ranking")
+            ranking = call.stage("ranking")
             first, ap = ranks_cpu(q, g, *codes, metric, same_items, threads=workers, report=ranking)
         else:
             first, ap = ranks_gpu(q, g, *codes, metric, same_items)
@@ -154,6 +155,8 @@ def _codes(q_labels: Any, g_labels: Any) -> tuple[Any, Any]:
         raise ValueError(
             f"gallery_labels: expected labels of the queries' kind ({q_labels.dtype}), got {g_labels.dtype}"
         )
+    if np.result_type(q_labels, g_labels).kind == "f":  # uint64 beside signed ones: doubles would merge large labels
+        q_labels, g_labels = q_labels.astype(object), g_labels.astype(object)
     codes = np.unique(np.concatenate([q_labels, g_labels]), return_inverse=True)[1].astype(np.int64).ravel()
     return codes[: len(q_labels)], codes[len(q_labels) :]
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fct.checks import check_flag
+
 __all__ = ["LongCall", "Report"]
 
 Report = Callable[[float], None]  # told the share that is done, 0 to 1
@@ -29,9 +31,7 @@ class LongCall:
     """
 
     def __init__(self, show: bool) -> None:
-        if not isinstance(show, bool):
-            raise TypeError(f"progress: expected True or False, got {show!r}")
-        self._show = show
+        self._show = check_flag(show, "progress")
         self._begun = time.monotonic()
         self._bar: Any = None
         self._task: Any = None

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fct.arrays import Rows, ScaledInt8, rows_of
+from fct.arrays import Rows, ScaledInt8, check_backed, rows_of
+from fct.checks import check_flag
 from fct.errors import ArtifactError, BackendError
 from fct.files import atomic_path
 from fct.ops.base import GpuShadow, check_precision
-from fct.ops.dispatch import default_threads
+from fct.ops.dispatch import threads_of
 from fct.ops.topk_cpu import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
 from fct.ops.topk_gpu import extend_gpu, prepare_gpu, topk_gpu
 from fct.progress import LongCall, Report
-from fct.spaces import EmbeddingSpace, check_metric
+from fct.spaces import EmbeddingSpace, check_metric, check_space
 
 __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
 
@@ -50,6 +51,9 @@ def check_pair(
 ) -> tuple[Rows, Rows]:
     """Both sides as checked rows of one length, one device and, where the spaces are given, one space."""
     check_metric(metric)
+    check_flag(same_items, "same_items")
+    check_space(query_space, "query_space")
+    check_space(gallery_space, "gallery_space")
     prepared = gallery if isinstance(gallery, PreparedGallery) else None
     if prepared is not None and prepared.space is not None:
         if gallery_space is not None:
@@ -59,6 +63,7 @@ def check_pair(
         gallery_space.require_same(query_space, "queries")
     if prepared is not None:
         g = prepared.rows
+        prepared.check_backed("gallery")
     else:
         dim = gallery_space.dim if gallery_space else None
         g = rows_of(gallery, "gallery", d=dim, d_why="to match gallery_space", report=report)
@@ -114,6 +119,15 @@ class PreparedGallery:
         raw = self.rows.n * self.rows.d * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.rows.dtype]
         return (raw + self.nbytes) / raw if raw else 1.0
 
+    def check_backed(self, name: str) -> None:
+        """Raises ValueError where the file under the rows or the shadow has been truncated since it was mapped."""
+        arrays = [self.rows.values]
+        if isinstance(self.shadow, Shadow):
+            arrays += [self.shadow.tiles, self.shadow.meta, self.shadow.shift]
+        for array in arrays:
+            if isinstance(array, np.ndarray):
+                check_backed(array, name)
+
     def __repr__(self) -> str:
         return (
             f"PreparedGallery({self.rows.n} x {self.rows.d} {self.rows.dtype}, metric={self.metric!r}, shadow of "
@@ -147,12 +161,15 @@ class PreparedGallery:
         grown = rows_of(
             gallery, "gallery", d=self.rows.d, n=total, n_why="to hold the old rows and the new", finite=False
         )
+        for part, same in ((grown[: self.rows.n], self.rows), (grown[self.rows.n :], new)):
+            if part.kind_is_numpy and (part.dtype != same.dtype or _fingerprint(part) != _fingerprint(same)):
+                raise ValueError("gallery: expected the old rows and then the new, got others")
         shadow: Shadow | GpuShadow | None = None
         if isinstance(self.shadow, GpuShadow):
             shadow = extend_gpu(self.shadow, grown)
         elif self.shadow is not None:
             with LongCall(progress) as call:
-                shadow = extend_shadow(self.shadow, grown, threads=default_threads(), report=call.stage("packing"))
+                shadow = extend_shadow(self.shadow, grown, threads=threads_of(None), report=call.stage("packing"))
         return PreparedGallery(gallery, grown, shadow, self.metric, self.space)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -320,17 +337,19 @@ def prepare_gallery(
     """
     check_metric(metric)
     check_precision(precision)
+    check_space(space, "space")
+    workers = threads_of(threads)
     why = "to match space" if space else ""
     with LongCall(progress) as call:
         rows = rows_of(
             gallery, "gallery", d=space.dim if space else None, d_why=why, report=call.stage("reading the gallery")
         )
-        shadow = _prepared_shadow(rows, metric, precision, threads, call.stage("packing the gallery"))
+        shadow = _prepared_shadow(rows, metric, precision, workers, call.stage("packing the gallery"))
     return PreparedGallery(gallery, rows, shadow, metric, space)
 
 
 def _prepared_shadow(
-    rows: Rows, metric: str, precision: str, threads: int | None, report: Report | None
+    rows: Rows, metric: str, precision: str, threads: int, report: Report | None
 ) -> Shadow | GpuShadow | None:
     if rows.device != "cpu":
         if precision == "fp32":
@@ -340,7 +359,7 @@ def _prepared_shadow(
         raise BackendError(f"precision: expected auto or int8 for a shadow on the cpu, got {precision!r}")
     if why_not_shadow(rows):
         return None
-    return build_shadow(rows, metric, threads=threads or default_threads(), report=report)
+    return build_shadow(rows, metric, threads=threads, report=report)
 
 
 def topk(
@@ -395,9 +414,12 @@ def topk(
     prepared = gallery if isinstance(gallery, PreparedGallery) else None
     if prepared is not None and prepared.metric != metric:
         raise ValueError(f"metric: expected {prepared.metric!r}, which the gallery was prepared for, got {metric!r}")
+    workers = threads_of(threads)
     with LongCall(progress) as call:
         reading = call.stage("reading the gallery")
         q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space, reading)
+        if g.n == 0:
+            raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
         check_k(k, g.n, same_items)
         k = int(k)
         if q.n == 0:
@@ -405,7 +427,6 @@ def topk(
         if q.device != "cpu":
             on_gpu = prepared.shadow if prepared is not None and isinstance(prepared.shadow, GpuShadow) else None
             return _as_kind(*topk_gpu(q, g, k, metric, precision, same_items, on_gpu), q)
-        workers = threads or default_threads()
         shadow = _shadow_for(q, g, prepared, metric, precision, workers, call.stage("packing the gallery"))
         distances, indices, _ = topk_cpu(
             q, g, shadow, k, metric, same_items, threads=workers, report=call.stage("searching")

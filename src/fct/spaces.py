@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fct.checks import check_flag
 from fct.errors import SpaceMismatchError
 
-__all__ = ["METRICS", "EmbeddingSpace", "check_metric"]
+__all__ = ["METRICS", "EmbeddingSpace", "check_metric", "check_space"]
 
 METRICS = ("l2", "ip", "cosine")
 
 
 def check_metric(metric: str, name: str = "metric") -> str:
     """``metric`` itself; raises ValueError unless it is one of "l2", "ip", "cosine"."""
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"{name}: expected one of {', '.join(METRICS)}, got {metric!r}")
     return metric
 
@@ -47,6 +48,7 @@ class EmbeddingSpace:
         if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim < 1:
             raise ValueError(f"dim: expected a positive int, got {self.dim!r}")
         check_metric(self.metric)
+        check_flag(self.normalised, "normalised")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,3 +68,10 @@ class EmbeddingSpace:
     def __str__(self) -> str:
         unit = ", normalised" if self.normalised else ""
         return f"{self.model_id!r} ({self.dim}-d, {self.metric}{unit})"
+
+
+def check_space(space: Any, name: str) -> EmbeddingSpace | None:
+    """``space`` itself; raises TypeError unless it is an EmbeddingSpace or None."""
+    if space is not None and not isinstance(space, EmbeddingSpace):
+        raise TypeError(f"{name}: expected an fct.EmbeddingSpace or None, got {type(space).__name__}")
+    return space

@@ -6,7 +6,7 @@ from typing import Any
 
 from fct.arrays import Rows, empty_like_kind, rows_of
 from fct.ops.base import check_precision
-from fct.ops.dispatch import default_threads, packed, pick_transform
+from fct.ops.dispatch import packed, pick_transform, threads_of
 from fct.transformation import Transformation
 
 __all__ = ["check_inputs", "transform_batch"]
@@ -75,6 +75,9 @@ def transform_batch(
         ((5, 16), 'float32')
     """
     old_rows, side_rows = check_inputs(old, side_info, transformation)
+    if device is not None and not isinstance(device, str):
+        raise ValueError(f"device: expected a name like 'cuda:0' or None, got {device!r}")
+    count = threads_of(threads)
     target = device or old_rows.device
     check_precision(precision, gpu=target != "cpu")
     streamed = old_rows.device == "cpu" and target.partition(":")[0] == "cuda"
@@ -83,11 +86,10 @@ def transform_batch(
     if out is None:
         result, out_rows = empty_like_kind(old_rows, (old_rows.n, transformation.d_new), "float32")
     else:
-        result, out_rows = out, _check_out(out, old_rows, transformation.d_new)
+        result, out_rows = out, _check_out(out, old_rows, side_rows, transformation.d_new)
     chosen, chosen_precision = pick_transform(transformation, precision, target, backend, rows=old_rows.n)
     if old_rows.n:
         weights = packed(chosen, transformation, chosen_precision, target)
-        count = threads or default_threads()
         if streamed:
             from fct.ops.streaming import stream_transform
 
@@ -103,18 +105,20 @@ def transform_batch(
     return result
 
 
-def _check_out(out: Any, like: Rows, d_new: int) -> Rows:
+def _check_out(out: Any, old: Rows, side: Rows, d_new: int) -> Rows:
     rows = rows_of(
-        out, "out", d=d_new, d_why="to match the transformation", n=like.n, n_why="to match old", finite=False
+        out,
+        "out",
+        d=d_new,
+        d_why="to match the transformation",
+        n=old.n,
+        n_why="to match old",
+        finite=False,
+        write=True,
     )
-    if rows.device != like.device:
-        raise ValueError(f"out: expected an array on {like.device} like old, got one on {rows.device}")
-    values = getattr(out, "values", out)
-    start = (
-        values.ctypes.data if hasattr(values, "ctypes") else values.data_ptr() if hasattr(values, "data_ptr") else None
-    )
-    if start is not None and like.n and rows.address != start:
-        raise ValueError("out: expected rows whose elements are contiguous, got a layout that would need a copy")
-    if rows.kind_is_numpy and not rows.values.flags.writeable:
-        raise ValueError("out: expected a writable array, got a read-only one")
+    if rows.device != old.device:
+        raise ValueError(f"out: expected an array on {old.device} like old, got one on {rows.device}")
+    for name, other in (("old", old), ("side_info", side)):
+        if rows.overlaps(other):
+            raise ValueError(f"out: expected memory of its own, got an array that shares some with {name}")
     return rows

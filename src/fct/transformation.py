@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fct.checks import check_flag, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.files import write_bytes
 from fct.spaces import EmbeddingSpace
@@ -374,8 +375,11 @@ class Transformation:
     ) -> Transformation:
         """An untrained h of the paper's shape, for benchmarks and tests; activations keep about unit variance."""
         for name, value in (("d_old", d_old), ("d_side", d_side), ("d_new", d_new), ("inner", inner)):
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            check_whole(value, name, 1)
+        d_old, d_side, d_new, inner = (int(value) for value in (d_old, d_side, d_new, inner))
+        check_seed(seed)
+        check_flag(normalise, "normalise")
+        check_flag(side_info, "side_info")
         if not side_info and d_side != d_old:
             raise ValueError(
                 f"d_side: expected {d_old}, the old embedding's width, without side-information, got {d_side}"

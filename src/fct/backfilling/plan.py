@@ -18,6 +18,7 @@ from fct import _C
 from fct.backfilling.job import BackfillError, Job, Journal
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
+from fct.checks import check_number, check_whole
 from fct.errors import FctError, SpaceMismatchError
 from fct.files import checksum_file
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
@@ -27,7 +28,7 @@ from fct.gallery.location import Patience
 from fct.gallery.spaces import SIDE_FILE
 from fct.gallery.stores import FORMATS
 from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_type
-from fct.ops.dispatch import default_threads, pick_transform
+from fct.ops.dispatch import pick_transform, threads_of
 from fct.transformation import Transformation
 
 __all__ = ["BackfillPlan", "Resolved", "plan_backfill", "resolve"]
@@ -364,6 +365,11 @@ def plan_backfill(
         >>> fct.plan_backfill(folder, folder + "-new", h, old_model="random-old", measure_seconds=0.01).rows
         100
     """
+    check_whole(workers, "workers", 1)
+    check_whole(sample_rows, "sample_rows", 1)
+    check_number(measure_seconds, "measure_seconds", 0)
+    if price_per_hour is not None:
+        check_number(price_per_hour, "price_per_hour", 0)
     h = load_transformation(transformation)
     quality = check_quality(h, pairs, min_gap_closed, min_recall) if pairs is not None else None
     gate = quality.refusals if quality is not None else ()
@@ -407,7 +413,7 @@ def plan_backfill(
     if n and len(rejects) == n:
         refusals.append(f"source: every row of the sample would be rejected: {next(iter(reasons))}")
     h_rate = _rate(mapper, measure_seconds)
-    pace = _Pace(h_rate, on_cpu=found.device == "cpu", threads=threads or default_threads())
+    pace = _Pace(h_rate, on_cpu=found.device == "cpu", threads=threads_of(threads))
     if not refusals:
         _measure_reading(pace, found, mapper, measure_seconds / 2)
         _measure_writing(pace, found, mapped)

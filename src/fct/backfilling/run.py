@@ -17,6 +17,7 @@ from fct.backfilling.job import BackfillError, Job, Journal, Marker, QualityGate
 from fct.backfilling.pipeline import RowMapper, ShardPipeline, ShardReader, output_schema
 from fct.backfilling.plan import Resolved, occupied, resolve
 from fct.backfilling.quality import check_quality
+from fct.checks import check_flag, check_whole
 from fct.gallery.base import Shard
 
 __all__ = ["BackfillReport", "backfill"]
@@ -92,8 +93,11 @@ def backfill(
         (100, 100, 0)
     """
     began = time.perf_counter()
-    if max_rejects is not None and (isinstance(max_rejects, bool) or max_rejects < 0):
-        raise ValueError(f"max_rejects: expected a number of rows or None, got {max_rejects!r}")
+    if max_rejects is not None:
+        check_whole(max_rejects, "max_rejects", 0)
+    check_whole(ray_cpus, "ray_cpus", 1)
+    check_flag(trust_sizes, "trust_sizes")
+    check_flag(progress, "progress")
     found = resolve(source, destination, transformation, **options)
     if pairs is not None:
         quality = check_quality(found.h, pairs, min_gap_closed, min_recall)

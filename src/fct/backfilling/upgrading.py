@@ -10,13 +10,14 @@ import numpy as np
 from fct.backfilling.pipeline import RowMapper, ShardReader
 from fct.backfilling.plan import resolve
 from fct.backfilling.verify import rejected_rows
+from fct.checks import check_whole
 from fct.errors import FctError
 from fct.gallery import open_source
 from fct.gallery.base import Shard
 from fct.gallery.files import FileDestination
 from fct.gallery.vectors import vector_block
 from fct.retrieval import TopK, topk
-from fct.spaces import EmbeddingSpace
+from fct.spaces import EmbeddingSpace, check_space
 
 __all__ = ["UpgradingGallery"]
 
@@ -95,6 +96,8 @@ class UpgradingGallery:
         Raises:
             SpaceMismatchError: queries of another model. ValueError: a bad argument, or fewer than k rows.
         """
+        check_whole(k, "k", 1)
+        check_space(query_space, "query_space")
         if query_space is not None:
             self.space.require_same(query_space, "queries")
         metric, best, where = self.space.metric, None, None

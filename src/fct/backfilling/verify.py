@@ -15,6 +15,7 @@ import pyarrow as pa
 from fct.backfilling.job import BackfillError, Job, Journal, Marker
 from fct.backfilling.pipeline import RowMapper
 from fct.backfilling.plan import load_transformation
+from fct.checks import check_seed, check_whole
 from fct.errors import FctError
 from fct.gallery import journal_location, location_of, open_source
 from fct.gallery.base import rows_at
@@ -100,6 +101,8 @@ def verify_gallery(
         >>> fct.verify_gallery(folder + "-new").ok
         True
     """
+    check_whole(spot_check, "spot_check", 0)
+    check_seed(seed)
     access: dict[str, Any] = {
         "filesystem": filesystem,
         "storage_options": storage_options,

@@ -26,7 +26,7 @@ GPU_PRECISIONS = ("fp16", "fp8")  # on a GPU besides
 def check_precision(precision: str, *, gpu: bool = False) -> str:
     """``precision`` itself; raises ValueError unless it is "auto", one of PRECISIONS, or with gpu of GPU_PRECISIONS."""
     known = (*PRECISIONS, *GPU_PRECISIONS) if gpu else PRECISIONS
-    if precision not in (*known, "auto"):
+    if not isinstance(precision, str) or precision not in (*known, "auto"):
         raise ValueError(f"precision: expected one of auto, {', '.join(known)}, got {precision!r}")
     return precision
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from fct.checks import check_whole
 from fct.errors import BackendError
-from fct.ops.base import PRECISIONS, TransformBackend
+from fct.ops.base import PRECISIONS, TransformBackend, check_precision
 from fct.transformation import Transformation
 
-__all__ = ["default_threads", "forced_backend", "packed", "pick_transform", "transform_backends"]
+__all__ = ["default_threads", "forced_backend", "packed", "pick_transform", "threads_of", "transform_backends"]
 
+_MOST_THREADS = 4096  # more than machines have processors
 _PROVE_ON_DEVICE = ("cuda", "triton")  # kernels of ours that no GPU ran before the user's
 
 
@@ -37,6 +39,11 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+def threads_of(threads: int | None) -> int:
+    """The caller's choice of CPU threads, checked; None: :func:`default_threads`."""
+    return default_threads() if threads is None else check_whole(threads, "threads", 1, _MOST_THREADS)
+
+
 def forced_backend(backend: str | None) -> str | None:
     """The caller's choice, else FCT_BACKEND, else None."""
     return backend or os.environ.get("FCT_BACKEND") or None
@@ -51,6 +58,9 @@ def pick_transform(
     ``fct doctor`` has timed, the fastest backend and precision for ``rows`` rows (None: many) come first.
     Raises BackendError with every backend's reasons when none can.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(f"backend: expected the name of one or None, got {backend!r}")
+    check_precision(precision, gpu=True)
     forced = forced_backend(backend)
     backends = transform_backends()
     if forced is not None:

@@ -18,7 +18,7 @@ from fct import _C, ref
 from fct.arrays import rows_of
 from fct.ops.base import PRECISIONS
 from fct.ops.cpu import CpuTransform, Packed, isa
-from fct.ops.dispatch import default_threads, pick_transform
+from fct.ops.dispatch import pick_transform, threads_of
 from fct.report.measure import Timing, interleave, measure_peaks
 from fct.report.peers import best_setting, faiss_worker, openblas_times, transform_peers
 from fct.transformation import Transformation
@@ -228,7 +228,7 @@ def run_bench(
         >>> {row["rows"] for row in report.to_come} == {10**6, 10**9, 10**10}
         True
     """
-    count = threads or default_threads()
+    count = threads_of(threads)
     progress(0.0, "the machine's own peaks")
     found = measure_peaks(count, 0.3, every_isa=False)
     backend = CpuTransform()

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fct.checks import check_whole
+
 __all__ = ["BUILT_IN", "EmbeddingModel", "backbone", "embedding_model"]
 
 
@@ -157,8 +159,9 @@ def embedding_model(
         >>> embedding_model("small_resnet", dim=16, image_shape=(1, 28, 28))(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 16])
     """
-    if not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"dim: expected a positive int, got {dim!r}")
+    check_whole(dim, "dim", 1, 1 << 24)
+    if not isinstance(network, (str, nn.Module)):
+        raise ValueError(f"backbone: expected a name or a torch module, got {type(network).__name__}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module, features = backbone(network, in_channels=image_shape[0])

@@ -82,8 +82,8 @@ def resolve_config(config: str | FitConfig) -> FitConfig:
     """ "paper", "auto" or a FitConfig; ValueError otherwise."""
     if isinstance(config, FitConfig):
         return config
-    if config == "paper":
+    if isinstance(config, str) and config == "paper":
         return paper_config()
-    if config == "auto":
+    if isinstance(config, str) and config == "auto":
         return auto_config()
     raise ValueError(f"config: expected 'auto', 'paper' or a fct.training.config.FitConfig, got {config!r}")

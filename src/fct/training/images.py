@@ -30,7 +30,15 @@ class Images:
         self.labels: Any = None
         self.workers = workers
         if isinstance(images, (np.ndarray, torch.Tensor)):
-            data = _tensor(images) if isinstance(images, np.ndarray) else images
+            if isinstance(images, np.ndarray) and images.dtype.kind not in "fiu":
+                raise ValueError(f"images: expected uint8 or floats from 0 to 1, got {images.dtype}")
+            if isinstance(images, np.ma.MaskedArray) and np.ma.is_masked(images):
+                raise ValueError("images: expected values without a mask, got a masked array; use .filled(...)")
+            if isinstance(images, torch.Tensor) and (images.layout != torch.strided or images.is_meta):
+                raise ValueError(
+                    f"images: expected a dense tensor that holds values, got {images.layout}, {images.device}"
+                )
+            data = _tensor(images) if isinstance(images, np.ndarray) else images.detach()
             if data.ndim == 3:
                 data = data[:, None]
             if data.ndim != 4 or 0 in data.shape:
@@ -44,7 +52,7 @@ class Images:
                 self.labels = torch.as_tensor(np.asarray(labels)).long()
                 if self.labels.shape != (len(data),):
                     raise ValueError(f"labels: expected ({len(data)},), one per image, got {tuple(self.labels.shape)}")
-        elif hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        elif not isinstance(images, (str, bytes)) and hasattr(images, "__getitem__") and hasattr(images, "__len__"):
             if labels is not None:
                 raise ValueError("labels: expected None with a Dataset, which brings its own")
             if len(images) == 0:

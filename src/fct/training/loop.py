@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fct.checks import check_number, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.files import atomic_path
 from fct.training.images import Images
@@ -43,16 +44,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            object.__setattr__(self, name, check_whole(getattr(self, name), name, 1))  # numpy's become plain ones
+        for name in ("lr", "weight_decay"):
+            object.__setattr__(self, name, check_number(getattr(self, name), name, 0))
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr!r}")
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        if not isinstance(self.device, str):
+            raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {self.device!r}")
 
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            return torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {self.device!r}") from error
 
 
 def train(

@@ -88,7 +88,8 @@ def check_pairs(old: Any, side_info: Any, new: Any, *, prefix: str = "") -> Pair
 
 
 def _host(x: Any) -> Any:
-    return x.cpu() if hasattr(x, "cpu") and getattr(getattr(x, "device", None), "type", "cpu") != "cpu" else x
+    kind = getattr(getattr(x, "device", None), "type", "cpu")
+    return x.cpu() if hasattr(x, "cpu") and kind not in ("cpu", "meta") else x
 
 
 def split_pairs(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:

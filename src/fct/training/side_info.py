@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fct.checks import check_flag
 from fct.training.backbones import EmbeddingModel, embedding_model
 from fct.training.images import Images, as_images, augment
 from fct.training.loop import TrainConfig, train
@@ -69,8 +70,9 @@ def train_side_info(
         >>> side_model.dim
         8
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_flag(progress, "progress")
     config = TrainConfig(
         epochs=epochs, batch_size=batch_size, lr=lr, warmup=0.1, weight_decay=weight_decay, seed=seed, device=device
     )

@@ -17,9 +17,10 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fct.checks import check_flag, check_number, check_seed
 from fct.errors import ArtifactError
 from fct.files import atomic_path
-from fct.spaces import EmbeddingSpace
+from fct.spaces import EmbeddingSpace, check_space
 from fct.training.config import FitConfig, resolve_config
 from fct.training.module import Scaling, TransformationModule, to_transformation
 from fct.training.pairs import Pairs, check_pairs, split_pairs
@@ -100,6 +101,13 @@ def fit_transformation(
         8
     """
     settings = resolve_config(config)
+    check_seed(seed)
+    check_flag(progress, "progress")
+    check_number(checkpoint_seconds, "checkpoint_seconds", 0)
+    if tolerance is not None and not isinstance(tolerance, Tolerance):
+        raise TypeError(f"tolerance: expected a Tolerance or None, got {type(tolerance).__name__}")
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch: expected a function or None, got {type(on_epoch).__name__}")
     pairs = check_pairs(old, side_info, new)
     train, held = _split(pairs, validation, seed)
     _check_space(old_space, train.old.d, "old_space")
@@ -165,6 +173,7 @@ def _split(pairs: Pairs, validation: Any, seed: int) -> tuple[Pairs, Pairs]:
 
 
 def _check_space(space: EmbeddingSpace | None, d: int, name: str) -> None:
+    check_space(space, name)
     if space is not None and space.dim != d:
         raise ValueError(f"{name}: expected dim {d} to match the rows, got {space}")
 
@@ -175,6 +184,8 @@ def _guess_space(model_id: str, rows: Any) -> EmbeddingSpace:
 
 
 def _device(device: str) -> torch.device:
+    if not isinstance(device, str):
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
