@@ -182,8 +182,8 @@ def test_bct_vectors_compare_with_the_old_ones(images: tuple[Any, Any], loss: st
         ({"method": "moco"}, "method: expected one of simclr, .*, got 'moco'"),
         ({"labels": np.zeros(64)}, "labels: expected None for 'simclr'"),
         ({"method": "supervised"}, r"labels: expected \(n,\) labels"),
-        ({"dim": 0}, "dim: expected a positive int, got 0"),
-        ({"epochs": 0}, "epochs: expected a positive int, got 0"),
+        ({"dim": 0}, "dim: expected a whole number from 1 to 16777216, got 0"),
+        ({"epochs": 0}, "epochs: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_side_info_input_is_named(images: tuple[Any, Any], arguments: dict[str, Any], message: str) -> None:
