@@ -30,14 +30,15 @@ void check(bool ok, const char* what, const char* where, int64_t a = 0, int64_t 
     std::printf("FAILED: %s (%s, %lld, %lld)\n", what, where, static_cast<long long>(a), static_cast<long long>(b));
 }
 
-// Rows in one dtype, with what they mean in float beside them.
+// Rows in one dtype, `lead` bytes into their memory, with what they mean in float beside them.
 struct Rows {
-    Rows(int64_t n, int64_t d, DType dtype, float offset, bool ties)
-        : values(static_cast<size_t>(n * d)), bytes(static_cast<size_t>(n * d) * size_of(dtype)), scale(1) {
+    Rows(int64_t n, int64_t d, DType dtype, float offset, bool ties, size_t lead = 0)
+        : values(static_cast<size_t>(n * d)), bytes(static_cast<size_t>(n * d) * size_of(dtype) + lead), scale(1) {
         scale.data[0] = 0.03f;
-        source = {bytes.data, dtype, n, d, d, dtype == DType::i8 ? scale.data : nullptr, 0, 0};
+        uint8_t* const data = bytes.data + lead;
+        source = {data, dtype, n, d, d, dtype == DType::i8 ? scale.data : nullptr, 0, 0};
         std::normal_distribution<float> normal;
-        const RowsView view{bytes.data, dtype, d, d, source.scale, 0, 0};
+        const RowsView view{data, dtype, d, d, source.scale, 0, 0};
         std::vector<float> row(static_cast<size_t>(d));
         for (int64_t i = 0; i < n; ++i) {
             for (float& x : row) x = ties ? std::round(normal(rng)) : normal(rng) + offset;
@@ -81,10 +82,11 @@ struct Packed {
     Guarded<float> meta;
 };
 
-void search(int64_t n, int64_t d, int64_t nq, int64_t k, Metric metric, DType dtype, Isa isa, bool ties) {
+void search(int64_t n, int64_t d, int64_t nq, int64_t k, Metric metric, DType dtype, Isa isa, bool ties,
+            size_t lead = 0) {
     ++cases;
     const char* where = isa_name(isa);
-    const Rows g(n, d, dtype, 0.5f, ties), q(nq, d, dtype, 0, ties);
+    const Rows g(n, d, dtype, 0.5f, ties, lead), q(nq, d, dtype, 0, ties, lead);
     std::vector<float> shift(static_cast<size_t>(d), 0.25f);
     const Packed packed(g.source, metric, shift.data(), 2, isa, 0);
     const int64_t split = n / 2 / kTile * kTile;
@@ -253,6 +255,8 @@ int main() {
             search(700, 33, 13, 20, metric, DType::f32, isa, true);
             search(1500, 64, 7, 5, metric, DType::i8, isa, false);
             search(129, 130, 1, 40, metric, DType::f32, isa, false);
+            for (const DType dtype : {DType::f32, DType::f16, DType::bf16})  // off their values' boundary
+                search(200, 19, 8, 9, metric, dtype, isa, false, 1);
             rank(150, 5, 2, metric, isa);
             rank(150, 11, 90, metric, isa);
         }
