@@ -30,15 +30,14 @@ void check(bool ok, const char* what, const char* where, int64_t a = 0, int64_t 
     std::printf("FAILED: %s (%s, %lld, %lld)\n", what, where, static_cast<long long>(a), static_cast<long long>(b));
 }
 
-// Rows in one dtype, `lead` bytes into their memory, with what they mean in float beside them.
+// Rows in one dtype that end `off` bytes before their memory does, with what they mean in float beside them.
 struct Rows {
-    Rows(int64_t n, int64_t d, DType dtype, float offset, bool ties, size_t lead = 0)
-        : values(static_cast<size_t>(n * d)), bytes(static_cast<size_t>(n * d) * size_of(dtype) + lead), scale(1) {
+    Rows(int64_t n, int64_t d, DType dtype, float offset, bool ties, size_t off = 0)
+        : values(static_cast<size_t>(n * d)), bytes(static_cast<size_t>(n * d) * size_of(dtype) + off), scale(1) {
         scale.data[0] = 0.03f;
-        uint8_t* const data = bytes.data + lead;
-        source = {data, dtype, n, d, d, dtype == DType::i8 ? scale.data : nullptr, 0, 0};
+        source = {bytes.data, dtype, n, d, d, dtype == DType::i8 ? scale.data : nullptr, 0, 0};
         std::normal_distribution<float> normal;
-        const RowsView view{data, dtype, d, d, source.scale, 0, 0};
+        const RowsView view{bytes.data, dtype, d, d, source.scale, 0, 0};
         std::vector<float> row(static_cast<size_t>(d));
         for (int64_t i = 0; i < n; ++i) {
             for (float& x : row) x = ties ? std::round(normal(rng)) : normal(rng) + offset;
@@ -83,10 +82,10 @@ struct Packed {
 };
 
 void search(int64_t n, int64_t d, int64_t nq, int64_t k, Metric metric, DType dtype, Isa isa, bool ties,
-            size_t lead = 0) {
+            size_t off = 0) {
     ++cases;
     const char* where = isa_name(isa);
-    const Rows g(n, d, dtype, 0.5f, ties, lead), q(nq, d, dtype, 0, ties, lead);
+    const Rows g(n, d, dtype, 0.5f, ties, off), q(nq, d, dtype, 0, ties, off);
     std::vector<float> shift(static_cast<size_t>(d), 0.25f);
     const Packed packed(g.source, metric, shift.data(), 2, isa, 0);
     const int64_t split = n / 2 / kTile * kTile;
