@@ -278,6 +278,12 @@ def test_wrong_arrays_are_refused_everywhere(entrance: str, wrong: str) -> None:
         call(make(right))
 
 
+def in_mapped_memory(x: Any) -> Any:
+    area = mmap.mmap(-1, x.nbytes)  # without a file
+    area.write(x.tobytes())
+    return np.frombuffer(area, np.float32).reshape(x.shape)
+
+
 ODD: dict[str, Callable[[Any], Any]] = {
     "big endian": lambda x: x.astype(">f4"),
     "Fortran order": np.asfortranarray,
@@ -287,6 +293,7 @@ ODD: dict[str, Callable[[Any], Any]] = {
     "off its boundary": lambda x: np.frombuffer(b"." + x.tobytes(), np.float32, x.size, 1).reshape(x.shape),
     "a matrix": np.matrix,
     "masked nowhere": lambda x: np.ma.masked_array(x, mask=np.zeros(x.shape, bool)),
+    "mapped memory": lambda x: in_mapped_memory(x),
     "read-only": lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape),
     "gradients": lambda x: torch.tensor(x, requires_grad=True),
     "transposed tensor": lambda x: torch.tensor(x.T.copy()).T,

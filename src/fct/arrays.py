@@ -317,14 +317,16 @@ def check_backed(array: np.ndarray[Any, Any], name: str) -> None:
         base = base.obj if isinstance(base, memoryview) else base.base
     if not isinstance(base, mmap.mmap) or not array.size:
         return
+    try:
+        size = base.size()
+    except OSError:  # memory without a file
+        return
     start = np.frombuffer(base, np.uint8).ctypes.data
     ahead = sum(max(0, (n - 1) * step) for n, step in zip(array.shape, array.strides, strict=True))
     end = array.ctypes.data + ahead + array.itemsize
     needed = offset + end - start
-    if base.size() < needed:
-        raise ValueError(
-            f"{name}: expected a mapped file of at least {needed} bytes, got {base.size()}: it was truncated"
-        )
+    if size < needed:
+        raise ValueError(f"{name}: expected a mapped file of at least {needed} bytes, got {size}: it was truncated")
 
 
 def _check_writable(given: Any, array: Any, tidy: Any, name: str) -> None:
