@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -185,7 +186,10 @@ double norm_of(const float* x, int64_t d) {
 class Panel {
   public:
     Panel(const RowSource& gallery, const TopkKernels& kernel)
-        : gallery_(gallery), kernel_(kernel), values(static_cast<size_t>(gallery.d * kPanel)) {
+        : gallery_(gallery), kernel_(kernel), values_(static_cast<size_t>(gallery.d * kPanel) + kLine) {
+        void* start = values_.data();
+        size_t room = values_.size() * sizeof(double);
+        panel_ = static_cast<double*>(std::align(kLine * sizeof(double), sizeof(double), start, room));
         if (!gallery.in_place()) scratch_.resize(static_cast<size_t>(gallery.d * kPanel));
     }
 
@@ -199,15 +203,20 @@ class Panel {
                 rows[r] = rows[r - 1];
             }
         }
-        kernel_.pack(rows, gallery_.d, values.data());
+        kernel_.pack(rows, gallery_.d, panel_);
     }
 
-    const float* data() const { return values.data(); }
+    Panel(const Panel&) = delete;
+
+    const double* data() const { return panel_; }
 
   private:
+    static constexpr size_t kLine = 8;  // float64 in a cache line
     const RowSource& gallery_;
     const TopkKernels& kernel_;
-    std::vector<float> values, scratch_;
+    std::vector<double> values_;
+    double* panel_;
+    std::vector<float> scratch_;
 };
 
 struct Search {
@@ -512,6 +521,11 @@ bool search_all(const Search& s, const std::vector<int64_t>& wanted, float* dist
 
 // ---- ranks ----
 
+constexpr int64_t kComparedMatches = 48;  // up to which a pass over all costs for every four is quicker than buckets
+
+// The own row stands at infinity, where a row whose score overflows float32 may stand too.
+int64_t own_within(int64_t own, float limit) { return own >= 0 && limit == kInfinityF ? 1 : 0; }
+
 uint32_t ordered_bits(float x) {
     const uint32_t bits = bits_of(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -543,102 +557,135 @@ void sort_floats(std::vector<float>& values, std::vector<float>& spare) {
 }
 
 struct RankScratch {
-    std::vector<float> positives, marked, spare;
-    std::vector<int32_t> places;
-    std::vector<uint32_t> counts;
-    std::vector<int64_t> within;
+    std::vector<float> matches, sorted, spare;
+    std::vector<int32_t> match_places, places;
+    std::vector<uint64_t> counts;
+    std::vector<uint32_t> rows_before, rows_at, matches_at;
 };
 
-// within[j] = how many costs are <= positives[j] (ascending).
-void count_within(const float* costs, int64_t n, const TopkKernels& kernel, RankScratch& s) {
-    const auto& t = s.positives;
+// Each of these: the sum over the matches of (matches at least as good) / (rows but the own at least as good).
+
+double precision_by_comparing(const float* costs, int64_t n, int64_t own, const TopkKernels& kernel, RankScratch& s) {
+    auto& t = s.matches;
+    std::sort(t.begin(), t.end());
     const size_t m = t.size();
-    s.within.resize(m);
-    if (m <= 48) {
-        for (size_t j = 0; j < m; j += 4) {
-            float limits[4];
-            int64_t counts[4];
-            for (size_t i = 0; i < 4; ++i) limits[i] = t[std::min(j + i, m - 1)];
-            kernel.count4(costs, n, limits, counts);
-            for (size_t i = 0; i < 4 && j + i < m; ++i) s.within[j + i] = counts[i];
-        }
-        return;
-    }
-    int32_t buckets = 1024;
-    while (buckets < 65536 && static_cast<size_t>(buckets) < 8 * m) buckets *= 2;
-    const float inverse = static_cast<float>(buckets) / (t.back() - t.front());
-    s.marked.clear();
-    if (!(inverse > 0) || std::isinf(inverse)) {  // no spread, or more than float32 holds: sort them all
-        s.marked.assign(costs, costs + n);
-        sort_floats(s.marked, s.spare);
-        for (size_t j = 0; j < m; ++j)
-            s.within[j] = std::upper_bound(s.marked.begin(), s.marked.end(), t[j]) - s.marked.begin();
-        return;
-    }
-    // Buckets are monotone in cost, so only rows that share a bucket with a match need a comparison: the others are
-    // counted. A bucket's top bit marks that it holds a match.
-    const int32_t last = buckets + 1;
-    constexpr uint32_t kMark = 0x80000000u;
-    s.counts.assign(static_cast<size_t>(last) + 1, 0);
-    s.places.resize(static_cast<size_t>(std::max<int64_t>(4096, static_cast<int64_t>(m))));
-    kernel.bucket(t.data(), static_cast<int64_t>(m), t.front(), inverse, last, s.places.data());
-    for (size_t j = 0; j < m; ++j) s.counts[static_cast<size_t>(s.places[j])] = kMark;
-    std::vector<int32_t>& place = s.places;
-    for (int64_t start = 0; start < n; start += 4096) {
-        const int64_t some = std::min<int64_t>(4096, n - start);
-        kernel.bucket(costs + start, some, t.front(), inverse, last, place.data());
-        for (int64_t i = 0; i < some; ++i) {
-            uint32_t& count = s.counts[static_cast<size_t>(place[static_cast<size_t>(i)])];
-            if (count & kMark) {
-                s.marked.push_back(costs[start + i]);
-            } else {
-                ++count;
-            }
+    double sum = 0;
+    for (size_t j = 0; j < m; j += 4) {
+        float limits[4];
+        int64_t counts[4];
+        for (size_t i = 0; i < 4; ++i) limits[i] = t[std::min(j + i, m - 1)];
+        kernel.count4(costs, n, limits, counts);
+        for (size_t i = 0; i < 4 && j + i < m; ++i) {
+            const auto upto = std::upper_bound(t.begin(), t.end(), limits[i]) - t.begin();
+            sum += static_cast<double>(upto) / static_cast<double>(counts[i] - own_within(own, limits[i]));
         }
     }
-    sort_floats(s.marked, s.spare);
-    kernel.bucket(t.data(), static_cast<int64_t>(m), t.front(), inverse, last, place.data());
-    int64_t before = 0;
-    int32_t b = 0;
+    return sum;
+}
+
+double precision_by_sorting(const float* costs, int64_t n, int64_t own, RankScratch& s) {
+    auto& t = s.matches;
+    sort_floats(t, s.spare);
+    s.sorted.assign(costs, costs + n);
+    sort_floats(s.sorted, s.spare);
+    double sum = 0;
     size_t at = 0;
-    for (size_t j = 0; j < m; ++j) {
-        for (; b < place[j]; ++b) before += s.counts[static_cast<size_t>(b)] & ~kMark;
-        while (at < s.marked.size() && s.marked[at] <= t[j]) ++at;
-        s.within[j] = before + static_cast<int64_t>(at);
+    for (size_t j = 0; j < t.size();) {
+        size_t end = j + 1;
+        while (end < t.size() && t[end] == t[j]) ++end;
+        while (at < s.sorted.size() && s.sorted[at] <= t[j]) ++at;
+        const auto rows = static_cast<double>(static_cast<int64_t>(at) - own_within(own, t[j]));
+        sum += static_cast<double>(end - j) * static_cast<double>(end) / rows;
+        j = end;
     }
+    return sum;
+}
+
+// Buckets are monotone in cost, so only rows that share a bucket with a match need a comparison; the others are
+// counted. No step of the loop over rows depends on where a row falls, which no branch predictor could know.
+// best, worst: of the matches' costs.
+double precision_by_buckets(const float* costs, int64_t n, int64_t own, float best, float worst,
+                            const TopkKernels& kernel, RankScratch& s) {
+    const auto& t = s.matches;
+    const auto m = static_cast<int64_t>(t.size());
+    int32_t buckets = 512;
+    while (buckets < 65536 && buckets < n / 4) buckets *= 2;
+    const float inverse = static_cast<float>(buckets - 1) / (worst - best);
+    if (!(inverse > 0) || std::isinf(inverse))  // no spread, or more than float32 holds
+        return precision_by_sorting(costs, n, own, s);
+    const int32_t last = buckets + 1;  // bucket 0: better than every match; last: worse than every match
+    constexpr uint64_t kMatch = uint64_t{1} << 32;
+    const auto size = static_cast<size_t>(last) + 1;
+    s.counts.assign(size, 0);  // rows in the low half, matches in the high half
+    s.match_places.resize(static_cast<size_t>(m));
+    s.places.resize(static_cast<size_t>(n));
+    s.spare.resize(static_cast<size_t>(n));
+    uint64_t* const counts = s.counts.data();
+    int32_t* const places = s.places.data();
+    float* const kept_costs = s.spare.data();
+    kernel.bucket(t.data(), m, best, inverse, last, s.match_places.data());
+    for (int64_t j = 0; j < m; ++j) counts[s.match_places[static_cast<size_t>(j)]] += kMatch;
+    kernel.bucket(costs, n, best, inverse, last, places);
+    int64_t kept = 0;  // rows that share a bucket with a match
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t b = places[i];
+        const uint64_t count = counts[b];
+        counts[b] = count + 1;
+        places[kept] = b;
+        kept_costs[kept] = costs[i];
+        kept += count >= kMatch;
+    }
+    for (auto* part : {&s.rows_before, &s.rows_at, &s.matches_at}) part->resize(size);
+    uint32_t *const rows_before = s.rows_before.data(), *const rows_at = s.rows_at.data();
+    uint32_t* const matches_at = s.matches_at.data();
+    uint64_t rows = 0, matches = 0, kept_rows = 0, comparisons = 0;
+    for (size_t b = 0; b < size; ++b) {
+        const uint64_t here = counts[b] & (kMatch - 1), matched = counts[b] >> 32;
+        rows_before[b] = static_cast<uint32_t>(rows);
+        rows_at[b] = static_cast<uint32_t>(kept_rows);
+        matches_at[b] = static_cast<uint32_t>(matches);
+        rows += here;
+        matches += matched;
+        kept_rows += matched ? here : 0;
+        comparisons += here * matched;
+    }
+    if (comparisons > 64 * static_cast<uint64_t>(n)) return precision_by_sorting(costs, n, own, s);
+    // Rows and matches in the order of their buckets; what was a bucket's begin becomes its end, the next one's begin.
+    const auto padded = static_cast<size_t>(kept + m) + 2 * kPanel;
+    s.sorted.resize(padded);
+    float *const ordered = s.sorted.data(), *const ordered_matches = ordered + kept + kPanel;
+    for (int64_t i = 0; i < kept; ++i) ordered[rows_at[places[i]]++] = kept_costs[i];
+    for (int64_t j = 0; j < m; ++j) ordered_matches[matches_at[s.match_places[static_cast<size_t>(j)]]++] = t[j];
+    std::fill(ordered + kept, ordered_matches, kInfinityF);
+    std::fill(ordered_matches + m, ordered + padded, kInfinityF);
+    return kernel.bucket_precision({ordered, ordered_matches, rows_before, rows_at, matches_at}, t.data(),
+                                   s.match_places.data(), m);
 }
 
 void query_ranks(const float* costs, int64_t n, const int64_t* members, int64_t count, int64_t own,
                  const TopkKernels& kernel, RankScratch& s, int64_t* first, double* precision) {
     *first = -1;
     *precision = std::numeric_limits<double>::quiet_NaN();
-    s.positives.clear();
-    int64_t best = -1;
+    s.matches.resize(static_cast<size_t>(count));
+    int64_t m = 0, best = -1;
+    float cost = kInfinityF, worst = -kInfinityF;
     for (int64_t i = 0; i < count; ++i) {
         if (members[i] == own) continue;
-        s.positives.push_back(costs[members[i]]);
-        if (best < 0 || costs[members[i]] < costs[best]) best = members[i];  // ascending ids: ties keep the lower
+        const float match = costs[members[i]];
+        s.matches[static_cast<size_t>(m++)] = match;
+        if (best < 0 || match < cost) best = members[i], cost = match;  // ascending ids: ties keep the lower
+        if (match > worst) worst = match;
     }
     if (best < 0) return;
-    // The own row stands at infinity, where a row whose score overflows float32 may stand too.
-    const auto own_within = [&](float limit) { return own >= 0 && limit == kInfinityF ? 1 : 0; };
-    const float cost = costs[best], below = std::nextafterf(cost, -kInfinityF);
+    s.matches.resize(static_cast<size_t>(m));
+    const float below = std::nextafterf(cost, -kInfinityF);
     const float limits[4] = {cost, below, cost, below};
     int64_t head[4], tail[4];
     kernel.count4(costs, best, limits, head);
     kernel.count4(costs + best, n - best, limits, tail);
-    *first = head[0] + tail[1] - (own < best ? own_within(cost) : 0);
-    sort_floats(s.positives, s.spare);
-    count_within(costs, n, kernel, s);
-    double sum = 0;
-    const size_t m = s.positives.size();
-    for (size_t j = 0; j < m;) {
-        size_t end = j + 1;
-        while (end < m && s.positives[end] == s.positives[j]) ++end;
-        const int64_t within = s.within[j] - own_within(s.positives[j]);
-        sum += static_cast<double>(end - j) * static_cast<double>(end) / static_cast<double>(within);
-        j = end;
-    }
+    *first = head[0] + tail[1] - (own < best ? own_within(own, cost) : 0);
+    const double sum = m <= kComparedMatches ? precision_by_comparing(costs, n, own, kernel, s)
+                                             : precision_by_buckets(costs, n, own, cost, worst, kernel, s);
     *precision = sum / static_cast<double>(m);
 }
 
@@ -791,7 +838,7 @@ bool ranks(const RowSource& queries, const RowSource& gallery, const int64_t* co
     Control control(keep_going);
     const int64_t d = gallery.d, n = gallery.n, panels = (n + kPanel - 1) / kPanel, padded = panels * kPanel;
     // Costs of a block: at most 64 MB a worker, and enough blocks for every worker.
-    int64_t block = std::max<int64_t>(1, std::min<int64_t>(48, (int64_t{16} << 20) / padded));
+    int64_t block = std::max<int64_t>(1, std::min<int64_t>(192, (int64_t{16} << 20) / padded));
     block = std::max<int64_t>(1, std::min(block, queries.n / (2 * threads)));
     block = block < kExactQueries ? block : block / kExactQueries * kExactQueries;
     const int64_t blocks = (queries.n + block - 1) / block;

@@ -43,6 +43,18 @@ void scan_products(const uint8_t* tile, const float* scale, const float* half, i
     }
 }
 
+inline __m256d difference(__m256d x, const double* y) { return _mm256_sub_pd(x, _mm256_broadcast_sd(y)); }
+inline __m256d add_product(__m256d sum, __m256d x, const double* y) {
+    return _mm256_fmadd_pd(x, _mm256_broadcast_sd(y), sum);
+}
+
+inline int count_within(const float* x, float limit) {
+    const __m256 y = _mm256_set1_ps(limit);
+    return __builtin_popcount(
+        static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), y, _CMP_LE_OQ)) |
+                              _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8), y, _CMP_LE_OQ)) << 8));
+}
+
 #include "cpu/topk_kernels.inl"
 
 }  // namespace

@@ -1,3 +1,20 @@
+// With the broadcast inside the instruction: as a load of its own it takes a place in the pipes that add and multiply
+// (Zen 4: 98 % of the peak against 70 %).
+inline __m512d difference(__m512d x, const double* y) {
+    __m512d out;
+    asm("vsubpd %2%{1to8%}, %1, %0" : "=v"(out) : "v"(x), "m"(*y));
+    return out;
+}
+
+inline __m512d add_product(__m512d sum, __m512d x, const double* y) {
+    asm("vfmadd231pd %2%{1to8%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*y));
+    return sum;
+}
+
+inline int count_within(const float* x, float limit) {
+    return __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_LE_OQ));
+}
+
 // The scan of a tile in four 512-bit vectors of 16 rows; dot4(sum, bytes, word) comes from the includer.
 template <int group>
 void scan_products(const uint8_t* tile, const float* scale, const float* half, int64_t steps, const int32_t* words,

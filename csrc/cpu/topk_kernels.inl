@@ -1,9 +1,11 @@
 // Included once per instruction set, inside its namespace, by topk_<isa>.cpp; the compiler's vector extensions do the
-// rest. Only the 8-bit products differ by more than the vector's width: scan_products<group> comes from the includer.
+// rest. What differs by more than the vector's width comes from the includer: scan_products<group>, the 8-bit products;
+// difference(x, y) and add_product(sum, x, y) with one float64 *y for every lane; count_within(const float*, float),
+// how many of kPanel are <= a limit.
 
 constexpr int kWidth = FCT_TOPK_DOUBLES;  // float64 lanes of a register
 typedef double Doubles __attribute__((vector_size(kWidth * 8)));
-typedef float HalfFloats __attribute__((vector_size(kWidth * 4), aligned(4)));
+typedef double LooseDoubles __attribute__((vector_size(kWidth * 8), aligned(8)));
 typedef float Floats __attribute__((vector_size(kWidth * 8)));
 typedef int32_t Ints __attribute__((vector_size(kWidth * 8)));
 typedef int32_t LooseInts __attribute__((vector_size(kWidth * 8), aligned(4)));
@@ -27,9 +29,13 @@ void scan(const uint8_t* tile, const float* meta, int64_t steps, const int32_t* 
 
 typedef float Floats4 __attribute__((vector_size(16), aligned(4)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
+typedef double Doubles4 __attribute__((vector_size(32), aligned(8)));
 
-void pack(const float* const* rows, int64_t d, float* panel) {
+void pack(const float* const* rows, int64_t d, double* panel) {
     const int64_t whole = d & ~int64_t{3};
+    const auto put = [](double* out, Floats4 a, Floats4 b, Ints4 order) {
+        *reinterpret_cast<Doubles4*>(out) = __builtin_convertvector(__builtin_shuffle(a, b, order), Doubles4);
+    };
     for (int64_t k = 0; k < whole; k += 4) {
 #pragma GCC unroll 4
         for (int r = 0; r < kPanel; r += 4) {  // a 4 x 4 transposition
@@ -41,11 +47,11 @@ void pack(const float* const* rows, int64_t d, float* panel) {
             const Floats4 AB = __builtin_shuffle(a, b, Ints4{2, 6, 3, 7});
             const Floats4 ce = __builtin_shuffle(c, e, Ints4{0, 4, 1, 5});
             const Floats4 CE = __builtin_shuffle(c, e, Ints4{2, 6, 3, 7});
-            float* out = panel + k * kPanel + r;
-            *reinterpret_cast<Floats4*>(out) = __builtin_shuffle(ab, ce, Ints4{0, 1, 4, 5});
-            *reinterpret_cast<Floats4*>(out + kPanel) = __builtin_shuffle(ab, ce, Ints4{2, 3, 6, 7});
-            *reinterpret_cast<Floats4*>(out + 2 * kPanel) = __builtin_shuffle(AB, CE, Ints4{0, 1, 4, 5});
-            *reinterpret_cast<Floats4*>(out + 3 * kPanel) = __builtin_shuffle(AB, CE, Ints4{2, 3, 6, 7});
+            double* out = panel + k * kPanel + r;
+            put(out, ab, ce, Ints4{0, 1, 4, 5});
+            put(out + kPanel, ab, ce, Ints4{2, 3, 6, 7});
+            put(out + 2 * kPanel, AB, CE, Ints4{0, 1, 4, 5});
+            put(out + 3 * kPanel, AB, CE, Ints4{2, 3, 6, 7});
         }
     }
     for (int64_t k = whole; k < d; ++k)
@@ -54,46 +60,50 @@ void pack(const float* const* rows, int64_t d, float* panel) {
 
 // `count` of the `stride` queries, from `values`. Each lane is one row: its sum runs over the dimensions in order.
 template <int count, bool product>
-void exact_block(const float* panel, int64_t d, const double* values, int64_t stride, double* out) {
-    Doubles sums[count][kVectors] = {};
+void exact_block(const double* panel, int64_t d, const double* values, int64_t stride, double* out) {
+    Doubles sums[count][kVectors];
+#pragma GCC unroll 8
+    for (int q = 0; q < count; ++q)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sums[q][v] = Doubles{};
     for (int64_t k = 0; k < d; ++k) {
         Doubles x[kVectors];
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v)
-            x[v] =
-                __builtin_convertvector(*reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
+            x[v] = *reinterpret_cast<const LooseDoubles*>(panel + k * kPanel + v * kWidth);
 #pragma GCC unroll 8
         for (int q = 0; q < count; ++q) {
-            const double y = values[k * stride + q];
+            const double* const y = values + k * stride + q;
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) {
                 if (product) {
-                    sums[q][v] += x[v] * y;
+                    sums[q][v] = add_product(sums[q][v], x[v], y);
                 } else {
-                    const Doubles t = x[v] - y;
+                    const Doubles t = difference(x[v], y);
                     sums[q][v] += t * t;
                 }
             }
         }
     }
+#pragma GCC unroll 8
     for (int q = 0; q < count; ++q)
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) std::memcpy(out + q * kPanel + v * kWidth, &sums[q][v], sizeof(Doubles));
 }
 
-void row_norms(const float* panel, int64_t d, double* norms) {
+void row_norms(const double* panel, int64_t d, double* norms) {
     Doubles sums[kVectors] = {};
     for (int64_t k = 0; k < d; ++k) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-            const Doubles x =
-                __builtin_convertvector(*reinterpret_cast<const HalfFloats*>(panel + k * kPanel + v * kWidth), Doubles);
+            const Doubles x = *reinterpret_cast<const LooseDoubles*>(panel + k * kPanel + v * kWidth);
             sums[v] += x * x;
         }
     }
     std::memcpy(norms, sums, sizeof sums);
 }
 
-void exact(const float* panel, int64_t d, const double* values, bool product, double* out, double* norms) {
+void exact(const double* panel, int64_t d, const double* values, bool product, double* out, double* norms) {
     constexpr int step = kWidth == 8 ? 8 : kWidth == 4 ? 2 : 1;
     for (int q = 0; q < kExactQueries; q += step) {
         if (product) {
@@ -105,7 +115,7 @@ void exact(const float* panel, int64_t d, const double* values, bool product, do
     if (norms) row_norms(panel, d, norms);
 }
 
-void exact_one(const float* panel, int64_t d, const double* values, bool product, double* out, double* norms) {
+void exact_one(const double* panel, int64_t d, const double* values, bool product, double* out, double* norms) {
     if (product) {
         exact_block<1, true>(panel, d, values, 1, out);
     } else {
@@ -176,4 +186,20 @@ void bucket(const float* costs, int64_t n, float low, float inverse, int32_t las
     }
 }
 
-TopkKernels make_table() { return {scan, pack, exact, exact_one, quantise, count4, bucket}; }
+double bucket_precision(const RankBuckets& buckets, const float* matches, const int32_t* places, int64_t m) {
+    double sum = 0;
+    for (int64_t j = 0; j < m; ++j) {
+        const int32_t b = places[j];
+        const float limit = matches[j];
+        // Past a bucket's end stand costs of worse buckets, or infinity: nothing there is within the limit.
+        uint64_t rows = buckets.rows_before[b], some = buckets.matches_at[b - 1];
+        for (uint32_t at = buckets.rows_at[b - 1]; at < buckets.rows_at[b]; at += kPanel)
+            rows += static_cast<uint64_t>(count_within(buckets.ordered + at, limit));
+        for (uint32_t at = buckets.matches_at[b - 1]; at < buckets.matches_at[b]; at += kPanel)
+            some += static_cast<uint64_t>(count_within(buckets.ordered_matches + at, limit));
+        sum += static_cast<double>(some) / static_cast<double>(rows);
+    }
+    return sum;
+}
+
+TopkKernels make_table() { return {scan, pack, exact, exact_one, quantise, count4, bucket, bucket_precision}; }

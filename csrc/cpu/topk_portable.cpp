@@ -31,6 +31,16 @@ void scan_products(const uint8_t* tile, const float* scale, const float* half, i
     }
 }
 
+typedef double TwoDoubles __attribute__((vector_size(16)));
+inline TwoDoubles difference(TwoDoubles x, const double* y) { return x - *y; }
+inline TwoDoubles add_product(TwoDoubles sum, TwoDoubles x, const double* y) { return sum + x * *y; }
+
+inline int count_within(const float* x, float limit) {
+    int count = 0;
+    for (int i = 0; i < kPanel; ++i) count += x[i] <= limit;
+    return count;
+}
+
 #include "cpu/topk_kernels.inl"
 
 }  // namespace
