@@ -17,7 +17,7 @@
 namespace fct::cpu {
 namespace {
 
-constexpr double kSlack = 1.0 / (1 << 20);  // 16 float32 roundings: more than any score goes through
+constexpr double kSlack = 1.0 / (1 << 19);  // 32 float32 roundings: more than any score goes through
 constexpr double kTiny = 1e-43;             // of a product below float32's normal numbers
 constexpr double kLargest = 1e12;           // norms beyond, or scales below its inverse, are not scanned in 8 bits
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -94,6 +94,9 @@ class Control {
     std::atomic<int64_t> expected_{0}, did_{0};
 };
 
+// What an int32 sum of the scan holds besides a query's init and its products with unsigned bytes.
+double room_beside(int64_t d) { return 2147483000 - 383.0 * 127 * static_cast<double>((d + 3) / 4 * 4); }
+
 float round_up(double x) {
     const float y = static_cast<float>(x * (1 + 1e-9));
     return static_cast<double>(y) < x ? std::nextafterf(y, kInfinityF) : y;
@@ -119,13 +122,18 @@ struct Quantised {
     double error, norm, length, largest;  // |v - v'|, |v'|, |v|, and the largest |v_j|
 };
 
-Quantised quantise(const double* v, int64_t d, int8_t* out, const TopkKernels& kernel) {
-    double largest = 0, sum = 0;
-    for (int64_t j = 0; j < d; ++j) {
-        largest = std::max(largest, std::fabs(v[j]));
-        sum += v[j] * v[j];
-    }
-    Quantised q{static_cast<float>(largest / 127), 0, 0, std::sqrt(sum), largest};
+double largest_of(const double* v, int64_t d) {
+    double largest = 0;
+    for (int64_t j = 0; j < d; ++j) largest = std::max(largest, std::fabs(v[j]));
+    return largest;
+}
+
+// `least`: of the scale.
+Quantised quantise(const double* v, int64_t d, float least, int8_t* out, const TopkKernels& kernel) {
+    double sum = 0;
+    for (int64_t j = 0; j < d; ++j) sum += v[j] * v[j];
+    const double largest = largest_of(v, d);
+    Quantised q{std::max(least, static_cast<float>(largest / 127)), 0, 0, std::sqrt(sum), largest};
     double error, norm;
     kernel.quantise(v, d, q.scale, out, &error, &norm);
     q.error = std::sqrt(error);
@@ -252,7 +260,7 @@ class ScanBlock {
         words_.assign(padded * static_cast<size_t>(steps), 0);
         init_.assign(padded, 0);
         for (auto* part : {&inverse_, &base_, &per_error_, &per_norm_, &per_half_}) part->assign(padded, 0);
-        threshold_.assign(padded, 0);
+        for (auto* part : {&threshold_, &limit_, &limit_inverse_}) part->assign(padded, 0);
         facts_.resize(padded);
         std::vector<double> v(static_cast<size_t>(d));
         std::vector<float> scratch(static_cast<size_t>(d));
@@ -268,7 +276,7 @@ class ScanBlock {
                 to_scanned(s.queries.row(queries_[i], scratch.data()), d, s.metric,
                            s.metric == Metric::l2 ? s.shadow.shift : nullptr, v.data());
                 std::fill(bytes.begin(), bytes.end(), int8_t{0});
-                const Quantised q = quantise(v.data(), d, bytes.data(), s.kernel);
+                const Quantised q = quantise(v.data(), d, 0, bytes.data(), s.kernel);
                 Facts& f = facts_[i];
                 f.scale = q.scale;
                 f.length = q.length * (1 + 1e-9);
@@ -310,6 +318,11 @@ class ScanBlock {
         }
         uint64_t masks[kScanQueries];
         alignas(64) float keys[kScanQueries * kTile];
+        const ScanQueries queries{words_.data(),     init_.data(),         inverse_.data(),  base_.data(),
+                                  per_error_.data(), per_norm_.data(),     per_half_.data(), threshold_.data(),
+                                  limit_.data(),     limit_inverse_.data()};
+        const auto largest = static_cast<float>(room_beside(s.gallery.d));
+        ScanTile tile;
         const int64_t padded = static_cast<int64_t>(base_.size());
         const int64_t tile_bytes = steps_ * 4 * kTile, tiles = to - from;
         const int64_t parts = static_cast<int64_t>(groups_.size());
@@ -324,12 +337,8 @@ class ScanBlock {
                 static_cast<double>(s.k) * static_cast<double>(seen + 1) / static_cast<double>(tiles);
             rank_ = guess ? std::min(s.k, static_cast<int64_t>(sampled + 4.5 * std::sqrt(sampled)) + 4) : s.k;
             const float* meta = s.shadow.meta + (from + t) * kMeta;
-            const uint8_t* tile = s.shadow.tiles + (from + t) * tile_bytes;
-            const float error = meta[4 * kTile], norm = meta[4 * kTile + 1], half = meta[4 * kTile + 2];
-            for (int64_t q = 0; q < padded; ++q)
-                threshold_[static_cast<size_t>(q)] =
-                    base_[static_cast<size_t>(q)] - per_error_[static_cast<size_t>(q)] * error -
-                    per_norm_[static_cast<size_t>(q)] * norm - per_half_[static_cast<size_t>(q)] * half;
+            s.kernel.open_tile(s.shadow.tiles + (from + t) * tile_bytes, meta, &tile);
+            s.kernel.aim(tile, queries, padded, largest);
             // The next tile comes to L2 while this one is at work, a few lines with each group of queries.
             const int64_t next = t + stride < tiles ? t + stride : t + stride - tiles;
             const uint8_t* ahead = s.shadow.tiles + (from + next) * tile_bytes;
@@ -340,10 +349,9 @@ class ScanBlock {
             for (const auto& [start, group] : groups_) {
                 for (const uint8_t* stop = std::min(ahead + share, end); ahead < stop; ahead += 64)
                     __builtin_prefetch(ahead, 0, 2);
-                s.kernel.scan(tile, meta, steps_, words_.data() + start * steps_, init_.data() + start,
-                              inverse_.data() + start, threshold_.data() + start, group, masks, keys);
+                if (__builtin_expect(!s.kernel.scan(tile, steps_, queries, start, group, masks, keys), 1)) continue;
                 for (int j = 0; j < group; ++j)
-                    if (__builtin_expect(masks[j] != 0, 0))
+                    if (masks[j] != 0)
                         push(s, start + j, from + t, meta, masks[j], keys + j * kTile, found[start + j], most);
             }
             t = next;
@@ -409,7 +417,7 @@ class ScanBlock {
     int64_t count_, steps_, rank_ = 0;
     std::vector<std::pair<int64_t, int>> groups_;
     std::vector<int32_t> words_, init_;
-    std::vector<float> inverse_, base_, per_error_, per_norm_, per_half_, threshold_;
+    std::vector<float> inverse_, base_, per_error_, per_norm_, per_half_, threshold_, limit_, limit_inverse_;
     std::vector<Facts> facts_;
 };
 
@@ -422,9 +430,18 @@ void write_answer(std::vector<Found>& found, int64_t k, Metric metric, float* di
     }
 }
 
-// Scores the candidates of query q in float64 and writes the k best.
-void rescore(const Search& s, int64_t q, const std::vector<Candidate>& rows, float* distances, int64_t* indices) {
-    const int64_t d = s.gallery.d, count = static_cast<int64_t>(rows.size());
+// What to compare the `high` of query q's candidates with: a key that every row of a cost up to `cost` reaches, with
+// `away` (its l2 distance from the shift squared, or its product with it) summed in float64.
+double key_of(float cost, double away, double slop, Metric metric) {
+    const double key = metric == Metric::l2 ? (away - cost) / 2 : -static_cast<double>(cost) - away;
+    return key - std::ldexp(slop + std::fabs(key), -40);
+}
+
+// Scores the candidates of query q in float64 and writes the k best. `rows` begins with the k largest lower bounds:
+// once these are scored, the k-th best score is known more closely than by any bound, and many of the others need not
+// be.
+void rescore(const Search& s, int64_t q, std::vector<Candidate>& rows, float* distances, int64_t* indices) {
+    const int64_t d = s.gallery.d;
     std::vector<float> scratch(static_cast<size_t>(d));
     const float* x = s.queries.row(q, scratch.data());
     const std::vector<double> values(x, x + d);
@@ -432,22 +449,46 @@ void rescore(const Search& s, int64_t q, const std::vector<Candidate>& rows, flo
     Panel panel(s.gallery, s.kernel);
     std::vector<Found> found;
     found.reserve(rows.size());
-    double sums[kPanel], norms[kPanel] = {};
     const int64_t size = s.gallery.dtype == DType::f32 ? 4 : s.gallery.dtype == DType::i8 ? 1 : 2;
-    for (int64_t start = 0; start < count; start += kPanel) {
-        for (int64_t i = start + kPanel; i < std::min(count, start + 2 * kPanel); ++i) {
+    const auto fetch = [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
             const char* row = static_cast<const char*>(s.gallery.data) +
                               rows[static_cast<size_t>(i)].id * s.gallery.row_stride * size;
             for (int64_t byte = 0; byte < std::min<int64_t>(d * size, 4096); byte += 64) __builtin_prefetch(row + byte);
         }
-        const int64_t some = std::min<int64_t>(kPanel, count - start);
-        panel.load(some, [&](int64_t r) { return rows[static_cast<size_t>(start + r)].id; });
-        s.kernel.exact_one(panel.data(), d, values.data(), s.metric != Metric::l2, sums,
-                           s.metric == Metric::cosine ? norms : nullptr);
-        for (int64_t r = 0; r < some; ++r)
-            found.push_back({cost_of(score_of(sums[r], q_norm, norms[r], s.metric), s.metric),
-                             rows[static_cast<size_t>(start + r)].id});
+    };
+    const auto score = [&](int64_t from, int64_t to) {
+        double sums[kPanel], norms[kPanel] = {};
+        for (int64_t start = from; start < to; start += kPanel) {
+            fetch(std::min(to, start + kPanel), std::min(to, start + 2 * kPanel));
+            const int64_t some = std::min<int64_t>(kPanel, to - start);
+            panel.load(some, [&](int64_t r) { return rows[static_cast<size_t>(start + r)].id; });
+            s.kernel.exact_one(panel.data(), d, values.data(), s.metric != Metric::l2, sums,
+                               s.metric == Metric::cosine ? norms : nullptr);
+            for (int64_t r = 0; r < some; ++r)
+                found.push_back({cost_of(score_of(sums[r], q_norm, norms[r], s.metric), s.metric),
+                                 rows[static_cast<size_t>(start + r)].id});
+        }
+    };
+    const auto count = static_cast<int64_t>(rows.size());
+    const int64_t head = std::min(count, (s.k + kPanel - 1) / kPanel * kPanel);
+    score(0, head);
+    if (count > head + kPanel) {
+        std::nth_element(found.begin(), found.begin() + (s.k - 1), found.end());
+        double away = 0, size_of_away = 0;
+        for (int64_t j = 0; j < d; ++j) {
+            const double shift = s.shadow.shift[j], y = values[static_cast<size_t>(j)];
+            const double term = s.metric == Metric::l2 ? (y - shift) * (y - shift) : y * shift;
+            away += term;
+            size_of_away += std::fabs(term);
+        }
+        const double divide = s.metric == Metric::cosine && q_norm > 0 ? q_norm : 1;
+        const double bar =
+            key_of(found[static_cast<size_t>(s.k - 1)].cost, away / divide, size_of_away / divide, s.metric);
+        rows.erase(std::remove_if(rows.begin() + head, rows.end(), [&](const Candidate& c) { return c.high < bar; }),
+                   rows.end());
     }
+    score(head, static_cast<int64_t>(rows.size()));
     write_answer(found, s.k, s.metric, distances, indices);
 }
 
@@ -733,11 +774,19 @@ void shadow_pack(const RowSource& gallery, Metric metric, int64_t first, int64_t
             float* facts = meta + t * kMeta;
             uint8_t* tile = tiles + t * steps * 4 * kTile;
             std::fill(facts, facts + kMeta, 0.0f);
+            // A row of next to nothing beside the others is as well off with a coarser scale, see ScanQueries::limit.
+            double largest = 0;
+            for (int64_t row = t * kTile; row < std::min(count, (t + 1) * kTile); ++row) {
+                to_scanned(gallery.row(first + row, scratch.data()), d, metric, shift, v.data());
+                largest = std::max(largest, largest_of(v.data(), d));
+            }
+            const auto least =
+                static_cast<float>(largest / 127 * (127.0 * 127 * static_cast<double>(d)) / room_beside(d));
             for (int64_t r = 0; r < kTile; ++r) {
                 const int64_t row = t * kTile + r;
                 if (row < count) {
                     to_scanned(gallery.row(first + row, scratch.data()), d, metric, shift, v.data());
-                    const Quantised q = quantise(v.data(), d, bytes.data(), kernel);
+                    const Quantised q = quantise(v.data(), d, least, bytes.data(), kernel);
                     facts[r] = q.scale;
                     facts[kTile + r] = metric == Metric::l2 ? static_cast<float>(q.length * q.length / 2) : 0.0f;
                     facts[2 * kTile + r] = round_up(q.error);
@@ -821,8 +870,8 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
             through_all[static_cast<size_t>(q)] = 1;
             return;
         }
-        rescored.fetch_add(static_cast<int64_t>(merged.rows.size()));
         rescore(s, q, merged.rows, distances + q * k, indices + q * k);
+        rescored.fetch_add(static_cast<int64_t>(merged.rows.size()));
     });
     if (!finished) return false;
     for (int64_t q = 0; q < queries.n; ++q)

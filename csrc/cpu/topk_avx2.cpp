@@ -12,8 +12,11 @@ namespace {
 
 // Bytes are widened to 16 bits (even and odd ones apart), since _mm256_maddubs_epi16 saturates.
 template <int group>
-void scan_products(const uint8_t* tile, const float* scale, const float* half, int64_t steps, const int32_t* words,
-                   const int32_t* init, const float* inverse, const float* threshold, uint64_t* masks, float* keys) {
+bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
+                   float* keys) {
+    const int32_t *const words = queries.words + first * steps, *const init = queries.init + first;
+    const float *const inverse = queries.inverse + first, *const threshold = queries.threshold + first;
+    uint64_t any = 0;
     for (int q = 0; q < group; ++q) masks[q] = 0;
     for (int part = 0; part < kTile / 8; ++part) {
         __m256i sums[group];
@@ -21,7 +24,8 @@ void scan_products(const uint8_t* tile, const float* scale, const float* half, i
         for (int q = 0; q < group; ++q) sums[q] = _mm256_set1_epi32(init[q]);
         const __m256i low = _mm256_set1_epi16(0xff);
         for (int64_t k = 0; k < steps; ++k) {
-            const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + k * 4 * kTile + part * 32));
+            const __m256i x =
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.values + k * 4 * kTile + part * 32));
             const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
 #pragma GCC unroll 8
             for (int q = 0; q < group; ++q) {
@@ -32,15 +36,17 @@ void scan_products(const uint8_t* tile, const float* scale, const float* half, i
                     sums[q], _mm256_add_epi32(_mm256_madd_epi16(even, y_even), _mm256_madd_epi16(odd, y_odd)));
             }
         }
-        const __m256 s = _mm256_loadu_ps(scale + part * 8), h = _mm256_loadu_ps(half + part * 8);
+        const __m256 s = _mm256_loadu_ps(tile.scale() + part * 8), h = _mm256_loadu_ps(tile.half() + part * 8);
         for (int q = 0; q < group; ++q) {
             const __m256 key =
                 _mm256_fnmadd_ps(h, _mm256_set1_ps(inverse[q]), _mm256_mul_ps(_mm256_cvtepi32_ps(sums[q]), s));
             _mm256_storeu_ps(keys + q * kTile + part * 8, key);
             const int hit = _mm256_movemask_ps(_mm256_cmp_ps(key, _mm256_set1_ps(threshold[q]), _CMP_GE_OQ));
             masks[q] |= static_cast<uint64_t>(static_cast<unsigned>(hit)) << (part * 8);
+            any |= masks[q];
         }
     }
+    return any != 0;
 }
 
 inline __m256d difference(__m256d x, const double* y) { return _mm256_sub_pd(x, _mm256_broadcast_sd(y)); }

@@ -13,17 +13,53 @@ typedef float LooseFloats __attribute__((vector_size(kWidth * 8), aligned(4)));
 constexpr int kVectors = kPanel / kWidth;
 constexpr int kFloats = 2 * kWidth;
 
-void scan(const uint8_t* tile, const float* meta, int64_t steps, const int32_t* words, const int32_t* init,
-          const float* inverse, const float* threshold, int group, uint64_t* masks, float* keys) {
+void open_tile(const uint8_t* values, const float* meta, ScanTile* tile) {
+    tile->values = values;
+    tile->meta = meta;
+    float largest = 0, smallest = 3e38f, halves = 0;
+    for (int r = 0; r < kTile; ++r) {
+        const float scale = meta[r], some = scale > 0 ? scale : 3e38f;
+        largest = scale > largest ? scale : largest;
+        smallest = some < smallest ? some : smallest;
+        halves += meta[kTile + r];
+    }
+    tile->smallest = largest > 0 ? smallest : 1;
+    tile->has_half = halves > 0;
+    const float other = 1 / (largest > 0 ? largest : 1);
+    for (int r = 0; r < kTile; ++r) {
+        const float inverse = 1 / meta[r];
+        tile->inverse[r] = meta[r] > 0 ? inverse : other;
+    }
+    for (int r = 0; r < kTile; ++r) tile->half_inverse[r] = meta[kTile + r] * tile->inverse[r];
+}
+
+void aim(const ScanTile& tile, const ScanQueries& queries, int64_t count, float largest) {
+    const float error = tile.meta[4 * kTile], norm = tile.meta[4 * kTile + 1], half = tile.meta[4 * kTile + 2];
+    const float most = largest * tile.smallest;
+    const ScanQueries all = queries;  // whose addresses no store below can change
+#pragma GCC ivdep
+    for (int64_t q = 0; q < count; ++q) {
+        const float inverse = all.inverse[q];
+        const float threshold =
+            all.base[q] - all.per_error[q] * error - all.per_norm[q] * norm - all.per_half[q] * half;
+        const float limit = threshold < most ? threshold : most;
+        all.threshold[q] = threshold;
+        all.limit[q] = limit > -most ? limit : -most;
+        all.limit_inverse[q] = threshold < -most ? 0.0f : inverse;
+    }
+}
+
+bool scan(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, int group, uint64_t* masks,
+          float* keys) {
     switch (group) {
         case 1:
-            return scan_products<1>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+            return scan_products<1>(tile, steps, queries, first, masks, keys);
         case 2:
-            return scan_products<2>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+            return scan_products<2>(tile, steps, queries, first, masks, keys);
         case 4:
-            return scan_products<4>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+            return scan_products<4>(tile, steps, queries, first, masks, keys);
         default:
-            return scan_products<6>(tile, meta, meta + kTile, steps, words, init, inverse, threshold, masks, keys);
+            return scan_products<6>(tile, steps, queries, first, masks, keys);
     }
 }
 
@@ -202,4 +238,6 @@ double bucket_precision(const RankBuckets& buckets, const float* matches, const 
     return sum;
 }
 
-TopkKernels make_table() { return {scan, pack, exact, exact_one, quantise, count4, bucket, bucket_precision}; }
+TopkKernels make_table() {
+    return {open_tile, aim, scan, pack, exact, exact_one, quantise, count4, bucket, bucket_precision};
+}

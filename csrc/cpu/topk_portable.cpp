@@ -9,15 +9,19 @@ namespace fct::cpu::portable {
 namespace {
 
 template <int group>
-void scan_products(const uint8_t* tile, const float* scale, const float* half, int64_t steps, const int32_t* words,
-                   const int32_t* init, const float* inverse, const float* threshold, uint64_t* masks, float* keys) {
+bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
+                   float* keys) {
+    const int32_t *const words = queries.words + first * steps, *const init = queries.init + first;
+    const float *const inverse = queries.inverse + first, *const threshold = queries.threshold + first;
+    const float *const scale = tile.scale(), *const half = tile.half();
+    uint64_t any = 0;
     for (int q = 0; q < group; ++q) {
         int32_t sums[kTile];
         for (int r = 0; r < kTile; ++r) sums[r] = init[q];
         for (int64_t k = 0; k < steps; ++k) {
             int8_t y[4];
             std::memcpy(y, words + k * group + q, 4);
-            const uint8_t* x = tile + k * 4 * kTile;
+            const uint8_t* x = tile.values + k * 4 * kTile;
             for (int r = 0; r < kTile; ++r)
                 sums[r] += x[4 * r] * y[0] + x[4 * r + 1] * y[1] + x[4 * r + 2] * y[2] + x[4 * r + 3] * y[3];
         }
@@ -28,7 +32,9 @@ void scan_products(const uint8_t* tile, const float* scale, const float* half, i
             mask |= static_cast<uint64_t>(key >= threshold[q]) << r;
         }
         masks[q] = mask;
+        any |= mask;
     }
+    return any != 0;
 }
 
 typedef double TwoDoubles __attribute__((vector_size(16)));

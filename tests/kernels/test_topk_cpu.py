@@ -133,6 +133,14 @@ def adversaries(rng: np.random.Generator, name: str) -> tuple[Any, Any]:
         g[:] = 0
     elif name == "a zero query":
         q[3] = 0
+    elif name == "zeros among the rows":  # without a shift that would make them something else
+        g = np.round(4 * np.concatenate([g, -g]))
+        g[rng.integers(0, len(g), 900)] = 0
+        g[640:704] = 0  # a whole tile
+    elif name == "rows far longer than queries":  # half of the squared norm past what whole numbers hold
+        g *= (10.0 ** rng.uniform(8, 9, (n, 1))).astype(np.float32)
+    elif name == "queries far longer than rows":
+        q *= np.float32(1e11)
     elif name == "far from the origin":
         g += np.float32(1e4)
         q += np.float32(1e4)
@@ -152,6 +160,9 @@ def adversaries(rng: np.random.Generator, name: str) -> tuple[Any, Any]:
         "all rows equal",
         "all zero",
         "a zero query",
+        "zeros among the rows",
+        "rows far longer than queries",
+        "queries far longer than rows",
         "far from the origin",
     ],
 )
@@ -166,6 +177,32 @@ def test_adversaries_never_make_it_wrong(name: str, metric: str, rng: np.random.
         assert (i == want[1]).mean() > 0.95
         if shadow and name in ("all rows equal", "all zero"):
             assert counts["exhausted"] == len(q), "expected the fall-back"
+        if shadow and name.startswith("rows far longer"):
+            assert counts["exhausted"] == 0, "the scan left out rows before it had enough"
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_ties_where_8_bits_lose_nothing(level: str, metric: str, rng: np.random.Generator) -> None:
+    """Bounds as tight as they get, and the k-th score shared by rows before and behind it."""
+    g = rng.integers(-1, 2, (2000, 8)).astype(np.float32) * 127
+    g = np.concatenate([g, -g])  # a mean of 0, so that no shift breaks the whole numbers
+    q = rng.integers(-1, 2, (30, 8)).astype(np.float32) * 127
+    for k in (1, 20, 500):
+        d, i, counts = search(q, g, k, metric)
+        want = ref.topk(q, g, k, metric)
+        np.testing.assert_array_equal(d, want[0])
+        np.testing.assert_array_equal(i, want[1])
+        assert counts["exhausted"] < len(q)
+
+
+def test_scales_of_a_tile_fit_the_whole_numbers_of_the_scan(rng: np.random.Generator) -> None:
+    """A row of next to nothing beside the others would cost every other row of its tile a comparison in float32."""
+    g = rng.standard_normal((640, 40)).astype(np.float32)
+    g[::50] *= np.float32(1e-9)
+    g[1::50] = 0
+    shadow = build_shadow(rows_of(g, "g"), "ip", threads=1)
+    scale = shadow.meta[:, :64]
+    assert (scale.max(axis=1) / scale.min(axis=1) <= (2**31 - 383 * 127 * 40) / (127 * 127 * 40) * 1.001).all()
 
 
 @pytest.mark.parametrize("order", ["drawn", "best first", "best last", "in clusters", "duplicates"])
@@ -505,11 +542,13 @@ def test_ranks_equal_the_reference(level: str, metric: str, classes: int, rng: n
         np.testing.assert_allclose(ap, want_ap, rtol=1e-12)
 
 
-@pytest.mark.parametrize("spread", ["one value", "outlier", "subnormal", "infinite"])
+@pytest.mark.parametrize("spread", ["one value", "clumps", "outlier", "subnormal", "infinite"])
 def test_ranks_where_buckets_degenerate(spread: str, rng: np.random.Generator) -> None:
     g = rng.standard_normal((500, 1)).astype(np.float32)
     if spread == "one value":
         g[:] = 2
+    elif spread == "clumps":  # tens of rows in a bucket
+        g = np.round(g * 5) + rng.standard_normal((500, 1)).astype(np.float32) * np.float32(1e-4)
     elif spread == "outlier":
         g[17] = 1e15
     elif spread == "subnormal":
