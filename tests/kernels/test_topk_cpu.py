@@ -134,11 +134,13 @@ def adversaries(rng: np.random.Generator, name: str) -> tuple[Any, Any]:
     elif name == "a zero query":
         q[3] = 0
     elif name == "zeros among the rows":  # without a shift that would make them something else
-        g = np.round(4 * np.concatenate([g, -g]))
+        g = np.round(4 * g)
         g[rng.integers(0, len(g), 900)] = 0
         g[640:704] = 0  # a whole tile
+        g = np.concatenate([g, -g])
     elif name == "rows far longer than queries":  # half of the squared norm past what whole numbers hold
-        g *= (10.0 ** rng.uniform(8, 9, (n, 1))).astype(np.float32)
+        g = np.round(1000 * g) * np.float32(1e5)
+        g = np.concatenate([g, -g])
     elif name == "queries far longer than rows":
         q *= np.float32(1e11)
     elif name == "far from the origin":
@@ -197,9 +199,10 @@ def test_ties_where_8_bits_lose_nothing(level: str, metric: str, rng: np.random.
 
 def test_scales_of_a_tile_fit_the_whole_numbers_of_the_scan(rng: np.random.Generator) -> None:
     """A row of next to nothing beside the others would cost every other row of its tile a comparison in float32."""
-    g = rng.standard_normal((640, 40)).astype(np.float32)
-    g[::50] *= np.float32(1e-9)
+    g = np.round(64 * rng.standard_normal((640, 40))).astype(np.float32)
+    g[::50] *= np.float32(2.0**-20)
     g[1::50] = 0
+    g = np.concatenate([g, -g])
     shadow = build_shadow(rows_of(g, "g"), "ip", threads=1)
     scale = shadow.meta[:, :64]
     assert (scale.max(axis=1) / scale.min(axis=1) <= (2**31 - 383 * 127 * 40) / (127 * 127 * 40) * 1.001).all()
