@@ -136,7 +136,7 @@ def adversaries(rng: np.random.Generator, name: str) -> tuple[Any, Any]:
     elif name == "zeros among the rows":  # without a shift that would make them something else
         g = np.round(4 * g)
         g[rng.integers(0, len(g), 900)] = 0
-        g[640:704] = 0  # a whole tile
+        g[:64] = 0  # a whole tile, and the lowest of the ties
         g = np.concatenate([g, -g])
     elif name == "rows far longer than queries":  # half of the squared norm past what whole numbers hold
         g = np.round(1000 * g) * np.float32(1e5)
