@@ -58,8 +58,12 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
         if precision == "fp32":
             choices = [Tile(64, n, 32, 8, 2, hidden=32), Tile(32, n, 32, 8, 1, hidden=32)]
             choices = choices[1:] if target == "sm_90" else choices  # 64 rows of three wgmma products spill there
+        elif target == "sm_90":  # one warp group: two would both compute the first layer
+            choices = [Tile(64, n, 128, 4, 2, hidden=32), Tile(64, n, 64, 8, 2, hidden=32)]
+        elif target == "sm_100":
+            choices = [Tile(rows, n, 128, 8, 2, hidden=32), Tile(64, n, 128, 8, 2, hidden=32)]
         else:
-            choices = [Tile(rows, n, 128, 8, 2, hidden=64), Tile(64, n, 128, 8, 2, hidden=32),
+            choices = [Tile(64, n, 128, 8, 2, hidden=64), Tile(64, n, 128, 8, 2, hidden=32),
                        Tile(64, n, 64, 8, 2, hidden=32), Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
             choices = choices[2:] if target == "gfx942" else choices
     elif kernel == "linear":
@@ -87,13 +91,17 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
             ]
     else:
         raise ValueError(f"kernel: expected branches, linear or final, got {kernel!r}")
-    return tuple(c for c in choices if _fits(kernel, c, size, SHARED_MEMORY[target]))
+    return tuple(c for c in choices if _fits(kernel, c, size, SHARED_MEMORY[target], buffers=c.stages + big))
 
 
-def _fits(kernel: str, c: Tile, size: int, shared: int) -> bool:
-    """Whether the pipelined operands fit shared memory and the accumulator fits half of the registers."""
+def _fits(kernel: str, c: Tile, size: int, shared: int, *, buffers: int) -> bool:
+    """Whether the pipelined operands fit shared memory and the accumulator fits half of the registers.
+
+    buffers: of the pipeline; where products are asynchronous, one more than it has stages.
+    """
     if kernel == "branches":
-        operands = max(c.stages, 1) * (c.hidden * c.k + c.n * c.hidden) * size + c.m * c.k * size
+        parts = 1 if size == 4 else 2  # the first layer's operands, high and low
+        operands = buffers * (parts * c.hidden * c.k + c.n * c.hidden) * size + parts * c.m * c.k * size
     else:
         operands = c.stages * (c.m + c.n) * c.k * size
     accumulator = c.m * (c.n + c.hidden) * 4

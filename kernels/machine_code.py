@@ -79,8 +79,8 @@ def _signature(
     block = {"BM": tile.m, "BN": tile.n, "UPCAST": False}
     if kernel == "ingest":
         types = {"row0_ptr": "*i64", "n_rows": "i32", "x_ptr": f"*{element}", "scale_ptr": "*fp32", "stride_x": "i64",
-                 "next_ptr": "*fp32", "out_ptr": f"*{kind}", "stride_out": "i64"}  # fmt: skip
-        return kernels.ingest, types, {"D": DIMS["d"], "SCALE": scale, **block}
+                 "out_ptr": f"*{kind}", "stride_out": "i64"}  # fmt: skip
+        return kernels.ingest, types, {"D": DIMS["d"], "PART": DIMS["d"], "SCALE": scale, "EXACT": True, **block}
     if kernel == "normalise":
         types = {"row0_ptr": "*i64", "n_rows": "i32", "y_ptr": "*fp32", "stride_y": "i64", "out_ptr": f"*{element}",
                  "out_scale_ptr": "*fp32", "stride_out": "i64"}  # fmt: skip
@@ -88,14 +88,16 @@ def _signature(
     if kernel == "branches":
         inner = "bf16" if precision in ("int8", "fp8") else kind
         types = {"row0_ptr": "*i64", "n_rows": "i32", "out_ptr": f"*{kind}", "stride_out": "i64", "next_ptr": "*fp32"}
+        types |= {"shift_ptr": "*fp32"}
         constants: dict[str, Any] = {
             "COMPUTE": {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[inner],
-            "BM": tile.m, "BK": tile.k, "BH": tile.hidden, "BN": tile.n, **product,
+            "EXACT": precision != "fp32", "BM": tile.m, "BK": tile.k, "BH": tile.hidden, "BN": tile.n, **product,
         }  # fmt: skip
         for name in ("old", "side"):
             types |= {f"{name}_ptr": f"*{element}", f"{name}_scale_ptr": "*fp32", f"stride_{name}": "i64"}
-            types |= {f"{name}_w{i}": f"*{inner}" for i in (1, 2)} | {f"{name}_b{i}": "*fp32" for i in (1, 2)}
-            facts = {"D": 128, "PITCH1": 128, "H": 256, "PITCH2": 256, "N": 256, "SCALE": scale, "RELU1": True,
+            types |= {f"{name}_w1": "*fp32" if inner == "fp32" else "*bf16", f"{name}_w2": f"*{inner}"}
+            types |= {f"{name}_b{i}": "*fp32" for i in (1, 2)}
+            facts = {"D": 128, "PART": 128, "H": 256, "PITCH2": 256, "N": 256, "SCALE": scale, "RELU1": True,
                      "RELU2": True}  # fmt: skip
             constants |= {f"{name.upper()}_{k}": v for k, v in facts.items()}
         return kernels.branches, types, constants
@@ -105,7 +107,7 @@ def _signature(
     constants = {"K": DIMS["inner"], "SCALED": precision in ("int8", "fp8"), "INT8": precision == "int8",
                  "BM": tile.m, "BN": tile.n, "BK": tile.k, "TMA": tile.tma, **product}  # fmt: skip
     if kernel == "linear":
-        types |= {"next_ptr": "*fp32", "out_ptr": f"*{kind}"}
+        types |= {"next_ptr": "*fp32", "shift_ptr": "*fp32", "out_ptr": f"*{kind}"}
         return kernels.linear, types, constants | {"N": DIMS["inner"], "RELU": True, "GROUP": 8}
     types |= {"row0_ptr": "*i64", "out_ptr": f"*{element}", "out_scale_ptr": "*fp32"}
     return kernels.final, types, constants | {"N": DIMS["d_new"], "RELU": False, "NORMALISE": True, "OUT_SCALE": scale}

@@ -6,6 +6,12 @@ Widths are compile-time constants (an artifact's never change), rows are not; ro
 points to one int64 in device memory, the chunk's first row in the gallery, so that a captured graph can be replayed
 for chunk after chunk. Products accumulate in float32 (int8: int32).
 
+``EXACT``: the layers that read the gallery's rows multiply almost as float32 does. Row and weight are split into two
+bfloat16 parts, high and low, and three products are summed in float32: high x high, low x high, high x low; the fourth
+lies 2^-16 below. bfloat16 for fp16 too, in which low parts would underflow. Such weights are stored as
+[high, high, low], PART columns each, and ``ingest`` writes rows as [high, low, high], so that there the same sum is one
+``linear`` of three times the depth.
+
 ``UPCAST`` is for Triton's interpreter, whose product of bfloat16 operands is wrong (they become float32 there) and
 whose casts to bfloat16 and FP8 lose the carry out of the mantissa (values are rounded before the cast there).
 """
@@ -33,9 +39,9 @@ def _product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _round_int8(y):
-    """To the nearest integer, ties to even, clamped to [-127, 127]; adding 1.5 * 2^23 does the rounding."""
-    y = tl.minimum(tl.maximum(y, -127.0), 127.0)
+def _round_int8(y, LOWEST: tl.constexpr):
+    """To the nearest integer, ties to even, clamped to [LOWEST, 127]; adding 1.5 * 2^23 does the rounding."""
+    y = tl.minimum(tl.maximum(y, LOWEST), 127.0)
     return ((y + 12582912.0) - 12582912.0).to(tl.int8)
 
 
@@ -53,11 +59,22 @@ def _cast(y, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _requantise(y, next_ptr, cols, inside, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 to the next layer's operand: plain cast, or times the channel's 1/scale first for int8 and FP8."""
+def _split(x, UPCAST: tl.constexpr):
+    """float32 as two bfloat16 parts, (high, low); what their sum lacks of x is below 2^-16 of it."""
+    high = _cast(x, tl.bfloat16, UPCAST)
+    return high, _cast(x - high.to(tl.float32), tl.bfloat16, UPCAST)
+
+
+@triton.jit
+def _requantise(y, next_ptr, shift_ptr, cols, inside, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 to the next layer's operand: plain cast, or times the channel's 1/scale first for int8 and FP8.
+
+    int8 adds the channel's shift: all 256 values stand for the calibrated range, wherever that lies.
+    """
     if DTYPE == tl.int8:
         inverse = tl.load(next_ptr + cols, mask=inside, other=0.0)
-        return _round_int8(y * inverse[None, :])
+        shift = tl.load(shift_ptr + cols, mask=inside, other=0.0)
+        return _round_int8(y * inverse[None, :] + shift[None, :], -128.0)
     elif DTYPE == tl.float8e4nv:
         inverse = tl.load(next_ptr + cols, mask=inside, other=0.0)
         y = y * inverse[None, :]
@@ -83,10 +100,41 @@ def _gallery_tile(x_ptr, scale_ptr, rows, live, cols, stride, D: tl.constexpr, B
 
 
 @triton.jit
+def _row_operands(x, COMPUTE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr):
+    """What the first layer multiplies, (high, low); without EXACT both are the rounded rows."""
+    if EXACT:
+        high, low = _split(x, UPCAST)
+    else:
+        high = _cast(x, COMPUTE, UPCAST)
+        low = high
+    return high, low
+
+
+@triton.jit
+def _first_product(
+    high, low, w_ptr, hidden, inside, cols, acc, PART: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + rows @ first layer's weights of the hidden channels, over the columns ``cols``."""
+    pitch: tl.constexpr = 3 * PART if EXACT else PART
+    at = w_ptr + hidden[:, None] * pitch + cols[None, :]
+    mask = inside[:, None] & (cols < PART)[None, :]
+    w = tl.load(at, mask=mask, other=0.0)
+    if EXACT:
+        acc = _product(low, w, acc, PRECISION, UPCAST)
+        acc = _product(high, w, acc, PRECISION, UPCAST)
+        w_low = tl.load(at + 2 * PART, mask=mask, other=0.0)
+        return _product(high, w_low, acc, PRECISION, UPCAST)
+    else:
+        return _product(high, w, acc, PRECISION, UPCAST)
+
+
+@triton.jit
 def _branch(
-    x_ptr, x_scale_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, next_ptr, out_ptr, row0, n_rows, stride_x, stride_out,
-    D: tl.constexpr, PITCH1: tl.constexpr, H: tl.constexpr, PITCH2: tl.constexpr, N: tl.constexpr,
-    SCALE: tl.constexpr, RELU1: tl.constexpr, RELU2: tl.constexpr, COMPUTE: tl.constexpr,
+    x_ptr, x_scale_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, next_ptr, shift_ptr, out_ptr, row0, n_rows, stride_x,
+    stride_out,
+    D: tl.constexpr, PART: tl.constexpr, H: tl.constexpr, PITCH2: tl.constexpr, N: tl.constexpr,
+    SCALE: tl.constexpr, RELU1: tl.constexpr, RELU2: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -95,43 +143,35 @@ def _branch(
     live = local < n_rows
     rows = row0 + local.to(tl.int64)
     outs = tl.arange(0, BN)
-    hidden = tl.arange(0, BH)
     depth = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if D <= BK:
         x = _gallery_tile(x_ptr, x_scale_ptr, rows, live, depth, stride_x, D, BK, SCALE)
-        x = _cast(x, COMPUTE, UPCAST)
+        high, low = _row_operands(x, COMPUTE, EXACT, UPCAST)
     for h0 in range(0, H, BH):
-        inside_h = h0 + hidden < H
+        hidden = h0 + tl.arange(0, BH)
+        inside_h = hidden < H
         part = tl.zeros((BM, BH), dtype=tl.float32)
         if D <= BK:
-            w1 = tl.load(
-                w1_ptr + (h0 + hidden)[:, None] * PITCH1 + depth[None, :],
-                mask=inside_h[:, None] & (depth < PITCH1)[None, :], other=0.0,
-            )  # fmt: skip
-            part = _product(x, w1, part, PRECISION, UPCAST)
+            part = _first_product(high, low, w1_ptr, hidden, inside_h, depth, part, PART, EXACT, PRECISION, UPCAST)
         else:
             for k0 in range(0, D, BK):
                 cols = k0 + depth
                 x = _gallery_tile(x_ptr, x_scale_ptr, rows, live, cols, stride_x, D, BK, SCALE)
-                x = _cast(x, COMPUTE, UPCAST)
-                w1 = tl.load(
-                    w1_ptr + (h0 + hidden)[:, None] * PITCH1 + cols[None, :],
-                    mask=inside_h[:, None] & (cols < PITCH1)[None, :], other=0.0,
-                )  # fmt: skip
-                part = _product(x, w1, part, PRECISION, UPCAST)
-        part += tl.load(b1_ptr + h0 + hidden, mask=inside_h, other=0.0)[None, :]
+                high, low = _row_operands(x, COMPUTE, EXACT, UPCAST)
+                part = _first_product(high, low, w1_ptr, hidden, inside_h, cols, part, PART, EXACT, PRECISION, UPCAST)
+        part += tl.load(b1_ptr + hidden, mask=inside_h, other=0.0)[None, :]
         if RELU1:
             part = tl.maximum(part, 0.0)
         w2 = tl.load(
-            w2_ptr + outs[:, None] * PITCH2 + (h0 + hidden)[None, :],
-            mask=(outs < N)[:, None] & (h0 + hidden < PITCH2)[None, :], other=0.0,
+            w2_ptr + outs[:, None] * PITCH2 + hidden[None, :],
+            mask=(outs < N)[:, None] & (hidden < PITCH2)[None, :], other=0.0,
         )  # fmt: skip
         acc = _product(_cast(part, COMPUTE, UPCAST), w2, acc, PRECISION, UPCAST)
     acc += tl.load(b2_ptr + outs, mask=outs < N, other=0.0)[None, :]
     if RELU2:
         acc = tl.maximum(acc, 0.0)
-    y = _requantise(acc, next_ptr, outs, outs < N, out_ptr.dtype.element_ty, UPCAST)
+    y = _requantise(acc, next_ptr, shift_ptr, outs, outs < N, out_ptr.dtype.element_ty, UPCAST)
     tl.store(
         out_ptr + local.to(tl.int64)[:, None] * stride_out + outs[None, :], y, mask=live[:, None] & (outs < N)[None, :]
     )
@@ -139,15 +179,15 @@ def _branch(
 
 @triton.jit
 def branches(
-    row0_ptr, n_rows, out_ptr, stride_out, next_ptr,
+    row0_ptr, n_rows, out_ptr, stride_out, next_ptr, shift_ptr,
     old_ptr, old_scale_ptr, stride_old, old_w1, old_b1, old_w2, old_b2,
     side_ptr, side_scale_ptr, stride_side, side_w1, side_b1, side_w2, side_b2,
-    OLD_D: tl.constexpr, OLD_PITCH1: tl.constexpr, OLD_H: tl.constexpr, OLD_PITCH2: tl.constexpr, OLD_N: tl.constexpr,
-    SIDE_D: tl.constexpr, SIDE_PITCH1: tl.constexpr, SIDE_H: tl.constexpr, SIDE_PITCH2: tl.constexpr,
+    OLD_D: tl.constexpr, OLD_PART: tl.constexpr, OLD_H: tl.constexpr, OLD_PITCH2: tl.constexpr, OLD_N: tl.constexpr,
+    SIDE_D: tl.constexpr, SIDE_PART: tl.constexpr, SIDE_H: tl.constexpr, SIDE_PITCH2: tl.constexpr,
     SIDE_N: tl.constexpr, OLD_SCALE: tl.constexpr, SIDE_SCALE: tl.constexpr,
     OLD_RELU1: tl.constexpr, OLD_RELU2: tl.constexpr, SIDE_RELU1: tl.constexpr, SIDE_RELU2: tl.constexpr,
-    COMPUTE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    COMPUTE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Both branches of h, two layers each, grid (row tiles, 2): gallery rows in, their half of the concatenation out.
 
@@ -156,33 +196,41 @@ def branches(
     row0 = tl.load(row0_ptr)
     if tl.program_id(1) == 0:
         _branch(
-            old_ptr, old_scale_ptr, old_w1, old_b1, old_w2, old_b2, next_ptr, out_ptr, row0, n_rows, stride_old,
-            stride_out, OLD_D, OLD_PITCH1, OLD_H, OLD_PITCH2, OLD_N, OLD_SCALE, OLD_RELU1, OLD_RELU2, COMPUTE,
-            BM, BK, BH, BN, PRECISION, UPCAST,
+            old_ptr, old_scale_ptr, old_w1, old_b1, old_w2, old_b2, next_ptr, shift_ptr, out_ptr, row0, n_rows,
+            stride_old, stride_out, OLD_D, OLD_PART, OLD_H, OLD_PITCH2, OLD_N, OLD_SCALE, OLD_RELU1, OLD_RELU2,
+            COMPUTE, EXACT, BM, BK, BH, BN, PRECISION, UPCAST,
         )  # fmt: skip
     else:
         _branch(
-            side_ptr, side_scale_ptr, side_w1, side_b1, side_w2, side_b2, next_ptr + OLD_N, out_ptr + OLD_N, row0,
-            n_rows, stride_side, stride_out, SIDE_D, SIDE_PITCH1, SIDE_H, SIDE_PITCH2, SIDE_N, SIDE_SCALE,
-            SIDE_RELU1, SIDE_RELU2, COMPUTE, BM, BK, BH, BN, PRECISION, UPCAST,
+            side_ptr, side_scale_ptr, side_w1, side_b1, side_w2, side_b2, next_ptr + OLD_N, shift_ptr + OLD_N,
+            out_ptr + OLD_N, row0, n_rows, stride_side, stride_out, SIDE_D, SIDE_PART, SIDE_H, SIDE_PITCH2, SIDE_N,
+            SIDE_SCALE, SIDE_RELU1, SIDE_RELU2, COMPUTE, EXACT, BM, BK, BH, BN, PRECISION, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit
 def ingest(
-    row0_ptr, n_rows, x_ptr, scale_ptr, stride_x, next_ptr, out_ptr, stride_out,
-    D: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
+    row0_ptr, n_rows, x_ptr, scale_ptr, stride_x, out_ptr, stride_out, PART: tl.constexpr, D: tl.constexpr,
+    SCALE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Gallery rows in the compute dtype, for layer plans that ``branches`` does not cover. Grid (tiles, tiles)."""
+    """Gallery rows as the first layer's operand, for layer plans that ``branches`` does not cover. Grid (tiles, tiles).
+
+    EXACT: three parts of PART columns each, zero beyond D, since the product walks across them.
+    """
     row0 = tl.load(row0_ptr)
     local = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     live = local < n_rows
     x = _gallery_tile(x_ptr, scale_ptr, row0 + local.to(tl.int64), live, cols, stride_x, D, BN, SCALE)
-    y = _requantise(x, next_ptr, cols, cols < D, out_ptr.dtype.element_ty, UPCAST)
-    tl.store(
-        out_ptr + local.to(tl.int64)[:, None] * stride_out + cols[None, :], y, mask=live[:, None] & (cols < D)[None, :]
-    )
+    at = out_ptr + local.to(tl.int64)[:, None] * stride_out + cols[None, :]
+    if EXACT:
+        inside = live[:, None] & (cols < PART)[None, :]
+        high, low = _split(x, UPCAST)
+        tl.store(at, high, mask=inside)
+        tl.store(at + PART, low, mask=inside)
+        tl.store(at + 2 * PART, high, mask=inside)
+    else:
+        tl.store(at, _cast(x, out_ptr.dtype.element_ty, UPCAST), mask=live[:, None] & (cols < D)[None, :])
 
 
 @triton.jit
@@ -228,7 +276,7 @@ def tile_order(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def linear(
-    n_rows, a_ptr, stride_a, w_ptr, stride_w, scale_ptr, bias_ptr, next_ptr, out_ptr, stride_out,
+    n_rows, a_ptr, stride_a, w_ptr, stride_w, scale_ptr, bias_ptr, next_ptr, shift_ptr, out_ptr, stride_out,
     N: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -256,7 +304,7 @@ def linear(
         y += tl.load(bias_ptr + cols, mask=inside, other=0.0)[None, :]
         if RELU:
             y = tl.maximum(y, 0.0)
-        y = _requantise(y, next_ptr, cols, inside, out_ptr.dtype.element_ty, UPCAST)
+        y = _requantise(y, next_ptr, shift_ptr, cols, inside, out_ptr.dtype.element_ty, UPCAST)
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * stride_out + cols[None, :],
             y,
@@ -285,7 +333,7 @@ def _store_gallery(
     elif SCALE == SCALE_DIM:
         y = y / tl.load(out_scale_ptr + cols, mask=cols < D, other=1.0)[None, :]
     if SCALE != SCALE_NONE:
-        y = _round_int8(y)
+        y = _round_int8(y, -127.0)
     tl.store(
         out_ptr + rows[:, None] * stride_out + cols[None, :],
         y.to(tl.int8) if SCALE != SCALE_NONE else _cast(y, out_ptr.dtype.element_ty, UPCAST),

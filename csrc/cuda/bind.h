@@ -104,16 +104,17 @@ inline void bind(py::module_& m) {
         Fields f(kwargs);
         f.rows("old", s.old_rows).rows("side", s.side_rows).rows("out", s.out);
         f("old_bf16", s.old_bf16)("side_bf16", s.side_bf16)("last", s.last)("barrier", s.barrier);
-        f("normalise", s.normalise)("blocks", s.blocks)("layers", layers);
+        f("normalise", s.normalise)("split", s.split)("blocks", s.blocks)("layers", layers);
         f.done();
         for (const py::dict& layer : layers) s.layers.push_back(layer_from(layer));
         Gil release;
         transform_small_rows(s, {device, stream});
     });
-    m.def("cuda_convert_rows", [](const RowsTuple& rows, uintptr_t dst, int64_t pitch, int device, uintptr_t stream) {
-        Gil release;
-        convert_rows_to_bf16(rows_at(rows), dst, pitch, {device, stream});
-    });
+    m.def("cuda_convert_rows",
+          [](const RowsTuple& rows, uintptr_t dst, int64_t pitch, bool split, int device, uintptr_t stream) {
+              Gil release;
+              convert_rows_to_bf16(rows_at(rows), dst, pitch, split, {device, stream});
+          });
     m.def("cuda_finish_rows", [](uintptr_t src, const RowsTuple& out, bool normalise, int device, uintptr_t stream) {
         Gil release;
         finish_rows_from_fp32(src, rows_at(out), normalise, {device, stream});

@@ -62,8 +62,8 @@ int layer_row_elements(int64_t d);
 struct Layer {
     uintptr_t x;
     int64_t x_pitch;
-    uintptr_t weight;  // (d_out, layer_row_elements(d_in)) bf16
-    int64_t d_in, d_out;
+    uintptr_t weight;     // (d_out, layer_row_elements(d_in)) bf16
+    int64_t d_in, d_out;  // of split rows, d_in is the three parts' length
     uintptr_t bias;
     bool relu;
     uintptr_t y;
@@ -75,11 +75,12 @@ struct Small {
     RowsAt old_rows, side_rows, out;
     uintptr_t old_bf16, side_bf16, last, barrier;
     bool normalise;
+    bool split;  // the rows are read as high and low parts, see transform.cuh
     int blocks;
     std::vector<Layer> layers;
 };
 void transform_small_rows(const Small& small, const Where& where);
-void convert_rows_to_bf16(const RowsAt& rows, uintptr_t dst, int64_t pitch, const Where& where);
+void convert_rows_to_bf16(const RowsAt& rows, uintptr_t dst, int64_t pitch, bool split, const Where& where);
 void finish_rows_from_fp32(uintptr_t src, const RowsAt& out, bool normalise, const Where& where);
 
 // ---- cuBLASLt (cublaslt.cpp) ----

@@ -18,8 +18,9 @@ void transform_small_rows(const Small& small, const Where& where) {
     args.out = to_rows(small.out);
     args.old_bf16 = at<bf16>(small.old_bf16);
     args.side_bf16 = at<bf16>(small.side_bf16);
-    args.old_pitch = layer_pitch(small.old_rows.d);
-    args.side_pitch = layer_pitch(small.side_rows.d);
+    args.split = small.split;
+    args.old_pitch = layer_pitch(small.old_rows.d) * (small.split ? 3 : 1);
+    args.side_pitch = layer_pitch(small.side_rows.d) * (small.split ? 3 : 1);
     args.last = at<float>(small.last);
     args.normalise = small.normalise;
     args.barrier = at<unsigned>(small.barrier);
@@ -47,10 +48,10 @@ void transform_small_rows(const Small& small, const Where& where) {
     run_small(args, small.blocks, to_stream(where));
 }
 
-void convert_rows_to_bf16(const RowsAt& rows, uintptr_t dst, int64_t pitch, const Where& where) {
+void convert_rows_to_bf16(const RowsAt& rows, uintptr_t dst, int64_t pitch, bool split, const Where& where) {
     refuse_after_fork();
     gpu::DeviceGuard guard(where.device);
-    run_convert(to_rows(rows), at<bf16>(dst), pitch, to_stream(where));
+    run_convert(to_rows(rows), at<bf16>(dst), pitch, split, to_stream(where));
 }
 
 void finish_rows_from_fp32(uintptr_t src, const RowsAt& out, bool normalise, const Where& where) {

@@ -7,6 +7,10 @@
 //
 // Layouts: weights (d_out, pitch) bf16, pitch = d_in rounded up to 64 and zero there; activations (rows, pitch) bf16,
 // zero in the padding; the last layer's output (rows, d_new) fp32.
+//
+// The layers that read the gallery's rows multiply almost as fp32 does ("split"): row and weight are two bf16 parts,
+// high and low, and high * high + low * high + high * low is one product of three times the depth, rows as
+// [high | low | high] and weights as [high | high | low], each part padded to 64.
 #pragma once
 #include "rows.cuh"
 
@@ -40,17 +44,25 @@ struct SmallArgs {
     bf16 *old_bf16, *side_bf16;  // (kMaxSmallRows, pitch)
     int64_t old_pitch, side_pitch;
     const float* last;  // the last layer's output
-    bool normalise;
+    bool normalise, split;
     int n_phases;
     int first_layer[kMaxPhases + 1];  // phase p computes layers first_layer[p] to first_layer[p + 1] - 1
     LayerArgs layers[kMaxLayers];
     unsigned* barrier;  // two words: arrived, generation; zero before the first launch, left at zero arrivals
 };
 
-// One warp: rows[row] -> bf16, zero up to pitch.
-GPU_INLINE void convert_row(const Rows& rows, int64_t row, bf16* dst, int64_t pitch) {
-    for (int64_t j = threadIdx.x % 32; j < pitch; j += 32)
-        dst[j] = float_to_bf16(j < rows.d ? load_element(rows, row, j) : 0.0f);
+// One warp: rows[row] -> bf16, zero up to pitch; split: three parts of a third of pitch each.
+GPU_INLINE void convert_row(const Rows& rows, int64_t row, bf16* dst, int64_t pitch, bool split) {
+    const int64_t part = split ? pitch / 3 : pitch;
+    for (int64_t j = threadIdx.x % 32; j < part; j += 32) {
+        const float x = j < rows.d ? load_element(rows, row, j) : 0.0f;
+        const bf16 high = float_to_bf16(x);
+        dst[j] = high;
+        if (split) {
+            dst[part + j] = float_to_bf16(x - bf16_to_float(high));
+            dst[2 * part + j] = high;
+        }
+    }
 }
 
 // One warp: fp32 row -> unit length if asked -> the output's dtype. A zero row stays zero.
@@ -183,9 +195,10 @@ __global__ void __launch_bounds__(kLayerThreads, 2) transform_small(const SmallA
     const int warp = blockIdx.x * (kLayerThreads / 32) + threadIdx.x / 32, warps = gridDim.x * (kLayerThreads / 32);
     for (int i = warp; i < 2 * rows; i += warps) {
         if (i < rows)
-            convert_row(args.old_rows, i, args.old_bf16 + i * args.old_pitch, args.old_pitch);
+            convert_row(args.old_rows, i, args.old_bf16 + i * args.old_pitch, args.old_pitch, args.split);
         else
-            convert_row(args.side_rows, i - rows, args.side_bf16 + (i - rows) * args.side_pitch, args.side_pitch);
+            convert_row(args.side_rows, i - rows, args.side_bf16 + (i - rows) * args.side_pitch, args.side_pitch,
+                        args.split);
     }
     grid_barrier(args.barrier);
     const int row_blocks = (rows + Shape::kRows - 1) / Shape::kRows;
@@ -208,9 +221,10 @@ __global__ void __launch_bounds__(kLayerThreads, 2) transform_small(const SmallA
 }
 
 // One warp per row.
-__global__ void __launch_bounds__(256) convert_rows(const Rows rows, bf16* __restrict__ dst, int64_t pitch) {
+__global__ void __launch_bounds__(256)
+    convert_rows(const Rows rows, bf16* __restrict__ dst, int64_t pitch, bool split) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (row < rows.n) convert_row(rows, row, dst + row * pitch, pitch);
+    if (row < rows.n) convert_row(rows, row, dst + row * pitch, pitch, split);
 }
 
 __global__ void __launch_bounds__(256) finish_rows(const float* __restrict__ src, const Rows out, bool normalise) {
@@ -234,9 +248,9 @@ inline void run_small(const SmallArgs& args, int blocks, cudaStream_t stream) {
         GPU_LAUNCH_COOPERATIVE(dim3(blocks), kLayerThreads, LayerShape<4>::smem, stream, (transform_small<4>), args);
 }
 
-inline void run_convert(const Rows& rows, bf16* dst, int64_t pitch, cudaStream_t stream) {
+inline void run_convert(const Rows& rows, bf16* dst, int64_t pitch, bool split, cudaStream_t stream) {
     if (rows.n == 0) return;
-    GPU_LAUNCH(dim3(static_cast<unsigned>((rows.n + 7) / 8)), 256, 0, stream, convert_rows, rows, dst, pitch);
+    GPU_LAUNCH(dim3(static_cast<unsigned>((rows.n + 7) / 8)), 256, 0, stream, convert_rows, rows, dst, pitch, split);
 }
 
 inline void run_finish(const float* src, const Rows& out, bool normalise, cudaStream_t stream) {

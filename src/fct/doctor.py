@@ -18,9 +18,10 @@ from fct import ref
 from fct.arrays import Rows
 from fct.ops.base import GPU_PRECISIONS, PRECISIONS, TransformBackend
 from fct.ops.dispatch import default_threads, packed, transform_backends
+from fct.ops.quantise import exact_first
 from fct.ops.ref import store
 from fct.ops.rounding import SIGMAS, deviation
-from fct.ops.selfproof import error_of
+from fct.ops.selfproof import error_of, far_off
 from fct.ref.transform import chain
 from fct.transformation import Transformation
 
@@ -342,24 +343,29 @@ def _calibrated(h: Transformation, old: Any = None, side: Any = None) -> Transfo
     return h.with_(calibration=ranges)
 
 
-def _cases(full: bool) -> Iterator[tuple[Transformation, int, str]]:
+def _cases(full: bool) -> Iterator[tuple[Transformation, int, str, bool]]:
+    """(h, rows, their dtype, whether they lie far off)."""
     for i, shape in enumerate((*ODD_SHAPES, PAPER_SHAPE) if full else ODD_SHAPES):
         h = Transformation.random(*shape[:3], inner=shape[3], normalise=shape[2] > 1 and bool(i % 2), seed=i)
         for n in ODD_ROWS:
             for dtype in ("float32", "float16", "bfloat16"):
-                yield h, n, dtype
+                yield h, n, dtype, False
+            if exact_first(h):
+                yield h, n, "float32", True
 
 
 def _prove(backend: TransformBackend, precision: str, place: str, full: bool) -> Finding:
     worst = 0.0
     rng = np.random.default_rng(2)
-    for h, n, dtype in _cases(full):
+    for h, n, dtype, far in _cases(full):
         spread = [rng.standard_normal((n, d), dtype=np.float32) for d in (h.d_old, h.d_side)]
+        if far:
+            h, *spread = far_off(h, *spread)
         old, side = (_rows(x, dtype, place) for x in spread)
         h = _calibrated(h, _host(old), _host(side))
         out = _rows(np.full((n, h.d_new), np.nan, np.float32), "float32", place)
         want = ref.transform(_host(old), _host(side), h)
-        shape = f"{n} rows of {dtype}, {h.d_old} + {h.d_side} -> {h.d_new}"
+        shape = f"{n} rows of {dtype}{', far away' if far else ''}, {h.d_old} + {h.d_side} -> {h.d_new}"
         try:
             backend.run(packed(backend, h, precision, place), old, side, out, threads=default_threads())
             error = error_of(_host(out), want)

@@ -127,6 +127,13 @@ BUGS = [
         "acc[j][e];\n        }\n    __syncthreads();\n",
         "acc[j][e];\n        }\n",
     ),
+    Bug(
+        "the rows' low parts forgotten",
+        "TRANSFORM",
+        "transform.cuh",
+        "dst[part + j] = float_to_bf16(x - bf16_to_float(high));",
+        "dst[part + j] = bf16{0};",
+    ),
     Bug("no ReLU", "TRANSFORM", "transform.cuh", "if (layer.relu) sum", "if (false) sum"),
     Bug(
         "weights read past their rows",

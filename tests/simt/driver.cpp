@@ -110,37 +110,49 @@ static int run_case(const std::string& name) {
 static float rounded(float x) { return bf16_to_float(float_to_bf16(x)); }
 
 // in -> hidden (with ReLU) -> out, twice side by side, joined, one mixing layer, unit length; a small h.
-static int transform_case(int n, int d_in, int hidden, int d_out, int blocks) {
+// split: rows and first weights as they come, the rows 64 units off where bf16 has steps of a half, which the bias
+// undoes.
+static int transform_case(int n, int d_in, int hidden, int d_out, int blocks, bool split) {
     struct Host {
         int d_in, d_out;
         std::vector<float> weight, bias;
         bool relu;
     };
-    auto layer = [&](int in, int out, bool relu) {
+    const float far = split ? 64.0f : 0.0f;
+    auto layer = [&](int in, int out, bool relu, bool first) {
         Host l = {in, out, std::vector<float>(static_cast<size_t>(in) * out), std::vector<float>(out), relu};
-        for (float& x : l.weight) x = rounded(normal(generator) / std::sqrt(static_cast<float>(in)));
+        for (float& x : l.weight) x = normal(generator) / std::sqrt(static_cast<float>(in));
+        if (!first || !split)
+            for (float& x : l.weight) x = rounded(x);
         for (float& x : l.bias) x = normal(generator);
+        for (size_t i = 0; first && i < l.weight.size(); ++i) l.bias[i / in] -= far * l.weight[i];
         return l;
     };
-    std::vector<Host> host = {layer(d_in, hidden, true), layer(d_in, hidden, true), layer(2 * hidden, d_out, false)};
+    std::vector<Host> host = {layer(d_in, hidden, true, true), layer(d_in, hidden, true, true),
+                              layer(2 * hidden, d_out, false, false)};
     Buffer<float> old_rows(static_cast<size_t>(n) * d_in), side_rows(static_cast<size_t>(n) * d_in);
     Buffer<float> out(static_cast<size_t>(n) * d_out, NAN), last(static_cast<size_t>(kMaxSmallRows) * d_out);
-    for (size_t i = 0; i < old_rows.n; ++i)
-        old_rows[i] = rounded(normal(generator)), side_rows[i] = rounded(normal(generator));
-    const int in_pitch = layer_pitch(d_in), joined_pitch = layer_pitch(2 * hidden);
+    for (Buffer<float>* rows : {&old_rows, &side_rows})
+        for (size_t i = 0; i < rows->n; ++i) (*rows)[i] = split ? far + normal(generator) : rounded(normal(generator));
+    const int part = layer_pitch(d_in), in_pitch = split ? 3 * part : part, joined_pitch = layer_pitch(2 * hidden);
     Buffer<bf16> old_bf16(static_cast<size_t>(kMaxSmallRows) * in_pitch), side_bf16(old_bf16.n);
     Buffer<bf16> joined(static_cast<size_t>(kMaxSmallRows) * joined_pitch);
     Buffer<unsigned> barrier(2);
     std::vector<Buffer<bf16> > weights;
     std::vector<Buffer<float> > biases;
     for (const Host& l : host) {
-        const size_t pitch = layer_pitch(l.d_in);
+        const bool in_parts = split && weights.size() < 2;
+        const size_t pitch = in_parts ? in_pitch : layer_pitch(l.d_in);
         weights.emplace_back(l.d_out * pitch);
         biases.emplace_back(l.d_out);
         for (int o = 0; o < l.d_out; ++o) {
             biases.back()[o] = l.bias[o];
-            for (int i = 0; i < l.d_in; ++i)
-                weights.back()[o * pitch + i] = float_to_bf16(l.weight[static_cast<size_t>(o) * l.d_in + i]);
+            bf16* row = weights.back().get() + o * pitch;
+            for (int i = 0; i < l.d_in; ++i) {
+                const float w = l.weight[static_cast<size_t>(o) * l.d_in + i];
+                row[i] = float_to_bf16(w);
+                if (in_parts) row[part + i] = row[i], row[2 * part + i] = float_to_bf16(w - bf16_to_float(row[i]));
+            }
         }
     }
     SmallArgs args = {};
@@ -149,7 +161,7 @@ static int transform_case(int n, int d_in, int hidden, int d_out, int blocks) {
     args.out = {out.get(), kF32, n, d_out, d_out, nullptr, 0, 0};
     args.old_bf16 = old_bf16.get(), args.side_bf16 = side_bf16.get();
     args.old_pitch = args.side_pitch = in_pitch;
-    args.last = last.get(), args.normalise = true, args.barrier = barrier.get();
+    args.last = last.get(), args.normalise = true, args.split = split, args.barrier = barrier.get();
     args.n_phases = 2, args.first_layer[1] = 2, args.first_layer[2] = 3;
     for (int l = 0; l < 3; ++l)
         args.layers[l] = {l == 0   ? old_bf16.get()
@@ -157,7 +169,7 @@ static int transform_case(int n, int d_in, int hidden, int d_out, int blocks) {
                                    : joined.get(),
                           l == 2 ? joined_pitch : in_pitch,
                           weights[l].get(),
-                          layer_pitch(host[l].d_in),
+                          l == 2 ? joined_pitch : in_pitch,
                           biases[l].get(),
                           host[l].d_out,
                           host[l].relu,
@@ -191,14 +203,15 @@ static int transform_case(int n, int d_in, int hidden, int d_out, int blocks) {
             worst = std::max(worst, error);
         }
     }
-    std::printf("%d rows, %d -> %d -> %d, %d blocks: %d wrong, worst %.1e\n", n, d_in, hidden, d_out, blocks, bad,
-                worst);
+    std::printf("%d rows%s, %d -> %d -> %d, %d blocks: %d wrong, worst %.1e\n", n, split ? " in parts" : "", d_in,
+                hidden, d_out, blocks, bad, worst);
     return bad;
 }
 
 static int run_case(const std::string& name) {
-    if (name == "small") return transform_case(3, 20, 24, 10, 2);
-    return transform_case(5, 100, 40, 33, 3) + transform_case(20, 70, 24, 17, 2) + transform_case(70, 20, 24, 17, 2);
+    if (name == "small") return transform_case(3, 20, 24, 10, 2, true);
+    return transform_case(5, 100, 40, 33, 3, true) + transform_case(20, 70, 24, 17, 2, false) +
+           transform_case(70, 20, 24, 17, 2, true);
 }
 #endif
 

@@ -20,7 +20,8 @@ from typing import Any
 from fct import _C
 from fct.arrays import Rows
 from fct.ops.base import GpuShadow, drop_own_rows
-from fct.transformation import BRANCHES, Transformation
+from fct.ops.quantise import exact_first
+from fct.transformation import BRANCHES, Layer, Transformation
 
 __all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
 
@@ -86,7 +87,7 @@ class _PackedLayer:
     weight: Any  # (d_out, pitch) bf16, zero beyond d_in
     bias: Any  # (d_out,) fp32
     bias_bf16: Any
-    d_in: int
+    d_in: int  # of split rows, the three parts' length
     d_out: int
     relu: bool
 
@@ -95,12 +96,13 @@ class _PackedLayer:
 class _Packed:
     chains: dict[str, list[_PackedLayer]]
     normalise: bool
+    split: bool  # rows and first weights as high and low parts, see csrc/cuda/transform.cuh
     device: str
     scratch: dict[tuple[int, int], dict[str, Any]]  # by (stream, rows): two streams never share activations
 
 
 class CudaTransform:
-    """h in bf16: one launch for up to 256 rows, cuBLASLt's products for more."""
+    """h in bf16, the rows not rounded: one launch for up to 256 rows, cuBLASLt's products for more."""
 
     name = "cuda"
 
@@ -123,17 +125,24 @@ class CudaTransform:
     def pack(self, h: Transformation, precision: str, device: str) -> _Packed:
         import torch
 
-        def layer(weight: Any, bias: Any, relu: bool) -> _PackedLayer:
-            d_out, d_in = weight.shape
-            padded = torch.zeros(d_out, self.runtime.lib.cuda_layer_row_elements(d_in), dtype=torch.bfloat16)
-            padded[:, :d_in] = torch.from_numpy(weight)
-            b = torch.from_numpy(bias)
+        def pack(layer: Layer, *, split: bool = False) -> _PackedLayer:
+            part = self.runtime.lib.cuda_layer_row_elements(layer.d_in)
+            padded = torch.zeros(layer.d_out, 3 if split else 1, part, dtype=torch.bfloat16)
+            whole = torch.from_numpy(layer.weight)
+            padded[..., : layer.d_in] = whole[:, None]
+            if split:
+                padded[:, 2, : layer.d_in] = whole - padded[:, 0, : layer.d_in].float()
+            bias = torch.from_numpy(layer.bias)
             return _PackedLayer(
-                padded.to(device), b.to(device), b.to(device, torch.bfloat16), int(d_in), int(d_out), relu
-            )
+                padded.flatten(1).to(device), bias.to(device), bias.to(device, torch.bfloat16),
+                3 * part if split else layer.d_in, layer.d_out, layer.relu,
+            )  # fmt: skip
 
-        chains = {b: [layer(x.weight, x.bias, x.relu) for x in getattr(h, b)] for b in BRANCHES}
-        return _Packed(chains, h.normalise, device, {})
+        split = exact_first(h)
+        chains = {
+            b: [pack(x, split=split and b != "mixer" and i == 0) for i, x in enumerate(getattr(h, b))] for b in BRANCHES
+        }
+        return _Packed(chains, h.normalise, split, device, {})
 
     def run(self, packed: _Packed, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
         if out.n == 0:
@@ -221,6 +230,7 @@ class CudaTransform:
             last=s["last"].data_ptr(),
             barrier=s["barrier"].data_ptr(),
             normalise=packed.normalise,
+            split=packed.split,
             blocks=self.runtime.properties(where[0])["multiprocessors"],
             layers=self._plan(packed, s, bias_bf16=False),
         )
@@ -228,8 +238,8 @@ class CudaTransform:
     def _large(self, packed: _Packed, old: Rows, side: Rows, out: Rows, where: tuple[int, int]) -> None:
         lib = self.runtime.lib
         s = self._scratch(packed, _CHUNK, where[1])
-        lib.cuda_convert_rows(_at(old), s["old"].data_ptr(), s["old"].stride(0), *where)
-        lib.cuda_convert_rows(_at(side), s["side"].data_ptr(), s["side"].stride(0), *where)
+        for rows, to in ((old, s["old"]), (side, s["side"])):
+            lib.cuda_convert_rows(_at(rows), to.data_ptr(), to.stride(0), packed.split, *where)
         for layer in self._plan(packed, s, bias_bf16=True):
             lib.cuda_blaslt_layer(out.n, s["workspace"].data_ptr(), _WORKSPACE, *where, **layer)
         lib.cuda_finish_rows(s["last"].data_ptr(), _at(out), packed.normalise, *where)

@@ -17,13 +17,23 @@ import numpy as np
 
 from fct.transformation import BRANCHES, Layer, Transformation
 
-__all__ = ["ALPHA", "EXACT_SHARE", "FINE_SHARE", "LayerPlan", "fine_layers", "layer_plans", "why_not_int8"]
+__all__ = [
+    "ALPHA",
+    "EXACT_SHARE",
+    "FINE_SHARE",
+    "LayerPlan",
+    "exact_first",
+    "fine_layers",
+    "int8_plan",
+    "layer_plans",
+    "why_not_int8",
+]
 
 ALPHA = 0.75
 # Rounding the rows themselves costs more than all later roundings together (docs/performance.md), and the layers that
-# read them are the smallest: 1.1 % of the work in the paper's h. So in "bf16" and "int8" both branches' first layers
-# stay in fp32 while they are at most EXACT_SHARE of the operations, and in "int8" the branches' next ones stay in
-# bf16, in this order, while the branches' layers so far are at most FINE_SHARE.
+# read them are the smallest: 1.1 % of the work in the paper's h. So below "fp32" both branches' first layers stay as
+# good as in fp32 while they are at most EXACT_SHARE of the operations, on every backend; and in "int8" the branches'
+# next ones stay in bf16, in this order, while the branches' layers so far are at most FINE_SHARE (on a GPU always).
 EXACT_SHARE = 0.08
 FINE_SHARE = 0.15
 # int32 sums cannot overflow below 2^31 / (255 * 127) inputs.
@@ -58,14 +68,25 @@ def why_not_int8(h: Transformation) -> list[str]:
     return why
 
 
+def exact_first(h: Transformation) -> bool:
+    """Whether the layers that read the rows do so without rounding them, in every precision."""
+    return _share(h, 0) <= EXACT_SHARE
+
+
+def _share(h: Transformation, step: int) -> float:
+    """Of all operations, those of both branches' layers number ``step``."""
+    layers = [getattr(h, branch)[step] for branch in ("old", "side") if step < len(getattr(h, branch))]
+    return float(sum(2 * layer.weight.size for layer in layers) / h.flop_per_row)
+
+
 def fine_layers(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, str]:
     """Name -> precision of the layers that "bf16" and "int8" leave in a finer one; ``fine``: bf16, or its stand-in."""
     found: dict[str, str] = {}
     share = 0.0
     for i in range(max(len(h.old), len(h.side)) if precision in ("bf16", "int8") else 0):
-        step = {f"{branch}.{i}": getattr(h, branch)[i] for branch in ("old", "side") if i < len(getattr(h, branch))}
-        share += sum(2 * layer.weight.size for layer in step.values()) / h.flop_per_row
-        if i == 0 and share <= EXACT_SHARE:
+        step = [f"{branch}.{i}" for branch in ("old", "side") if i < len(getattr(h, branch))]
+        share += _share(h, i)
+        if i == 0 and exact_first(h):
             found |= dict.fromkeys(step, "fp32")
         elif precision == "int8" and share <= FINE_SHARE:
             found |= dict.fromkeys(step, fine)
@@ -81,7 +102,7 @@ def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
     for name, layer in h.layers():
         of_layer = kept.get(name, precision)
         plan = (
-            _int8(layer, h.calibration[name])
+            int8_plan(layer, h.calibration[name])
             if of_layer == "int8"
             else LayerPlan(layer.weight, layer.bias, layer.relu, of_layer)
         )
@@ -89,7 +110,8 @@ def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
     return plans
 
 
-def _int8(layer: Layer, ranges: Any) -> LayerPlan:
+def int8_plan(layer: Layer, ranges: Any) -> LayerPlan:
+    """A layer's weights and scales in int8. ranges: (2, d_in), lowest and highest calibrated input."""
     low, high = np.asarray(ranges, np.float64)
     weight = layer.weight.astype(np.float64)
     behind_relu = bool((low >= 0).all())

@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from fct.ops.quantise import layer_plans
+from fct.ops.quantise import exact_first, int8_plan, layer_plans
 from fct.transformation import Layer, Transformation
 
 __all__ = ["SIGMAS", "deviation", "rounding_variance"]
 
 SIGMAS = 8.0
-# Bits of the significand after the first. fp32 may be three TF32 products, which drop what lies below 2^-21.
-_BITS = {"fp32": 20, "fp16": 10, "bf16": 7, "fp8": 3}
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
+# Bits of the significand after the first. fp32 may be three TF32 products, which drop what lies below 2^-21. "exact":
+# the first layers of the lower precisions, which may be three products of two bfloat16 parts: those keep 16 bits of an
+# operand, and the fourth product that is left out costs as much again.
+_BITS = {"fp32": 20, "exact": 15, "fp16": 10, "bf16": 7, "fp8": 3}
 _FP8_STEP = 2.0**-9  # of e4m3 below its smallest normal number
 
 
@@ -44,8 +45,8 @@ def _rounded(x: Any, precision: str) -> Any:
 def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, backend: str) -> Any:
     """(n, d_new) float64: what the roundings of one backend add up to, element by element.
 
-    old, side: (n, d_old) and (n, d_side). backend: "triton" quantises the mixer alone, symmetrically; every other
-    follows :func:`fct.ops.quantise.layer_plans`.
+    old, side: (n, d_old) and (n, d_side). backend: "triton" quantises the mixer alone, every other what
+    :func:`fct.ops.quantise.layer_plans` says; "cuda" may round a first layer's bias.
 
     Example:
         >>> import numpy as np, fct
@@ -55,19 +56,27 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
         >>> bool((finer < coarser).all())
         True
     """
-    plans = layer_plans(h, precision) if precision == "int8" and backend != "triton" else None
+    plans: dict[str, Any] = {}
+    if precision == "int8" and backend == "triton":
+        plans["mixer"] = [int8_plan(layer, h.calibration[f"mixer.{i}"]) for i, layer in enumerate(h.mixer)]
+    elif precision == "int8":
+        plans = layer_plans(h, precision)
+    exact = precision != "fp32" and exact_first(h)
 
     def chain(branch: str, x: Any, variance: Any) -> tuple[Any, Any]:
         for i, layer in enumerate(getattr(h, branch)):
             weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
-            plan = plans[branch][i] if plans is not None else None
-            if plan is not None:
+            plan = plans[branch][i] if branch in plans else None
+            if exact and i == 0 and branch != "mixer":
+                computed = "exact"
+            elif plan is not None:
                 computed = plan.precision
             else:
-                computed = "bf16" if precision in _LARGEST and branch != "mixer" else precision
-            if computed in _LARGEST:
-                ranges = h.calibration[f"{branch}.{i}"]
-                of_x, of_w = _planned(plan, x) if plan is not None else _symmetric(layer, ranges, computed, x)
+                computed = "bf16" if precision in ("int8", "fp8") and branch != "mixer" else precision
+            if computed == "int8":
+                of_x, of_w = _int8(plan, x)
+            elif computed == "fp8":
+                of_x, of_w = _fp8(layer, h.calibration[f"{branch}.{i}"], x)
             else:
                 of_x, of_w = _rounded(x, computed), _rounded(weight, computed)
             into = variance + of_x
@@ -75,8 +84,9 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
             terms = (x**2) @ (weight**2).T + bias**2
             sums = (weight.shape[1] + 1) * 2.0**-48 * terms  # every partial sum in float32
             variance = into @ (weight**2).T + (x**2) @ of_w.T + sums
-            if computed not in _LARGEST:  # libraries round the bias and the result too
-                variance = variance + _rounded(bias, computed) + _rounded(z, computed)
+            if computed not in ("int8", "fp8"):  # libraries round the bias and the result too
+                of_bias = "bf16" if (computed, backend) == ("exact", "cuda") else computed
+                variance = variance + _rounded(bias, of_bias) + _rounded(z, computed)
             x = np.maximum(z, 0) if layer.relu else z
             if layer.relu:
                 variance = variance * _normal_cdf(z / np.sqrt(np.maximum(variance, 1e-60)))
@@ -96,25 +106,23 @@ def _normal_cdf(x: Any) -> Any:
     return 1 / (1 + np.exp(np.clip(-1.702 * x, -60, 60)))
 
 
-def _symmetric(layer: Layer, ranges: Any, precision: str, x: Any) -> tuple[Any, Any]:
-    """Variances of the operands as fct.ops.triton packs them: of (n, d_in) activations, of (d_out, d_in) weights."""
-    from fct.ops.triton import activation_steps
+def _int8(plan: Any, x: Any) -> tuple[Any, Any]:
+    """Variances of the operands as fct.ops.quantise plans them: of (n, d_in) activations, of (d_out, d_in) weights."""
+    step = 1 / plan.in_mul.astype(np.float64)
+    low = -plan.in_add.astype(np.float64) * step
+    over = np.maximum(np.maximum(low - x, x - (low + 255 * step)), 0) ** 2  # what is clipped
+    of_w = (plan.scale.astype(np.float64)[:, None] / step) ** 2 / 12
+    return step**2 / 12 + over, np.broadcast_to(of_w, plan.weight.shape)
 
-    step = activation_steps(ranges, precision)
+
+def _fp8(layer: Layer, ranges: Any, x: Any) -> tuple[Any, Any]:
+    """The same as fct.ops.triton packs them in FP8."""
+    from fct.ops.triton import FP8_LARGEST, fp8_steps
+
+    step = fp8_steps(ranges)
     weight = layer.weight.astype(np.float64)
-    rows = np.maximum(np.abs(weight * step).max(axis=1, keepdims=True), 1e-30) / _LARGEST[precision]
-    over = np.maximum(np.abs(x) - step * _LARGEST[precision], 0) ** 2  # what is clipped
-    if precision == "int8":
-        return step**2 / 12 + over, np.broadcast_to((rows / step) ** 2 / 12, weight.shape)
+    rows = np.maximum(np.abs(weight * step).max(axis=1, keepdims=True), 1e-30) / FP8_LARGEST
+    over = np.maximum(np.abs(x) - step * FP8_LARGEST, 0) ** 2
     least = _FP8_STEP**2 / 12
     of_w = np.maximum(_rounded(weight * step / rows, "fp8"), least) * (rows / step) ** 2
     return np.maximum(_rounded(x / step, "fp8"), least) * step**2 + over, of_w
-
-
-def _planned(plan: Any, x: Any) -> tuple[Any, Any]:
-    """The same for a layer that fct.ops.quantise has planned."""
-    step = 1 / plan.in_mul.astype(np.float64)
-    low = -plan.in_add.astype(np.float64) * step
-    over = np.maximum(np.maximum(low - x, x - (low + 255 * step)), 0) ** 2
-    of_w = (plan.scale.astype(np.float64)[:, None] / step) ** 2 / 12
-    return step**2 / 12 + over, np.broadcast_to(of_w, plan.weight.shape)

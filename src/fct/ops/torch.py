@@ -1,10 +1,14 @@
-"""Plain torch: folded linear layers in chunks. The path that is always there, and the peer of our kernels."""
+"""Plain torch: folded linear layers in chunks. The path that is always there, and the peer of our kernels.
+
+In bf16 the layers that read the rows stay in float32 where :func:`fct.ops.quantise.exact_first` says so.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fct.arrays import Rows
+from fct.ops.quantise import fine_layers
 from fct.ops.ref import store
 from fct.transformation import BRANCHES, Transformation
 
@@ -31,32 +35,26 @@ class TorchTransform:
     def pack(self, h: Transformation, precision: str, device: str) -> Any:
         import torch
 
-        dtype = getattr(torch, _DTYPES[precision])
-        chains = {
-            branch: [
-                (
-                    torch.from_numpy(layer.weight).to(device, dtype),
-                    torch.from_numpy(layer.bias).to(device, dtype),
-                    layer.relu,
-                )
-                for layer in getattr(h, branch)
-            ]
-            for branch in BRANCHES
-        }
-        return chains, h.normalise, dtype
+        kept = fine_layers(h, precision)
+        chains: dict[str, list[tuple[Any, Any, bool]]] = {branch: [] for branch in BRANCHES}
+        for name, layer in h.layers():
+            dtype = getattr(torch, _DTYPES[kept.get(name, precision)])
+            weight, bias = (torch.from_numpy(x).to(device, dtype) for x in (layer.weight, layer.bias))
+            chains[name.partition(".")[0]].append((weight, bias, layer.relu))
+        return chains, h.normalise
 
     def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
         import torch
 
-        chains, normalise, dtype = packed
+        chains, normalise = packed
 
         def tensor(rows: Rows) -> Any:
             values = rows.float32()
-            return (torch.from_numpy(values) if rows.kind_is_numpy else values).to(dtype)
+            return torch.from_numpy(values) if rows.kind_is_numpy else values
 
         def chain(x: Any, layers: Any) -> Any:
             for weight, bias, relu in layers:
-                x = torch.nn.functional.linear(x, weight, bias)
+                x = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
                 if relu:
                     x = x.relu_()
             return x

@@ -1,9 +1,13 @@
 """h by Triton kernels: ``branches``, ``linear`` and ``final``, chunk by chunk, the activations staying in L2.
 
-int8 and FP8 take calibrated activation ranges from the artifact. The branches, 3 % of the work, compute in bfloat16
-and hand over quantised operands; the mixer multiplies in int8 or FP8 with one weight scale per output channel and one
-activation scale per input channel, whose square root is moved into the weights (SmoothQuant, arXiv:2211.10438, with
-alpha = 0.5), so that channels of unlike range share one accumulator.
+Below fp32, the layers that read the rows multiply bfloat16 parts, high and low, three times (kernels/transform.py),
+where :func:`fct.ops.quantise.exact_first` says so: rounded rows would cost more than all roundings that follow.
+
+int8 and FP8 take calibrated activation ranges from the artifact. The rest of the branches computes in bfloat16
+and hands over quantised operands; the mixer multiplies in int8 or FP8 with one weight scale per output channel and one
+activation scale per input channel, part of which is moved into the weights (SmoothQuant, arXiv:2211.10438), so that
+channels of unlike range share one accumulator. int8's scales are the CPU kernels' own (:mod:`fct.ops.quantise`), whose
+effect on retrieval the artifact holds; what is 0 to 255 there is stored as -128 to 127 here. FP8 takes alpha = 0.5.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ import numpy as np
 from fct.arrays import Rows
 from fct.errors import BackendError
 from fct.ops.device import Device, device_of, why_no_gpu
+from fct.ops.quantise import exact_first, int8_plan
 from fct.transformation import Layer, Transformation
 
 __all__ = ["MIN_CHUNK", "PackedTransform", "TritonTransform", "chunk_rows", "scale_mode"]
 
 COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "bfloat16", "fp8": "bfloat16"}
 MIXER = {**COMPUTE, "int8": "int8", "fp8": "float8_e4m3fn"}
-_LARGEST = {"int8": 127.0, "fp8": 448.0}
+_QUANTISED = ("int8", "fp8")
+FP8_LARGEST = 448.0
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 MIN_CHUNK = 128
 _WIDEST_ROW = 256  # columns of one tile: what branches and a normalising final can hold
@@ -32,15 +38,26 @@ _GRAPH_FROM = 4  # chunks from which recording a graph pays for itself
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One layer on the device. weight: (d_out, pitch) of the operand dtype; scale, inverse: None unless quantised."""
+    """One layer on the device. weight: (d_out, pitch) of the operand dtype; scale, inverse: None unless quantised;
+    shift: None but in int8.
+
+    part: 0, or the columns of one of three parts, [high, high, low], of a layer that reads rows without rounding them.
+    """
 
     weight: Any
     bias: Any
     scale: Any  # (d_out,) float32: what brings the accumulator back
     inverse: Any  # (d_in,) float32: what the producer of this layer's input multiplies by
+    shift: Any  # (d_in,) float32: and adds
     d_in: int
     d_out: int
     relu: bool
+    part: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Columns of this layer's product."""
+        return 3 * self.part or self.d_in
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,11 @@ class PackedTransform:
         return all(len(b) == 2 and b[1].d_out <= _WIDEST_ROW for b in (self.old, self.side))
 
     @property
+    def exact(self) -> bool:
+        """Whether rows are read without rounding them."""
+        return self.old[0].part > 0
+
+    @property
     def footprints(self) -> list[tuple[int, int, int]]:
         """Of each layer of the mixer: bytes of a row in, of a row out, of the weights."""
         into = [_pitch(x.d_in, self.precision, mixer=True) for x in self.mixer]
@@ -73,7 +95,7 @@ class PackedTransform:
         total = 4 * self.mixer[-1].d_out if self.normalise and self.mixer[-1].d_out > _WIDEST_ROW else 0
         total += sum(_pitch(x.d_in, self.precision, mixer=True) for x in self.mixer)
         if not self.fused:
-            total += sum(_pitch(x.d_in, self.precision, mixer=False) for x in (*self.old, *self.side))
+            total += sum(_pitch(x.depth, self.precision, mixer=False) for x in (*self.old, *self.side))
         return total
 
 
@@ -122,7 +144,7 @@ class TritonTransform:
             import fct.kernels.transform  # noqa: F401
         except ImportError as error:
             return [*why, f"needs Triton: pip install 'fct-embeddings[gpu]' ({error})"]
-        if precision in _LARGEST:
+        if precision in _QUANTISED:
             missing = [f"mixer.{i}" for i in range(len(h.mixer)) if f"mixer.{i}" not in h.calibration]
             if missing:
                 why.append(f"{precision} needs calibrated activation ranges, this transformation has none for "
@@ -136,16 +158,21 @@ class TritonTransform:
 
     def pack(self, h: Transformation, precision: str, device: str) -> PackedTransform:
         place = device_of(device)
+        exact = precision != "fp32" and exact_first(h)
 
         def plain(layer: Layer) -> PackedLayer:
             return _pack_layer(layer, None, precision, place, mixer=False)
+
+        def branch(layers: tuple[Layer, ...]) -> tuple[PackedLayer, ...]:
+            first = _pack_exact(layers[0], place) if exact else plain(layers[0])
+            return first, *map(plain, layers[1:])
 
         mixer = tuple(
             _pack_layer(layer, h.calibration.get(f"mixer.{i}"), precision, place, mixer=True)
             for i, layer in enumerate(h.mixer)
         )
         return PackedTransform(
-            tuple(map(plain, h.old)), tuple(map(plain, h.side)), mixer, precision, h.normalise, place,
+            branch(h.old), branch(h.side), mixer, precision, h.normalise, place,
             place.upload(np.ones(1, np.float32)),
         )  # fmt: skip
 
@@ -159,31 +186,53 @@ def _target_lacks(precision: str, target: str) -> list[str]:
     return []
 
 
-def activation_steps(ranges: Any, precision: str) -> Any:
-    """(d_in,) float64: what one unit of a quantised input channel stands for; ranges: (2, d_in), calibrated."""
+def fp8_steps(ranges: Any) -> Any:
+    """(d_in,) float64: what one unit of an FP8 input channel stands for; ranges: (2, d_in), calibrated."""
     top = np.abs(np.asarray(ranges, np.float64)).max(axis=0)
     top = np.maximum(top, max(float(top.max()), 1e-30) * 1e-4)
-    return np.sqrt(top * top.max()) / _LARGEST[precision]  # never clips: sqrt(top * max) >= top
+    return np.sqrt(top * top.max()) / FP8_LARGEST  # never clips: sqrt(top * max) >= top
 
 
 def _pack_layer(layer: Layer, ranges: Any, precision: str, device: Device, *, mixer: bool) -> PackedLayer:
     dtype = (MIXER if mixer else COMPUTE)[precision]
     pitch = _pitch(layer.d_in, precision, mixer=mixer) // _SIZES[dtype]
-    weight = np.zeros((layer.d_out, pitch), np.float32)
+    weight, bias = np.zeros((layer.d_out, pitch), np.float32), layer.bias
     weight[:, : layer.d_in] = layer.weight
-    scale = inverse = None
-    if mixer and precision in _LARGEST:
-        largest = _LARGEST[precision]
-        step = activation_steps(ranges, precision)
+    scale = inverse = shift = None
+    if mixer and precision == "int8":
+        plan = int8_plan(layer, ranges)
+        weight[:, : layer.d_in] = plan.weight
+        scale, inverse, shift = plan.scale, plan.in_mul, plan.in_add - np.float32(128)
+        bias = plan.bias + 128.0 * plan.scale.astype(np.float64) * plan.weight.sum(axis=1, dtype=np.int64)
+    elif mixer and precision == "fp8":
+        step = fp8_steps(ranges)
         weight[:, : layer.d_in] = layer.weight * step
-        rows = np.maximum(np.abs(weight).max(axis=1), 1e-30) / largest
-        weight /= rows[:, None]
-        if precision == "int8":
-            weight = np.rint(weight)
-        scale, inverse = device.upload(rows.astype(np.float32)), device.upload((1 / step).astype(np.float32))
+        scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / FP8_LARGEST
+        weight /= scale[:, None]
+        inverse = 1 / step
+
+    def upload(x: Any) -> Any:
+        return None if x is None else device.upload(np.asarray(x, np.float32))
+
     return PackedLayer(
-        device.upload(weight, dtype), device.upload(layer.bias), scale, inverse, layer.d_in, layer.d_out, layer.relu
-    )
+        device.upload(weight, dtype), upload(bias), upload(scale), upload(inverse), upload(shift), layer.d_in,
+        layer.d_out, layer.relu,
+    )  # fmt: skip
+
+
+def _pack_exact(layer: Layer, device: Device) -> PackedLayer:
+    import torch
+
+    part = _pitch(layer.d_in, "bf16", mixer=False) // _SIZES["bfloat16"]
+    weight = torch.zeros(layer.d_out, 3, part, dtype=torch.bfloat16)
+    whole = torch.from_numpy(layer.weight)
+    high = whole.to(torch.bfloat16)
+    weight[:, :2, : layer.d_in] = high[:, None]
+    weight[:, 2, : layer.d_in] = (whole - high.float()).to(torch.bfloat16)
+    return PackedLayer(
+        device.upload(weight.flatten(1)), device.upload(layer.bias), None, None, None, layer.d_in, layer.d_out,
+        layer.relu, part,
+    )  # fmt: skip
 
 
 def run_chunks(packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, chunk: int | None = None) -> None:
@@ -232,13 +281,16 @@ class _Chunks:
         self.outer: dict[str, list[Any]] = {"old": [], "side": []}
         if not packed.fused:
             for name in self.outer:
-                self.outer[name] = [self._scratch(layer.d_in, mixer=False) for layer in getattr(packed, name)]
+                self.outer[name] = [
+                    self._scratch(layer.depth, mixer=False, dtype="bfloat16" if layer.part else None)
+                    for layer in getattr(packed, name)
+                ]
         last = packed.mixer[-1]
         self.wide = packed.normalise and last.d_out > _WIDEST_ROW
         self.unnormalised = self.device.empty((chunk, last.d_out), "float32") if self.wide else None
 
-    def _scratch(self, width: int, *, mixer: bool) -> Any:
-        dtype = (MIXER if mixer else COMPUTE)[self.p.precision]
+    def _scratch(self, width: int, *, mixer: bool, dtype: str | None = None) -> Any:
+        dtype = dtype or (MIXER if mixer else COMPUTE)[self.p.precision]
         pitch = _pitch(width, self.p.precision, mixer=mixer) // _SIZES[dtype]
         return self.device.empty((self.chunk, pitch), dtype)
 
@@ -263,7 +315,7 @@ class _Chunks:
             self._branch_by_layers(rows, "side", self.side, self.joined[:, self.p.old[-1].d_out :])
         a = self.joined
         for layer, to, following in zip(self.p.mixer, self.inner, self.p.mixer[1:], strict=False):
-            self._linear(rows, a, layer, to, following.inverse, self.p.precision)
+            self._linear(rows, a, layer, to, (following.inverse, following.shift), self.p.precision)
             a = to
         self._final(rows, a)
         self.device.add_to_counter(self.row0, rows)
@@ -298,8 +350,9 @@ class _Chunks:
         first = p.mixer[0]
         arguments: dict[str, Any] = {
             "row0_ptr": self.row0, "n_rows": rows, "out_ptr": self.joined, "stride_out": self.joined.stride(0),
-            "next_ptr": self._or_one(first.inverse), "COMPUTE": getattr(tl, COMPUTE[p.precision]),
-            "BM": tile.m, "BK": tile.k, "BH": tile.hidden, "BN": tile.n, **self._product(),
+            "next_ptr": self._or_one(first.inverse), "shift_ptr": self._or_one(first.shift),
+            "COMPUTE": getattr(tl, COMPUTE[p.precision]), "EXACT": p.exact, "BM": tile.m,
+            "BK": tile.k, "BH": tile.hidden, "BN": tile.n, **self._product(),
         }  # fmt: skip
         for name, layers, x in (("old", p.old, self.old), ("side", p.side, self.side)):
             one, two = layers
@@ -307,7 +360,7 @@ class _Chunks:
             arguments |= {
                 f"{name}_ptr": x.values, f"{name}_scale_ptr": self._or_one(x.scale), f"stride_{name}": x.row_stride,
                 f"{name}_w1": one.weight, f"{name}_b1": one.bias, f"{name}_w2": two.weight, f"{name}_b2": two.bias,
-                f"{big}_D": one.d_in, f"{big}_PITCH1": one.weight.shape[1], f"{big}_H": one.d_out,
+                f"{big}_D": one.d_in, f"{big}_PART": one.part or one.weight.shape[1], f"{big}_H": one.d_out,
                 f"{big}_PITCH2": two.weight.shape[1], f"{big}_N": two.d_out, f"{big}_SCALE": scale_mode(x),
                 f"{big}_RELU1": one.relu, f"{big}_RELU2": two.relu,
             }  # fmt: skip
@@ -318,42 +371,48 @@ class _Chunks:
 
         layers, scratch = getattr(self.p, name), self.outer[name]
         tile = Tile(32, 128, 0, 4, 1)
-        self._launch("ingest", (-(-rows // tile.m), -(-x.d // tile.n)), tile, {
+        part = layers[0].part
+        self._launch("ingest", (-(-rows // tile.m), -(-(part or x.d) // tile.n)), tile, {
             "row0_ptr": self.row0, "n_rows": rows, "x_ptr": x.values, "scale_ptr": self._or_one(x.scale),
-            "stride_x": x.row_stride, "next_ptr": self.p.one, "out_ptr": scratch[0],
-            "stride_out": scratch[0].stride(0), "D": x.d, "SCALE": scale_mode(x), "BM": tile.m, "BN": tile.n,
+            "stride_x": x.row_stride, "out_ptr": scratch[0], "stride_out": scratch[0].stride(0), "PART": part,
+            "D": x.d, "SCALE": scale_mode(x), "EXACT": part > 0, "BM": tile.m, "BN": tile.n,
             "UPCAST": self.device.interpreted,
         })  # fmt: skip
         compute = "fp32" if self.p.precision == "fp32" else "bf16"
         for layer, a, b in zip(layers, scratch, [*scratch[1:], to], strict=True):
-            inverse = self.p.mixer[0].inverse if b is to else None
-            if inverse is not None and name == "side":
-                inverse = inverse[self.p.old[-1].d_out :]
-            self._linear(rows, a, layer, b, inverse, compute)
+            first = self.p.mixer[0]
+            following = (first.inverse, first.shift) if b is to else (None, None)
+            if name == "side":
+                following = tuple(x if x is None else x[self.p.old[-1].d_out :] for x in following)
+            self._linear(rows, a, layer, b, following, compute)
 
     def _operands(self, rows: int, a: Any, layer: PackedLayer, tile: Any) -> tuple[dict[str, Any], bool]:
         """(arguments, TMA): both operands, behind descriptors where the tile asks for them."""
         arguments: dict[str, Any] = {
             "n_rows": rows, "stride_a": a.stride(0), "stride_w": layer.weight.stride(0),
-            "scale_ptr": self._or_one(layer.scale), "bias_ptr": layer.bias, "N": layer.d_out, "K": layer.d_in,
+            "scale_ptr": self._or_one(layer.scale), "bias_ptr": layer.bias, "N": layer.d_out, "K": layer.depth,
             "RELU": layer.relu, "SCALED": layer.scale is not None, "BM": tile.m, "BN": tile.n, "BK": tile.k,
             "INT8": str(layer.weight.dtype) == "torch.int8", "TMA": tile.tma, **self._product(),
         }  # fmt: skip
         if tile.tma:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
-            arguments["a_ptr"] = TensorDescriptor(a, [rows, layer.d_in], [a.stride(0), 1], [tile.m, tile.k])
+            arguments["a_ptr"] = TensorDescriptor(a, [rows, layer.depth], [a.stride(0), 1], [tile.m, tile.k])
             arguments["w_ptr"] = TensorDescriptor(
-                layer.weight, [layer.d_out, layer.d_in], [layer.weight.stride(0), 1], [tile.n, tile.k]
+                layer.weight, [layer.d_out, layer.depth], [layer.weight.stride(0), 1], [tile.n, tile.k]
             )
         else:
             arguments |= {"a_ptr": a, "w_ptr": layer.weight}
         return arguments, tile.tma
 
-    def _linear(self, rows: int, a: Any, layer: PackedLayer, to: Any, inverse: Any, precision: str) -> None:
+    def _linear(
+        self, rows: int, a: Any, layer: PackedLayer, to: Any, following: tuple[Any, ...], precision: str
+    ) -> None:
+        """following: the next layer's inverse and shift, or nothing."""
         tile = self._tile("linear", precision, layer.d_out)
         arguments, _ = self._operands(rows, a, layer, tile)
-        arguments |= {"next_ptr": self._or_one(inverse), "out_ptr": to, "stride_out": to.stride(0), "GROUP": 8}
+        inverse, shift = map(self._or_one, following)
+        arguments |= {"next_ptr": inverse, "shift_ptr": shift, "out_ptr": to, "stride_out": to.stride(0), "GROUP": 8}
         count = -(-rows // tile.m) * -(-layer.d_out // tile.n)
         self._launch("linear", (min(count, self.device.processors),), tile, arguments)
 

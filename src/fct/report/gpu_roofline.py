@@ -185,10 +185,9 @@ def bound(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: in
 
     branches = 2 * 2 * (d * 2 * d + 2 * d * 2 * d)
     mixer = 2 * (4 * d * inner + inner * inner + inner * d)
-    # the branches are 3 % of the work; where a warp group repeats their first layer, this much is issued twice
-    repeated = 2 * 2 * d * 2 * d if gpu.target == "sm_90" else 0
-    issued = branches + repeated + layer("linear", 4 * d, inner) + layer("linear", inner, inner)
-    issued += layer("final", inner, d)
+    issued = layer("linear", 4 * d, inner) + layer("linear", inner, inner) + layer("final", inner, d)
+    t = facts["branches"]["tile"]  # a turn of its loop: both layers' products for some hidden channels, of all d inputs
+    issued += 2 * issued_per_iteration(facts["branches"]) * -(-2 * d // int(t["hidden"])) / int(t["m"])
     plan = plan_of(gpu, facts, d=d, inner=inner)
     rows = 12.0 * d
     allowed = rows + (branches + mixer) / plan.rows  # two bytes for each weight, which is two operations a row
@@ -236,11 +235,12 @@ def small_bound(gpu: Gpu, facts: dict[str, Any], rows: int, *, d: int = 128, inn
     high = 16 if rows <= 16 else 32 if rows <= 32 else 64
     tile = {"m": high, "n": 16, "k": 64, "warps": 4}
     each = issued_per_iteration({**facts, "tile": tile, "precision": "bf16"})
-    layers = [(d, 2 * d), (2 * d, 2 * d)] * 2 + [(4 * d, inner), (inner, inner), (inner, d)]
-    units = sum(-(-k // 64) * -(-n // 16) for k, n in layers) * -(-rows // high)
-    floor = 2.0 * sum(k * n for k, n in layers)
-    moved = 12.0 * d + floor / rows
-    return _bound(gpu, f"h, {rows} rows (CUDA)", "bf16", rows, floor, units * each / rows, moved, moved, moved, moved)
+    others = [(2 * d, 2 * d)] * 2 + [(4 * d, inner), (inner, inner), (inner, d)]
+    layers, run = ([(depth, 2 * d)] * 2 + others for depth in (d, 3 * d))  # run: rows and first weights in three parts
+    units = sum(-(-k // 64) * -(-n // 16) for k, n in run) * -(-rows // high)
+    floor, stored = (2.0 * sum(k * n for k, n in which) for which in (layers, run))
+    least, moved = 12.0 * d + floor / rows, 12.0 * d + stored / rows
+    return _bound(gpu, f"h, {rows} rows (CUDA)", "bf16", rows, floor, units * each / rows, least, least, moved, moved)
 
 
 def _cuda_facts(folder: Path, target: str) -> dict[str, dict[str, Any]]:

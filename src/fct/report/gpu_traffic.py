@@ -161,9 +161,13 @@ def _branches(plan: Plan, chunk: int) -> Launch:
         tile, side = number % row_tiles, number // row_tiles
         name = ("old", "side")[side]
         x = block(f"{name} rows {chunk}", tile * t["m"], t["m"], 0, plan.d, of_rows=n, of_bytes=plan.d)
-        columns = plan.d // 4 * size  # bytes of a weight row of the first layer; the gallery is float32
+        part = plan.d // 4 * size  # bytes of one of a first weight row's three parts; the gallery is float32
         for h in range(0, channels, t["hidden"]):
-            w1 = block(f"{name}.0", h, t["hidden"], 0, columns, of_rows=channels, of_bytes=columns)
+            w1 = [
+                unit
+                for at in (0, 2 * part)  # high and low; the second copy of high is there for other layer plans
+                for unit in block(f"{name}.0", h, t["hidden"], at, part, of_rows=channels, of_bytes=3 * part)
+            ]
             w2 = block(f"{name}.1", 0, plan.half // size, h * size, t["hidden"] * size,
                        of_rows=plan.half // size, of_bytes=plan.hidden)  # fmt: skip
             again = x if h == 0 or t["k"] * 4 < plan.d else []

@@ -1,0 +1,184 @@
+"""On a GPU too, the layers that read the rows cost no retrieval: they multiply high and low parts, and prove it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cuda_support as support
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+from fake_device import FakeDevice, plain
+from fct.kernels import transform as kernels
+
+import fct
+from fct import ref
+from fct.ops import selfproof
+from fct.ops import triton as backend
+from fct.ops.cuda import CudaTransform
+from fct.ops.quantise import exact_first
+from fct.training.config import FitConfig
+from fct.training.precision import calibrate
+from fct.transformation import Layer, Transformation
+
+PRECISIONS = ("fp16", "bf16", "int8", "fp8")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice]:
+    device = FakeDevice(seed=7)
+    device.install(monkeypatch, tmp_path)
+    monkeypatch.setattr(selfproof, "ROWS", (3, 17))
+    with device.torch():
+        yield device
+
+
+@triton.jit
+def forgetful_split(x, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    high = kernels._cast(x, tl.bfloat16, UPCAST)
+    return high, (x * 0).to(tl.bfloat16)
+
+
+def calibrated(h: Transformation, rng: Any) -> Transformation:
+    return calibrate(h, *(rng.standard_normal((512, d), dtype=np.float32) for d in (h.d_old, h.d_side)))
+
+
+def three_deep(h: Transformation, rng: Any) -> Transformation:
+    """A plan that ``branches`` does not cover: the first layers are ``ingest`` and a ``linear`` of three parts."""
+    d = h.old[-1].d_out
+    more = Layer(rng.standard_normal((d, d), dtype=np.float32) / np.sqrt(d), np.zeros(d, np.float32))
+    return h.with_(old=(*h.old, more))
+
+
+class ForgetsWeights(backend.TritonTransform):
+    """Kernels that round the first layers' weights."""
+
+    def pack(self, h: Transformation, precision: str, device: str) -> Any:
+        packed = super().pack(h, precision, device)
+        for branch in (packed.old, packed.side):
+            plain(branch[0].weight)[:, 2 * branch[0].part :] = 0
+        return packed
+
+
+@pytest.mark.parametrize(
+    ("precision", "plan"),
+    [(p, plan) for p in PRECISIONS for plan in ("fused", "by layers")] + [("bf16", "130 wide")],
+)
+def test_triton_proves_it(fake: FakeDevice, rng: Any, monkeypatch: Any, precision: str, plan: str) -> None:
+    # 130: more than one tile's depth
+    h = Transformation.random(24, *((130, 60) if plan == "130 wide" else (17, 40)), inner=72, seed=1)
+    h = calibrated(three_deep(h, rng) if plan == "by layers" else h, rng)
+    monkeypatch.setattr("fct.ops.quantise.EXACT_SHARE", 0.5)
+    assert selfproof._run(backend.TritonTransform(), h, precision, "cuda:0") == ""
+    assert ("ingest" in fake.launches) == (plan == "by layers")
+    fake.check_guards()
+    refused = "rows .*are off" if precision == "fp16" else "far away are off"  # fp16 sees it near by too
+    assert re.search(refused, selfproof._run(ForgetsWeights(), h, precision, "cuda:0"))
+    monkeypatch.setattr(kernels, "_split", forgetful_split)
+    assert re.search(refused, selfproof._run(backend.TritonTransform(), h, precision, "cuda:0"))
+
+
+@support.needs_cxx
+def test_cuda_proves_it(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(CudaTransform, "large_why_not", lambda _: "no cuBLASLt")
+    h = Transformation.random(24, 40, 30, inner=160, normalise=True, seed=1)
+    assert exact_first(h)
+    assert selfproof._run(CudaTransform(support.EmulatedRuntime()), h, "bf16", "cuda:0") == ""
+
+    class Forgets(CudaTransform):
+        part = 1  # what the rows' low parts are multiplied by
+
+        def pack(self, h: Transformation, precision: str, device: str) -> Any:
+            packed = super().pack(h, precision, device)
+            for branch in ("old", "side"):
+                weight = plain(packed.chains[branch][0].weight)
+                weight.view(len(weight), 3, -1)[:, self.part] = 0
+            return packed
+
+    for part in (1, 2):
+        Forgets.part = part
+        assert "far away are off" in selfproof._run(Forgets(support.EmulatedRuntime()), h, "bf16", "cuda:0")
+
+
+def test_a_large_first_layer_is_rounded(fake: FakeDevice, rng: Any) -> None:
+    """Above 8 % of the work, as on the CPU, and the bound of what rounding may cost knows."""
+    h = calibrated(Transformation.random(40, 40, 8, inner=8), rng)
+    assert not exact_first(h)
+    assert not backend.TritonTransform().pack(h, "bf16", "cuda:0").exact
+    assert not CudaTransform(support.EmulatedRuntime()).pack(h, "bf16", "cuda:0").split
+    for precision in PRECISIONS:
+        assert selfproof._run(backend.TritonTransform(), h, precision, "cuda:0") == ""
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_integers_are_exact(fake: FakeDevice, rng: Any, precision: str) -> None:
+    """Whole numbers that only two parts hold: the old rows' are 4096 + r, the side weights' 257; what is left is r."""
+
+    def layer(a: int, b: int, relu: bool = True) -> Layer:
+        return Layer(rng.integers(-1, 2, (b, a)), rng.integers(-2, 3, b), relu)
+
+    first, second = np.zeros((8, 6)), np.zeros((8, 6))
+    for channel in range(8):
+        first[channel, rng.permutation(6)[:2]] = 1, -1
+        second[channel, [channel % 3, 3 + channel % 3]] = 257, -256
+    h = Transformation.random(6, 6, 6, inner=64)
+    h = h.with_(old=(Layer(first, np.zeros(8)), layer(8, 24)), side=(Layer(second, np.zeros(8)), layer(8, 24)),
+                mixer=(layer(48, 40), Layer(np.eye(5, 40), np.zeros(5)), layer(5, 6, False)))  # fmt: skip
+    assert exact_first(h)
+    r = rng.integers(0, 3, (65, 3))
+    side = np.concatenate([r, r], axis=1).astype(np.float32)
+    old = 4096 + rng.integers(-1, 2, (65, 6)).astype(np.float32)
+    want = ref.transform(old, side, h)
+    assert len(np.unique(want)) > 9
+    weights, out = backend.TritonTransform().pack(h, precision, "cuda:0"), fake.out(65, 6)
+    backend.run_chunks(weights, fake.rows(old), fake.rows(side), out)
+    np.testing.assert_array_equal(fake.download(out.values), want)
+
+
+def test_as_much_of_the_retrieval_as_the_cpu_keeps(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:
+    """Embeddings in a narrow cone, those of one class close together, and h that spreads them: what "auto" relies on.
+
+    Of each query's ten nearest in fp32, the GPU kernels keep 99 % of what the CPU's of the same precision keep, whose
+    effect is measured at fit time; kernels that round the rows do not.
+    """
+    n, held, dims = 1500, 300, (24, 16, 24)
+    labels = rng.integers(0, 8, n)
+    within = rng.standard_normal((n, 6), dtype=np.float32)
+
+    def space(d: int, spread: float, cone: float) -> Any:
+        maps, centres = rng.standard_normal((6, d)) / np.sqrt(6), rng.standard_normal((8, d))
+        return (cone * rng.standard_normal(d) + centres[labels] + spread * np.tanh(within @ maps)).astype(np.float32)
+
+    old, side, new = (space(d, s, c) for d, s, c in zip(dims, (0.05, 0.05, 1), (3, 3, 0), strict=True))
+    fit = slice(0, n - held)
+    config = FitConfig(inner=128, epochs=12, batch_size=128, lr=8e-3, warmup_epochs=1.0, standardise=True)
+    h = fct.fit_transformation(old[fit], side[fit], new[fit], config=config, progress=False)
+    assert exact_first(h)
+    old, side, queries = (x[n - held :].copy() for x in (old, side, new))
+
+    def nearest(rows: Any) -> Any:
+        return fct.topk(queries, rows, 10, metric=h.new_space.metric).indices
+
+    def on_gpu(precision: str) -> Any:
+        weights, out = backend.TritonTransform().pack(h, precision, "cuda:0"), fake.out(held, h.d_new)
+        backend.run_chunks(weights, fake.rows(old), fake.rows(side), out)
+        return nearest(fake.download(out.values))
+
+    whole = nearest(fct.transform_batch(old, side, h, precision="fp32", backend="cpu"))
+
+    def kept(found: Any) -> float:
+        return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(whole, found, strict=True)]))
+
+    for precision in ("bf16", "int8"):
+        on_cpu = kept(nearest(fct.transform_batch(old, side, h, precision=precision, backend="cpu")))
+        assert on_cpu > 0.9
+        exact = kept(on_gpu(precision))
+        with monkeypatch.context() as rounding:
+            rounding.setattr(backend, "exact_first", lambda h: False)
+            rounded = kept(on_gpu(precision))
+        assert exact >= 0.99 * on_cpu
+        assert rounded < 0.99 * on_cpu
