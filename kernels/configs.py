@@ -62,10 +62,11 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
             choices = [Tile(64, n, 128, 4, 2, hidden=32), Tile(64, n, 64, 8, 2, hidden=32)]
         elif target == "sm_100":
             choices = [Tile(rows, n, 128, 8, 2, hidden=32), Tile(64, n, 128, 8, 2, hidden=32)]
+        elif target == "gfx942":
+            choices = [Tile(64, n, 32, 8, 2, hidden=32), Tile(32, n, 64, 8, 2, hidden=32)]
         else:
             choices = [Tile(64, n, 128, 8, 2, hidden=64), Tile(64, n, 128, 8, 2, hidden=32),
                        Tile(64, n, 64, 8, 2, hidden=32), Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
-            choices = choices[2:] if target == "gfx942" else choices
     elif kernel == "linear":
         if precision == "fp32":
             choices = [Tile(128, 128, 32, 8, 3)] if big else [Tile(64, 64, 32, 4, 2)]  # three products: many registers

@@ -71,7 +71,8 @@ inline void bind(py::module_& m) {
     m.def("cuda_device", [](int device) {
         const DeviceProperties p = device_properties(device);
         return py::dict(py::arg("name") = p.name, py::arg("capability") = py::make_tuple(p.major, p.minor),
-                        py::arg("multiprocessors") = p.multiprocessors, py::arg("shared_memory") = p.shared_memory);
+                        py::arg("multiprocessors") = p.multiprocessors, py::arg("shared_memory") = p.shared_memory,
+                        py::arg("l2_bytes") = p.l2_bytes);
     });
     m.def("cuda_shadow_row_bytes", &shadow_row_bytes);
     m.def("cuda_layer_row_elements", &layer_row_elements);

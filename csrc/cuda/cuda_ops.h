@@ -27,6 +27,7 @@ struct DeviceProperties {
     std::string name;
     int major, minor, multiprocessors;
     size_t shared_memory;  // per block, on request
+    size_t l2_bytes;
 };
 std::string why_not_here();  // "" when a device is there, else one sentence
 DeviceProperties device_properties(int device);

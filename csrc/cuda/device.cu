@@ -35,7 +35,8 @@ DeviceProperties device_properties(int device) {
     refuse_after_fork();
     cudaDeviceProp p;
     gpu::check(cudaGetDeviceProperties(&p, device), "reading the properties of device " + std::to_string(device));
-    return {p.name, p.major, p.minor, p.multiProcessorCount, p.sharedMemPerBlockOptin};
+    return {
+        p.name, p.major, p.minor, p.multiProcessorCount, p.sharedMemPerBlockOptin, static_cast<size_t>(p.l2CacheSize)};
 }
 
 void refuse_after_fork() {

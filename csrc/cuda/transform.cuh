@@ -51,9 +51,9 @@ struct SmallArgs {
     unsigned* barrier;  // two words: arrived, generation; zero before the first launch, left at zero arrivals
 };
 
-// One warp: rows[row] -> bf16, zero up to pitch; split: three parts of a third of pitch each.
-GPU_INLINE void convert_row(const Rows& rows, int64_t row, bf16* dst, int64_t pitch, bool split) {
-    const int64_t part = split ? pitch / 3 : pitch;
+// One warp: rows[row] -> bf16, zero up to the next 64; split: three such parts.
+GPU_INLINE void convert_row(const Rows& rows, int64_t row, bf16* dst, bool split) {
+    const int64_t part = (rows.d + kLayerChunk - 1) / kLayerChunk * kLayerChunk;
     for (int64_t j = threadIdx.x % 32; j < part; j += 32) {
         const float x = j < rows.d ? load_element(rows, row, j) : 0.0f;
         const bf16 high = float_to_bf16(x);
@@ -195,10 +195,9 @@ __global__ void __launch_bounds__(kLayerThreads, 2) transform_small(const SmallA
     const int warp = blockIdx.x * (kLayerThreads / 32) + threadIdx.x / 32, warps = gridDim.x * (kLayerThreads / 32);
     for (int i = warp; i < 2 * rows; i += warps) {
         if (i < rows)
-            convert_row(args.old_rows, i, args.old_bf16 + i * args.old_pitch, args.old_pitch, args.split);
+            convert_row(args.old_rows, i, args.old_bf16 + i * args.old_pitch, args.split);
         else
-            convert_row(args.side_rows, i - rows, args.side_bf16 + (i - rows) * args.side_pitch, args.side_pitch,
-                        args.split);
+            convert_row(args.side_rows, i - rows, args.side_bf16 + (i - rows) * args.side_pitch, args.split);
     }
     grid_barrier(args.barrier);
     const int row_blocks = (rows + Shape::kRows - 1) / Shape::kRows;
@@ -224,7 +223,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2) transform_small(const SmallA
 __global__ void __launch_bounds__(256)
     convert_rows(const Rows rows, bf16* __restrict__ dst, int64_t pitch, bool split) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (row < rows.n) convert_row(rows, row, dst + row * pitch, pitch, split);
+    if (row < rows.n) convert_row(rows, row, dst + row * pitch, split);
 }
 
 __global__ void __launch_bounds__(256) finish_rows(const float* __restrict__ src, const Rows out, bool normalise) {

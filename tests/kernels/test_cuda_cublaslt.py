@@ -7,9 +7,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, ClassVar
 
 import cuda_support as support
 import pytest
+
+import fct
+from fct.ops.device import chunk_rows
 
 pytestmark = support.needs_cxx
 
@@ -19,24 +23,48 @@ import cuda_support as support, numpy as np, torch, fct
 import fct.ops.cuda as cuda
 from fct import ref
 from fct.arrays import Rows
-from fct.ops.torch import TorchTransform
+from fct.ops.rounding import SIGMAS, deviation
+from fct.ops.selfproof import far_off
 cuda._blaslt_paths = lambda: [sys.argv[2]]
+
+class Counted:  # how many rows each product takes
+    def __init__(self, lib):
+        self.lib, self.rows = lib, []
+    def __getattr__(self, name):
+        return getattr(self.lib, name)
+    def cuda_blaslt_layer(self, rows, *how, **layer):
+        self.rows.append(rows)
+        return self.lib.cuda_blaslt_layer(rows, *how, **layer)
+
 runtime = support.EmulatedRuntime()
+runtime.lib = Counted(runtime.lib)
 backend = cuda.CudaTransform(runtime)
 assert backend.large_why_not() == "", backend.large_why_not()
 rng = np.random.default_rng(0)
 rows = lambda x: Rows(torch.from_numpy(x), "float32", None, "cpu", "torch")
-for n, normalise in ((257, False), (4100, True)):
-    h = fct.Transformation.random(5, 4, 6, inner=9, normalise=normalise)
-    old, side = (rng.standard_normal((n, d), dtype=np.float32) for d in (5, 4))
-    out = torch.full((n, 6), float("nan"))
-    backend.run(backend.pack(h, "bf16", "cpu"), rows(old), rows(side), rows(out.numpy()), threads=1)
-    plain = torch.empty(n, 6)
-    TorchTransform().run(TorchTransform().pack(h, "bf16", "cpu"), rows(old), rows(side), rows(plain.numpy()), threads=1)
-    want = ref.transform(old, side, h)
-    error, allowed = np.abs(out.numpy() - want), np.abs(plain.numpy() - want)
-    assert error.mean() <= 1.2 * allowed.mean(), (n, error.mean(), allowed.mean())
-    assert error.max() <= 2 * allowed.max(), (n, error.max(), allowed.max())
+chunks = set()
+# small first layers (read without rounding the rows), large ones
+for inner, n, normalise in ((40, 4100, True), (40, 257, False), (9, 257, False)):
+    h = fct.Transformation.random(6, 4, 6, inner=inner, normalise=normalise)
+    spread = [rng.standard_normal((n, d), dtype=np.float32) for d in (6, 4)]
+    for far in (False, True) if inner == 40 else (False,):
+        moved, old, side = far_off(h, *spread) if far else (h, *spread)
+        packed = backend.pack(moved, "bf16", "cpu")
+        assert packed.split == (inner == 40)
+        chunks.add(packed.chunk)
+        for forgotten in (0, 1, 2) if far else (0,):  # rows' low parts, weights' low parts
+            for branch in ("old", "side") if forgotten else ():
+                weight = backend.pack(moved, "bf16", "cpu").chains[branch][0].weight
+                weight.view(len(weight), 3, -1)[:, forgotten] = 0
+                packed.chains[branch][0].weight.copy_(weight)
+            runtime.lib.rows.clear()
+            out = torch.full((n, 6), float("nan"))
+            backend.run(packed, rows(old), rows(side), rows(out.numpy()), threads=1)
+            assert sum(runtime.lib.rows) == n * 7, runtime.lib.rows
+            assert max(runtime.lib.rows) == min(n, packed.chunk), runtime.lib.rows
+            off = deviation(out.numpy(), ref.transform(old, side, moved), old, side, moved, "bf16", "cuda")
+            assert off > SIGMAS if forgotten else off < 6, (n, far, forgotten, off)
+assert min(chunks) < 4100, chunks
 print("right")
 """
 
@@ -61,6 +89,38 @@ def test_large_batches_through_a_stand_in() -> None:
     command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "right", done.stderr
+
+
+def test_chunk_follows_the_device() -> None:
+    """Operands of every layer inside 60 % of L2, tiles of the widest in whole waves, the same rows as Triton's."""
+    from fct.ops.cuda import CudaTransform
+    from fct.ops.triton import PackedLayer, PackedTransform
+
+    class Runtime(support.EmulatedRuntime):
+        place: ClassVar[dict[str, int]] = {}
+
+        def properties(self, index: int) -> dict[str, Any]:
+            return {**super().properties(index), **self.place}
+
+    runtime = Runtime()
+    h = fct.Transformation.random(128, 128, 128, inner=2048)
+
+    def chunk(**place: int) -> int:
+        Runtime.place = place
+        return CudaTransform(runtime).pack(h, "bf16", "cpu").chunk
+
+    weights = 2 * 2048 * 2048
+    assert "l2_bytes" in support.EmulatedRuntime().properties(0)
+    for l2, processors, want in ((40 << 20, 108, 1664), (50 << 20, 132, 2048)):
+        rows = chunk(l2_bytes=l2, multiprocessors=processors)
+        assert rows == want  # docs/gpu.md
+        assert rows * 2 * 2 * 2048 + weights <= 0.6 * l2
+        tiles = rows // 128 * 8
+        assert tiles / (-(-tiles // processors) * processors) > 0.95
+        layer = [PackedLayer(None, None, None, None, None, x.d_in, x.d_out, x.relu) for x in h.mixer]
+        footprints = PackedTransform((), (), tuple(layer), "bf16", False, None, None).footprints  # type: ignore[arg-type]
+        assert rows == chunk_rows(footprints, 2048, l2_bytes=l2, processors=processors)
+    assert chunk(l2_bytes=4 << 20, multiprocessors=10) == 512  # more than the small kernel takes
 
 
 def _header(name: str) -> str:

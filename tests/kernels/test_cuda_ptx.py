@@ -83,6 +83,8 @@ def test_a_wrong_wrapper_is_found(bug: str) -> None:
     text = support.ptx("transform", "80", {"gpu_api.h": [WRAPPER_BUGS[bug]]})
     try:
         got, want = transform([text], 2)
+    except NotImplementedError:  # an instruction that the interpreter does not know finds no bug
+        raise
     except RuntimeError:
         return
     assert not np.abs(got - want).max() < 0.02 * np.abs(want).max()

@@ -222,14 +222,14 @@ def test_a_compiler_error_names_kernel_shape_and_device(monkeypatch: pytest.Monk
 
 
 def test_chunk_keeps_activations_in_l2_and_waves_full() -> None:
-    h100 = FakeDevice(processors=132, l2_bytes=50 << 20)
+    h100 = {"processors": 132, "l2_bytes": 50 << 20}
     middle = (4096, 4096, 2048 * 4096)
-    rows = backend.chunk_rows([(1024, 4096, 1024 * 2048), middle, (4096, 512, 4096 * 128)], 2048, h100)
-    assert rows * 8192 + middle[2] <= 0.6 * h100.l2_bytes
+    rows = device_module.chunk_rows([(1024, 4096, 1024 * 2048), middle, (4096, 512, 4096 * 128)], 2048, **h100)
+    assert rows * 8192 + middle[2] <= 0.6 * h100["l2_bytes"]
     tiles = rows // 128 * 8
     assert tiles / (-(-tiles // 132) * 132) > 0.9
     # weights larger than L2 are streamed; the rows' operands still stay
-    assert 128 <= backend.chunk_rows([(8192, 8192, 1 << 30)], 4096, h100) <= 0.3 * h100.l2_bytes / 16384
+    assert 128 <= device_module.chunk_rows([(8192, 8192, 1 << 30)], 4096, **h100) <= 0.3 * h100["l2_bytes"] / 16384
 
 
 def test_chunk_follows_the_tile_and_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

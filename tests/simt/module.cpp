@@ -12,7 +12,7 @@ DeviceProperties device_properties(int device) {
     if (device != 0)
         throw std::runtime_error("reading the properties of device " + std::to_string(device) +
                                  ": cudaErrorInvalidDevice: invalid device ordinal");
-    return {"emulator", 8, 0, 2, 99 * 1024};
+    return {"emulator", 8, 0, 2, 99 * 1024, 1 << 20};
 }
 void refuse_after_fork() {}
 

@@ -20,13 +20,13 @@ from typing import Any
 from fct import _C
 from fct.arrays import Rows
 from fct.ops.base import GpuShadow, drop_own_rows
+from fct.ops.device import chunk_rows
 from fct.ops.quantise import exact_first
 from fct.transformation import BRANCHES, Layer, Transformation
 
 __all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
 
 SMALL_ROWS = 256  # csrc/cuda/transform.cuh: kMaxSmallRows
-_CHUNK = 4096  # rows of a large batch whose activations stay in L2
 _WORKSPACE = 32 << 20
 _QUERIES = 4096  # of one search call
 _PART = 1 << 30  # gallery rows of one search call; the kernels' row numbers have 32 bits
@@ -55,7 +55,7 @@ class CudaRuntime:
         return int(stream.device_index), int(stream.cuda_stream)
 
     def properties(self, index: int) -> dict[str, Any]:
-        """name, capability, multiprocessors, shared_memory (bytes a block may have)."""
+        """name, capability, multiprocessors, shared_memory (bytes a block may have), l2_bytes."""
         return _properties(self.lib, index)
 
     def check_device(self, device: str) -> list[str]:
@@ -97,6 +97,7 @@ class _Packed:
     chains: dict[str, list[_PackedLayer]]
     normalise: bool
     split: bool  # rows and first weights as high and low parts, see csrc/cuda/transform.cuh
+    chunk: int  # rows of a large batch whose activations stay in L2
     device: str
     scratch: dict[tuple[int, int], dict[str, Any]]  # by (stream, rows): two streams never share activations
 
@@ -142,15 +143,26 @@ class CudaTransform:
         chains = {
             b: [pack(x, split=split and b != "mixer" and i == 0) for i, x in enumerate(getattr(h, b))] for b in BRANCHES
         }
-        return _Packed(chains, h.normalise, split, device, {})
+        return _Packed(chains, h.normalise, split, self._chunk(chains["mixer"], device), device, {})
+
+    def _chunk(self, mixer: list[_PackedLayer], device: str) -> int:
+        """By the rule of Triton's path. Which tiles cuBLASLt takes it does not say; 128 x 256 is usual for its size."""
+        place = self.runtime.properties(self.runtime.where(device)[0])
+        into = [2 * int(layer.weight.shape[1]) for layer in mixer]
+        out = [*into[1:], 4 * mixer[-1].d_out]
+        rows = chunk_rows(
+            [(a, b, a * layer.d_out) for a, b, layer in zip(into, out, mixer, strict=True)],
+            max(layer.d_out for layer in mixer), l2_bytes=place["l2_bytes"], processors=place["multiprocessors"],
+        )  # fmt: skip
+        return max(rows, 2 * SMALL_ROWS)
 
     def run(self, packed: _Packed, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
         if out.n == 0:
             return
         where = self.runtime.where(packed.device)
         if out.n > SMALL_ROWS and not self.large_why_not():
-            for start in range(0, out.n, _CHUNK):
-                part = slice(start, start + _CHUNK)
+            for start in range(0, out.n, packed.chunk):
+                part = slice(start, start + packed.chunk)
                 self._large(packed, old[part], side[part], out[part], where)
             return
         for start in range(0, out.n, SMALL_ROWS):
@@ -237,7 +249,7 @@ class CudaTransform:
 
     def _large(self, packed: _Packed, old: Rows, side: Rows, out: Rows, where: tuple[int, int]) -> None:
         lib = self.runtime.lib
-        s = self._scratch(packed, _CHUNK, where[1])
+        s = self._scratch(packed, packed.chunk, where[1])
         for rows, to in ((old, s["old"]), (side, s["side"])):
             lib.cuda_convert_rows(_at(rows), to.data_ptr(), to.stride(0), packed.split, *where)
         for layer in self._plan(packed, s, bias_bf16=True):

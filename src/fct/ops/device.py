@@ -12,8 +12,9 @@ from typing import Any
 
 from fct.errors import BackendError
 
-__all__ = ["Device", "DeviceLostError", "device_of", "why_no_cuda", "why_no_gpu"]
+__all__ = ["MIN_CHUNK", "Device", "DeviceLostError", "chunk_rows", "device_of", "why_no_cuda", "why_no_gpu"]
 
+MIN_CHUNK = 128
 _lost: set[str] = set()
 
 
@@ -56,6 +57,29 @@ def why_no_cuda(device: str) -> list[str]:
     if index >= count:
         return [f"expected one of {count} CUDA devices, got {device}"]
     return []
+
+
+def chunk_rows(
+    layers: Sequence[tuple[int, int, int]], widest: int, *, l2_bytes: int, processors: int, tile_rows: int = 128,
+    tile_columns: int = 256,
+) -> int:  # fmt: skip
+    """Rows per chunk: every layer's operands inside 60 % of L2, and the widest layer's tiles in whole waves.
+
+    layers: bytes of a row that goes in, of a row that comes out, and of the weights. Weights that leave less than half
+    of that room are read again for each chunk; the rest of L2 is for rows that stream by. fct.report.gpu_traffic
+    derives what this costs in memory traffic.
+    """
+    room = 0.6 * l2_bytes
+    fits = min(max(room - weights, room / 2) / (into + out) for into, out, weights in layers)
+    most = max(1, int(fits) // tile_rows)
+    columns = -(-widest // tile_columns)
+
+    def filled(units: int) -> float:
+        tiles = units * columns
+        return tiles / (-(-tiles // processors) * processors)
+
+    best = max(range(max(1, most // 2), most + 1), key=lambda units: (round(filled(units), 3), units))
+    return max(MIN_CHUNK, best * tile_rows)
 
 
 @functools.cache

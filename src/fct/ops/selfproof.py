@@ -126,7 +126,7 @@ def far_off(h: Transformation, old: Any, side: Any) -> tuple[Transformation, Any
             first = Layer(weight, first.bias, first.relu)
         chains.append((first, *layers[1:]))
         moved.append(np.asarray(x, np.float32))
-    return h.with_(old=chains[0], side=chains[1]), *moved
+    return h.with_(old=chains[0], side=chains[1]), moved[0], moved[1]
 
 
 def prove(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:

@@ -12,7 +12,7 @@ effect on retrieval the artifact holds; what is 0 to 255 there is stored as -128
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +20,17 @@ import numpy as np
 
 from fct.arrays import Rows
 from fct.errors import BackendError
-from fct.ops.device import Device, device_of, why_no_gpu
+from fct.ops.device import MIN_CHUNK, Device, chunk_rows, device_of, why_no_gpu
 from fct.ops.quantise import exact_first, int8_plan
 from fct.transformation import Layer, Transformation
 
-__all__ = ["MIN_CHUNK", "PackedTransform", "TritonTransform", "chunk_rows", "scale_mode"]
+__all__ = ["PackedTransform", "TritonTransform", "scale_mode"]
 
 COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "bfloat16", "fp8": "bfloat16"}
 MIXER = {**COMPUTE, "int8": "int8", "fp8": "float8_e4m3fn"}
 _QUANTISED = ("int8", "fp8")
 FP8_LARGEST = 448.0
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
-MIN_CHUNK = 128
 _WIDEST_ROW = 256  # columns of one tile: what branches and a normalising final can hold
 _GRAPH_FROM = 4  # chunks from which recording a graph pays for itself
 
@@ -103,33 +102,6 @@ def _pitch(width: int, precision: str, *, mixer: bool) -> int:
     """Bytes of one row of an operand: padded to 128-byte lines."""
     size = _SIZES[(MIXER if mixer else COMPUTE)[precision]]
     return -(-width * size // 128) * 128
-
-
-def chunk_rows(
-    layers: Sequence[tuple[int, int, int]],
-    widest: int,
-    device: Device,
-    *,
-    tile_rows: int = 128,
-    tile_columns: int = 256,
-) -> int:
-    """Rows per chunk: every layer's operands inside 60 % of L2, and the widest layer's tiles in whole waves.
-
-    layers: bytes of a row that goes in, of a row that comes out, and of the weights. Weights that leave less than half
-    of that room are read again for each chunk; the rest of L2 is for rows that stream by. fct.report.gpu_traffic
-    derives what this costs in memory traffic.
-    """
-    room = 0.6 * device.l2_bytes
-    fits = min(max(room - weights, room / 2) / (into + out) for into, out, weights in layers)
-    most = max(1, int(fits) // tile_rows)
-    columns = -(-widest // tile_columns)
-
-    def filled(units: int) -> float:
-        tiles = units * columns
-        return tiles / (-(-tiles // device.processors) * device.processors)
-
-    best = max(range(max(1, most // 2), most + 1), key=lambda units: (round(filled(units), 3), units))
-    return max(MIN_CHUNK, best * tile_rows)
 
 
 class TritonTransform:
@@ -264,7 +236,10 @@ def _chunk_of(packed: PackedTransform) -> int:
 
     widest = max(x.d_out for x in packed.mixer)
     tile = tiles("linear", packed.precision, packed.device.target, width=widest)[0]
-    return chunk_rows(packed.footprints, widest, packed.device, tile_rows=max(tile.m, 128), tile_columns=tile.n)
+    return chunk_rows(
+        packed.footprints, widest, l2_bytes=packed.device.l2_bytes, processors=packed.device.processors,
+        tile_rows=max(tile.m, 128), tile_columns=tile.n,
+    )  # fmt: skip
 
 
 class _Chunks:
@@ -381,7 +356,7 @@ class _Chunks:
         compute = "fp32" if self.p.precision == "fp32" else "bf16"
         for layer, a, b in zip(layers, scratch, [*scratch[1:], to], strict=True):
             first = self.p.mixer[0]
-            following = (first.inverse, first.shift) if b is to else (None, None)
+            following: tuple[Any, ...] = (first.inverse, first.shift) if b is to else (None, None)
             if name == "side":
                 following = tuple(x if x is None else x[self.p.old[-1].d_out :] for x in following)
             self._linear(rows, a, layer, b, following, compute)

@@ -142,15 +142,15 @@ def plan_of(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: 
     facts: "branches", "linear", "final" -> what the compiler made of them.
     """
     from fct.kernels.machine_code import blocks_per_processor
-    from fct.ops.triton import chunk_rows
+    from fct.ops.device import chunk_rows
 
     tiles = {name: f["tile"] for name, f in facts.items()}
     resident = {
         name: gpu.processors * blocks_per_processor(f["registers"], 32 * tiles[name]["warps"], f["shared"], gpu.target)
         for name, f in facts.items()
     }
-    place: Any = gpu
-    rows = chunk_rows(_layers(d, inner), inner, place, tile_columns=tiles["linear"]["n"])
+    rows = chunk_rows(_layers(d, inner), inner, l2_bytes=gpu.l2_bytes, processors=gpu.processors,
+                      tile_columns=tiles["linear"]["n"])  # fmt: skip
     return gpu_traffic.Plan(rows, 4 * d, 4 * d, 4 * d, inner, d, 2, tiles, resident, gpu.processors)
 
 
