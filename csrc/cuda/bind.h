@@ -85,8 +85,11 @@ inline void bind(py::module_& m) {
         const SearchSize size = search_size(search_from(kwargs));
         return py::dict(py::arg("scratch") = size.scratch, py::arg("failed_at") = size.failed_at,
                         py::arg("splits") = size.splits, py::arg("candidates") = size.candidates,
-                        py::arg("rescored") = size.rescored);
+                        py::arg("rescored") = size.rescored, py::arg("tile_rows") = size.tile_rows,
+                        py::arg("blocks_per_multiprocessor") = size.blocks_per_multiprocessor);
     });
+    m.def("cuda_search_queries", &search_queries, py::kw_only(), py::arg("d"), py::arg("kind"), py::arg("k"),
+          py::arg("multiprocessors"), py::arg("shared_memory"));
     m.def("cuda_search", [](int device, uintptr_t stream, const py::kwargs& kwargs) {
         const Search s = search_from(kwargs);
         Gil release;

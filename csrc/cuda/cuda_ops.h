@@ -51,9 +51,11 @@ struct Search {
 };
 struct SearchSize {
     size_t scratch, failed_at;  // bytes; where the number of queries that took the exact way lies (uint32)
-    int splits, candidates, rescored;
+    int splits, candidates, rescored, tile_rows, blocks_per_multiprocessor;
 };
 SearchSize search_size(const Search& search);
+// Queries that one search() should take, so that its scan fills the device.
+int64_t search_queries(int64_t d, int kind, int k, int multiprocessors, size_t shared_memory);
 void search(const Search& search, const Where& where);
 void merge_part_results(uintptr_t distances, uintptr_t indices, int parts, int64_t n_queries, int k, int metric,
                         uintptr_t out_distances, uintptr_t out_indices, const Where& where);

@@ -21,7 +21,17 @@ static SearchShape shape_of(const Search& s) {
 
 SearchSize search_size(const Search& s) {
     const SearchPlan plan = plan_search(shape_of(s));
-    return {plan.total, plan.failed, plan.splits, static_cast<int>(plan.candidates), plan.select};
+    return {plan.total,
+            plan.failed,
+            plan.splits,
+            static_cast<int>(plan.candidates),
+            plan.select,
+            plan.tile_rows,
+            plan.blocks_per_multiprocessor};
+}
+
+int64_t search_queries(int64_t d, int kind, int k, int multiprocessors, size_t shared_memory) {
+    return queries_at_once({1, 1, d, k, kind, multiprocessors, shared_memory});
 }
 
 void search(const Search& s, const Where& where) {

@@ -26,7 +26,6 @@ enum Shadow : int { kShadowBF16 = 0, kShadowI8 = 1 };
 
 constexpr int kChunkBytes = 128;       // of a shadow row, per pipeline stage; shadow rows are padded to it
 constexpr int kChunkPitch = 128 + 16;  // in shared memory: 16 bytes of padding make ldmatrix free of conflicts
-constexpr int kTileRows = 64;          // gallery rows per tile
 constexpr int kScanThreads = 128;
 constexpr int kSortMax = 8192;  // keys that one block sorts in 64 KiB of shared memory
 constexpr int kSortThreads = 256;
@@ -148,10 +147,11 @@ struct ScanArgs {
     float* bounds;          // (n_queries, splits * lists): the worst u kept by a full list, else -inf
 };
 
-// T: the shadow's element. kWarpsM of the four warps lie along the queries, the others along the gallery's rows.
-// kMma: 16-query fragments per warp. kKeep: candidates a thread keeps per query.
-template <Shadow kKind, int kWarpsM, int kMma, int kKeep, int kStages>
+// Of the four warps, WarpsM lie along the queries, the others along the gallery's rows. Mma: 16-query fragments per
+// warp. Keep: candidates a thread keeps per query. TileRows: gallery rows per tile.
+template <int WarpsM, int Mma, int Keep, int Stages, int TileRows>
 struct ScanShape {
+    static constexpr int kWarpsM = WarpsM, kMma = Mma, kKeep = Keep, kStages = Stages, kTileRows = TileRows;
     static constexpr int kQueries = 16 * kWarpsM * kMma;
     static constexpr int kWarpsN = 4 / kWarpsM;
     static constexpr int kTilesN = kTileRows / 8 / kWarpsN;  // 8-column fragments per warp
@@ -204,9 +204,10 @@ struct Accumulator<kShadowI8> {
 
 // Grid: (query blocks, splits). Split s takes the tiles s, s + splits, ...: neighbouring rows, which are often alike,
 // spread over all lists. The bytes of a 16x32 int8 fragment lie as those of a 16x16 bf16 one, so only the mma differs.
-template <Shadow kKind, int kWarpsM, int kMma, int kKeep, int kStages>
+template <Shadow kKind, class Shape>
 __global__ void __launch_bounds__(kScanThreads, 2) scan(const ScanArgs args) {
-    using Shape = ScanShape<kKind, kWarpsM, kMma, kKeep, kStages>;
+    constexpr int kWarpsM = Shape::kWarpsM, kMma = Shape::kMma, kKeep = Shape::kKeep, kStages = Shape::kStages;
+    constexpr int kTileRows = Shape::kTileRows;
     GPU_DYN_SMEM(smem);
     SmemCarver carve(smem);
     const int query_pitch = args.queries_resident ? args.pitch + 16 : kChunkPitch;
@@ -608,23 +609,78 @@ struct SearchShape {
     size_t smem_limit;  // per block, what the device allows on request
 };
 
+// The shapes of the scan that are built: for up to 16 queries; for more; the same in less shared memory; for a large k.
+using ScanFew = ScanShape<1, 1, 4, 6, 64>;
+using ScanWide = ScanShape<4, 2, 8, 3, 64>;
+using ScanNarrow = ScanShape<4, 2, 8, 3, 32>;
+using ScanDeep = ScanShape<4, 1, 16, 3, 64>;
+
 // Which scan runs, over how many splits, and where its scratch lies. One for a launch and its allocation.
 struct SearchPlan {
-    enum Scan { kFew, kWide, kDeep } scan;
-    int splits, lists, keep, queries_per_block;
-    int select;  // candidates that are rescored
+    enum Scan { kFew, kWide, kNarrow, kDeep } scan;
+    int splits, lists, keep, queries_per_block, tile_rows;
+    int blocks_per_multiprocessor;  // of the scan
+    int64_t slots;                  // blocks of the scan that run at once
+    int select;                     // candidates that are rescored
     int exact_splits, exact_slots;
     bool resident;
     int64_t candidates;                                               // per query, out of the scan
     size_t keys_a, keys_b, bounds_a, bounds_b, exact, failed, total;  // offsets into scratch, bytes
 };
 
-using ScanFew = ScanShape<kShadowBF16, 1, 1, 4, 6>;
-using ScanWide = ScanShape<kShadowBF16, 4, 2, 8, 3>;
-using ScanDeep = ScanShape<kShadowBF16, 4, 1, 16, 3>;
+constexpr size_t kReserved = 1024;  // shared memory that a block is charged besides its own
+
+// The launch bounds hold registers to two blocks a multiprocessor; its shared memory is what one block may have, and
+// what that block is charged besides.
+inline bool two_fit(const SearchShape& shape, size_t smem) {
+    return 2 * (smem + kReserved) <= shape.smem_limit + kReserved;
+}
+
+template <class Shape>
+void take_scan(SearchPlan& plan, SearchPlan::Scan scan, const SearchShape& shape) {
+    const int pitch = shadow_pitch(shape.d, shape.kind);
+    plan.scan = scan;
+    plan.lists = Shape::kLists, plan.keep = Shape::kKeep;
+    plan.queries_per_block = Shape::kQueries, plan.tile_rows = Shape::kTileRows;
+    plan.resident = Shape::smem(pitch, true) <= (shape.smem_limit < 99 * 1024 ? shape.smem_limit : 99 * 1024);
+    plan.blocks_per_multiprocessor = two_fit(shape, Shape::smem(pitch, plan.resident)) ? 2 : 1;
+    plan.slots = static_cast<int64_t>(shape.multiprocessors) * plan.blocks_per_multiprocessor;
+}
+
+// Which scan: the first part of a plan, of which only the device, d, k, the kind and whether there are few queries
+// count.
+inline SearchPlan pick_scan(const SearchShape& shape) {
+    SearchPlan plan = {};
+    if (shape.k > 512) {
+        take_scan<ScanDeep>(plan, SearchPlan::kDeep, shape);
+    } else if (shape.n_queries <= 16 && shape.k <= 256) {
+        take_scan<ScanFew>(plan, SearchPlan::kFew, shape);
+    } else {
+        SearchPlan narrow = {};
+        take_scan<ScanWide>(plan, SearchPlan::kWide, shape);
+        take_scan<ScanNarrow>(narrow, SearchPlan::kNarrow, shape);
+        if (narrow.slots > plan.slots) plan = narrow;
+    }
+    return plan;
+}
+
+constexpr int64_t kQueriesAtOnce = 4096;
+
+// Queries of one call, half of kQueriesAtOnce to all: blocks of which a whole number of splits fills the slots best.
+// Then the query blocks of a part of the gallery run together and read it once, and no block trails behind the others.
+inline int64_t queries_at_once(const SearchShape& shape) {
+    SearchShape many = shape;
+    many.n_queries = kQueriesAtOnce;
+    const SearchPlan plan = pick_scan(many);
+    const int64_t most = kQueriesAtOnce / plan.queries_per_block;
+    int64_t best = most;
+    for (int64_t blocks = most; blocks >= most / 2; --blocks)
+        if (plan.slots / blocks * blocks > plan.slots / best * best) best = blocks;
+    return best * plan.queries_per_block;
+}
 
 inline SearchPlan plan_search(const SearchShape& shape) {
-    if (shape.n < 1 || shape.n > 0x7fffffff - kTileRows)
+    if (shape.n < 1 || shape.n > 0x7fffffff - 64)
         throw std::invalid_argument("search: expected 1 to 2^31 - 65 gallery rows in one part, got " +
                                     std::to_string(shape.n));
     if (shape.k < 1 || shape.k > kMaxK)
@@ -632,30 +688,16 @@ inline SearchPlan plan_search(const SearchShape& shape) {
     if (shape.n_queries < 1 || shape.n_queries > 32768)
         throw std::invalid_argument("search: expected 1 to 32768 queries in one call, got " +
                                     std::to_string(shape.n_queries));
-    SearchPlan plan = {};
-    const int pitch = shadow_pitch(shape.d, shape.kind);
-    size_t resident_smem;
-    int per_list;  // of the k best, how many a list may be expected to hold: far below what it keeps
-    if (shape.k > 512) {
-        plan.scan = SearchPlan::kDeep;
-        plan.lists = ScanDeep::kLists, plan.keep = 16, plan.queries_per_block = ScanDeep::kQueries, per_list = 4;
-        resident_smem = ScanDeep::smem(pitch, true);
-    } else if (shape.n_queries <= 16 && shape.k <= 256) {
-        plan.scan = SearchPlan::kFew;
-        plan.lists = ScanFew::kLists, plan.keep = 4, plan.queries_per_block = ScanFew::kQueries, per_list = 1;
-        resident_smem = ScanFew::smem(pitch, true);
-    } else {
-        plan.scan = SearchPlan::kWide;
-        plan.lists = ScanWide::kLists, plan.keep = 8, plan.queries_per_block = ScanWide::kQueries, per_list = 1;
-        resident_smem = ScanWide::smem(pitch, true);
-    }
-    plan.resident = resident_smem <= (shape.smem_limit < 99 * 1024 ? shape.smem_limit : 99 * 1024);
+    SearchPlan plan = pick_scan(shape);
+    // of the k best, a list may be expected to hold so many: far below what it keeps
+    const int per_list = shape.k > 512 ? 4 : 1;
     const int64_t blocks_m = (shape.n_queries + plan.queries_per_block - 1) / plan.queries_per_block;
-    const int64_t tiles = (shape.n + kTileRows - 1) / kTileRows;
-    int64_t splits = (2 * static_cast<int64_t>(shape.multiprocessors) + blocks_m - 1) / blocks_m;
+    const int64_t tiles = (shape.n + plan.tile_rows - 1) / plan.tile_rows;
     const int64_t enough = (shape.k + plan.lists * per_list - 1) / (plan.lists * per_list);
+    // As many as run at once and no more; where k needs more lists, as many again.
+    const int64_t together = plan.slots > blocks_m ? plan.slots / blocks_m : 1;
+    int64_t splits = (enough + together - 1) / together * together;
     if (plan.scan == SearchPlan::kFew && splits < 4 * enough) splits = 4 * enough;
-    if (splits < enough) splits = enough;
     if (splits > tiles) splits = tiles;
     if (splits > 65535) splits = 65535;
     plan.splits = static_cast<int>(splits);
@@ -698,19 +740,20 @@ struct SearchArgs {
 
 template <Shadow kKind>
 void launch_scan(const SearchPlan& plan, const ScanArgs& scan_args, dim3 grid, cudaStream_t stream) {
-    const int pitch = scan_args.pitch;
+    const size_t pitch = scan_args.pitch;
+    auto smem = [&](auto shape) { return decltype(shape)::smem(pitch, plan.resident); };
     switch (plan.scan) {
         case SearchPlan::kFew:
-            GPU_LAUNCH(grid, kScanThreads, (ScanFew::smem(pitch, plan.resident)), stream, (scan<kKind, 1, 1, 4, 6>),
-                       scan_args);
+            GPU_LAUNCH(grid, kScanThreads, smem(ScanFew()), stream, (scan<kKind, ScanFew>), scan_args);
             break;
         case SearchPlan::kWide:
-            GPU_LAUNCH(grid, kScanThreads, (ScanWide::smem(pitch, plan.resident)), stream, (scan<kKind, 4, 2, 8, 3>),
-                       scan_args);
+            GPU_LAUNCH(grid, kScanThreads, smem(ScanWide()), stream, (scan<kKind, ScanWide>), scan_args);
+            break;
+        case SearchPlan::kNarrow:
+            GPU_LAUNCH(grid, kScanThreads, smem(ScanNarrow()), stream, (scan<kKind, ScanNarrow>), scan_args);
             break;
         case SearchPlan::kDeep:
-            GPU_LAUNCH(grid, kScanThreads, (ScanDeep::smem(pitch, plan.resident)), stream, (scan<kKind, 4, 1, 16, 3>),
-                       scan_args);
+            GPU_LAUNCH(grid, kScanThreads, smem(ScanDeep()), stream, (scan<kKind, ScanDeep>), scan_args);
             break;
     }
 }

@@ -172,10 +172,17 @@ def load_module(edits: Edits) -> Any:
 
 
 class EmulatedRuntime(CudaRuntime):
-    """CPU tensors as the device's memory, the emulator as the device; one stream, 0."""
+    """CPU tensors as the device's memory, the emulator as the device; one stream, 0.
 
-    def __init__(self, edits: Edits | None = None) -> None:
+    facts: what ``properties`` says otherwise than the emulator, to be planned for as another device.
+    """
+
+    def __init__(self, edits: Edits | None = None, **facts: int) -> None:
         self.lib = load_module(edits) if edits else module()
+        self.facts = facts
+
+    def properties(self, index: int) -> dict[str, Any]:
+        return super().properties(index) | self.facts
 
     def why_not(self) -> list[str]:
         return []
@@ -206,7 +213,7 @@ def cubin(source: str, architecture: str) -> Path:
     return _built(f"{source}_{architecture}.cubin", (), make)
 
 
-def _segments() -> list[tuple[int, int]]:
+def segments() -> list[tuple[int, int]]:
     """Every tensor's memory: what a kernel may touch."""
     import torch
 
@@ -224,7 +231,7 @@ def interpreted(texts: list[str], seed: int = 0) -> Iterator[dict[str, int]]:
     issued: dict[str, int] = {}
 
     def launch(name: str, grid: Any, block: Any, shared: int, cooperative: bool, args: list[bytes]) -> None:
-        done = ptxsim.Launch(kernels[name], grid, block, shared, args, _segments(), seed=seed, cooperative=cooperative)
+        done = ptxsim.Launch(kernels[name], grid, block, shared, args, segments(), seed=seed, cooperative=cooperative)
         for op, count in done.issued.items():
             issued[op] = issued.get(op, 0) + count
 

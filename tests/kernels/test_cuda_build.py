@@ -15,7 +15,7 @@ import pytest
 from fct import _C
 from fct.ops.cuda import CudaRuntime
 
-ARCHITECTURES = ["80", "90a", "100"]
+ARCHITECTURES = ["80", "89", "90a", "100"]
 
 
 def _tool(name: str) -> str | None:
@@ -37,7 +37,7 @@ pytestmark = [support.needs_nvcc, pytest.mark.skipif(CUOBJDUMP is None, reason="
 EXPECTED = {
     r"scan.*ShadowE0.*": (255, {"HMMA", "LDSM", "LDGSTS"}),
     r"scan.*ShadowE1.*": (255, {"IMMA", "LDSM", "LDGSTS"}),
-    r"scan.*Li1ELi1ELi4ELi6E.*": (96, set()),
+    r"scan.*ILi1ELi1ELi4ELi6E.*": (96, set()),
     r"transform_small.*": (128, {"HMMA", "LDSM", "LDGSTS"}),
     r"rescore.*|exact_scan.*|make_shadow.*|select_keys.*|finish.*|merge_parts.*|convert_rows.*": (64, set()),
 }
@@ -72,7 +72,7 @@ def sass(source: str, architecture: str) -> dict[str, Counter[str]]:
 def test_machine_code(source: str, architecture: str) -> None:
     resources, instructions = usage(source, architecture), sass(source, architecture)
     assert set(resources) == set(instructions)
-    assert len(resources) == {"topk": 13, "transform": 5}[source]
+    assert len(resources) == {"topk": 15, "transform": 5}[source]
     for kernel, used in resources.items():
         count = instructions[kernel]
         assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
@@ -105,16 +105,27 @@ def test_import_touches_no_driver() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_two_blocks_a_multiprocessor(architecture: str) -> None:
     """What the kernels' launch bounds and the search's plan count on, at 128 dimensions."""
+    from fct.kernels.configs import SHARED_MEMORY
     from fct.kernels.machine_code import blocks_per_processor
 
-    stages = 64 * (128 + 16 + 16)  # a stage of the scan: 64 padded rows and their meta
-    shared = {
-        r"scan.*ShadowE0ELi4ELi2ELi8E": 128 * (256 + 16) + 3 * stages,
-        r"scan.*ShadowE1ELi4ELi2ELi8E": 128 * (128 + 16) + 3 * stages,
-        r"transform_smallILi4E": 6 * (64 + 16) * 72 * 2 + 64 * 16 * 4,
-    }
-    found = usage("topk", architecture) | usage("transform", architecture)
     target = "sm_" + architecture.rstrip("a")
-    for pattern, size in shared.items():
+    module = support.module()
+    # pattern -> shared memory, blocks that must fit; the small transformation is launched with one a multiprocessor
+    small = 6 * (64 + 16) * 72 * 2 + 64 * 16 * 4
+    wanted = {r"transform_smallILi4E": (small, 1 if target == "sm_89" else 2)}
+    for kind, pitch in ((0, 256), (1, 128)):
+        zeros = dict.fromkeys(
+            ("query_shadow", "query_meta", "gallery_shadow", "gallery_meta", "distances", "indices"), 0
+        )
+        rows = (0, 0, 4096, 128, 128, 0, 0, 0)
+        plan = module.cuda_search_size(
+            queries=rows, gallery=rows, metric=0, kind=kind, k=10, base=0, scratch=0, multiprocessors=100,
+            shared_memory=SHARED_MEMORY[target], **zeros
+        )  # fmt: skip
+        assert plan["blocks_per_multiprocessor"] == 2
+        stages = 3 * plan["tile_rows"] * (128 + 16 + 16)  # of padded rows and their meta
+        wanted[rf"scan.*ShadowE{kind}E.*ILi4ELi2ELi8ELi3ELi{plan['tile_rows']}E"] = (128 * (pitch + 16) + stages, 2)
+    found = usage("topk", architecture) | usage("transform", architecture)
+    for pattern, (size, blocks) in wanted.items():
         (registers,) = (used["REG"] for name, used in found.items() if re.search(pattern, name))
-        assert blocks_per_processor(registers, 128, size, target) >= 2, (pattern, registers, size)
+        assert blocks_per_processor(registers, 128, size, target) >= blocks, (pattern, registers, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,82 @@ def test_topk(runtime: Any, schedule: Any, rng: Any, metric: str, kind: str, sch
         search = CudaSearch(runtime)
         found = search.search(rows(q), search.prepare(rows(g), metric, kind), k)
         check_topk(*found, costs(q, g, metric), k, metric)
+
+
+# Warps along the queries, fragments, candidates a list, stages, gallery rows a tile: csrc/cuda/topk.cuh's shapes.
+FEW, WIDE, NARROW, DEEP = (1, 1, 4, 6, 64), (4, 2, 8, 3, 64), (4, 2, 8, 3, 32), (4, 1, 16, 3, 64)
+# KiB of shared memory a block may have, kind, queries, rows, d, k -> the scan, and whether it keeps its queries
+SCANS = [
+    (99, "bf16", 3, 301, 100, 5, FEW, True), (99, "int8", 3, 301, 100, 5, FEW, True),
+    (99, "bf16", 2, 150, 1300, 5, FEW, False), (99, "int8", 2, 150, 2500, 5, FEW, False),
+    (163, "bf16", 140, 331, 128, 10, WIDE, True), (227, "bf16", 140, 331, 128, 10, WIDE, True),
+    (99, "bf16", 20, 331, 60, 10, WIDE, True), (99, "int8", 140, 331, 128, 10, WIDE, True),
+    (99, "bf16", 20, 131, 320, 10, WIDE, False), (99, "int8", 20, 131, 600, 10, WIDE, False),
+    (99, "bf16", 140, 331, 128, 10, NARROW, True), (99, "int8", 140, 331, 200, 10, NARROW, True),
+    (163, "bf16", 20, 131, 384, 10, NARROW, False), (163, "int8", 20, 131, 700, 10, NARROW, False),
+    (99, "bf16", 2, 700, 33, 600, DEEP, True), (99, "int8", 2, 700, 33, 600, DEEP, True),
+    (99, "bf16", 2, 600, 600, 520, DEEP, False), (99, "int8", 2, 600, 1200, 520, DEEP, False),
+]  # fmt: skip
+
+
+def launched(search: CudaSearch, *args: Any) -> list[tuple[str, Any]]:
+    """(mangled kernel, its arguments' bytes) of a search that is not carried out."""
+    seen: list[tuple[str, Any]] = []
+    search.runtime.lib.intercept(lambda name, grid, block, shared, cooperative, args: seen.append((name, args)))
+    try:
+        search.search(*args)
+    finally:
+        search.runtime.lib.intercept(None)
+    return seen
+
+
+@pytest.mark.parametrize("case", SCANS, ids=str)
+def test_every_scan_that_a_device_can_run(schedule: Any, rng: Any, case: Any) -> None:
+    kib, kind, nq, n, d, k, shape, held = case
+    search = CudaSearch(support.EmulatedRuntime(shared_memory=kib << 10))
+    q, g = rng.standard_normal((nq, d), dtype=np.float32), rng.standard_normal((n, d), dtype=np.float32)
+    prepared = search.prepare(rows(g), "l2", kind)
+    (scan,) = ((name, args) for name, args in launched(search, rows(q), prepared, k) if "4scanI" in name)
+    assert shape_of(scan[0]) == (kind, *shape)
+    assert bool(scan[1][0][48]) == held  # ScanArgs::queries_resident
+    for sched in (1, 2, 3):
+        schedule(sched, 3)
+        check_topk(*search.search(rows(q), prepared, k), costs(q, g, "l2"), k, "l2")
+
+
+def shape_of(name: str) -> tuple[Any, ...]:
+    """Of a mangled scan: its kind and its shape's five numbers."""
+    found = re.search(r"4scanILNS0_6ShadowE(\d)ENS0_9ScanShapeI((?:Li\d+E)+)E", name)
+    assert found is not None, name
+    return (("bf16", "int8")[int(found[1])], *(int(x) for x in re.findall(r"Li(\d+)E", found[2])))
+
+
+def test_the_list_of_scans_is_whole(runtime: Any) -> None:
+    symbols = subprocess.run(["nm", "-D", runtime.lib.__file__], capture_output=True, text=True, check=True).stdout
+    built = {shape_of(s) for s in symbols.split() if "4scanI" in s and "ScanArgs" in s}
+    assert len(built) == 8
+    ran = {(kind, *shape, held) for _, kind, *_, shape, held in SCANS}
+    assert ran == {(*scan, held) for scan in built for held in (True, False)}
+
+
+@pytest.mark.parametrize(
+    ("kib", "multiprocessors"), [(99, 1), (99, 20), (99, 58), (99, 128), (163, 108), (227, 132), (227, 114), (99, 170)]
+)
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("d", [128, 256, 768])
+def test_a_call_fills_the_device(runtime: Any, kib: int, multiprocessors: int, kind: str, d: int) -> None:
+    """In whole waves: no block trails behind, few slots stay empty, and a split's query blocks run together."""
+    device = {"multiprocessors": multiprocessors, "shared_memory": kib << 10}
+    for k, per_block, per_list in ((10, 128, 1), (200, 128, 1), (1000, 64, 4)):
+        queries = runtime.lib.cuda_search_queries(d=d, kind=("bf16", "int8").index(kind), k=k, **device)
+        assert 2048 <= queries <= 4096
+        size = size_of(runtime, nq=queries, n=10**6, d=d, k=k, kind=kind, **device)
+        slots, blocks = multiprocessors * size["blocks_per_multiprocessor"], queries // per_block
+        together = max(1, slots // blocks)  # splits that run at once
+        if slots >= 2048 // per_block:
+            assert together * blocks > 0.93 * slots
+        assert size["splits"] % together == 0
+        assert 0 <= size["splits"] - -(-k // (4 * per_list)) < together
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8-row", "int8-dim"])
@@ -275,13 +352,16 @@ def test_sizes_are_refused_with_a_reason(runtime: Any, arguments: dict[str, int]
         size_of(runtime, **arguments)
 
 
-def size_of(runtime: Any, *, nq: int = 1, n: int = 100, d: int = 8, k: int = 5) -> dict[str, int]:
+def size_of(
+    runtime: Any, *, nq: int = 1, n: int = 100, d: int = 8, k: int = 5, kind: str = "bf16", multiprocessors: int = 132,
+    shared_memory: int = 227 << 10,
+) -> dict[str, int]:  # fmt: skip
     zeros = dict.fromkeys(("query_shadow", "query_meta", "gallery_shadow", "gallery_meta", "distances", "indices"), 0)
     queries, gallery = (0, 0, nq, d, d, 0, 0, 0), (0, 0, n, d, d, 0, 0, 0)
     return dict(
         runtime.lib.cuda_search_size(
-            queries=queries, gallery=gallery, metric=0, kind=0, k=k, base=0, scratch=0, multiprocessors=132,
-            shared_memory=227 << 10, **zeros
+            queries=queries, gallery=gallery, metric=0, kind=("bf16", "int8").index(kind), k=k, base=0, scratch=0,
+            multiprocessors=multiprocessors, shared_memory=shared_memory, **zeros
         )
     )  # fmt: skip
 

@@ -104,6 +104,11 @@ static int run_case(const std::string& name) {
     bad += search_case(kCosine, kShadowI8, 2, 2000, 130, 520, kSpread);
     bad += search_case(kL2, kShadowBF16, 3, 700, 40, 4, kNear);
     bad += search_case(kL2, kShadowI8, 2, 300, 8, 5, kEqual);
+    // with these, each scan with each shadow: few, wide, narrow (100 dimensions and more in bf16), deep
+    bad += search_case(kIP, kShadowBF16, 18, 150, 40, 6, kSpread);
+    bad += search_case(kL2, kShadowBF16, 20, 301, 100, 6, kSpread);
+    bad += search_case(kIP, kShadowI8, 17, 150, 130, 3, kSpread);
+    bad += search_case(kL2, kShadowBF16, 1, 700, 20, 514, kSpread);
     return bad;
 }
 #else

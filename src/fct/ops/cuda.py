@@ -28,7 +28,6 @@ __all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
 
 SMALL_ROWS = 256  # csrc/cuda/transform.cuh: kMaxSmallRows
 _WORKSPACE = 32 << 20
-_QUERIES = 4096  # of one search call
 _PART = 1 << 30  # gallery rows of one search call; the kernels' row numbers have 32 bits
 _METRICS = ("l2", "ip", "cosine")
 _SHADOWS = ("bf16", "int8")
@@ -323,10 +322,25 @@ class CudaSearch:
         device = queries.values.device
         distances = torch.empty(queries.n, k, dtype=torch.float32, device=device)
         indices = torch.empty(queries.n, k, dtype=torch.int64, device=device)
-        for start in range(0, queries.n, _QUERIES):
-            part = slice(start, start + _QUERIES)
+        if queries.n == 0:
+            return distances, indices
+        at_once = self._queries_at_once(queries.device, gallery, k)
+        for start in range(0, queries.n, at_once):
+            part = slice(start, start + at_once)
             self._chunk(queries[part], gallery, k, distances[part], indices[part])
         return distances, indices
+
+    def _queries_at_once(self, device: str, gallery: GpuShadow, k: int) -> int:
+        properties = self.runtime.properties(self.runtime.where(device)[0])
+        return int(
+            self.runtime.lib.cuda_search_queries(
+                d=gallery.rows.d,
+                kind=_SHADOWS.index(gallery.kind),
+                k=k,
+                multiprocessors=properties["multiprocessors"],
+                shared_memory=properties["shared_memory"],
+            )
+        )
 
     def _chunk(self, queries: Rows, gallery: GpuShadow, k: int, distances: Any, indices: Any) -> None:
         import torch
