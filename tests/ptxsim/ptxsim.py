@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Kernel", "Launch", "PtxError", "parse"]
+__all__ = ["Kernel", "Launch", "PtxError", "Trace", "parse"]
 
 DTYPES: dict[str, Any] = {
     "pred": np.bool_,
@@ -35,6 +35,10 @@ WHOLE_WARP = frozenset({"shfl", "mma", "ldmatrix", "bar"})  # instructions at wh
 
 class PtxError(RuntimeError):
     """The kernel did what hardware leaves undefined or traps on."""
+
+
+# (block, groups of copies that the thread has committed, write, addresses, bytes at each)
+Trace = Callable[[tuple[int, int, int], int, bool, Any, int], None]
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,7 @@ class Launch:
         *,
         seed: int = 0,
         cooperative: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         if shared_bytes > SHARED_LIMIT:
             raise PtxError(f"{shared_bytes} bytes of shared memory")
@@ -234,6 +239,7 @@ class Launch:
         self.memory = GlobalMemory(segments)
         self.random = random.Random(seed)
         self.params = self._pack(args)
+        self.trace = trace
         self.issued: dict[str, int] = {}
         blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         self.random.shuffle(blocks)
@@ -360,6 +366,11 @@ class Launch:
         if "global" in ins.op:
             return self.memory
         raise NotImplementedError(ins.text)
+
+    def note(self, w: Warp, address: Any, size: int, lanes: Any, *, write: bool) -> None:
+        """Tells the trace of an access to global memory."""
+        if self.trace is not None and len(address):
+            self.trace(w.block.index, int(w.group[lanes].max()), write, address, size)
 
 
 def _aligned(address: Any, size: int, ins: Instruction) -> None:
@@ -561,6 +572,8 @@ def _load(m: Launch, w: Warp, ins: Instruction, lanes: Any) -> None:
     else:
         _aligned(at, size, ins)
         data = m.space(w, ins).load(at, size, ins.text)
+        if "global" in ins.op:
+            m.note(w, at, size, lanes, write=False)
     values = np.ascontiguousarray(data).view(DTYPES[kind]).reshape(-1, count)
     for i, name in enumerate(_names(ins.args[0])):
         full = np.zeros(w.n, DTYPES[kind])
@@ -575,6 +588,8 @@ def _store(m: Launch, w: Warp, ins: Instruction, lanes: Any) -> None:
     _aligned(at, SIZES[kind] * count, ins)
     values = np.stack([m.read(w, name, kind)[lanes] for name in _names(ins.args[1])], 1)
     m.space(w, ins).store(at, np.ascontiguousarray(values).view(np.uint8).reshape(len(at), -1), ins.text)
+    if "global" in ins.op:
+        m.note(w, at, SIZES[kind] * len(ins.args[1].split(",")), lanes, write=True)
 
 
 @opcode("atom")
@@ -624,6 +639,7 @@ def _copy_async(m: Launch, w: Warp, ins: Instruction, lanes: Any) -> None:
     if full.any():
         _aligned(source[full], size, ins)
         data[full] = m.memory.load(source[full], size, ins.text)
+        m.note(w, source[full], size, lanes, write=False)
     w.block.shared.store(to, np.full_like(data, 0xFF), ins.text)  # not there before the wait
     w.copies.append(Copy(to, data, lanes.copy(), lanes.copy(), w.group.copy()))
 

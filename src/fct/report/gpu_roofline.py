@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "Bound",
     "Gpu",
     "bound",
+    "cuda_scan",
     "issued_per_iteration",
     "main",
     "plan_of",
@@ -195,39 +196,59 @@ def bound(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: in
                   traffic(plan, gpu.l2_bytes), traffic(plan, gpu.l2_bytes // 2))  # fmt: skip
 
 
-# ---- the CUDA kernels ----
-def scan_bound(
-    gpu: Gpu, facts: dict[str, Any], kind: str, *, queries: int = 4096, gallery: int = 1 << 20, d: int = 128
-) -> Bound:
-    """csrc/cuda/topk.cuh's ``scan<kind, 4, 2, 8, 3>``: 128 queries a block, tiles of 64 rows, 128 bytes at a time.
+# ---- the search ----
+def cuda_scan(gpu: Gpu, kind: str, *, gallery: int = 1 << 20, d: int = 128, k: int = 10) -> gpu_traffic.Scan:
+    """The scan that csrc/cuda/topk.cuh's plan_search picks for as many queries as search_queries tells it to take.
 
-    A sample of the gallery, four times L2, is walked; a row is a query.
+    For k up to 512. Held against the compiled plan by a test.
     """
-    from fct.kernels.machine_code import blocks_per_processor
+    from fct.kernels.configs import SHARED_MEMORY
 
     size = 2 if kind == "bf16" else 1
     pitch = -(-d * size // 128) * 128
-    shared = 128 * (pitch + 16) + 3 * 64 * (144 + 16)
-    resident = gpu.processors * blocks_per_processor(facts["registers"], 128, shared, gpu.target)
-    blocks = -(-queries // 128)
-    splits = -(-2 * gpu.processors // blocks)
-    tile = {"m": 128, "n": 64, "k": 128 // size, "warps": 4}
-    per_tile = issued_per_iteration({**facts, "tile": tile, "precision": kind}) * (pitch // 128)
-    issued = per_tile * -(-gallery // 64) * blocks / queries
-    sample = min(gallery, 4 * gpu.l2_bytes // pitch)
+    limit = SHARED_MEMORY[gpu.target]
+    choices = []
+    for tile_rows in (64, 32):
+        stages = 3 * tile_rows * (144 + 16)
+        held = 128 * (pitch + 16) + stages <= min(limit, 99 << 10)
+        shared = stages + (128 * (pitch + 16) if held else 3 * 128 * 144)
+        choices.append((2 if 2 * (shared + 1024) <= limit + 1024 else 1, tile_rows, held))
+    fit, tile_rows, held = max(choices, key=lambda choice: choice[0])  # the larger tile where both fit as often
+    slots = fit * gpu.processors
+    blocks = max(range(32, 15, -1), key=lambda b: slots // b * b)
+    together = max(1, slots // blocks)
+    enough = -(-k // 4)
+    splits = min(-(-enough // together) * together, -(-gallery // tile_rows))
+    return gpu_traffic.Scan(128 * blocks, gallery, pitch, 128, tile_rows, splits, slots, held, 4 * 8 * 8, 4 * 4)
+
+
+def scan_bound(gpu: Gpu, facts: dict[str, Any], kind: str, scan: gpu_traffic.Scan, *, d: int = 128,
+               what: str = "CUDA") -> Bound:  # fmt: skip
+    """The scan that a search begins with; a row is a query. A sample of the gallery, four times L2, is walked.
+
+    least: the shadows of queries and gallery and their meta, read once.
+    """
+    warps = facts["tile"]["warps"] if "tile" in facts else 4
+    tile = {"m": scan.tile_queries, "n": scan.tile_rows, "warps": warps}
+    per_tile = issued_per_iteration({**facts, "tile": tile, "precision": kind}) * (scan.pitch // 128)
+    blocks = -(-scan.queries // scan.tile_queries)
+    issued = per_tile * -(-scan.gallery // scan.tile_rows) * blocks / scan.queries
+    sample = min(scan.gallery, 4 * gpu.l2_bytes // scan.pitch)
 
     def moved(l2_bytes: int) -> float:
         cache = gpu_traffic.Cache(l2_bytes)
-        gpu_traffic.simulate(
-            gpu_traffic.scan_launches(queries=queries, gallery=sample, pitch=pitch, tile_queries=128, tile_rows=64,
-                                      splits=splits, resident=resident, contiguous=False), cache)  # fmt: skip
-        return cache.read["gallery"] / sample * gallery / queries + cache.read["queries"] / queries
+        gpu_traffic.simulate(gpu_traffic.scan_launches(replace(scan, gallery=sample)), cache)
+        cache.flush()
+        grows = cache.read["gallery"] + cache.read["gallery meta"]
+        return (grows * (scan.gallery / sample - 1) + cache.moved) / scan.queries
 
-    least = float(pitch) * gallery / queries + pitch
-    return _bound(gpu, f"search, {kind} scan (CUDA)", kind, queries, 2.0 * gallery * d, issued, least, least,
-                  moved(gpu.l2_bytes), moved(gpu.l2_bytes // 2))  # fmt: skip
+    least = (scan.pitch + gpu_traffic.META) * (scan.gallery / scan.queries + 1)
+    name, floor = f"search, {kind} scan ({what})", 2.0 * scan.gallery * d
+    return _bound(gpu, name, kind, scan.queries, floor, issued, least, least, moved(gpu.l2_bytes),
+                  moved(gpu.l2_bytes // 2))  # fmt: skip
 
 
+# ---- small batches, CUDA ----
 def small_bound(gpu: Gpu, facts: dict[str, Any], rows: int, *, d: int = 128, inner: int = 2048) -> Bound:
     """csrc/cuda/transform.cuh's ``transform_small`` for a batch whose weights come from memory: 16 output columns and
     16, 32 or 64 rows a unit, 64 inputs at a time. Every weight is read from memory once, since 256 rows' activations
@@ -304,7 +325,9 @@ def main() -> None:
             return next(facts for name, facts in of.items() if re.search(pattern, name))
 
         for kind, code in (("bf16", 0), ("int8", 1)):
-            print(_line(scan_bound(gpu, kernel(rf"scan.*ShadowE{code}ELi4ELi2ELi8E"), kind)), flush=True)
+            scan = cuda_scan(gpu, kind)
+            facts = kernel(rf"scan.*ShadowE{code}E.*ILi4ELi2ELi8ELi3ELi{scan.tile_rows}E")
+            print(_line(scan_bound(gpu, facts, kind, scan)), flush=True)
         for rows, warps in ((1, 1), (256, 4)):
             print(_line(small_bound(gpu, kernel(rf"transform_smallILi{warps}E"), rows)), flush=True)
 

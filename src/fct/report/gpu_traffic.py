@@ -1,9 +1,9 @@
 """How many bytes the kernels move to and from a GPU's memory: their address streams, walked through a model of its L2.
 
 A stream is what a program (thread block) reads and writes, step by step, in units of :data:`UNIT` bytes: 32 rows of one
-128-byte column. Tests record the addresses that the Triton kernels touch in the interpreter and hold these streams
-against them; the CUDA scan's is written down from csrc/cuda/topk.cuh. As many programs are in flight as registers and
-shared memory allow, in random order; one that waits for memory stands still for a turn.
+128-byte column. Tests record the addresses that the kernels touch, Triton's in its interpreter and the CUDA scan's in
+that of its PTX, and hold these streams against them. As many programs are in flight as registers and shared memory
+allow, in random order; one that waits for memory stands still for a turn.
 
 The L2 is one least-recently-used cache that writes back; what is written whole is not read first. NVIDIA's real policy
 and hash are not published. The data centre parts have two halves, and a line may lie in both, so the model is
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["UNIT", "Cache", "Launch", "Unit", "block", "scan_launches", "simulate", "transform_launches"]
+__all__ = ["UNIT", "Cache", "Launch", "Scan", "Unit", "block", "scan_launches", "simulate", "transform_launches"]
 
 ROWS, LINE = 32, 128
 UNIT = ROWS * LINE
@@ -223,24 +223,66 @@ def _final(plan: Plan, chunk: int, k: int) -> Launch:
 
 
 # ---- the search ----
-def scan_launches(
-    *, queries: int, gallery: int, pitch: int, tile_queries: int, tile_rows: int, splits: int, resident: int,
-    contiguous: bool,
-) -> list[Launch]:  # fmt: skip
-    """A scan of (gallery, pitch bytes) rows: grid (query blocks, splits), a query block's programs neighbours.
+META = 16  # bytes: four floats beside each shadow row
 
-    contiguous: a program walks one part of the gallery (the Triton scan), else every ``splits``-th tile (the CUDA one).
+
+@dataclass(frozen=True)
+class Scan:
+    """One launch of a search's scan over (gallery, pitch bytes) of shadow rows.
+
+    held: a program reads its queries once and keeps them, else it reads them again with every tile. resident: programs
+    that run at once. keys, bounds: bytes that one program writes for each of its queries.
     """
-    blocks, tiles = -(-queries // tile_queries), -(-gallery // tile_rows)
-    part = -(-tiles // splits)
+
+    queries: int
+    gallery: int
+    pitch: int
+    tile_queries: int
+    tile_rows: int
+    splits: int
+    resident: int
+    held: bool
+    keys: int
+    bounds: int = 0
+
+
+def scan_launches(scan: Scan) -> list[Launch]:
+    """Grid (query blocks, splits), a split's programs neighbours: split s takes the tiles s, s + splits, ...
+
+    A program's steps: each 128 bytes of each tile, the first with its queries, the last of a tile with the rows' meta;
+    then what it found.
+    """
+    blocks, tiles = -(-scan.queries // scan.tile_queries), -(-scan.gallery // scan.tile_rows)
+    pitch = scan.pitch
+
+    def meta(buffer: str, row: int, rows: int, of_rows: int) -> list[Unit]:
+        first, last = row * META // LINE, -(-min(row + rows, of_rows) * META // LINE)
+        return block(buffer, first, last - first, 0, LINE, of_rows=-(-of_rows * META // LINE), of_bytes=LINE)
 
     def program(number: int) -> Iterator[Step]:
-        query, split = number % blocks, number // blocks
-        mine = range(split * part, min((split + 1) * part, tiles)) if contiguous else range(split, tiles, splits)
-        for tile in mine:
-            # the query block lies in shared memory (CUDA) or L1
-            asked = block("queries", query * tile_queries, tile_queries, 0, pitch, of_rows=queries, of_bytes=pitch)
-            rows = block("gallery", tile * tile_rows, tile_rows, 0, pitch, of_rows=gallery, of_bytes=pitch)
-            yield [*(asked if tile == mine[0] else []), *rows], []
+        first, split = number % blocks * scan.tile_queries, number // blocks
 
-    return [Launch("scan", blocks * splits, resident, program)]
+        def queries(byte: int, size: int) -> list[Unit]:
+            return block("queries", first, scan.tile_queries, byte, size, of_rows=scan.queries, of_bytes=pitch)
+
+        for tile in range(split, tiles, scan.splits):
+            row = tile * scan.tile_rows
+            for byte in range(0, pitch, LINE):
+                reads = block("gallery", row, scan.tile_rows, byte, LINE, of_rows=scan.gallery, of_bytes=pitch)
+                if not scan.held:
+                    reads += queries(byte, LINE)
+                elif tile == split and byte == 0:
+                    reads += queries(0, pitch)
+                if tile == split and byte == 0:
+                    reads += meta("query meta", first, scan.tile_queries, scan.queries)
+                if byte + LINE >= pitch:
+                    reads += meta("gallery meta", row, scan.tile_rows, scan.gallery)
+                yield reads, []
+        found = []
+        for buffer, size in (("out keys", scan.keys), ("out bounds", scan.bounds)):
+            if size:
+                where = {"of_rows": scan.queries, "of_bytes": scan.splits * size}
+                found += block(buffer, first, scan.tile_queries, split * size, size, **where)
+        yield [], found
+
+    return [Launch("scan", blocks * scan.splits, scan.resident, program)]
