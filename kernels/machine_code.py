@@ -55,8 +55,9 @@ def cases() -> Iterator[Case]:
                 for gallery in GALLERY if kernel != "linear" and precision == "bf16" else ("fp32",):
                     yield kernel, precision, target, tile, gallery
         for precision in ("bf16", "int8"):
-            for keep in search.KEEPS:
-                yield "scan", precision, target, search.tile(precision, keep, target), f"keep {keep}"
+            for keep, width, queries in search.CASES[precision]:
+                tile = search.tile(precision, keep, target, width=width, queries=queries)
+                yield "scan", precision, target, tile, f"keep {keep}, {width} wide"
         for gallery in GALLERY:
             yield "rescore", "fp32", target, search.RESCORE, gallery
             yield "ingest", "bf16", target, Tile(32, 128, 0, 4, 1), gallery
@@ -70,7 +71,8 @@ def _signature(
 
     kind = _TYPES[precision]
     if kernel == "scan":
-        return search.scan, *search.signature(kind, tile, int(gallery.removeprefix("keep ")))
+        keep, width = (int(x) for x in re.findall(r"\d+", gallery))
+        return search.scan, *search.signature(kind, tile, keep, width)
     element, scale = GALLERY[gallery]
     if kernel == "rescore":
         return search.rescore, *search.rescore_signature(element, scale)

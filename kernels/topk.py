@@ -4,37 +4,58 @@ The scan's operands are bfloat16 or int8 shadows of the rows, and its score is a
 q = q' + dq and g = g' + dg, ``q.g <= q'.g' + |q| |dg| + |dq| |g'|`` (Cauchy and Schwarz), and the rounding of the sums
 is covered besides (:mod:`fct.ops.topk_triton`). So whatever a list dropped scores no better than the worst it kept.
 
-One program holds BQ queries and walks every ``splits``-th tile of BG gallery rows; neighbouring rows, which are often
+One program has BQ queries and walks every ``splits``-th tile of BG gallery rows; neighbouring rows, which are often
 alike, spread over all lists. A candidate is one int64: its cost, as an integer that sorts like the float, above its
 row; so one comparison orders by cost and breaks ties by the lower row. A tile in which nothing beats the worst kept
-candidate costs its product and one reduction; else the tile is merged by sorting.
+candidate costs its product and one reduction; else every query's best of the tile takes the place of the worst that it
+kept, until nothing in the tile beats any. Late in a long list that is once or twice for a tile, where sorting the tile
+takes dozens of passes over it.
 """
 
 import triton
 import triton.language as tl
-from fct.kernels.configs import Tile
+from fct.kernels.configs import Tile, family
 from fct.kernels.transform import SCALE_DIM, SCALE_NONE, SCALE_ONE, SCALE_ROW, _gallery_tile, _product  # noqa: F401
 
 WORST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 L2, IP, COSINE = (tl.constexpr(i) for i in range(3))
 KEEPS = (32, 64)  # candidates of each list: for a small k, for a large one
+FEW = 32  # queries for which a smaller tile is taken
+# What is compiled and inspected (kernels/machine_code.py): candidates of a list, width, queries. Shadows of one line
+# and of two are held, wider ones streamed, by one loop for all widths.
+CASES = {
+    "bf16": [(32, 128, 4096), (64, 128, 4096), (32, 256, 4096), (64, 256, 4096),
+             (32, 128, FEW), (64, 128, FEW), (32, 256, FEW), (64, 256, FEW)],
+    "int8": [(32, 128, 4096), (64, 128, 4096), (64, 256, 4096), (32, 384, 4096), (64, 384, 4096),
+             (32, 128, FEW), (64, 128, FEW), (64, 256, FEW), (32, 384, FEW), (64, 384, FEW)],
+}  # fmt: skip
 RESCORE = Tile(1, 32, 64, 4, 1)  # candidates of one program (n), dimensions at a time (k)
 
 
-def tile(kind: str, keep: int, target: str) -> Tile:
-    """m queries by n gallery rows, k dimensions (128 bytes) at a time; keep: candidates of each list, at most n."""
-    deep = 128 if kind == "int8" else 64
-    if target.startswith("gfx"):
-        return Tile(16, 64, deep, 4, 2)  # 32 queries spill there
-    return Tile(32, 64, deep, 8 if keep > 32 else 4, 3)
+def tile(kind: str, keep: int, target: str, *, width: int = 128, queries: int = 4096) -> Tile:
+    """m queries by n gallery rows, k elements of the shadow's ``width`` at a time; keep: candidates of each list.
+
+    Where k is the whole width a program holds its queries, else it reads them with every tile. For up to FEW queries
+    a tile that is not mostly empty.
+    """
+    place = family(target)
+    line = 128 if kind == "int8" else 64  # elements of 128 bytes
+    held = width in (line, 2 * line)
+    deep = width if held else line
+    if queries <= FEW:
+        # ptxas spills a word to fit one block more; not with these stages
+        return Tile(16, 64, deep, 4, 3 if kind == "bf16" and not held and (keep, place) != (64, "sm_90") else 2)
+    # 128 queries would spill: beside tensor memory's copy of 128 bfloat16 columns; streamed int8 with 64 candidates
+    spills = (kind == "bf16" and held) if place == "sm_100" else kind == "int8" and keep > 32 and not held
+    return Tile(64 if spills and place != "sm_90" else 128, 64, deep, 8, 3)
 
 
-def signature(kind: str, shape: Tile, keep: int) -> tuple[dict, dict]:
-    """Argument types and constants for compiling ``scan`` at 128 dimensions, without launching it."""
+def signature(kind: str, shape: Tile, keep: int, width: int = 128) -> tuple[dict, dict]:
+    """Argument types and constants for compiling ``scan`` at ``width`` dimensions, without launching it."""
     pointers = {"q_ptr": f"*{kind}", "g_ptr": f"*{kind}", "q_meta": "*fp32", "g_meta": "*fp32", "out_ptr": "*i64"}
-    numbers = {"n_q": "i32", "n_g": "i32", "splits": "i32", "stride_q": "i64", "stride_g": "i64"}
-    constants = {"D": 128, "KEEP": keep, "BQ": shape.m, "BG": shape.n, "BK": shape.k, "UPCAST": False}
-    return pointers | numbers, constants
+    numbers = {"n_q": "i32", "n_g": "i32", "splits": "i32", "width": "i32", "stride_q": "i64", "stride_g": "i64"}
+    constants = {"HELD": shape.k == width, "KEEP": keep, "BQ": shape.m, "BG": shape.n, "BK": shape.k}
+    return pointers | numbers, constants | {"UPCAST": False}
 
 
 def rescore_signature(element: str, scale: int) -> tuple[dict, dict]:
@@ -46,43 +67,46 @@ def rescore_signature(element: str, scale: int) -> tuple[dict, dict]:
 
 @triton.jit
 def scan(
-    q_ptr, stride_q, q_meta, g_ptr, stride_g, g_meta, out_ptr, n_q, n_g, splits,
-    D: tl.constexpr, KEEP: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    q_ptr, stride_q, q_meta, g_ptr, stride_g, g_meta, out_ptr, n_q, n_g, splits, width,
+    HELD: tl.constexpr, KEEP: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out (n_q, splits, KEEP) int64, ascending: the best KEEP among the rows of tiles s, s + splits, ... for split s.
 
-    Grid (query tiles, splits). q (n_q, D), g (n_g, D): bfloat16 or int8. q_meta (n_q, 4): scale, |q|, |dq|, -;
-    g_meta (n_g, 4): scale, bias, |dg| and slack, |g'|; float32. Cost: the negated upper bound of q.g + bias. Places
-    without a candidate hold WORST. KEEP and BG are powers of two, KEEP at most BG; n_g is at most 2^30.
+    Grid (query tiles, splits). q (n_q, width), g (n_g, width): bfloat16 or int8, BK divides width. q_meta (n_q, 4):
+    scale, |q|, |dq|, -; g_meta (n_g, 4): scale, bias, |dg| and slack, |g'|; float32. Cost: the negated upper bound of
+    q.g + bias. Places without a candidate hold WORST. KEEP and BG are powers of two; n_g is at most 2^30. HELD: BK is
+    the width, and the queries are read once. (A width known to the compiler would unroll the other loop, and spill.)
     """
     queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
     live = queries < n_q
     split = tl.program_id(1)
     depth = tl.arange(0, BK)
-    best = tl.full((BQ, KEEP), WORST, tl.int64)
-    worst = tl.full((BQ,), WORST, tl.int64)
+    # each free place a value of its own, above every key (a NaN's cost with a row below 2^30, too)
+    best = WORST - tl.arange(0, KEEP).to(tl.int64)[None, :] + tl.zeros((BQ, KEEP), tl.int64)
+    worst = tl.max(best, axis=1)
     at_q = q_meta + queries * 4
     q_scale = tl.load(at_q, mask=live, other=0.0)
     q_norm = tl.load(at_q + 1, mask=live, other=0.0)
     q_lost = tl.load(at_q + 2, mask=live, other=0.0)
+    q_rows = q_ptr + queries.to(tl.int64)[:, None] * stride_q
+    if HELD:
+        held = tl.load(q_rows + depth[None, :], mask=live[:, None], other=0)
     for t in range(split, tl.cdiv(n_g, BG), splits):
         rows = (t * BG + tl.arange(0, BG)).to(tl.int64)
         inside = rows < n_g
+        g_rows = g_ptr + rows[:, None] * stride_g
         if q_ptr.dtype.element_ty == tl.int8:
             acc = tl.zeros((BQ, BG), dtype=tl.int32)
         else:
             acc = tl.zeros((BQ, BG), dtype=tl.float32)
-        for k0 in range(0, D, BK):
-            cols = k0 + depth
-            q = tl.load(
-                q_ptr + queries.to(tl.int64)[:, None] * stride_q + cols[None, :],
-                mask=live[:, None] & (cols < D)[None, :], other=0,
-            )  # fmt: skip
-            g = tl.load(
-                g_ptr + rows[:, None] * stride_g + cols[None, :],
-                mask=inside[:, None] & (cols < D)[None, :], other=0,
-            )  # fmt: skip
-            acc = _product(q, g, acc, "ieee", UPCAST)
+        if HELD:
+            g = tl.load(g_rows + depth[None, :], mask=inside[:, None], other=0)
+            acc = _product(held, g, acc, "ieee", UPCAST)
+        else:
+            for k0 in range(0, width, BK):
+                q = tl.load(q_rows + (k0 + depth)[None, :], mask=live[:, None], other=0)
+                g = tl.load(g_rows + (k0 + depth)[None, :], mask=inside[:, None], other=0)
+                acc = _product(q, g, acc, "ieee", UPCAST)
         at_g = g_meta + rows * 4
         bias = tl.load(at_g + 1, mask=inside, other=0.0)
         g_lost = tl.load(at_g + 2, mask=inside, other=0.0)
@@ -95,18 +119,16 @@ def scan(
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers now sort as the floats do
         key = (bits.to(tl.int64) << 32) | rows[None, :]
         key = tl.where(live[:, None] & inside[None, :], key, WORST)
-        beaten = tl.max((tl.min(key, axis=1) < worst).to(tl.int32), axis=0)
+        lowest = tl.min(key, axis=1)
+        beaten = tl.max((lowest < worst).to(tl.int32), axis=0)
         if beaten > 0:
-            # the KEEP lowest of the tile against the KEEP kept: of two ascending lists, one reversed, the lower of
-            # each pair are the KEEP lowest of both
-            found = tl.sort(key, dim=1)
-            found = tl.sum(
-                tl.where(
-                    tl.arange(0, BG // KEEP)[None, :, None] == 0, tl.reshape(found, (BQ, BG // KEEP, KEEP)), 0
-                ), axis=1,
-            )  # fmt: skip
-            best = tl.sort(tl.minimum(best, tl.flip(found, 1)), dim=1)
-            worst = tl.max(best, axis=1)
+            while beaten > 0:
+                best = tl.where(best == worst[:, None], tl.minimum(lowest, worst)[:, None], best)
+                worst = tl.max(best, axis=1)
+                key = tl.where(key == lowest[:, None], WORST, key)
+                lowest = tl.min(key, axis=1)
+                beaten = tl.max((lowest < worst).to(tl.int32), axis=0)
+    best = tl.sort(tl.where(best > WORST - KEEP, WORST, best), dim=1)
     places = (queries.to(tl.int64) * splits + split)[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
     tl.store(out_ptr + places, best, mask=live[:, None])
 

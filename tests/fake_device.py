@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import ReduceOps
 
 from fct.arrays import Rows
@@ -150,6 +152,29 @@ def _with_fast_xor(apply: Any) -> Any:
 
 
 ReduceOps.apply_impl = _with_fast_xor(ReduceOps.apply_impl)
+
+
+def _once_a_launch(patch: Any) -> Any:
+    """The interpreter replaces the members of triton.language anew for every call of tl.max, tl.sort, ...: most of a
+    search's time. Here once a launch for each module that the functions see."""
+    done: set[frozenset[str]] = set()
+
+    def patch_once(fn: Any) -> Any:
+        seen = frozenset(name for name, value in fn.__globals__.items() if value is tl or value is tl.core)
+        if seen in done:
+            return interpreter._LangPatchScope()
+        outermost = not done
+        done.add(seen)
+        scope = patch(fn)
+        if outermost:  # the launch's own: what it restores has to be replaced again
+            restore = scope.restore
+            scope.restore = lambda: (done.clear(), restore())
+        return scope
+
+    return patch_once
+
+
+interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
 
 
 class FakeDevice(Device):

@@ -53,7 +53,13 @@ def never(*_: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
-@pytest.mark.parametrize(("n_q", "n", "d", "k"), [(1, 1, 1, 1), (5, 77, 9, 7), (35, 331, 131, 10)])
+@pytest.mark.parametrize(
+    ("n_q", "n", "d", "k"),
+    [
+        (1, 1, 1, 1), (5, 77, 9, 7), (5, 90, 300, 4),  # the tile for few queries: held, and streamed by 128 bytes
+        (35, 150, 100, 6), (35, 331, 131, 10), (34, 130, 300, 4),  # the other: held in one line and in two, streamed
+    ],
+)  # fmt: skip
 def test_search(
     fake: FakeDevice, rng: Any, monkeypatch: Any, kind: str, metric: str, n_q: int, n: int, d: int, k: int
 ) -> None:
@@ -72,6 +78,33 @@ def test_ties_go_to_the_lower_row(fake: FakeDevice, rng: Any, kind: str, metric:
         want = ref.topk(q, g, k, metric)
         np.testing.assert_array_equal(found[1], want[1])
         np.testing.assert_array_equal(found[0], want[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nearer", [1, -1])
+def test_every_row_nearer_than_the_last(fake: FakeDevice, kind: str, nearer: int) -> None:
+    """The most candidates that a tile can hold, and after the first tiles none."""
+    q, g = np.zeros((2, 8), np.float32), np.zeros((700, 8), np.float32)
+    q[:, 0], g[:, 0] = (1, 2), np.arange(1, 701)[::nearer]
+    found = searched(fake, fake.rows(q), fake.rows(g), 70, "ip", kind)
+    np.testing.assert_array_equal(found[1], ref.topk(q, g, 70, "ip")[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scan_of_many_queries(fake: FakeDevice, rng: Any, kind: str, monkeypatch: Any) -> None:
+    """In whole waves: as many queries a launch as query tiles of which a whole number fills the device."""
+    tile = kernels.tile(kind, 32, "sm_89")
+    for processors, queries in ((58, 29 * 128), (108, 27 * 128), (132, 22 * 128), (128, 32 * 128)):
+        place = FakeDevice("sm_89", processors=processors)
+        assert topk_triton.queries_at_once(tile, place) == queries
+        made = topk_triton.plan(10**6, 10, kind, queries, place)
+        assert made.splits % (processors * 128 // queries) == 0
+        assert 7 <= made.splits < 7 + processors * 128 // queries
+    monkeypatch.setattr(topk_triton, "queries_at_once", lambda *_: 40)
+    q, g = rng.integers(-3, 4, (90, 6)).astype(np.float32), rng.integers(-3, 4, (99, 6)).astype(np.float32)
+    found = searched(fake, fake.rows(q), fake.rows(g), 5, "l2", kind)
+    np.testing.assert_array_equal(found[1], ref.topk(q, g, 5)[1])
+    assert fake.launches.count("scan") == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,7 +191,9 @@ def test_certified_by_the_bounds_and_not_by_luck(fake: FakeDevice, rng: Any, mon
     g = np.repeat(rng.standard_normal((32, 16)), 64, axis=0).astype(np.float32)
     g += rng.standard_normal(g.shape).astype(np.float32) * 1e-4  # near-ties that bfloat16 can not tell
     q = g[::300] + np.float32(1e-4)
-    narrow = topk_triton.Plan(kernels.tile("bf16", 32, "sm_90"), 32, 1, False)  # one list of 32 for 2,048 rows
+    narrow = topk_triton.Plan(
+        kernels.tile("bf16", 32, "sm_90", width=64, queries=4), 32, 1, False
+    )  # one list of 32 for 2,048 rows
     monkeypatch.setattr(topk_triton, "plan", lambda *_: narrow)
     check(searched(fake, fake.rows(q), fake.rows(g), 10, "l2", "bf16"), q, g, 10, "l2")
     settle = topk_triton._Scan._settle
@@ -182,11 +217,11 @@ def test_the_bounds_hold_for_every_pair(fake: FakeDevice, rng: Any) -> None:
             topk_triton._pack(fake.rows(x), "l2", kind, is_query=query) for x, query in ((q, True), (g, False))
         )
         keys = fake.empty((6, 1, 64), "int64")
-        tile = kernels.tile(kind, 64, "sm_90")
+        tile = kernels.tile(kind, 64, "sm_90", width=sg.shape[1], queries=6)
         fake.launch(kernels.scan, (1, 1), {
             "q_ptr": sq, "stride_q": sq.stride(0), "q_meta": mq, "g_ptr": sg, "stride_g": sg.stride(0), "g_meta": mg,
-            "out_ptr": keys, "n_q": 6, "n_g": 64, "splits": 1, "D": sg.shape[1], "KEEP": 64, "BQ": tile.m,
-            "BG": tile.n, "BK": tile.k, "UPCAST": True,
+            "out_ptr": keys, "n_q": 6, "n_g": 64, "splits": 1, "width": sg.shape[1], "HELD": True, "KEEP": 64,
+            "BQ": tile.m, "BG": tile.n, "BK": tile.k, "UPCAST": True,
         }, warps=4, stages=1)  # fmt: skip
         found = fake.download(keys)[:, 0]
         bits = (found >> 32).astype(np.int32)

@@ -21,7 +21,7 @@ from fct.ops.topk import merge_sorted, topk_blocked
 from fct.ops.triton import scale_mode
 from fct.spaces import METRICS
 
-__all__ = ["MAX_K", "Plan", "TritonSearch", "plan"]
+__all__ = ["MAX_K", "Plan", "TritonSearch", "plan", "queries_at_once", "slots"]
 
 MAX_K = 2048
 _SLAB = 1 << 30  # gallery rows of one scan; its row numbers have 32 bits
@@ -50,21 +50,38 @@ class Plan:
         return self.keep * self.splits
 
 
-def plan(n: int, k: int, kind: str, n_queries: int, place: Any) -> Plan:
-    """Lists so many that the contenders, which spread over them by chance, fill a quarter of each; and enough programs
-    for the device. Where the gallery has too few tiles for that, each list keeps a whole tile."""
+def plan(n: int, k: int, kind: str, n_queries: int, place: Any, width: int = 128) -> Plan:
+    """Lists so many that the contenders, which spread over them by chance, fill a quarter of each, and splits in whole
+    waves of the device. Where the gallery has too few tiles for that, each list keeps a whole tile.
+
+    width: elements of a shadow row.
+    """
     from fct.kernels import topk as kernels
 
     few, many = kernels.KEEPS
     contenders = 4 * (2 * k + 32)
-    fill = math.ceil(2 * place.processors / math.ceil(n_queries / kernels.tile(kind, few, place.target).m))
     for keep in (few, many):
-        tile = kernels.tile(kind, keep, place.target)
+        tile = kernels.tile(kind, keep, place.target, width=width, queries=n_queries)
         tiles, wanted = math.ceil(n / tile.n), math.ceil(contenders / keep)
         if keep == many or (k <= 256 and wanted <= tiles):
-            splits = min(tiles, max(wanted, fill))
+            together = max(1, slots(tile, place) // math.ceil(n_queries / tile.m))
+            splits = min(tiles, math.ceil(wanted / together) * together)
             return Plan(tile, keep, splits, splits == tiles and keep >= tile.n)
     raise AssertionError("no list is deep enough")
+
+
+def slots(tile: Any, place: Any) -> int:
+    """Programs of ``scan`` that run at once: registers let one of eight warps, or two of four, on a multiprocessor."""
+    return int(place.processors * (8 // tile.warps))
+
+
+def queries_at_once(tile: Any, place: Any) -> int:
+    """Queries of one launch, 2,048 to 4,096: tiles of which a whole number of splits fills the device best.
+
+    Then the query tiles of a part of the gallery run together and read it once.
+    """
+    at_once, most = slots(tile, place), 4096 // tile.m
+    return int(tile.m * max(range(most, most // 2 - 1, -1), key=lambda tiles: at_once // tiles * tiles))
 
 
 class TritonSearch:
@@ -107,7 +124,7 @@ class TritonSearch:
         import torch
 
         place = devices.device_of(queries.device)
-        rows, metric = gallery.rows, gallery.metric
+        rows, metric, width = gallery.rows, gallery.metric, gallery.shadow.shape[1]
         if queries.n == 0:
             return place.empty((0, k), "float32"), place.empty((0, k), "int64")
         if not gallery.usable:
@@ -116,13 +133,13 @@ class TritonSearch:
         found = []
         start = 0
         while start < queries.n:
-            p = plan(min(rows.n, self.slab), k, gallery.kind, queries.n - start, place)
-            some = queries[start : start + max(1, _KEYS // (8 * p.candidates))]
+            p = plan(min(rows.n, self.slab), k, gallery.kind, min(queries.n - start, 4096), place, width)
+            some = queries[start : start + max(1, min(queries_at_once(p.tile, place), _KEYS // (8 * p.candidates)))]
             shadow, meta, bounded = _pack(some, metric, gallery.kind, is_query=True)
             best: Any = None
             for slab in slabs:
                 part = replace(gallery, rows=rows[slab], shadow=gallery.shadow[slab], meta=gallery.meta[slab])
-                p = plan(part.n, k, gallery.kind, some.n, place)
+                p = plan(part.n, k, gallery.kind, some.n, place, width)
                 costs, ids = _Scan(some, shadow, meta, bounded, part, min(k, part.n), p, place).best()
                 ids = ids + slab.start
                 best = (costs, ids) if best is None else merge_sorted(best, (costs, ids), k)
@@ -170,8 +187,8 @@ class _Scan:
         arguments = {
             "q_ptr": self.shadow, "stride_q": self.shadow.stride(0), "q_meta": self.meta, "g_ptr": g.shadow,
             "stride_g": g.shadow.stride(0), "g_meta": g.meta, "out_ptr": keys, "n_q": q.n, "n_g": g.n,
-            "splits": p.splits, "D": g.shadow.shape[1], "KEEP": p.keep, "BQ": p.tile.m, "BG": p.tile.n,
-            "BK": p.tile.k, "UPCAST": self.place.interpreted,
+            "splits": p.splits, "width": g.shadow.shape[1], "HELD": p.tile.k == g.shadow.shape[1], "KEEP": p.keep,
+            "BQ": p.tile.m, "BG": p.tile.n, "BK": p.tile.k, "UPCAST": self.place.interpreted,
         }  # fmt: skip
         self._launch("scan", kernels.scan, (math.ceil(q.n / p.tile.m), p.splits), arguments, p.tile)
         return keys.view(q.n, -1)

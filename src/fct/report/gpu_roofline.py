@@ -31,6 +31,7 @@ __all__ = [
     "scan_bound",
     "small_bound",
     "traffic",
+    "triton_scan",
 ]
 
 
@@ -222,15 +223,29 @@ def cuda_scan(gpu: Gpu, kind: str, *, gallery: int = 1 << 20, d: int = 128, k: i
     return gpu_traffic.Scan(128 * blocks, gallery, pitch, 128, tile_rows, splits, slots, held, 4 * 8 * 8, 4 * 4)
 
 
+def triton_scan(gpu: Gpu, kind: str, *, gallery: int = 1 << 20, d: int = 128, k: int = 10) -> gpu_traffic.Scan:
+    """The scan of :mod:`fct.ops.topk_triton`, for as many queries as it takes at once."""
+    from fct.kernels.topk import tile
+    from fct.ops.topk_triton import plan, queries_at_once, slots
+
+    place: Any = gpu
+    line = 128 if kind == "int8" else 64
+    width = -(-d // line) * line
+    queries = queries_at_once(tile(kind, 32, gpu.target, width=width), place)
+    made = plan(gallery, k, kind, queries, place, width)
+    pitch = 128 * width // line
+    return gpu_traffic.Scan(queries, gallery, pitch, made.tile.m, made.tile.n, made.splits, slots(made.tile, place),
+                            made.tile.k == width, 8 * made.keep, depth=pitch * made.tile.k // width)  # fmt: skip
+
+
 def scan_bound(gpu: Gpu, facts: dict[str, Any], kind: str, scan: gpu_traffic.Scan, *, d: int = 128,
                what: str = "CUDA") -> Bound:  # fmt: skip
     """The scan that a search begins with; a row is a query. A sample of the gallery, four times L2, is walked.
 
     least: the shadows of queries and gallery and their meta, read once.
     """
-    warps = facts["tile"]["warps"] if "tile" in facts else 4
-    tile = {"m": scan.tile_queries, "n": scan.tile_rows, "warps": warps}
-    per_tile = issued_per_iteration({**facts, "tile": tile, "precision": kind}) * (scan.pitch // 128)
+    tile = {"m": scan.tile_queries, "n": scan.tile_rows, "warps": facts["tile"]["warps"] if "tile" in facts else 4}
+    per_tile = issued_per_iteration({**facts, "tile": tile, "precision": kind}) * (scan.pitch // scan.depth)
     blocks = -(-scan.queries // scan.tile_queries)
     issued = per_tile * -(-scan.gallery // scan.tile_rows) * blocks / scan.queries
     sample = min(scan.gallery, 4 * gpu.l2_bytes // scan.pitch)
@@ -298,6 +313,7 @@ def _line(b: Bound) -> str:
 
 
 def main() -> None:
+    from fct.kernels import topk as search
     from fct.kernels.configs import tiles
     from fct.kernels.machine_code import compile_case
 
@@ -313,6 +329,14 @@ def main() -> None:
                 for name, width in (("branches", 256), ("linear", 2048), ("final", 128))
             }
         print(_line(bound(gpu, made[gpu.target])), flush=True)
+    for gpu in GPUS:
+        for kind in ("bf16", "int8"):
+            if f"scan {kind}" not in made[gpu.target]:
+                tile = search.tile(kind, search.KEEPS[0], gpu.target)
+                facts = compile_case("scan", kind, gpu.target, tile, f"keep {search.KEEPS[0]}, 128 wide")
+                made[gpu.target][f"scan {kind}"] = facts
+            facts = made[gpu.target][f"scan {kind}"]
+            print(_line(scan_bound(gpu, facts, kind, triton_scan(gpu, kind), what="Triton")), flush=True)
     if folder is None:
         return
     cuda: dict[str, dict[str, dict[str, Any]]] = {}

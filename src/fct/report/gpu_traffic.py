@@ -231,7 +231,8 @@ class Scan:
     """One launch of a search's scan over (gallery, pitch bytes) of shadow rows.
 
     held: a program reads its queries once and keeps them, else it reads them again with every tile. resident: programs
-    that run at once. keys, bounds: bytes that one program writes for each of its queries.
+    that run at once. keys, bounds: bytes that one program writes for each of its queries. depth: bytes of a row that
+    are read at a time.
     """
 
     queries: int
@@ -244,12 +245,13 @@ class Scan:
     held: bool
     keys: int
     bounds: int = 0
+    depth: int = LINE
 
 
 def scan_launches(scan: Scan) -> list[Launch]:
     """Grid (query blocks, splits), a split's programs neighbours: split s takes the tiles s, s + splits, ...
 
-    A program's steps: each 128 bytes of each tile, the first with its queries, the last of a tile with the rows' meta;
+    A program's steps: ``depth`` bytes of each tile, the first with its queries, the last of a tile with the rows' meta;
     then what it found.
     """
     blocks, tiles = -(-scan.queries // scan.tile_queries), -(-scan.gallery // scan.tile_rows)
@@ -267,15 +269,15 @@ def scan_launches(scan: Scan) -> list[Launch]:
 
         for tile in range(split, tiles, scan.splits):
             row = tile * scan.tile_rows
-            for byte in range(0, pitch, LINE):
-                reads = block("gallery", row, scan.tile_rows, byte, LINE, of_rows=scan.gallery, of_bytes=pitch)
+            for byte in range(0, pitch, scan.depth):
+                reads = block("gallery", row, scan.tile_rows, byte, scan.depth, of_rows=scan.gallery, of_bytes=pitch)
                 if not scan.held:
-                    reads += queries(byte, LINE)
+                    reads += queries(byte, scan.depth)
                 elif tile == split and byte == 0:
                     reads += queries(0, pitch)
                 if tile == split and byte == 0:
                     reads += meta("query meta", first, scan.tile_queries, scan.queries)
-                if byte + LINE >= pitch:
+                if byte + scan.depth >= pitch:
                     reads += meta("gallery meta", row, scan.tile_rows, scan.gallery)
                 yield reads, []
         found = []
