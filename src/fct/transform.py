@@ -6,6 +6,7 @@ from typing import Any
 
 from fct.arrays import Rows, empty_like_kind, rows_of
 from fct.ops.base import check_precision
+from fct.ops.device import numbered
 from fct.ops.dispatch import packed, pick_transform, threads_of
 from fct.transformation import Transformation
 
@@ -83,6 +84,7 @@ def transform_batch(
     streamed = old_rows.device == "cpu" and target.partition(":")[0] == "cuda"
     if target != old_rows.device and not streamed:
         raise ValueError(f"device: expected {old_rows.device}, where the rows lie, or cuda, got {target}")
+    target = numbered(target)
     if out is None:
         result, out_rows = empty_like_kind(old_rows, (old_rows.n, transformation.d_new), "float32")
     else:

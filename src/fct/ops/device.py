@@ -7,15 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fct.errors import BackendError
 
-__all__ = ["MIN_CHUNK", "Device", "DeviceLostError", "chunk_rows", "device_of", "why_no_cuda", "why_no_gpu"]
+__all__ = [
+    "MIN_CHUNK",
+    "Device",
+    "DeviceLostError",
+    "chunk_rows",
+    "device_of",
+    "numbered",
+    "why_no_cuda",
+    "why_no_gpu",
+]
 
 MIN_CHUNK = 128
 _lost: set[str] = set()
+# After these a context answers no call any more. torch's messages begin "CUDA error: ", ours name CUDA's own constant.
+_FATAL = re.compile(
+    r"CUDA error|HIP error|illegal memory access|unspecified launch failure|cudaError(IllegalAddress|LaunchFailure|"
+    r"LaunchTimeout|Assert|IllegalInstruction|MisalignedAddress|InvalidAddressSpace|InvalidPc|HardwareStackError|"
+    r"ECCUncorrectable|NvlinkUncorrectable|Contained|DevicesUnavailable|SystemNotReady|Unknown)\b"
+)
 
 
 class DeviceLostError(BackendError):
@@ -80,6 +96,18 @@ def chunk_rows(
 
     best = max(range(max(1, most // 2), most + 1), key=lambda units: (round(filled(units), 3), units))
     return max(MIN_CHUNK, best * tile_rows)
+
+
+def numbered(device: str) -> str:
+    """ "cuda" with the number of the device that is current now, since what is kept for a name is kept for good."""
+    if device != "cuda":
+        return device
+    import torch
+
+    try:
+        return f"cuda:{torch.cuda.current_device()}"
+    except (RuntimeError, AssertionError):  # why_no_cuda has the words for it
+        return "cuda:0"
 
 
 @functools.cache
@@ -221,17 +249,17 @@ class Device:
     def is_out_of_memory(self, error: BaseException) -> bool:
         import torch
 
-        return isinstance(error, torch.cuda.OutOfMemoryError)
+        text = str(error)  # pinned memory and CUDA itself run out with an error of no class of its own
+        return isinstance(error, torch.cuda.OutOfMemoryError) or (
+            "CUDA error: out of memory" in text or "cudaErrorMemoryAllocation" in text
+        )
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether the error leaves the device's context unusable."""
         import torch
 
         kinds = tuple(k for k in (getattr(torch, "AcceleratorError", None),) if k)
-        text = str(error)
-        return isinstance(error, kinds) or any(
-            sign in text for sign in ("CUDA error", "illegal memory access", "unspecified launch failure", "HIP error")
-        )
+        return isinstance(error, kinds) or _FATAL.search(str(error)) is not None
 
     @contextlib.contextmanager
     def errors(self, what: str) -> Iterator[None]:

@@ -45,7 +45,15 @@ def why_not_search(search: SearchBackend, k: int, metric: str, device: str, kind
     if not why:
         from fct.ops.selfproof import prove_search
 
-        verdict = prove_search(search, metric, kind, device)
+        place = devices.device_of(device)
+        with place.errors(f"the self-proof of the {search.name} search"):
+            try:
+                verdict = prove_search(search, metric, kind, device)
+            except Exception as error:
+                if not place.is_out_of_memory(error):
+                    raise
+                place.release()
+                return [f"{device} ({place.model}) is out of memory for its self-proof"]  # not remembered
         why = [f"refused by the self-proof: {verdict}"] if verdict else []
     return why
 
