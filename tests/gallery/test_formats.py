@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +158,110 @@ def test_page_checksums_are_written_and_verified(tmp_path: Path, rng: np.random.
     source = open_source(file)
     with pytest.raises(FctError, match="damaged"):
         read_all(source, 300)
+
+
+def test_a_row_group_is_decoded_once_however_it_is_cut(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = rng.standard_normal((100, 5), dtype=np.float32)
+    pq.write_table(pa.table({"vector": vector_array(values)}), tmp_path / "a.parquet", row_group_size=60)
+    begun = []
+    real = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *a, **k: begun.append(1) or real(*a, **k))
+    source = open_source(tmp_path)
+    (piece,) = source.pieces()
+
+    def read(start: int, rows: int, source: Any = source) -> None:
+        batches = source.read(piece, start, rows, 7)
+        parts = []
+        while sum(map(len, parts)) < rows:  # as a backfill does: nobody asks for the end
+            parts.append(vector_block(next(batches).column("vector"), 5).values)
+        np.testing.assert_array_equal(np.concatenate(parts), values[start : start + rows])
+
+    for start in range(0, 50, 10):
+        read(start, 10)
+    assert len(begun) == 1
+    assert not source._paused[0].file.closed
+    read(54, 2)  # skips rows that another worker has
+    assert len(begun) == 1
+    read(56, 44)  # to the end of this row group, and the next
+    assert len(begun) == 2
+    read(3, 9)  # backwards
+    assert len(begun) == 3
+    read(12, 9, pickle.loads(pickle.dumps(source)))  # what is open does not travel
+    assert len(begun) == 4
+    read(12, 9)
+    assert len(begun) == 4
+    for start in (0, 30, 1, 31, 2, 32):  # more passes than are kept
+        read(start, 3)
+        assert len(source._paused) <= 2
+
+
+_PEAK = """
+import sys
+import numpy as np
+from fct.gallery import open_source, vector_block
+source = open_source(sys.argv[1])
+(piece,) = source.pieces()
+assert len(piece.groups) == 1
+d, first = int(sys.argv[2]), int(sys.argv[3])
+at = first
+for start, rows in ((first, 300), (first + 300, piece.rows - first - 300)):
+    for batch in source.read(piece, start, rows, 512):
+        values = vector_block(batch.column("vector"), d).values
+        want = 1000 + (at - first + np.arange(len(values))) % 89
+        assert (values == want[:, None]).all(), at
+        at += len(values)
+assert at == piece.rows
+lines = open("/proc/self/status").read().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024)
+"""
+
+
+def one_row_group(path: Path, d: int, n: int, tail: int, **options: Any) -> None:
+    """n vectors in one row group of lists; the last ``tail`` are told apart by their values."""
+    kind = pa.list_(pa.float32())
+
+    def column(values: Any) -> Any:
+        child = pa.array(np.repeat(values.astype(np.float32), d))
+        offsets = pa.py_buffer(np.arange(len(values) + 1, dtype=np.int32) * d)
+        return pa.Array.from_buffers(kind, len(values), [None, offsets], children=[child])
+
+    step = 2000
+    body = column(np.arange(step) % 97)  # the same memory again and again
+    parts = [body] * ((n - tail) // step) + [body.slice(0, (n - tail) % step), column(1000 + np.arange(tail) % 89)]
+    pq.write_table(
+        pa.table({"vector": pa.chunked_array(parts)}),
+        path,
+        row_group_size=n,
+        use_dictionary=False,
+        write_statistics=False,
+        **options,
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
+    peaks = []
+    for n in (2_000, 400_000):  # 1 MB and 205 MB of vectors
+        one_row_group(tmp_path / "a.parquet", 128, n, 900, compression="none")
+        command = [sys.executable, "-c", _PEAK, str(tmp_path), "128", str(n - 900)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] < peaks[0] + 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_a_row_group_past_2_to_the_31_elements(tmp_path: Path) -> None:
+    d, past = 8192, 700
+    n = 2**31 // d + past
+    first = n - 2 * past  # half of these rows begin before element 2^31, half behind
+    one_row_group(tmp_path / "a.parquet", d, n, 2 * past, compression="lz4")
+    group = pq.read_metadata(tmp_path / "a.parquet").row_group(0)
+    assert group.column(0).num_values > 2**31
+    command = [sys.executable, "-c", _PEAK, str(tmp_path), str(d), str(first)]
+    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peak < 600  # MB; the row group holds 8,600
 
 
 def test_files_of_two_kinds_and_nothing_are_refused(tmp_path: Path) -> None:

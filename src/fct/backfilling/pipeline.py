@@ -30,6 +30,7 @@ from fct.files import checksum_file
 from fct.gallery.base import JOB_KEY, VECTOR_KEY, Destination, Output, Shard, Source
 from fct.gallery.location import Patience, StoreError
 from fct.gallery.raw import ROW
+from fct.gallery.recycler import Recycler
 from fct.gallery.spaces import SPACE_KEY, with_space
 from fct.gallery.vectors import VectorBlock, column_type, rebatch, vector_array, vector_block
 from fct.transform import transform_batch
@@ -64,6 +65,7 @@ class RowMapper:
     def __init__(self, job: Job, schema: pa.Schema, h: Transformation, *, threads: int | None, device: str) -> None:
         self.job, self.h, self.threads, self.device = job, h, threads, device
         self.schema = output_schema(job, schema)
+        self._memory = Recycler()
 
     def __call__(
         self, batch: pa.RecordBatch, side: pa.RecordBatch | None, first: int, digest: Any = None
@@ -90,7 +92,7 @@ class RowMapper:
             keep = np.ones(n, dtype=bool)
             keep[list(bad)] = False
             arrays = [(a[keep if rows is None else keep[rows]], None) for a, rows in arrays]
-        out = np.empty((len(arrays[0][0]), job.new_space.dim), job.dtype)
+        out = self._memory.empty((len(arrays[0][0]), job.new_space.dim), job.dtype)
         with np.errstate(over="ignore"):
             self._map(arrays[0][0], arrays[1][0] if len(arrays) > 1 else None, out)
         wild = nonfinite_rows(rows_of(out, "output", finite=False))

@@ -8,6 +8,7 @@ holds n and d as 32-bit numbers, and their product overflows one.
 from __future__ import annotations
 
 import struct
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fct.errors import FctError
 from fct.gallery.base import VECTOR_KEY, Batches, Piece, Shard
 from fct.gallery.files import FileDestination, FileSource
 from fct.gallery.location import Location
+from fct.gallery.recycler import Recycler
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.spaces import EmbeddingSpace
 
@@ -37,6 +39,10 @@ def npy_header(shape: tuple[int, int], dtype: np.dtype[Any]) -> bytes:
 
 class _Matrix(FileSource):
     """An (n, d) matrix behind a header."""
+
+    @cached_property
+    def _memory(self) -> Recycler:
+        return Recycler()
 
     def _facts(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
         """(n, d, dtype, offset of the first row), checked against the file's real size."""
@@ -70,7 +76,7 @@ class _Matrix(FileSource):
             stream.seek(offset + start * d * dtype.itemsize)
             while rows:
                 take = min(rows, batch_rows)
-                block = np.empty((take, d), dtype)
+                block = self._memory.empty((take, d), dtype)
                 _fill(stream, block, file)
                 child = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), block.size, [None, pa.py_buffer(block)])
                 yield pa.RecordBatch.from_arrays([pa.FixedSizeListArray.from_arrays(child, d)], ["vector"])
