@@ -306,6 +306,31 @@ def test_the_plan_counts_reading_and_writing(
     assert plan.seconds == pytest.approx(3000 / plan.rows_per_second)
 
 
+def test_the_plan_counts_a_stated_upload(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
+    source, quick = gallery(), {"measure_seconds": 0.05, "sample_rows": 64}
+    here = fct.plan_backfill(source, tmp_path / "new", h, **quick)
+    assert (here.upload_left_out, here.upload_rows_per_second) == (False, None)
+    silent = fct.plan_backfill(source, "memory://new", h, **quick)
+    assert silent.upload_left_out
+    assert silent.binds != "uploading"
+    slow = fct.plan_backfill(source, "memory://new", h, upload_mb_per_s=0.1, **quick)
+    assert not slow.upload_left_out
+    assert slow.binds == "uploading"
+    assert slow.rows_per_second == slow.upload_rows_per_second
+    assert slow.seconds == pytest.approx(3000 / slow.rows_per_second)
+    # What travels is files with every column, not only vectors.
+    fct.backfill(source, tmp_path / "new", h, **QUICK)
+    written = sum(f.stat().st_size for f in (tmp_path / "new").glob("*.parquet"))
+    assert slow.upload_rows_per_second == pytest.approx(0.1e6 / (written / 3000), rel=0.7)
+    assert slow.upload_rows_per_second < 0.1e6 / (4 * D_NEW)
+    fast = fct.plan_backfill(source, "memory://new", h, upload_mb_per_s=1e6, **quick)
+    assert fast.binds != "uploading"
+    assert fast.rows_per_second > 10 * slow.rows_per_second
+    for wrong in (0, -1.0, float("nan"), float("inf"), True):
+        with pytest.raises(ValueError, match="upload_mb_per_s: expected a positive number"):
+            fct.plan_backfill(source, "memory://new", h, upload_mb_per_s=wrong)
+
+
 def test_shards_cover_every_row_once() -> None:
     random.seed(0)
     for _ in range(200):

@@ -55,6 +55,39 @@ def test_from_plan_to_verify(gallery: Make, h: fct.Transformation, tmp_path: Pat
     assert (code, "problem: shard 0 part-00000000.parquet does not match its checksum" in out) == (1, True)
 
 
+def test_the_plan_says_whether_the_upload_is_in_it(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
+    source, path = gallery(), tmp_path / "h.safetensors"
+    h.save(path)
+    left_out = "The upload is not in these figures"
+    code, out, _ = run("plan", source, "memory://new", "-t", path)
+    assert (code, left_out in out, "--upload-mb-per-s" in out) == (0, True, True)
+    code, out, _ = run("plan", source, "memory://new", "-t", path, "--upload-mb-per-s", 0.01)
+    assert (code, "uploading binds" in out, "rows/s at the 0.01 MB/s you stated" in out, left_out in out) == (
+        0, True, True, False,
+    )  # fmt: skip
+    code, out, _ = run("plan", source, tmp_path / "new", "-t", path)
+    assert (code, "upload" in out) == (0, False)
+    code, _, err = run("plan", source, "memory://new", "-t", path, "--upload-mb-per-s", 0)
+    assert (code, "upload_mb_per_s: expected a positive number" in err) == (1, True)
+
+
+def test_an_8_bit_gallery_and_its_scale(tmp_path: Path, rng: np.random.Generator) -> None:
+    codes = rng.integers(-128, 128, (300, D_OLD)).astype(np.int8)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/a.i8bin").write_bytes(np.array(codes.shape, "<u4").tobytes() + codes.tobytes())
+    h, path = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=64, side_info=False), tmp_path / "h.safetensors"
+    h.save(path)
+    code, _, err = run(
+        "backfill", tmp_path / "old", tmp_path / "new", "-t", path, "--old-model", "random-old", "--scale", 0.03,
+        "--precision", "fp32", "--no-progress",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    (file,) = (tmp_path / "new").glob("*.fbin")
+    got = np.fromfile(file, np.float32, offset=8).reshape(-1, D_NEW)
+    want = fct.transform_batch(codes.astype(np.float32) * np.float32(0.03), None, h, precision="fp32")
+    np.testing.assert_array_equal(got, want)
+
+
 def test_rejects_have_their_exit_code(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
     source, path = gallery(bad=(4, 9)), tmp_path / "h.safetensors"
     h.save(path)

@@ -46,8 +46,10 @@ class BackfillPlan:
     rows_per_second: of the whole backfill on this machine, from h (at ``precision`` on ``backend``), reading and
     writing, each measured for a moment: they overlap, so the slowest binds (``binds``), and on a CPU they share it.
     h_rows_per_second, read_rows_per_second, write_rows_per_second: of each alone. Reading is that of the source as it
-    lies now (page cache included); writing goes to a temporary folder of this machine, None where the destination is
-    not files.
+    lies now (page cache included, and the network where it lies behind one); writing goes to a temporary folder of this
+    machine, None where the destination is not files. Nothing is written to the destination, so the upload to a remote
+    one can not be measured: upload_rows_per_second comes from the stated ``upload_mb_per_s``, and without one
+    ``upload_left_out`` is True: the prediction is of everything but the upload.
     seconds: predicted for ``workers`` machines like this one. cost_per_billion_rows: at ``price_per_hour`` for each.
     nonfinite_share: rows of the sample that would go to rejects/.
     refusals: every reason why the backfill would be refused; empty when it would run.
@@ -80,6 +82,9 @@ class BackfillPlan:
     read_rows_per_second: float = 0.0
     write_rows_per_second: float | None = None
     binds: str = "h"
+    upload_mb_per_s: float | None = None
+    upload_rows_per_second: float | None = None
+    upload_left_out: bool = False
 
 
 @dataclass
@@ -331,6 +336,7 @@ def plan_backfill(
     sample_rows: int = 4096,
     measure_seconds: float = 1.0,
     threads: int | None = None,
+    upload_mb_per_s: float | None = None,
     **options: Any,
 ) -> BackfillPlan:
     """Reads metadata and a sample, measures h, reading and writing, and says what a backfill would do. The destination
@@ -347,6 +353,8 @@ def plan_backfill(
         min_gap_closed: least share of the gap closed, by mAP. min_recall: least recall@10 against new/new.
         sample_rows: rows of the sample. measure_seconds: how long h is measured, and reading and writing together.
         threads: CPU threads.
+        upload_mb_per_s: 10^6 bytes a second that one machine uploads to the destination, for the prediction: a plan
+            writes nothing there, so it can not measure this.
         options: side_source, vector_column, side_column, id_column, keep_side_info, old_model, format,
             vector_format, dtype, binary_dtype, scale, precision, backend, device, shard_rows, batch_rows, filesystem,
             storage_options, retries, timeout; see docs/backfill.md.
@@ -370,6 +378,8 @@ def plan_backfill(
     check_number(measure_seconds, "measure_seconds", 0)
     if price_per_hour is not None:
         check_number(price_per_hour, "price_per_hour", 0)
+    if upload_mb_per_s is not None and (isinstance(upload_mb_per_s, bool) or not 0 < upload_mb_per_s < float("inf")):
+        raise ValueError(f"upload_mb_per_s: expected a positive number of MB a second or None, got {upload_mb_per_s!r}")
     h = load_transformation(transformation)
     quality = check_quality(h, pairs, min_gap_closed, min_recall) if pairs is not None else None
     gate = quality.refusals if quality is not None else ()
@@ -417,6 +427,8 @@ def plan_backfill(
     if not refusals:
         _measure_reading(pace, found, mapper, measure_seconds / 2)
         _measure_writing(pace, found, mapped)
+    if upload_mb_per_s is not None:
+        pace.upload = (pace.row_bytes or bytes_out / job.rows) / (upload_mb_per_s * 1e6)
     rate, binds = pace.together()
     seconds = job.rows / (rate * max(1, workers))
     cost = None if price_per_hour is None else 1e9 / rate / 3600 * price_per_hour
@@ -447,23 +459,31 @@ def plan_backfill(
         read_rows_per_second=1 / pace.read if pace.read else 0.0,
         write_rows_per_second=1 / pace.write if pace.write else None,
         binds=binds,
+        upload_mb_per_s=upload_mb_per_s,
+        upload_rows_per_second=1 / pace.upload if pace.upload else None,
+        upload_left_out=upload_mb_per_s is None and not found.journal.destination.is_local,
     )
 
 
 @dataclass
 class _Pace:
-    """What a row costs: seconds on the clock of each stage, and processor seconds of reading and writing."""
+    """What a row costs: seconds on the clock of each stage, and processor seconds of reading and writing.
+
+    row_bytes: of a written row with all its columns, once writing was measured.
+    """
 
     h_rate: float
     on_cpu: bool
     threads: int
     read: float = 0.0
     write: float = 0.0
+    upload: float = 0.0
     cpu: float = 0.0
+    row_bytes: float = 0.0
 
     def together(self) -> tuple[float, str]:
         """(rows per second, which stage binds). Stages overlap; what runs on the processors adds up there."""
-        stages = {"h": 1 / self.h_rate, "reading": self.read, "writing": self.write}
+        stages = {"h": 1 / self.h_rate, "reading": self.read, "writing": self.write, "uploading": self.upload}
         if self.on_cpu:
             stages["h"] += self.cpu / self.threads
         binds = max(stages, key=lambda name: stages[name])
@@ -497,11 +517,14 @@ def _measure_writing(pace: _Pace, found: Resolved, mapped: list[pa.RecordBatch])
     with tempfile.TemporaryDirectory(prefix="fct-plan-") as folder:
         part = Path(folder) / "part"
         wall, cpu = time.perf_counter(), time.process_time()
-        found.destination.write_file(part, Shard(0, 0, 0, times * full.num_rows, 0), iter([full] * times), {})
+        files = {part.name: part}
+        found.destination.write_file(part, Shard(0, 0, 0, times * full.num_rows, 0), iter([full] * times), files)
+        size = sum(file.stat().st_size for file in files.values())
         with open(part, "rb", buffering=0) as file:
             checksum_file(file)
         Location(LocalFileSystem(), str(part.with_name("whole"))).publish(part)
         done = times * full.num_rows
+        pace.row_bytes = size / done
         pace.write, pace.cpu = (time.perf_counter() - wall) / done, pace.cpu + (time.process_time() - cpu) / done
 
 

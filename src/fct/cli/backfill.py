@@ -21,6 +21,8 @@ _OldModel = Annotated[str | None, typer.Option(help="Which model made the old ve
 _Format = Annotated[str, typer.Option(help="npy, bin, parquet, arrow or lance; auto: the source's.")]
 _VectorFormat = Annotated[str, typer.Option(help="Parquet and Arrow: fixed_size_list, list or binary.")]
 _Dtype = Annotated[str, typer.Option(help="float32 or float16; auto: the source's.")]
+_BinaryDtype = Annotated[str, typer.Option(help="What binary columns hold: float32 or float16.")]
+_Scale = Annotated[float, typer.Option(help="Old vectors are multiplied by this: 8-bit galleries' step.")]
 _Precision = Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: the fastest that h allows.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 _Threads = Annotated[int | None, typer.Option(help="CPU threads; by default all.")]
@@ -28,7 +30,7 @@ _Pairs = Annotated[str | None, typer.Option(help="Held-out pairs, .npz with old,
 _MinGap = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this share of the mAP gap closed.")]
 _MinRecall = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this recall@10.")]
 _ShardRows = Annotated[int | None, typer.Option(help="Rows of a shard; by default about 128 MB.")]
-_BatchRows = Annotated[int | None, typer.Option(help="Rows in flight at once; by default about 16 MB.")]
+_BatchRows = Annotated[int | None, typer.Option(help="Rows in flight at once; by default about 64 MB.")]
 _Retries = Annotated[int, typer.Option(help="Further attempts, with back-off, where a store may have failed.")]
 _Timeout = Annotated[float, typer.Option(help="Seconds to wait for a store's answer, and 1 more per MB moved.")]
 _KeepSide = Annotated[bool, typer.Option("--keep-side-info", help="Keep the side-information column.")]
@@ -47,6 +49,8 @@ def plan(
     format: _Format = "auto",
     vector_format: _VectorFormat = "auto",
     dtype: _Dtype = "auto",
+    binary_dtype: _BinaryDtype = "float32",
+    scale: _Scale = 1.0,
     precision: _Precision = "auto",
     device: _Device = "cpu",
     threads: _Threads = None,
@@ -58,6 +62,7 @@ def plan(
     keep_side_info: _KeepSide = False,
     workers: Annotated[int, typer.Option(help="Machines like this one, for the prediction.")] = 1,
     price_per_hour: Annotated[float | None, typer.Option(help="Of one machine, for the cost.")] = None,
+    upload_mb_per_s: Annotated[float | None, typer.Option(help="MB/s that one machine uploads.")] = None,
     threshold: Annotated[float | None, typer.Option(help="A score threshold of the old space, to be mapped.")] = None,
     retries: _Retries = 6,
     timeout: _Timeout = 60.0,
@@ -80,6 +85,8 @@ def plan(
         format=format,
         vector_format=vector_format,
         dtype=dtype,
+        binary_dtype=binary_dtype,
+        scale=scale,
         precision=precision,
         device=device,
         threads=threads,
@@ -91,6 +98,7 @@ def plan(
         keep_side_info=keep_side_info,
         workers=workers,
         price_per_hour=price_per_hour,
+        upload_mb_per_s=upload_mb_per_s,
         retries=retries,
         timeout=timeout,
     )
@@ -117,6 +125,16 @@ def _show_plan(found: Any, threshold: float | None) -> None:
         alone = {"h": found.h_rows_per_second, "reading": found.read_rows_per_second}
         alone |= {"writing": found.write_rows_per_second} if found.write_rows_per_second else {}
         console.print("measured alone: " + ", ".join(f"{what} {rate:,.0f} rows/s" for what, rate in alone.items()))
+        if found.upload_rows_per_second is not None:
+            console.print(
+                f"uploading {found.upload_rows_per_second:,.0f} rows/s at the {found.upload_mb_per_s:g} MB/s you stated"
+            )
+        if found.upload_left_out:
+            console.print(
+                "The upload is not in these figures, since a plan writes nothing there: state its rate with "
+                "--upload-mb-per-s.",
+                soft_wrap=True,
+            )
         if found.cost_per_billion_rows is not None:
             console.print(f"{found.cost_per_billion_rows:,.2f} per billion rows at {found.price_per_hour:g} an hour")
         console.print(f"sample of {found.sample_rows:,} rows: {found.nonfinite_share:.2%} would go to rejects/")
@@ -159,6 +177,8 @@ def backfill(
     format: _Format = "auto",
     vector_format: _VectorFormat = "auto",
     dtype: _Dtype = "auto",
+    binary_dtype: _BinaryDtype = "float32",
+    scale: _Scale = 1.0,
     precision: _Precision = "auto",
     device: _Device = "cpu",
     threads: _Threads = None,
@@ -201,6 +221,8 @@ def backfill(
             format=format,
             vector_format=vector_format,
             dtype=dtype,
+            binary_dtype=binary_dtype,
+            scale=scale,
             precision=precision,
             device=device,
             threads=threads,
