@@ -107,6 +107,14 @@ void bind_rows(py::module_& m) {
                                             row_stride, reinterpret_cast<uint8_t*>(flags));
         },
         py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("d"), py::arg("row_stride"), py::arg("flags"));
+    m.def(
+        "scan_rows",
+        [](uintptr_t data, int dtype, int64_t n, int64_t d, uintptr_t flags, fct::cpu::Xxh64& checksum) {
+            WithoutGil without_gil;
+            return fct::cpu::scan_rows(reinterpret_cast<const void*>(data), static_cast<DType>(dtype), n, d,
+                                       reinterpret_cast<uint8_t*>(flags), checksum);
+        },
+        py::arg("data"), py::arg("dtype"), py::arg("n"), py::arg("d"), py::arg("flags"), py::arg("checksum"));
 }
 
 // ---- machine ----
@@ -325,9 +333,9 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_architectures") = "";
 #endif
     AtExit::install();
+    bind_checksum(m);  // before what takes one
     bind_rows(m);
     bind_machine(m);
     bind_transform(m);
     bind_topk(m);
-    bind_checksum(m);
 }

@@ -50,4 +50,18 @@ int64_t nonfinite_rows(const void* data, DType dtype, int64_t n, int64_t d, int6
     return count;
 }
 
+int64_t scan_rows(const void* data, DType dtype, int64_t n, int64_t d, uint8_t* flags, Xxh64& checksum) {
+    constexpr int64_t kTile = 8192;  // bytes: a fraction of any first-level cache
+    const int64_t row = d * (dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2);
+    const int64_t step = row > 0 && row < kTile ? kTile / row : 1;
+    const auto* bytes = static_cast<const unsigned char*>(data);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += step) {
+        const int64_t rows = n - i < step ? n - i : step;
+        checksum.update(bytes + i * row, static_cast<size_t>(rows * row));
+        count += nonfinite_rows(bytes + i * row, dtype, rows, d, d, flags + i);
+    }
+    return count;
+}
+
 }  // namespace fct::cpu

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/checksum.h"
+
 namespace fct::cpu {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, i8 = 3 };
@@ -12,5 +14,8 @@ int64_t first_nonfinite_row(const void* data, DType dtype, int64_t n, int64_t d,
 
 // flags[i] = 1 where row i holds a NaN or an infinity, else 0; returns how many.
 int64_t nonfinite_rows(const void* data, DType dtype, int64_t n, int64_t d, int64_t row_stride, uint8_t* flags);
+
+// The same, and adds the rows to a checksum, while each is in the nearest cache. The rows lie d elements apart.
+int64_t scan_rows(const void* data, DType dtype, int64_t n, int64_t d, uint8_t* flags, Xxh64& checksum);
 
 }  // namespace fct::cpu

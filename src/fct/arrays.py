@@ -359,10 +359,17 @@ def _first_nonfinite(rows: Rows, report: Callable[[float], None] | None) -> int:
     return int(bad.int().argmax()) if bool(bad.any()) else -1
 
 
-def nonfinite_rows(rows: Rows) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """(n,) bool: which rows of a CPU block hold a NaN or an infinity; for callers that set such rows aside."""
+def nonfinite_rows(rows: Rows, checksum: Any = None) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """(n,) bool: which rows of a CPU block hold a NaN or an infinity; for callers that set such rows aside.
+
+    checksum: an ``_C.Xxh64`` that the rows are added to in the same pass; they must be contiguous.
+    """
     flags = np.zeros(rows.n, dtype=np.uint8)
-    if rows.n and rows.dtype != "int8":
+    if checksum is not None and rows.n:
+        if not rows.values.flags.c_contiguous:
+            raise ValueError("rows: expected contiguous rows for a checksum, got strided ones")
+        _C.scan_rows(rows.address, rows.dtype_code, rows.n, rows.d, flags.ctypes.data, checksum)
+    elif rows.n and rows.dtype != "int8":
         _C.nonfinite_rows(rows.address, rows.dtype_code, rows.n, rows.d, rows.row_stride, flags.ctypes.data)
     return flags.view(np.bool_)
 

@@ -158,6 +158,17 @@ def test_max_rejects_stops_and_keeps(gallery: Make, h: fct.Transformation, tmp_p
     assert fct.backfill(source, tmp_path / "new", h, max_rejects=3, **QUICK).shards_kept > 0
 
 
+def test_a_row_that_its_scale_makes_infinite_is_rejected(tmp_path: Path) -> None:
+    rows = np.ones((50, D_OLD), np.float32)
+    rows[7, 2] = 1e30
+    np.save(tmp_path / "old.npy", rows)
+    h = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=64, side_info=False)
+    report = fct.backfill(tmp_path / "old.npy", tmp_path / "new", h, old_model="random-old", scale=1e10, **QUICK)
+    assert (report.rows_out, report.rejects) == (49, 1)
+    (file,) = (tmp_path / "new/_fct/rejects").iterdir()
+    assert json.loads(file.read_text())["reason"] == "vector: not finite"
+
+
 def test_quality_gate_and_plan(gallery: Make, h: fct.Transformation, tmp_path: Path, rng: np.random.Generator) -> None:
     source = gallery(bad=(0,))
     old, side = (rng.standard_normal((200, d), dtype=np.float32) for d in (D_OLD, D_SIDE))

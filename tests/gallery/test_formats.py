@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import fct
+from fct import _C
+from fct.arrays import nonfinite_rows, rows_of
 from fct.errors import FctError
+from fct.files import checksum_bytes
 from fct.gallery import export_bulk, open_source, vector_array, vector_block
 from fct.gallery.faiss import build_faiss
 from fct.gallery.vectors import rebatch
@@ -347,3 +350,19 @@ def test_checksum_is_xxh64(rng: np.random.Generator) -> None:
     assert checksum_bytes(b"") == "ef46db3751d8e999"
     assert checksum_bytes(b"a") == "d24ec4f1a98c6e5b"
     assert checksum_bytes(b"Nobody inspects the spammish repetition") == "fbcea83c8a378bf1"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (3, 5), (97, 33), (1000, 128), (5, 5000), (0, 4)])
+def test_one_pass_finds_what_two_do(n: int, d: int, dtype: str, rng: np.random.Generator) -> None:
+    values = rng.standard_normal((n, d)).astype(dtype)
+    for row in {0, n // 2, n - 1} & set(range(n)):
+        values[row, row % d] = rng.choice([np.nan, np.inf, -np.inf])
+    rows = rows_of(values, "values", finite=False)
+    checksum = _C.Xxh64()
+    flags = nonfinite_rows(rows, checksum)
+    np.testing.assert_array_equal(flags, ~np.isfinite(values).all(axis=1))
+    assert f"{checksum.digest():016x}" == checksum_bytes(values.tobytes())
+    if n > 1 and d > 1:
+        with pytest.raises(ValueError, match="contiguous"):
+            nonfinite_rows(rows_of(values[:, 1:], "values", finite=False), checksum)

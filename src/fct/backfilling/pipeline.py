@@ -33,7 +33,7 @@ from fct.gallery.raw import ROW
 from fct.gallery.recycler import Recycler
 from fct.gallery.spaces import SPACE_KEY, with_space
 from fct.gallery.vectors import VectorBlock, column_type, rebatch, vector_array, vector_block
-from fct.transform import transform_batch
+from fct.transform import transform_finite
 from fct.transformation import Transformation
 
 __all__ = ["BATCH_BYTES", "RowMapper", "ShardPipeline", "ShardReader", "output_schema"]
@@ -73,8 +73,6 @@ class RowMapper:
         """(mapped rows, rejects). first: the number of the batch's first row in the gallery."""
         job = self.job
         old, other = self._blocks(batch, side)
-        if digest is not None:
-            self._digest(digest, batch, old, other)
         bad = {row: f"{job.vector}: {why}" for row, why in old.bad.items()}
         if other is not None:
             for row, why in other.bad.items():
@@ -84,9 +82,16 @@ class RowMapper:
         arrays = []
         for block, name, scale in blocks:
             values, rows = block.values, block.rows
-            for i in np.flatnonzero(nonfinite_rows(rows_of(values, name, finite=False))).tolist():
+            wild = nonfinite_rows(rows_of(values, name, finite=False), digest)
+            if scale != 1.0:
+                with np.errstate(over="ignore"):
+                    values = values * np.float32(scale)
+                wild |= nonfinite_rows(rows_of(values, name, finite=False))
+            for i in np.flatnonzero(wild).tolist():
                 bad.setdefault(int(i if rows is None else rows[i]), f"{name}: not finite")
-            arrays.append((values * np.float32(scale) if scale != 1.0 else values, rows))
+            arrays.append((values, rows))
+        if digest is not None:
+            self._digest_rest(digest, batch)
         keep = None
         if bad:
             keep = np.ones(n, dtype=bool)
@@ -122,7 +127,7 @@ class RowMapper:
 
     def _map(self, old: Any, side: Any, out: Any) -> None:
         job = self.job
-        transform_batch(
+        transform_finite(
             old, side, self.h, out=out, device=self.device, precision=job.precision, backend=job.backend,
             threads=self.threads,
         )  # fmt: skip
@@ -145,6 +150,9 @@ class RowMapper:
             if block is not None and block.values.size:
                 values = np.ascontiguousarray(block.values)
                 digest.update(int(values.ctypes.data), values.nbytes)
+        self._digest_rest(digest, batch)
+
+    def _digest_rest(self, digest: Any, batch: pa.RecordBatch) -> None:
         rest = batch.drop_columns([n for n in (self.job.vector, self.job.side_column) if n])
         if rest.num_columns:
             body = rest.serialize()

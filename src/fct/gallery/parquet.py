@@ -20,7 +20,7 @@ from fct.gallery.location import Location
 
 __all__ = ["ParquetDestination", "ParquetSource"]
 
-_BUFFER, _REMOTE_BUFFER = 1 << 20, 8 << 20
+_BUFFER, _REMOTE_BUFFER = 256 << 10, 8 << 20  # pages larger than this are read straight to where they are decoded
 _AHEAD = 256 << 20  # row groups up to this, together, are fetched from a network at once
 _PAUSED = 2  # passes kept that stopped in the middle of a row group; the side-information has its own source
 
