@@ -1,12 +1,12 @@
-// Certified-exact top-k: a tensor-core scan of a low-precision shadow proposes candidates, fp32 disposes.
+// Certified-exact top-k: a tensor-core scan of a low-precision shadow proposes candidates, exact scores decide.
 //
 //   shadow    every row -> bf16 or int8 shadow, and four floats that bound what the rounding did to it
 //   scan      shadow x shadow by mma.sync, selection in registers: each thread keeps the R best upper bounds u of its
 //             own columns and reports the worst u it kept, which no row it dropped exceeds
 //   select    sorts candidates in shared memory, keeps the best; in several passes where they do not fit
-//   rescore   exact fp32 scores of the kept candidates, from the original rows
+//   rescore   exact scores of the kept candidates, from the original rows: float64 sums, rounded to fp32 once
 //   finish    sorts them; the query is certified when the k-th exact score beats every u that was dropped
-//   exact_scan, finish_exact   plain fp32 over the whole gallery, for the queries that were not (near-ties, duplicates)
+//   exact_scan, finish_exact   the same over the whole gallery, for the queries that were not (near-ties, duplicates)
 //
 // The bound. With q = q~ + dq and g = g~ + dg:  |q.g - q~.g~| <= |q| |dg| + |dq| |g~|  (Cauchy-Schwarz). |dg| and |dq|
 // are measured, not assumed, when the shadow is made. The rounding of every fp32 sum on either side is covered by
