@@ -317,7 +317,7 @@ def test_strided_and_empty(fake: FakeDevice, backend: str, rng: Any) -> None:
     assert tuple(fct.topk(ours[:0], theirs, 4).indices.shape) == (0, 4)
     with pytest.raises(ValueError, match="k: expected 1 to 150, the rows of the gallery, got 151"):
         fct.topk(ours, theirs, 151)
-    with pytest.raises(ValueError, match="k: expected 1 to 0, the rows of the gallery, got 1"):
+    with pytest.raises(ValueError, match=r"^gallery: expected at least one row, got \(0, 9\)$"):
         fct.topk(ours, theirs[:0], 1)
 
 
