@@ -218,7 +218,7 @@ def segments() -> list[tuple[int, int]]:
     import torch
 
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-    storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
+    storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided and t.device.type == "cpu"]
     return [(s.data_ptr(), s.nbytes()) for s in storages]
 
 
