@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import fct
 from tests.backfilling.conftest import D_NEW, D_OLD, D_SIDE
@@ -95,3 +96,17 @@ def test_rejects_have_their_exit_code(gallery: Make, h: fct.Transformation, tmp_
     assert (code, "max_rejects: expected at most 1 rejected rows, got 2" in err) == (1, True)
     code, out, _ = run("backfill", source, tmp_path / "new", "-t", path, "--no-progress")
     assert (code, "2,998 out + 2 rejected" in out, "rejected rows: " in out) == (4, True, True)
+
+
+def test_an_index_that_can_not_be_built_is_refused_before_the_work(
+    gallery: Make, h: fct.Transformation, tmp_path: Path
+) -> None:
+    pytest.importorskip("faiss")
+    source, path, new = gallery(), tmp_path / "h.safetensors", tmp_path / "new"
+    h.save(path)
+    code, _, err = run("backfill", source, new, "-t", path, "--no-progress", "--faiss", "IVF4,Round")
+    assert (code, "faiss: expected a description FAISS knows" in err, new.exists()) == (1, True, False)
+    code, _, err = run("backfill", source, "memory://new", "-t", path, "--no-progress", "--faiss", "Flat")
+    assert (code, "out: expected a file of this machine" in err) == (1, True)
+    code, out, _ = run("backfill", source, new, "-t", path, "--no-progress", "--faiss", "IVF4,PQ2x4")
+    assert (code, (new / "_fct/index.faiss").exists(), "index: " in out) == (0, True, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 import subprocess
@@ -315,6 +316,8 @@ def test_faiss_index_of_the_new_gallery(factory: str, tmp_path: Path, rng: np.ra
     index = faiss.read_index(str(build_faiss(tmp_path / "new", factory)))
     assert index.ntotal == 900
     rows = np.concatenate([np.load(f) for f in sorted((tmp_path / "new").glob("*.npy"))])
+    with pytest.raises(ValueError, match=r"faiss: expected a description FAISS knows .* got 'Flat,Round'"):
+        build_faiss(tmp_path / "new", "Flat,Round")
     if factory == "Flat":
         found = index.search(rows[:50], 3)
         np.testing.assert_array_equal(found[1], fct.topk(rows[:50], rows, 3).indices)
@@ -341,6 +344,33 @@ def test_bulk_files_hold_every_row(tmp_path: Path, rng: np.random.Generator) -> 
     assert (fields, size, key, length, dim, zero) == (2, 8, 7, 24, 5, 0)
     np.testing.assert_array_equal(np.frombuffer(data[41:61], ">f4"), values[0])
     assert len(data) == 19 + 50 * (22 + 20) + 2
+
+
+@pytest.mark.parametrize("payload", [False, True])
+def test_rejected_rows_do_not_shift_the_ids_of_bare_matrices(
+    payload: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    values = rng.standard_normal((50, 5), dtype=np.float32)
+    values[[0, 3, 19, 30], 1] = np.nan  # the first, the last and some within shards of 20 rows
+    whole = np.isfinite(values).all(axis=1)
+    numbers = np.arange(50)
+    (tmp_path / "old").mkdir()
+    columns = {"id": numbers + 1000, "vector": vector_array(values), "tag": [f"t{i}" for i in range(50)]}
+    if payload:
+        pq.write_table(pa.table(columns), tmp_path / "old/a.parquet")
+    else:
+        np.save(tmp_path / "old/a.npy", values)
+    h = fct.Transformation.random(5, 5, 4, inner=8, side_info=False)
+    report = fct.backfill(
+        tmp_path / "old", tmp_path / "new", h, old_model="random-old", progress=False, shard_rows=20, format="npy"
+    )
+    assert (report.rejects, report.shards) == (4, 3)
+    vectors, lines = export_bulk(tmp_path / "new", tmp_path / "out", "qdrant")
+    want = fct.transform_batch(values[whole], None, h, precision=report.precision)
+    np.testing.assert_array_equal(np.load(vectors), want)
+    got = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["id"] for row in got] == (numbers[whole] + (1000 if payload else 0)).tolist()
+    assert [row["payload"] for row in got] == [{"tag": f"t{i}"} if payload else {} for i in numbers[whole]]
 
 
 def test_checksum_is_xxh64(rng: np.random.Generator) -> None:

@@ -208,6 +208,11 @@ def backfill(
     from fct.backfilling.job import QualityGateError
     from fct.backfilling.run import backfill as run
 
+    if faiss is not None:
+        from fct.gallery.faiss import build_faiss, check_faiss
+        from fct.transformation import Transformation
+
+        check_faiss(destination, faiss, Transformation.load(transformation).new_space)
     try:
         report = run(
             source,
@@ -251,8 +256,6 @@ def backfill(
         f"({report.backend}, {report.precision})"
     )
     if faiss is not None:
-        from fct.gallery.faiss import build_faiss
-
         console.print(f"index: {build_faiss(destination, faiss)}")
     if report.rejects:
         console.print(f"rejected rows: {report.rejects_folder}")

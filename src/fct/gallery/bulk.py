@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fct.files import refuse_existing
-from fct.gallery.base import VECTOR_KEY
-from fct.gallery.raw import ROW, npy_header
+from fct.gallery.base import VECTOR_KEY, Piece, Source
+from fct.gallery.location import Location
+from fct.gallery.raw import ROW, BinSource, NpySource, npy_header
 from fct.gallery.stores import open_source
 from fct.gallery.vectors import vector_array, vector_block
 
@@ -34,7 +35,8 @@ def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column
             ``utility.do_bulk_insert``; "qdrant": ``vectors.npy`` and ``payload.jsonl`` (id and payload of row i in line
             i), for ``QdrantClient.upload_collection(vectors=numpy.load(..., mmap_mode="r"))``; "pgvector": ``rows.bin``
             with (id bigint, embedding vector), for ``COPY items (id, embedding) FROM ... WITH (FORMAT binary)``.
-        id_column: which column is the id; "auto": ``id`` or ``row``, else the row number.
+        id_column: which column is the id; "auto": ``id`` or ``row``, else the row number. What a backfill to ``.npy``
+            or ``.fbin`` put into ``_rows/`` counts as columns, and where rows were rejected the others keep their number.
 
     Returns:
         The files.
@@ -50,7 +52,9 @@ def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column
     if to not in BULK_FORMATS:
         raise ValueError(f"to: expected one of {', '.join(BULK_FORMATS)}, got {to!r}")
     source = open_source(gallery)
-    names = source.schema.names
+    pieces = source.pieces()
+    beside = _Beside(source, pieces)
+    names = source.schema.names + beside.names
     vector = (source.schema.metadata or {}).get(VECTOR_KEY, b"vector").decode()
     if vector not in names:
         raise ValueError(f"gallery: expected a column {vector!r}, got {', '.join(names)}")
@@ -60,21 +64,57 @@ def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column
         raise ValueError(f"id_column: expected one of {', '.join(names)}, got {id_column!r}")
     folder = refuse_existing(out, overwrite=False, name="out")
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = source.pieces()
 
     def rows() -> Iterator[tuple[Any, Any, pa.RecordBatch]]:
         """(ids, (n, d) float32, the other columns)"""
-        first = 0
-        for piece in pieces:
+        for piece, first in zip(pieces, beside.first, strict=True):
+            at, more = 0, beside.table(piece)
             for batch in source.read(piece, 0, piece.rows, _BATCH):
                 column = batch.column(vector)
+                numbers = pa.array(np.arange(first + at, first + at + batch.num_rows))
+                for name in beside.names:  # a shard without rejected rows has no file for its numbers
+                    part = numbers if more is None else more[name].slice(at, batch.num_rows).combine_chunks()
+                    batch = batch.append_column(name, part)
+                at += batch.num_rows
                 d = source.space.dim if source.space else None
                 values = vector_block(column, d or _dim(column)).values.astype(np.float32, copy=False)
-                ids = batch.column(id_column) if id_column else pa.array(np.arange(first, first + batch.num_rows))
+                ids = batch.column(id_column) if id_column else numbers
                 yield ids, values, batch.drop_columns([n for n in (vector, id_column) if n])
-                first += batch.num_rows
 
     return {"milvus": _milvus, "qdrant": _qdrant, "pgvector": _pgvector}[to](folder, rows())
+
+
+class _Beside:
+    """What a backfill to bare matrices left beside them: the other columns, or the numbers of the rows that are there.
+
+    first: the number in the old gallery of each piece's first row.
+    """
+
+    def __init__(self, source: Source, pieces: Sequence[Piece]) -> None:
+        self._files: dict[str, Location] = {}
+        self.names: list[str] = []
+        self.first = [0, *np.cumsum([p.rows for p in pieces])[:-1].tolist()]
+        if not isinstance(source, (NpySource, BinSource)) or not (source.where / "_fct/manifest.json").exists():
+            return
+        root = source.where
+        there = set((root / "_rows").files())
+        first = 0
+        for i, piece in enumerate(pieces):
+            stem = piece.name.rpartition(".")[0]
+            if f"{stem}.parquet" in there:
+                self._files[piece.name] = root / f"_rows/{stem}.parquet"
+            # The marker says how many rows the shard had before some were rejected.
+            marker = json.loads((root / f"_fct/done/{int(stem.rpartition('-')[2]):08d}.json").read_bytes())
+            self.first[i], first = first, first + int(json.loads(marker["marker"])["rows_in"])
+        if self._files:
+            with next(iter(self._files.values())).open() as file:
+                self.names = pq.read_schema(file).names
+
+    def table(self, piece: Piece) -> pa.Table | None:
+        if piece.name not in self._files:
+            return None
+        with self._files[piece.name].open() as file:
+            return pq.read_table(file)
 
 
 def _dim(column: pa.Array) -> int:

@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from fct.files import atomic_path
 from fct.gallery.base import VECTOR_KEY, Piece, Source
-from fct.gallery.stores import open_source
+from fct.gallery.location import location_of
+from fct.gallery.stores import journal_location, open_source
 from fct.gallery.vectors import vector_block
+from fct.spaces import EmbeddingSpace
 
-__all__ = ["build_faiss"]
+__all__ = ["build_faiss", "check_faiss"]
 
 _BATCH = 65536
 
@@ -36,19 +38,15 @@ def build_faiss(
         The index file. Memory: the index itself ("Flat" holds every vector) and one batch.
 
     Raises:
-        ImportError: no faiss. ValueError: a gallery without a space or rows.
+        ImportError: no faiss. ValueError: a gallery without a space or rows, a factory that FAISS does not know, a
+        gallery on a store and no ``out``.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("faiss: expected faiss to be installed: pip install 'fct-embeddings[faiss]'") from error
     source = open_source(gallery)
     space, pieces = source.space, source.pieces()
     if space is None or not sum(p.rows for p in pieces):
         raise ValueError(f"gallery: expected rows and a space, {source.url} has none; see fct.gallery.tag_space")
-    target = Path(out) if out is not None else Path(source.url) / "_fct" / "index.faiss"
-    metric = faiss.METRIC_L2 if space.metric == "l2" else faiss.METRIC_INNER_PRODUCT
-    index = faiss.index_factory(space.dim, factory, metric)
+    target = Path(out) if out is not None else _beside(source.url)
+    faiss, index = _empty(space, factory)
     if gpu:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
 
@@ -74,6 +72,34 @@ def build_faiss(
     with atomic_path(target) as part:
         faiss.write_index(faiss.index_gpu_to_cpu(index) if gpu else index, str(part))
     return target
+
+
+def check_faiss(gallery: str, factory: str, space: EmbeddingSpace) -> None:
+    """Raises now what :func:`build_faiss` would raise once the gallery is there, hours later."""
+    _beside(gallery)
+    _empty(space, factory)
+
+
+def _beside(gallery: str) -> Path:
+    place = location_of(gallery, name="gallery")
+    if not place.is_local:
+        raise ValueError(f"out: expected a file of this machine for the index of {place}, which is not on it, got None")
+    return journal_location(place, "lance" if place.name.endswith(".lance") else "").local / "index.faiss"
+
+
+def _empty(space: EmbeddingSpace, factory: str) -> tuple[Any, Any]:
+    """(faiss, an index without rows)"""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("faiss: expected faiss to be installed: pip install 'fct-embeddings[faiss]'") from error
+    metric = faiss.METRIC_L2 if space.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    try:
+        return faiss, faiss.index_factory(space.dim, factory, metric)
+    except RuntimeError as error:
+        raise ValueError(
+            f"faiss: expected a description FAISS knows for {space.dim} dimensions (IVF4096,PQ32), got {factory!r}"
+        ) from error
 
 
 def _column(source: Source) -> str:
