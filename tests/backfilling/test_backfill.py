@@ -20,7 +20,9 @@ import fct
 from fct import ref
 from fct.backfilling.job import BackfillError, InUseError, Marker, QualityGateError, RejectLimitError, cut_shards
 from fct.backfilling.run import _UNDER_WAY
-from fct.gallery import Piece, open_source, tag_space
+from fct.errors import FctError
+from fct.gallery import Piece, open_source, tag_space, vector_array
+from fct.gallery.parquet import ParquetDestination
 from tests.backfilling.conftest import D_NEW, D_OLD, D_SIDE, QUICK, contents
 
 Make = Callable[..., Path]
@@ -101,6 +103,45 @@ def test_what_must_not_be_mixed_is_refused(gallery: Make, h: fct.Transformation,
         fct.backfill(source, tmp_path / "full", h, **QUICK)
     # Batch size, shard size and threads are not part of the job.
     assert fct.backfill(source, new, h, progress=False, batch_rows=64, shard_rows=99, threads=1).shards_done == 0
+
+
+def test_vectors_of_another_length_are_refused_before_anything_is_written(
+    gallery: Make, h: fct.Transformation, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    source, new = gallery(), tmp_path / "new"
+    np.save(tmp_path / "silent.npy", np.ones((9, D_OLD), np.float32))
+    short = fct.Transformation.random(D_OLD - 1, D_OLD - 1, D_NEW, inner=64, side_info=False)
+    with pytest.raises(FctError, match=r"source: expected vectors of 'random-old' \(15-d, l2\), got 16-d"):
+        fct.backfill(tmp_path / "silent.npy", new, short, old_model="random-old", **QUICK)
+    with pytest.raises(FctError, match=r"side_source: expected 7-d vectors of 'random-side', got 8-d"):
+        fct.backfill(source, new, fct.Transformation.random(D_OLD, D_SIDE - 1, D_NEW, inner=64), **QUICK)
+    assert not new.exists()
+    binary = pa.table({"vector": vector_array(rng.standard_normal((9, D_OLD), dtype=np.float32), "binary")})
+    (tmp_path / "binary").mkdir()
+    pq.write_table(binary, tmp_path / "binary/a.parquet")
+    plain = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=64, side_info=False)
+    plan = fct.plan_backfill(tmp_path / "binary", new, plain, old_model="random-old", binary_dtype="float16")
+    assert plan.refusals == (f"source: expected vectors of {plain.old_space}, got 32-d vectors",)
+
+
+def test_a_run_that_failed_before_its_first_shard_does_not_hold_the_place(
+    gallery: Make, h: fct.Transformation, tmp_path: Path
+) -> None:
+    source, new = gallery(), tmp_path / "new"
+
+    def full(self: Any, *args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    other = fct.Transformation.random(D_OLD, D_SIDE, D_NEW, inner=64, seed=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParquetDestination, "begin", full)
+        with pytest.raises(OSError, match="No space"):
+            fct.backfill(source, new, other, **QUICK)
+    assert (new / "_fct/job.json").exists()
+    assert fct.backfill(source, new, h, **QUICK).rows_out == 3000
+    assert fct.verify_gallery(new).ok
+    with pytest.raises(FctError, match="holds another backfill"):
+        fct.backfill(source, new, other, **QUICK)
 
 
 def test_a_silent_gallery_must_be_named(tmp_path: Path, rng: np.random.Generator) -> None:

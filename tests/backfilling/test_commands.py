@@ -68,6 +68,8 @@ def test_the_plan_says_whether_the_upload_is_in_it(gallery: Make, h: fct.Transfo
     )  # fmt: skip
     code, out, _ = run("plan", source, tmp_path / "new", "-t", path)
     assert (code, "upload" in out) == (0, False)
+    code, _, err = run("plan", source, "s4://bucket/new", "-t", path)
+    assert (code, "destination: expected a path or the URL of a filesystem" in err) == (1, True)
     code, _, err = run("plan", source, "memory://new", "-t", path, "--upload-mb-per-s", 0)
     assert (code, "upload_mb_per_s: expected a positive number" in err) == (1, True)
 

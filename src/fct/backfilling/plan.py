@@ -157,6 +157,18 @@ def _require_space(source: Source, h: Transformation, old_model: str | None) -> 
     h.old_space.require_same(space, f"source: {source.url}")
 
 
+def _require_dim(kind: pa.DataType, binary_dtype: str, d: int, expected: str) -> None:
+    """Refuses a column whose type alone says that its vectors have another length; rows of the others are looked at."""
+    if pa.types.is_fixed_size_list(kind):
+        found = int(kind.list_size)
+    elif pa.types.is_fixed_size_binary(kind):
+        found = kind.byte_width / np.dtype(binary_dtype).itemsize
+    else:
+        return
+    if found != d:
+        raise BackfillError(f"{expected}, got {found:g}-d vectors")
+
+
 def resolve(
     source: Any,
     destination: Any,
@@ -213,6 +225,13 @@ def resolve(
     elif side_source is not None or side_column != "auto":
         raise ValueError("side_source: expected none, since this transformation was fitted without side-information")
 
+    if binary_dtype not in ("float32", "float16"):
+        raise ValueError(f"binary_dtype: expected float32 or float16, got {binary_dtype!r}")
+    _require_dim(schema.field(vector).type, binary_dtype, h.old_space.dim, f"source: expected vectors of {h.old_space}")
+    if h.uses_side_info:
+        kind = side.schema.field(side_vector).type if side else schema.field(side_name).type
+        _require_dim(kind, binary_dtype, h.d_side, f"side_source: expected {h.d_side}-d vectors of {h.side_model!r}")
+
     pieces = tuple(reader.pieces())
     side_pieces = tuple(side.pieces()) if side else ()
     rows = sum(p.rows for p in pieces)
@@ -240,8 +259,6 @@ def resolve(
         vector_format = known if known and form in ("parquet", "arrow") else "fixed_size_list"
     if vector_format not in VECTOR_FORMATS:
         raise ValueError(f"vector_format: expected one of {', '.join(VECTOR_FORMATS)}, got {vector_format!r}")
-    if binary_dtype not in ("float32", "float16"):
-        raise ValueError(f"binary_dtype: expected float32 or float16, got {binary_dtype!r}")
     if dtype == "auto":
         stored = schema.field(vector).type
         half = stored.value_type == pa.float16() if known != "binary" else binary_dtype == "float16"

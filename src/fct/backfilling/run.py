@@ -19,6 +19,7 @@ from fct.backfilling.plan import Resolved, occupied, resolve
 from fct.backfilling.quality import check_quality
 from fct.checks import check_flag, check_whole
 from fct.gallery.base import Shard
+from fct.gallery.files import FileDestination
 
 __all__ = ["BackfillReport", "backfill"]
 
@@ -164,6 +165,10 @@ def _begin(found: Resolved, say: Callable[[str], None]) -> Job:
         journal.start(found.job)
         return found.job
     differences = stored.differences(found.job)
+    files = isinstance(found.destination, FileDestination)
+    if differences and files and not journal.marked() and not occupied(journal.destination):
+        journal.start(found.job)  # the other failed before its first shard: there is nothing that could be mixed
+        return found.job
     if differences:
         raise BackfillError(
             f"destination: {journal.destination} holds another backfill, and the two are not mixed: "

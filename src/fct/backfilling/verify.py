@@ -59,7 +59,7 @@ def gallery_journal(path: Any, **access: Any) -> tuple[Journal, Job]:
     journal = Journal(journal_location(place, "lance" if place.name.endswith(".lance") else ""), place)
     job = journal.job()
     if job is None:
-        raise BackfillError(f"path: expected the destination of a backfill, {place} has no _fct/job.json")
+        raise BackfillError(f"gallery: expected the destination of a backfill, {place} has no _fct/job.json")
     return journal, job
 
 

@@ -116,13 +116,14 @@ def _show_plan(found: Any, threshold: float | None) -> None:
     if found.job is not None:
         free = "" if found.free_bytes is None else f", {found.free_bytes / 1e9:,.1f} GB free"
         console.print(f"{found.rows:,} rows in {found.shards:,} shards: {escape(found.source)} -> {found.destination}")
-        console.print(f"{found.bytes_in / 1e9:,.2f} GB in, {found.bytes_out / 1e9:,.2f} GB of vectors out{free}")
+        console.print(f"{_size(found.bytes_in)} in, {_size(found.bytes_out)} of vectors out{free}")
         console.print(
             f"{found.rows_per_second:,.0f} rows/s expected here ({found.backend}, {found.precision}; {found.binds} "
             f"binds): {_duration(found.seconds)} on {found.workers} such machine{'s' if found.workers > 1 else ''}",
             soft_wrap=True,
         )
-        alone = {"h": found.h_rows_per_second, "reading": found.read_rows_per_second}
+        alone = {"h": found.h_rows_per_second}
+        alone |= {"reading": found.read_rows_per_second} if found.read_rows_per_second else {}
         alone |= {"writing": found.write_rows_per_second} if found.write_rows_per_second else {}
         console.print("measured alone: " + ", ".join(f"{what} {rate:,.0f} rows/s" for what, rate in alone.items()))
         if found.upload_rows_per_second is not None:
@@ -137,7 +138,8 @@ def _show_plan(found: Any, threshold: float | None) -> None:
             )
         if found.cost_per_billion_rows is not None:
             console.print(f"{found.cost_per_billion_rows:,.2f} per billion rows at {found.price_per_hour:g} an hour")
-        console.print(f"sample of {found.sample_rows:,} rows: {found.nonfinite_share:.2%} would go to rejects/")
+        if found.sample_rows:
+            console.print(f"sample of {found.sample_rows:,} rows: {found.nonfinite_share:.2%} would go to rejects/")
         for reason, count in found.reject_reasons.items():
             console.print(f"  {count} x {escape(reason)}")
     if found.quality is not None:
@@ -156,6 +158,10 @@ def _show_plan(found: Any, threshold: float | None) -> None:
             console.print(f"an old threshold of {threshold:g} maps to about {found.scores.threshold(threshold):.4g}")
     for why in found.refusals:
         console.print(f"[bold red]refused:[/] {escape(why)}", soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _duration(seconds: float) -> str:
@@ -253,7 +259,8 @@ def backfill(
     console.print(
         f"{report.rows_in:,} rows in = {report.rows_out:,} out + {report.rejects:,} rejected; "
         f"{report.shards_done} shards done, {report.shards_kept} kept, {report.rows_per_second:,.0f} rows/s "
-        f"({report.backend}, {report.precision})"
+        f"({report.backend}, {report.precision})",
+        soft_wrap=True,
     )
     if faiss is not None:
         console.print(f"index: {build_faiss(destination, faiss)}")

@@ -36,7 +36,7 @@ def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column
             i), for ``QdrantClient.upload_collection(vectors=numpy.load(..., mmap_mode="r"))``; "pgvector": ``rows.bin``
             with (id bigint, embedding vector), for ``COPY items (id, embedding) FROM ... WITH (FORMAT binary)``.
         id_column: which column is the id; "auto": ``id`` or ``row``, else the row number. What a backfill to ``.npy``
-            or ``.fbin`` put into ``_rows/`` counts as columns, and where rows were rejected the others keep their number.
+            or ``.fbin`` put into ``_rows/`` counts as columns, and rows keep their numbers where others were rejected.
 
     Returns:
         The files.

@@ -274,7 +274,10 @@ def location_of(
 
             filesystem = ArrowFSWrapper(filesystem)
         return Location(filesystem, str(filesystem._strip_protocol(text)), patience)
-    if "://" not in text:
+    scheme = text.partition("://")[0] if "://" in text else ""
+    if scheme and scheme.partition("::")[0] not in {*fsspec.available_protocols(), *fsspec.registry}:
+        raise ValueError(f"{name}: expected a path or the URL of a filesystem that fsspec knows, got {text}")
+    if not scheme:
         fs, path = fsspec.core.url_to_fs(text, **(storage_options or {}))
     else:  # some filesystems ask their store for a token or a region when they are made
         fs, path = patience.ask(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), f"opening {text}")
