@@ -201,6 +201,26 @@ def test_a_row_group_is_decoded_once_however_it_is_cut(
         assert len(source._paused) <= 2
 
 
+@pytest.mark.parametrize("ahead", [0, 1 << 30])
+def test_a_remote_row_group_is_fetched_whole_only_when_small(
+    ahead: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    from fct.gallery import parquet
+
+    values = rng.standard_normal((300, 5), dtype=np.float32)
+    with fsspec.open("memory://remote/a.parquet", "wb") as file:
+        pq.write_table(pa.table({"vector": vector_array(values)}), file, row_group_size=120)
+    monkeypatch.setattr(parquet, "_AHEAD", ahead)
+    opened = []
+    real = pq.ParquetFile.__init__
+    monkeypatch.setattr(pq.ParquetFile, "__init__", lambda *a, **k: opened.append(k["pre_buffer"]) or real(*a, **k))
+    source = open_source("memory://remote")
+    np.testing.assert_array_equal(read_all(source), values)
+    assert opened[-1] is (ahead > 0)
+
+
 _PEAK = """
 import sys
 import numpy as np
