@@ -89,13 +89,19 @@ def test_against_peers(
 
 
 def test_one_row_against_reading_the_weights(peaks: Peaks, threads: int, record: Callable[..., None]) -> None:
-    """The floor of a single query's latency: every packed weight must be read once."""
+    """The floor of a single query's latency: every packed weight must be read once.
+
+    What a row takes besides is told by a row through an h of the same seven layers whose weights are next to nothing:
+    the call, and the threads' meeting after each layer.
+    """
     h, old, side = make(128, 2048, 1)
+    small, small_old, small_side = make(16, 16, 1)
     for precision in BYTES:
         packed = Packed(h, precision, _C.detected_isa())
         calls = {
             "row": ours(h, old, side, precision, threads),
             "read": lambda packed=packed: packed.handle.read_weights(threads),
+            "no weights": ours(small, small_old, small_side, precision, threads),
         }
         times = interleave(calls, seconds=0.5, rounds=50, most=2000)
         megabytes = packed.handle.weight_bytes / 1e6
@@ -105,6 +111,7 @@ def test_one_row_against_reading_the_weights(peaks: Peaks, threads: int, record:
             ms=times["row"].median * 1e3,
             ms_reading_weights=times["read"].median * 1e3,
             ratio=times["row"].median / times["read"].median,
+            ms_without_weights=times["no weights"].median * 1e3,
             weights_mb=megabytes,
             gb_per_s=megabytes / 1e3 / times["row"].median,
         )

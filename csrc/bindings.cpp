@@ -206,15 +206,17 @@ void bind_transform(py::module_& m) {
         .def(
             "run",
             [](const PackedTransform& self, const RowsTuple& old, const RowsTuple& side, const RowsTuple& out,
-               int64_t n, int threads) {
+               int64_t n, int threads, const py::object& report) {
+                const fct::cpu::KeepGoing going = keep_going(report);
                 bool done;
                 {
                     WithoutGil without_gil;
-                    done = self.run(rows_of(old), rows_of(side), rows_of(out), n, threads, {no_exception, nullptr});
+                    done = self.run(rows_of(old), rows_of(side), rows_of(out), n, threads, going);
                 }
                 if (!done) throw py::error_already_set();
             },
-            py::arg("old"), py::arg("side"), py::arg("out"), py::arg("n"), py::arg("threads"))
+            py::arg("old"), py::arg("side"), py::arg("out"), py::arg("n"), py::arg("threads"),
+            py::arg("report") = py::none())
         .def(
             "read_weights",
             [](const PackedTransform& self, int threads) {

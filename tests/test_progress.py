@@ -16,7 +16,7 @@ import pytest
 import fct
 from fct import progress
 from fct.arrays import rows_of
-from fct.ops import topk_cpu
+from fct.ops import dispatch, topk_cpu
 
 
 @pytest.fixture
@@ -74,6 +74,17 @@ def test_slices_and_packing_count(x: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert shadow.n == len(x)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "ref"])
+def test_a_transformation_tells_its_share(x: Any, backend: str) -> None:
+    told: list[float] = []
+    h = fct.Transformation.random(64, 64, 16, inner=1024 if backend == "cpu" else 32)
+    chosen, precision = dispatch.pick_transform(h, "fp32", "cpu", backend)
+    old, out = rows_of(x, "old"), rows_of(np.empty((len(x), 16), np.float32), "out", write=True)
+    chosen.run(dispatch.packed(chosen, h, precision, "cpu"), old, old, out, threads=1, report=told.append)
+    rises_to_the_end(told, 0.75 if backend == "cpu" else 1.0)
+    np.testing.assert_allclose(out.values, fct.transform_batch(x, x, h, precision="fp32"), rtol=1e-3, atol=1e-3)
+
+
 def test_an_exception_in_the_bar_comes_out(x: Any) -> None:
     def broken(share: float) -> None:
         raise RuntimeError("the bar")
@@ -81,6 +92,11 @@ def test_an_exception_in_the_bar_comes_out(x: Any) -> None:
     g = rows_of(x, "g")
     with pytest.raises(RuntimeError, match="the bar"):
         topk_cpu.topk_cpu(g, g, None, 10, "l2", False, threads=2, report=broken)
+    h = fct.Transformation.random(64, 64, 64, inner=1024)
+    chosen, _ = dispatch.pick_transform(h, "fp32", "cpu", "cpu")
+    out = rows_of(np.empty_like(x), "out", write=True)
+    with pytest.raises(RuntimeError, match="the bar"):
+        chosen.run(dispatch.packed(chosen, h, "fp32", "cpu"), g, g, out, threads=1, report=broken)
 
 
 CALLS = """
@@ -93,6 +109,9 @@ if {call!r} == "topk":
     fct.topk(x[:2500], x, 10, precision="fp32", threads=1{more})
 elif {call!r} == "evaluate":
     fct.evaluate(x[:3000], x, labels[:3000], labels, threads=1{more})
+elif {call!r} == "transform_batch":
+    h = fct.Transformation.random(64, 64, 64, inner=1024)
+    fct.transform_batch(x, x, h, precision="fp32", threads=1{more})
 else:
     from fct.ops import topk_cpu
     topk_cpu._PACKED_AT_ONCE = 1 << 16
@@ -128,7 +147,13 @@ def said(call: str, *, terminal: bool, after: float = 0.05, more: str = "", seen
 
 
 @pytest.mark.parametrize(
-    ("call", "what"), [("topk", "searching"), ("evaluate", "ranking"), ("prepare_gallery", "packing the gallery")]
+    ("call", "what"),
+    [
+        ("topk", "searching"),
+        ("evaluate", "ranking"),
+        ("prepare_gallery", "packing the gallery"),
+        ("transform_batch", "transforming"),
+    ],
 )
 def test_a_terminal_sees_a_bar(call: str, what: str) -> None:
     text = said(call, terminal=True, seen=True, after=0.0 if call == "prepare_gallery" else 0.05)
@@ -140,7 +165,8 @@ def test_a_terminal_sees_a_bar(call: str, what: str) -> None:
 def test_nothing_is_shown_unless_long_and_to_a_terminal() -> None:
     assert said("topk", terminal=False) == ""
     assert said("topk", terminal=True, after=100.0) == ""
-    assert said("topk", terminal=True, more=", progress=False") == ""
+    for call in ("topk", "transform_batch"):
+        assert said(call, terminal=True, more=", progress=False") == ""
 
 
 class Terminal:
@@ -198,3 +224,6 @@ def test_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_is_true_or_false() -> None:
     with pytest.raises(ValueError, match="progress: expected True or False, got 'no'"):
         fct.topk(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 1, progress="no")  # type: ignore[arg-type]
+    h = fct.Transformation.random(2, 2, 2, inner=4)
+    with pytest.raises(ValueError, match="progress: expected True or False, got 'no'"):
+        fct.transform_batch(np.ones((2, 2)), np.ones((2, 2)), h, progress="no")  # type: ignore[arg-type]

@@ -174,7 +174,7 @@ def backfill_parquet(source: Path, destination: Path, h: Transformation, *, batc
         with pq.ParquetWriter(part, schema) as writer:
             for batch in gallery.iter_batches(batch_rows):
                 side = _matrix(batch["side_info"]) if h.uses_side_info else None
-                new = transform_batch(_matrix(batch["old"]), side, h)
+                new = transform_batch(_matrix(batch["old"]), side, h, progress=False)
                 writer.write_batch(pa.record_batch([batch["id"], _vectors(new), batch["label"]], schema=schema))
     return float(gallery.metadata.num_rows / (time.perf_counter() - begun))
 

@@ -8,6 +8,7 @@ from fct.arrays import Rows, empty_like_kind, rows_of
 from fct.ops.base import check_precision
 from fct.ops.device import numbered
 from fct.ops.dispatch import packed, pick_transform, threads_of
+from fct.progress import LongCall, Report
 from fct.transformation import Transformation
 
 __all__ = ["check_inputs", "transform_batch", "transform_finite"]
@@ -50,6 +51,7 @@ def transform_batch(
     device: str | None = None,
     backend: str | None = None,
     threads: int | None = None,
+    progress: bool = True,
 ) -> Any:
     """Maps stored rows to the new space: ``h(old, side_info)``.
 
@@ -63,6 +65,7 @@ def transform_batch(
         device: where to compute; by default where the rows lie. Rows in host memory are streamed through "cuda".
         backend: force one ("cpu", "torch", "triton", "cuda", "ref"); it runs or raises. Also FCT_BACKEND.
         threads: CPU threads; by default FCT_NUM_THREADS or all.
+        progress: show a bar on stderr, where that is a terminal and the call lasts more than two seconds.
 
     Returns:
         (n, d_new) of the kind and on the device that came in; ``out`` itself where it was given.
@@ -80,9 +83,10 @@ def transform_batch(
         >>> rows.shape, rows.dtype.name
         ((5, 16), 'float32')
     """
-    return _transform(
-        check_inputs(old, side_info, transformation), transformation, out, precision, device, backend, threads
-    )
+    with LongCall(progress) as call:
+        inputs = check_inputs(old, side_info, transformation)
+        report = call.stage("transforming")
+        return _transform(inputs, transformation, out, precision, device, backend, threads, report)
 
 
 def transform_finite(
@@ -96,7 +100,7 @@ def transform_finite(
 
 def _transform(
     inputs: tuple[Rows, Rows], transformation: Transformation, out: Any, precision: str, device: str | None,
-    backend: str | None, threads: int | None,
+    backend: str | None, threads: int | None, report: Report | None = None,
 ) -> Any:  # fmt: skip
     old_rows, side_rows = inputs
     if device is not None and not isinstance(device, str):
@@ -124,9 +128,10 @@ def _transform(
                 side_rows,
                 out_rows,
                 device=target,
+                on_done=None if report is None else lambda part: report(part.stop / out_rows.n),
             )
         else:
-            chosen.run(weights, old_rows, side_rows, out_rows, threads=count)
+            chosen.run(weights, old_rows, side_rows, out_rows, threads=count, report=report)
     return result
 
 

@@ -120,7 +120,7 @@ def test_host_rows_through_the_public_call(fake: FakeDevice, rng: Any, tmp_path:
 class Broken(backend.TritonTransform):
     """A kernel that is wrong in one element of its last row."""
 
-    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Any = None) -> None:
         super().run(packed, old, side, out, threads=threads)
         packed.device._push(lambda: out.values[-1, -1].add_(9))
 
@@ -142,7 +142,7 @@ def test_a_kernel_that_disagrees_is_refused(fake: FakeDevice, monkeypatch: pytes
 
 def test_writes_outside_are_seen_by_the_proof(fake: FakeDevice) -> None:
     class Spills(backend.TritonTransform):
-        def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+        def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Any = None) -> None:
             super().run(packed, old, side, out, threads=threads)
             beyond = out.values.as_strided((1,), (1,), out.values.storage_offset() + out.values.numel())
             packed.device._push(lambda: beyond.fill_(0))

@@ -86,7 +86,7 @@ def check_quality(h: Transformation, pairs: Any, min_gap_closed: float | None, m
     """Measures h on held-out pairs and compares with the limits; ``refusals`` says which it misses."""
     data = _pairs(pairs, h)
     old, new = np.asarray(data["old"], np.float32), np.asarray(data["new"], np.float32)
-    mapped = transform_batch(old, data.get("side") if h.uses_side_info else None, h)
+    mapped = transform_batch(old, data.get("side") if h.uses_side_info else None, h, progress=False)
     metric = h.new_space.metric
     best = topk(new, new, 10, metric=metric, same_items=True, progress=False).indices
     recall = recall_at_k(topk(new, mapped, 10, metric=metric, same_items=True, progress=False).indices, best, 10)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fct.arrays import Rows
+from fct.progress import Report
 from fct.transformation import Transformation
 
 __all__ = [
@@ -48,8 +49,12 @@ class TransformBackend(Protocol):
         """Weights in the backend's own layout."""
         ...
 
-    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
-        """Fills ``out`` (n, d_new). n may be 0. Rows are checked; all lie on the packed device."""
+    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
+        """Fills ``out`` (n, d_new). n may be 0. Rows are checked; all lie on the packed device.
+
+        report: told the share that is done, where the call lasts as long as the work. A backend that only queues work
+        on a GPU's stream reports nothing.
+        """
         ...
 
 

@@ -9,6 +9,7 @@ from fct import _C
 from fct.arrays import Rows
 from fct.ops.base import PRECISIONS
 from fct.ops.quantise import LayerPlan, layer_plans, why_not_int8
+from fct.progress import Report
 from fct.transformation import Transformation
 
 __all__ = ["CpuTransform", "Packed", "isa"]
@@ -49,8 +50,8 @@ class Packed:
             level,
         )
 
-    def run(self, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
-        self.handle.run(_rows(old), _rows(side), _rows(out), out.n, threads)
+    def run(self, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
+        self.handle.run(_rows(old), _rows(side), _rows(out), out.n, threads, report)
 
 
 def _rows(rows: Rows) -> tuple[int, int, int, int, int, int, int]:
@@ -88,9 +89,9 @@ class CpuTransform:
         packed[isa()] = Packed(h, precision, isa())
         return h, precision, packed
 
-    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
         h, precision, by_level = packed
         level = isa()
         if level not in by_level:
             by_level[level] = Packed(h, precision, level)
-        by_level[level].run(old, side, out, threads=threads)
+        by_level[level].run(old, side, out, threads=threads, report=report)

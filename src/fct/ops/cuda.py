@@ -22,6 +22,7 @@ from fct.arrays import Rows
 from fct.ops.base import GpuShadow, drop_own_rows
 from fct.ops.device import chunk_rows
 from fct.ops.quantise import exact_first
+from fct.progress import Report
 from fct.transformation import BRANCHES, Layer, Transformation
 
 __all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
@@ -155,7 +156,9 @@ class CudaTransform:
         )  # fmt: skip
         return max(rows, 2 * SMALL_ROWS)
 
-    def run(self, packed: _Packed, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+    def run(
+        self, packed: _Packed, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None
+    ) -> None:
         if out.n == 0:
             return
         where = self.runtime.where(packed.device)

@@ -8,9 +8,12 @@ import numpy as np
 
 from fct import ref
 from fct.arrays import Rows
+from fct.progress import Report
 from fct.transformation import Transformation
 
 __all__ = ["RefTransform", "store"]
+
+_CHUNK = 4096
 
 
 def store(values: Any, out: Rows) -> None:
@@ -37,5 +40,9 @@ class RefTransform:
     def pack(self, h: Transformation, precision: str, device: str) -> Any:
         return h
 
-    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
-        store(ref.transform(old.float32(), side.float32(), packed), out)
+    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
+        for start in range(0, out.n, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            store(ref.transform(old[part].float32(), side[part].float32(), packed), out[part])
+            if report is not None:
+                report(min(1.0, (start + _CHUNK) / out.n))

@@ -10,6 +10,7 @@ from typing import Any
 from fct.arrays import Rows
 from fct.ops.quantise import fine_layers
 from fct.ops.ref import store
+from fct.progress import Report
 from fct.transformation import BRANCHES, Transformation
 
 __all__ = ["TorchTransform"]
@@ -43,7 +44,7 @@ class TorchTransform:
             chains[name.partition(".")[0]].append((weight, bias, layer.relu))
         return chains, h.normalise
 
-    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
         import torch
 
         chains, normalise = packed
@@ -79,5 +80,7 @@ class TorchTransform:
                         block.values.copy_((y / block.scale).round_().clamp_(-127, 127))
                     else:
                         block.values.copy_(y)
+                    if report is not None and out.kind_is_numpy:
+                        report(min(1.0, (start + _CHUNK) / out.n))
         finally:
             torch.set_num_threads(before)

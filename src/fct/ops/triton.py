@@ -22,6 +22,7 @@ from fct.arrays import Rows
 from fct.errors import BackendError
 from fct.ops.device import MIN_CHUNK, Device, chunk_rows, device_of, why_no_gpu
 from fct.ops.quantise import exact_first, int8_plan
+from fct.progress import Report
 from fct.transformation import Layer, Transformation
 
 __all__ = ["PackedTransform", "TritonTransform", "scale_mode"]
@@ -148,7 +149,9 @@ class TritonTransform:
             place.upload(np.ones(1, np.float32)),
         )  # fmt: skip
 
-    def run(self, packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, threads: int) -> None:
+    def run(
+        self, packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None
+    ) -> None:
         run_chunks(packed, old, side, out)
 
 

@@ -122,7 +122,8 @@ def measure_precisions(
     k = min(10, queries.n)
 
     def retrieve(precision: str) -> tuple[Any, Any]:
-        gallery = _host(rows_of(transform_batch(old, side_info, h, precision=precision), "gallery").float32())
+        mapped = transform_batch(old, side_info, h, precision=precision, progress=progress)
+        gallery = _host(rows_of(mapped, "gallery").float32())
         nearest = topk(wanted, gallery, k, metric=metric, progress=progress).indices
         figures = evaluate(
             wanted, gallery, classes, metric=metric, same_items=same_items, bootstrap=0, progress=progress
