@@ -1,5 +1,6 @@
 // The only file that sees pybind11. Python passes addresses, sizes and strides that src/fct/ops has checked.
 #include <pthread.h>
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
@@ -91,6 +92,10 @@ class WithoutGil {
 
 // ---- rows ----
 void bind_rows(py::module_& m) {
+    // numpy's own ways to an address take microseconds, as much as a small h takes for a row.
+    m.def(
+        "array_address", [](const py::array& array) { return reinterpret_cast<uintptr_t>(array.data()); },
+        py::arg("array").noconvert());
     m.def(
         "first_nonfinite_row",
         [](uintptr_t data, int dtype, int64_t n, int64_t d, int64_t row_stride) {

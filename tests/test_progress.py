@@ -79,7 +79,7 @@ def test_a_transformation_tells_its_share(x: Any, backend: str) -> None:
     told: list[float] = []
     h = fct.Transformation.random(64, 64, 16, inner=1024 if backend == "cpu" else 32)
     chosen, precision = dispatch.pick_transform(h, "fp32", "cpu", backend)
-    old, out = rows_of(x, "old"), rows_of(np.empty((len(x), 16), np.float32), "out", write=True)
+    old, out = rows_of(x, "old"), rows_of(np.empty((len(x), 16), np.float32), "out", finite=False, write=True)
     chosen.run(dispatch.packed(chosen, h, precision, "cpu"), old, old, out, threads=1, report=told.append)
     rises_to_the_end(told, 0.75 if backend == "cpu" else 1.0)
     np.testing.assert_allclose(out.values, fct.transform_batch(x, x, h, precision="fp32"), rtol=1e-3, atol=1e-3)
@@ -94,7 +94,7 @@ def test_an_exception_in_the_bar_comes_out(x: Any) -> None:
         topk_cpu.topk_cpu(g, g, None, 10, "l2", False, threads=2, report=broken)
     h = fct.Transformation.random(64, 64, 64, inner=1024)
     chosen, _ = dispatch.pick_transform(h, "fp32", "cpu", "cpu")
-    out = rows_of(np.empty_like(x), "out", write=True)
+    out = rows_of(np.empty_like(x), "out", finite=False, write=True)
     with pytest.raises(RuntimeError, match="the bar"):
         chosen.run(dispatch.packed(chosen, h, "fp32", "cpu"), g, g, out, threads=1, report=broken)
 

@@ -1,11 +1,15 @@
 """Types of the compiled kernels. Addresses are ints; sizes and strides count elements."""
 
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 version: str
 cuda_why_not: str  # "" where the CUDA kernels were built
 cuda_architectures: str
 
+def array_address(array: np.ndarray[Any, Any]) -> int: ...
 def first_nonfinite_row(data: int, dtype: int, n: int, d: int, row_stride: int) -> int: ...
 def nonfinite_rows(data: int, dtype: int, n: int, d: int, row_stride: int, flags: int) -> int: ...
 def scan_rows(data: int, dtype: int, n: int, d: int, flags: int, checksum: Xxh64) -> int: ...

@@ -32,6 +32,9 @@ __all__ = [
 # The order is csrc/cpu/rows.h's DType.
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_CODES = {name: code for code, name in enumerate(DTYPES)}
+# numpy takes microseconds to spell out a dtype, which a single query would feel.
+_NAMES = {np.dtype(name): name for name in ("float32", "float16", "int8")}
 
 _CHECKED_AT_ONCE = 1 << 26  # values of one compiled call
 
@@ -90,9 +93,10 @@ class Rows:
     @property
     def row_stride(self) -> int:
         """Elements from one row to the next."""
-        if self.kind_is_numpy:
-            return int(self.values.strides[0] // self.values.itemsize) if self.n > 1 else self.d
-        return int(self.values.stride(0)) if self.n > 1 else self.d
+        n, d = self.values.shape
+        if n <= 1:
+            return int(d)
+        return self.values.strides[0] // self.values.itemsize if self.kind_is_numpy else int(self.values.stride(0))
 
     @property
     def kind_is_numpy(self) -> bool:
@@ -100,11 +104,11 @@ class Rows:
 
     @property
     def address(self) -> int:
-        return int(self.values.ctypes.data) if self.kind_is_numpy else int(self.values.data_ptr())
+        return _C.array_address(self.values) if self.kind_is_numpy else int(self.values.data_ptr())
 
     @property
     def dtype_code(self) -> int:
-        return DTYPES.index(self.dtype)
+        return _CODES[self.dtype]
 
     def __getitem__(self, part: slice) -> Rows:
         scale = self.scale
@@ -241,13 +245,13 @@ def _numpy(x: np.ndarray[Any, Any], kind: str, name: str) -> tuple[str, str, Any
         masked = np.count_nonzero(x.mask)
         raise ValueError(f"{name}: expected values without a mask, got {masked} masked; use .filled(...)")
     check_backed(x, name)
-    dtype = x.dtype.name
+    dtype = _NAMES.get(x.dtype) or x.dtype.name
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
         dtype = x.dtype.name
     if dtype == "bfloat16":
         x = x.view(np.uint16)
-    return kind, "cpu", x.view(np.ndarray), dtype
+    return kind, "cpu", x if type(x) is np.ndarray else x.view(np.ndarray), dtype
 
 
 def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
@@ -270,9 +274,11 @@ def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
 def _inner_contiguous(x: Any) -> Any:
     n, d = x.shape
     if isinstance(x, np.ndarray):
+        if x.flags.c_contiguous and x.flags.aligned:
+            return x
         step, size = x.strides, x.itemsize
         plain = (d <= 1 or step[1] == size) and (n <= 1 or (step[0] >= d * size and step[0] % size == 0))
-        aligned = x.ctypes.data % size == 0
+        aligned = _C.array_address(x) % size == 0
         return x if plain and aligned else np.ascontiguousarray(x)
     plain = (d <= 1 or x.stride(1) == 1) and (n <= 1 or x.stride(0) >= d)
     return x if plain else x.contiguous()
@@ -321,9 +327,9 @@ def check_backed(array: np.ndarray[Any, Any], name: str) -> None:
         size = base.size()
     except OSError:  # memory without a file
         return
-    start = np.frombuffer(base, np.uint8).ctypes.data
+    start = _C.array_address(np.frombuffer(base, np.uint8))
     ahead = sum(max(0, (n - 1) * step) for n, step in zip(array.shape, array.strides, strict=True))
-    end = array.ctypes.data + ahead + array.itemsize
+    end = _C.array_address(array) + ahead + array.itemsize
     needed = offset + end - start
     if size < needed:
         raise ValueError(f"{name}: expected a mapped file of at least {needed} bytes, got {size}: it was truncated")
@@ -346,7 +352,7 @@ def _first_nonfinite(rows: Rows, report: Callable[[float], None] | None) -> int:
     if rows.kind_is_numpy:
         step = max(1, _CHECKED_AT_ONCE // rows.d)
         for start in range(0, rows.n, step):  # between two, Python hears Ctrl-C
-            part = rows[start : start + step]
+            part = rows if rows.n <= step else rows[start : start + step]
             found = int(_C.first_nonfinite_row(part.address, part.dtype_code, part.n, part.d, part.row_stride))
             if found >= 0:
                 return start + found

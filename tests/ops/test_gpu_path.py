@@ -277,8 +277,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ODD_SEARCHES", ((1, 1, 1, 1), (3, 90, 9, 7)))
     monkeypatch.setattr(doctor, "SEARCH_GALLERY", (200, 8))
     monkeypatch.setattr(doctor, "SEARCH_SIZES", (1, 64))
-    monkeypatch.setattr(dispatch, "transform_backends", list)
-    monkeypatch.setattr(doctor, "transform_backends", list)
+    monkeypatch.setattr(dispatch, "transform_backends", tuple)
+    monkeypatch.setattr(doctor, "transform_backends", tuple)
     monkeypatch.setattr(selfproof, "SEARCHES", ((3, 90, 9, 7),))
     monkeypatch.delenv("FCT_BACKEND", raising=False)
 

@@ -28,7 +28,7 @@ def isa() -> int:
 
 def _layer(plan: LayerPlan) -> tuple[int, int, int, int, int, int, int, bool, int]:
     def address(array: Any) -> int:
-        return 0 if array is None else int(array.ctypes.data)
+        return 0 if array is None else _C.array_address(array)
 
     d_out, d_in = plan.weight.shape
     parts = (plan.weight, plan.scale, plan.bias, plan.in_mul, plan.in_add)
@@ -57,7 +57,7 @@ class Packed:
 def _rows(rows: Rows) -> tuple[int, int, int, int, int, int, int]:
     scale, per_row, per_column = 0, 0, 0
     if rows.scale is not None:
-        scale = int(rows.scale.ctypes.data)
+        scale = _C.array_address(rows.scale)
         per_row, per_column = (int(size > 1) for size in rows.scale.shape)
     return rows.address, rows.dtype_code, rows.d, rows.row_stride, scale, per_row, per_column
 

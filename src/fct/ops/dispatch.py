@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from fct.checks import check_whole
@@ -16,7 +18,8 @@ _MOST_THREADS = 4096  # more than machines have processors
 _PROVE_ON_DEVICE = ("cuda", "triton")  # kernels of ours that no GPU ran before the user's
 
 
-def transform_backends() -> list[TransformBackend]:
+@functools.cache
+def transform_backends() -> tuple[TransformBackend, ...]:
     """Every transform backend, the one to be asked first in front."""
     from fct.ops.cpu import CpuTransform
     from fct.ops.cuda import CudaTransform
@@ -24,7 +27,7 @@ def transform_backends() -> list[TransformBackend]:
     from fct.ops.torch import TorchTransform
     from fct.ops.triton import TritonTransform
 
-    return [CpuTransform(), CudaTransform(), TritonTransform(), TorchTransform(), RefTransform()]
+    return CpuTransform(), CudaTransform(), TritonTransform(), TorchTransform(), RefTransform()
 
 
 def default_threads() -> int:
@@ -62,17 +65,13 @@ def pick_transform(
         raise ValueError(f"backend: expected the name of one or None, got {backend!r}")
     check_precision(precision, gpu=True)
     forced = forced_backend(backend)
-    backends = transform_backends()
+    backends: Iterable[TransformBackend] = transform_backends()
     if forced is not None:
         known = [b.name for b in backends]
         backends = [b for b in backends if b.name == forced]
         if not backends:
             raise ValueError(f"backend: expected one of {', '.join(known)}, got {forced!r}")
-    pairs: dict[str, tuple[TransformBackend, str]] = {}
-    for candidate in backends:
-        wanted = [precision] if precision != "auto" else [p for p in candidate.fastest_first(device) if h.allows(p)]
-        pairs |= {f"{candidate.name} {p}": (candidate, p) for p in wanted or [PRECISIONS[0]]}
-    order = list(pairs)
+    asked = ((b, p) for b in backends for p in _precisions(b, h, precision, device))
     if device.partition(":")[0] == "cuda":
         from fct.ops import device as devices
         from fct.ops.selfproof import fastest_first
@@ -80,9 +79,10 @@ def pick_transform(
         if device in devices._lost:
             raise devices.DeviceLostError(f"{device} failed earlier in this process; start a new one")
         if not devices.why_no_gpu(device):
-            order = fastest_first("transform", device, order, rows)
+            pairs = {f"{b.name} {p}": (b, p) for b, p in asked}
+            asked = (pairs[name] for name in fastest_first("transform", device, list(pairs), rows))
     reasons: list[str] = []
-    for candidate, p in (pairs[name] for name in order):
+    for candidate, p in asked:
         why = candidate.why_not(h, p, device)
         if not why and candidate.name in _PROVE_ON_DEVICE:
             from fct.ops.selfproof import prove
@@ -92,13 +92,20 @@ def pick_transform(
         if not why and forced is None and candidate.name == "cpu" and _bf16_will_do(h, precision):
             from fct.ops.amx import torch_is_faster
 
-            torch = next(b for b in backends if b.name == "torch")
+            torch = next(b for b in transform_backends() if b.name == "torch")
             if torch_is_faster(candidate, h, p, torch):
                 return torch, "bf16"
         if not why:
             return candidate, p
         reasons += [f"{candidate.name} ({p}): {reason}" for reason in why]
     raise BackendError(f"no backend can run this transformation on {device}: " + "; ".join(reasons))
+
+
+def _precisions(backend: TransformBackend, h: Transformation, precision: str, device: str) -> list[str]:
+    """What the backend is asked for: the precision, or for "auto" those that h allows, else fp32."""
+    if precision != "auto":
+        return [precision]
+    return [p for p in backend.fastest_first(device) if h.allows(p)] or [PRECISIONS[0]]
 
 
 def _bf16_will_do(h: Transformation, precision: str) -> bool:
