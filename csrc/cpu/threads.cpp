@@ -10,18 +10,6 @@
 namespace fct::cpu {
 namespace {
 
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
-// Rounds of pause() before a waiting thread gives its processor away: some tens of microseconds, so that calls that
-// follow each other closely (single queries) find the workers awake.
-constexpr int kSpins = 1500;
-
 class Pool {
   public:
     const pid_t owner = getpid();
@@ -57,22 +45,17 @@ class Pool {
 
     template <class Ready>
     static void wait_for(Ready&& ready) {
-        for (int i = 0; !ready(); ++i) {
-            if (i < kSpins) {
-                pause();
-            } else {
-                std::this_thread::yield();
-            }
-        }
+        if (spin_until(ready, kAwake)) return;
+        while (!ready()) std::this_thread::yield();
     }
 
     void work() {
         uint64_t seen = 0;  // the last job looked at
         for (;;) {
-            for (int i = 0; i < kSpins && state_.load() >> 32 == seen; ++i) pause();
-            if (state_.load() >> 32 == seen) {
+            const auto called = [&] { return state_.load() >> 32 != seen; };
+            if (!spin_until(called, kWorkersAwake)) {
                 std::unique_lock<std::mutex> lock(sleep_);
-                wake_.wait(lock, [&] { return state_.load() >> 32 != seen; });
+                wake_.wait(lock, called);
             }
             uint64_t state = state_.load();
             seen = state >> 32;
@@ -119,13 +102,9 @@ void parallel(int threads, Join join, void (*fn)(void*, int), void* context) {
 }
 
 void Shared::wait(int64_t count) const {
-    for (int i = 0; done_.load(std::memory_order_acquire) != count; ++i) {
-        if (i < kSpins) {
-            pause();
-        } else {
-            std::this_thread::yield();
-        }
-    }
+    const auto ready = [&] { return done_.load(std::memory_order_acquire) == count; };
+    if (spin_until(ready, kAwake)) return;
+    while (!ready()) std::this_thread::yield();
 }
 
 }  // namespace fct::cpu

@@ -1,10 +1,33 @@
 // The thread pool of every CPU kernel: one per process, grown on demand, made anew in a forked child.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <type_traits>
 
 namespace fct::cpu {
+
+// How long a thread that waits stays awake before it gives its processor away. A pool's workers stay longer than a
+// Python caller takes between two single queries: to wake one takes as long as the query.
+constexpr std::chrono::microseconds kAwake{50}, kWorkersAwake{200};
+
+// Returns at once when ready() holds, else looks again and again until it does or the time is over; whether it held.
+template <class Ready>
+bool spin_until(Ready&& ready, std::chrono::microseconds most) {
+    if (ready()) return true;
+    const auto end = std::chrono::steady_clock::now() + most;
+    do {
+        for (int i = 0; i < 16; ++i) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#elif defined(__aarch64__)
+            asm volatile("yield");
+#endif
+            if (ready()) return true;
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
 
 // Who has to take part in a parallel call.
 enum class Join {

@@ -75,8 +75,11 @@ class Control {
                 fn(task, worker);
                 done.fetch_add(1);
             }
-            if (worker == 0)  // stays to ask while the others finish
-                while (go(0) && done.load() < count) std::this_thread::sleep_for(std::chrono::microseconds(50));
+            if (worker != 0) return;
+            // Stays to ask while the others finish: awake at first, since a single query takes less than a sleep does.
+            const auto ready = [&] { return done.load() == count; };
+            if (spin_until(ready, kAwake)) return;
+            while (go(0) && !ready()) std::this_thread::sleep_for(std::chrono::microseconds(50));
         });
         return !stop_.load();
     }

@@ -4,6 +4,7 @@ float64 (csrc/cpu/topk.h)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ _PACKED_AT_ONCE = 1 << 26  # values of one compiled call that packs
 _SLICE = 1 << 16  # queries of one compiled call: bounds what their candidates take
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shadow:
     """A gallery in 8 bits.
 
@@ -36,7 +37,7 @@ class Shadow:
     n: int
     metric: str
 
-    @property
+    @cached_property  # it reads all of meta, which every query would feel
     def usable(self) -> bool:
         return bool(self.n == 0 or float(self.meta[:, -4:-1].max()) <= _LARGEST**2 / 2) and bool(
             self.n == 0 or float(self.meta[:, -3].max()) <= _LARGEST
@@ -73,9 +74,9 @@ def _pack(gallery: Rows, metric: str, shift: Any, first: int, threads: int, repo
             METRICS.index(metric),
             first + begin,
             min(step, count - begin),
-            shift.ctypes.data,
-            packed[tile:].ctypes.data,
-            meta[tile:].ctypes.data,
+            _C.array_address(shift),
+            _C.array_address(packed[tile:]),
+            _C.array_address(meta[tile:]),
             threads,
             isa(),
         )
@@ -132,14 +133,14 @@ def topk_cpu(
             part.n,
             _rows(gallery),
             gallery.n,
-            0 if shadow is None else shadow.tiles.ctypes.data,
-            0 if shadow is None else shadow.meta.ctypes.data,
-            0 if shadow is None else shadow.shift.ctypes.data,
+            0 if shadow is None else _C.array_address(shadow.tiles),
+            0 if shadow is None else _C.array_address(shadow.meta),
+            0 if shadow is None else _C.array_address(shadow.shift),
             METRICS.index(metric),
             k,
             start if same_items else -1,
-            distances[start:].ctypes.data,
-            indices[start:].ctypes.data,
+            _C.array_address(distances[start:]),
+            _C.array_address(indices[start:]),
             threads,
             isa(),
             None if report is None else _within(report, start / queries.n, part.n / queries.n),
@@ -178,13 +179,13 @@ def ranks_cpu(
             queries.n,
             _rows(gallery),
             gallery.n,
-            codes.ctypes.data,
-            starts.ctypes.data,
-            members.ctypes.data,
+            _C.array_address(codes),
+            _C.array_address(starts),
+            _C.array_address(members),
             METRICS.index(metric),
             0 if same_items else -1,
-            first.ctypes.data,
-            precision.ctypes.data,
+            _C.array_address(first),
+            _C.array_address(precision),
             threads,
             isa(),
             report,
