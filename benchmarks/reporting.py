@@ -213,5 +213,6 @@ PLOTS: dict[str, Any] = {
     "topk": _lines("queries", "queries_per_s", "who", "Exact search in 1,000,000 x 128", by="k"),
     "topk k": _lines("k", "ms", "who", "Exact search: 500 queries in 200,000 x 128"),
     "topk gallery": _lines("gallery", "ms", "who", "Exact search: 100 queries, 128 dimensions, k = 10"),
+    "topk one query": _lines("gallery", "ms", "who", "Exact search: one query, 128 dimensions, k = 10"),
     "topk dims": _lines("d", "ms", "who", "Exact search: 500 queries in 100,000 rows, k = 10"),
 }

@@ -189,15 +189,16 @@ def test_k(
         measure("topk k", {**fns, FAISS: worker}, q, g, k, threads, record, peaks, exact={FAISS: worker.result()})
 
 
+@pytest.mark.parametrize(("queries", "table"), [(100, "topk gallery"), (1, "topk one query")])
 @pytest.mark.parametrize("n", [10_000, 100_000, 1_000_000])
 def test_gallery_size(
-    n: int, million: Any, faiss_settings: dict[str, str], folder: Path, threads: int, peaks: Peaks,
+    n: int, queries: int, table: str, million: Any, faiss_settings: dict[str, str], folder: Path, threads: int, peaks: Peaks,
     record: Callable[..., None],
 ) -> None:  # fmt: skip
-    q, g = million[0][:100], million[1][:n]
+    q, g = million[0][:queries], million[1][:n]
     fns = {OURS: ours(q, fct.prepare_gallery(g, metric="ip", threads=threads), 10, threads)}
     with faiss_search(q, g, 10, threads, faiss_settings, folder) as worker:
-        measure("topk gallery", {**fns, FAISS: worker}, q, g, 10, threads, record, peaks,
+        measure(table, {**fns, FAISS: worker}, q, g, 10, threads, record, peaks,
                 exact={FAISS: worker.result()})  # fmt: skip
 
 
