@@ -1,17 +1,12 @@
-// The only file that sees pybind11. Python passes addresses, sizes and strides that src/fct/ops has checked.
-#include <pthread.h>
+// With cuda/bind.h and without_gil.h the only file that sees pybind11. Python passes addresses, sizes and strides that
+// src/fct/ops has checked.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
 
-#include <atomic>
-#include <chrono>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/checksum.h"
@@ -23,72 +18,14 @@
 #endif
 #include "cpu/topk.h"
 #include "cpu/transform.h"
+#include "without_gil.h"
 
 namespace py = pybind11;
+using fct::AtExit;
+using fct::WithoutGil;
 using fct::cpu::DType;
 
 namespace {
-
-// ---- the end of the interpreter ----
-// A thread that asks for the GIL once the interpreter is being finalised is ended on the spot by CPython before 3.14,
-// its C++ frames unwound while pool threads still work for them: std::terminate at best. So kernels in daemon threads
-// are told to stop when the interpreter's exit functions run, are waited for, and their threads never come back to
-// Python.
-class AtExit {
-  public:
-    static void enter() { inside_.fetch_add(1); }
-    static void leave() { inside_.fetch_sub(1); }
-
-    // Whether the calling thread may not go back to Python. The one that ends the interpreter may.
-    static bool here() { return begun_.load() && std::this_thread::get_id() != ender_; }
-
-    [[noreturn]] static void stay() {
-        leave();
-        for (;;) ::pause();
-    }
-
-    // Called by Python's atexit, with the GIL: returns when no other thread is in a kernel or on its way back. The
-    // limit is for a thread whose progress report hangs.
-    static void begin() {
-        ender_ = std::this_thread::get_id();
-        begun_.store(true);
-        py::gil_scoped_release release;
-        const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-        while (inside_.load() > 0 && std::chrono::steady_clock::now() < limit)
-            std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-
-    static void install() {
-        // The threads that were in kernels are not in a forked child.
-        if (pthread_atfork(nullptr, nullptr, [] { inside_.store(0); }) != 0) throw std::bad_alloc();
-        py::module_::import("atexit").attr("register")(py::cpp_function(&AtExit::begin));
-    }
-
-  private:
-    static inline std::atomic<bool> begun_{false};
-    static inline std::atomic<int> inside_{0};
-    static inline std::thread::id ender_;
-};
-
-// Gives the GIL away for as long as it lives.
-class WithoutGil {
-  public:
-    WithoutGil() {
-        AtExit::enter();
-        state_ = PyEval_SaveThread();
-        if (AtExit::here()) AtExit::stay();
-    }
-    ~WithoutGil() {
-        if (AtExit::here()) AtExit::stay();
-        PyEval_RestoreThread(state_);
-        AtExit::leave();
-    }
-    WithoutGil(const WithoutGil&) = delete;
-    WithoutGil& operator=(const WithoutGil&) = delete;
-
-  private:
-    PyThreadState* state_;
-};
 
 // ---- rows ----
 void bind_rows(py::module_& m) {

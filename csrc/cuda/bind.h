@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "../without_gil.h"
 #include "cuda_ops.h"
 
 namespace fct::cuda {
@@ -66,8 +67,7 @@ inline Layer layer_from(const py::dict& dict) {
 }
 
 inline void bind(py::module_& m) {
-    using Gil = py::gil_scoped_release;
-    m.def("cuda_why_not_here", &why_not_here, py::call_guard<Gil>());
+    m.def("cuda_why_not_here", &why_not_here, py::call_guard<WithoutGil>());
     m.def("cuda_device", [](int device) {
         const DeviceProperties p = device_properties(device);
         return py::dict(py::arg("name") = p.name, py::arg("capability") = py::make_tuple(p.major, p.minor),
@@ -78,7 +78,7 @@ inline void bind(py::module_& m) {
     m.def("cuda_layer_row_elements", &layer_row_elements);
     m.def("cuda_make_shadow", [](const RowsTuple& rows, int metric, int kind, bool is_query, uintptr_t shadow,
                                  uintptr_t meta, int device, uintptr_t stream) {
-        Gil release;
+        WithoutGil without_gil;
         make_shadow_rows(rows_at(rows), metric, kind, is_query, shadow, meta, {device, stream});
     });
     m.def("cuda_search_size", [](const py::kwargs& kwargs) {
@@ -92,13 +92,13 @@ inline void bind(py::module_& m) {
           py::arg("multiprocessors"), py::arg("shared_memory"));
     m.def("cuda_search", [](int device, uintptr_t stream, const py::kwargs& kwargs) {
         const Search s = search_from(kwargs);
-        Gil release;
+        WithoutGil without_gil;
         search(s, {device, stream});
     });
     m.def("cuda_merge_parts",
           [](uintptr_t distances, uintptr_t indices, int parts, int64_t n_queries, int k, int metric,
              uintptr_t out_distances, uintptr_t out_indices, int device, uintptr_t stream) {
-              Gil release;
+              WithoutGil without_gil;
               merge_part_results(distances, indices, parts, n_queries, k, metric, out_distances, out_indices,
                                  {device, stream});
           });
@@ -111,23 +111,23 @@ inline void bind(py::module_& m) {
         f("normalise", s.normalise)("split", s.split)("blocks", s.blocks)("layers", layers);
         f.done();
         for (const py::dict& layer : layers) s.layers.push_back(layer_from(layer));
-        Gil release;
+        WithoutGil without_gil;
         transform_small_rows(s, {device, stream});
     });
     m.def("cuda_convert_rows",
           [](const RowsTuple& rows, uintptr_t dst, int64_t pitch, bool split, int device, uintptr_t stream) {
-              Gil release;
+              WithoutGil without_gil;
               convert_rows_to_bf16(rows_at(rows), dst, pitch, split, {device, stream});
           });
     m.def("cuda_finish_rows", [](uintptr_t src, const RowsTuple& out, bool normalise, int device, uintptr_t stream) {
-        Gil release;
+        WithoutGil without_gil;
         finish_rows_from_fp32(src, rows_at(out), normalise, {device, stream});
     });
     m.def("cuda_blaslt_why_not", &cublaslt_why_not);
     m.def("cuda_blaslt_layer", [](int64_t rows, uintptr_t workspace, size_t workspace_bytes, int device,
                                   uintptr_t stream, const py::kwargs& kwargs) {
         const Layer layer = layer_from(kwargs);
-        Gil release;
+        WithoutGil without_gil;
         cublaslt_layer(layer, rows, workspace, workspace_bytes, {device, stream});
     });
 }

@@ -28,6 +28,7 @@ from fct.ops.cuda import CudaRuntime
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 SIMT, CUDA = TESTS / "simt", ROOT / "csrc" / "cuda"
+WITHOUT_GIL = ROOT / "csrc" / "without_gil.h"
 sys.path.insert(0, str(TESTS / "ptxsim"))
 
 CXX = shutil.which(os.environ.get("CXX", "g++"))
@@ -59,6 +60,7 @@ def _digest(*parts: Any) -> str:
         for file in sorted(folder.iterdir()):
             if file.is_file():
                 digest.update(file.name.encode() + file.read_bytes())
+    digest.update(WITHOUT_GIL.read_bytes())
     digest.update(repr((CXX, NVCC, sys.executable, Path(__file__).read_bytes(), parts)).encode())
     return digest.hexdigest()[:16]
 

@@ -80,6 +80,63 @@ BUGS = [
         "if (false)",
         case="near-select",
     ),
+    Bug(
+        "the merge's dropped keys are not bounded",
+        "TOPK",
+        "topk.cuh",
+        "return lane < 2 || first == kNoKey ? -INFINITY : key_score(first);",
+        "return -INFINITY;",
+        case="near-merge",
+    ),
+    Bug(
+        "a bound of half of the quad",
+        "TOPK",
+        "topk.cuh",
+        "        bound = fmaxf(bound, __shfl_xor_sync(0xffffffffu, bound, 2));\n",
+        "",
+        case="near-merge",
+    ),
+    Bug(
+        "a thread's dropped rows are not bounded",
+        "TOPK",
+        "topk.cuh",
+        "if (lists[i].row[kKeep - 1] != 0xffffffffu) bound =",
+        "if (false) bound =",
+        case="near-lane",
+    ),
+    Bug(
+        "merged with the wrong partner",
+        "TOPK",
+        "topk.cuh",
+        "keep_half(keys, 3, lane < 2);",
+        "keep_half(keys, 2, lane < 2);",
+        case="near-merged",
+    ),
+    Bug("merged without sorting", "TOPK", "topk.cuh", "    sort_bitonic(keys); ", "    ", case="near-merged"),
+    Bug(
+        "the merge keeps the worst",
+        "TOPK",
+        "topk.cuh",
+        "keep_half(keys, 3, lane < 2);",
+        "keep_half(keys, 3, lane >= 2);",
+        case="near-merged",
+    ),
+    Bug(
+        "the second lane's keys are not written",
+        "TOPK",
+        "topk.cuh",
+        "if (row < args.n_queries && lane % 4 < 2) {",
+        "if (row < args.n_queries && lane % 4 < 1) {",
+        case="near-merged",
+    ),
+    Bug(
+        "both lanes' keys in one place",
+        "TOPK",
+        "topk.cuh",
+        "list * Shape::kListKeys + lane % 4 * kKeep;",
+        "list * Shape::kListKeys;",
+        case="near-merged",
+    ),
     Bug("equal scores by the higher row", "TOPK", "topk.cuh", "<< 32 | row;", "<< 32 | (0xfffffffeu - row);", "asan"),
     Bug(
         "failed queries counted without an atomic",
@@ -160,7 +217,9 @@ def test_injected_bug_is_found(bug: Bug) -> None:
 
 
 @support.needs_cxx
-@pytest.mark.parametrize("case", ["near", "near-select", "equal-pair", "equal", "small"])
+@pytest.mark.parametrize(
+    "case", ["near", "near-lane", "near-merge", "near-select", "near-merged", "equal-pair", "equal", "small"]
+)
 def test_the_cases_pass_without_a_bug(case: str) -> None:
     done = support.drive(support.driver("TOPK"), case, 1)
     assert done.returncode == 0, done.stdout

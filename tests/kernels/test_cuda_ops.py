@@ -78,7 +78,7 @@ def test_topk(runtime: Any, schedule: Any, rng: Any, metric: str, kind: str, sch
         check_topk(*found, costs(q, g, metric), k, metric)
 
 
-# Warps along the queries, fragments, candidates a list, stages, gallery rows a tile: csrc/cuda/topk.cuh's shapes.
+# Warps along the queries, fragments, candidates a thread, stages, gallery rows a tile: csrc/cuda/topk.cuh's shapes.
 FEW, WIDE, NARROW, DEEP = (1, 1, 4, 6, 64), (4, 2, 8, 3, 64), (4, 2, 8, 3, 32), (4, 1, 16, 3, 64)
 # KiB of shared memory a block may have, kind, queries, rows, d, k -> the scan, and whether it keeps its queries
 SCANS = [
@@ -142,7 +142,7 @@ def test_the_list_of_scans_is_whole(runtime: Any) -> None:
 def test_a_call_fills_the_device(runtime: Any, kib: int, multiprocessors: int, kind: str, d: int) -> None:
     """In whole waves: no block trails behind, few slots stay empty, and a split's query blocks run together."""
     device = {"multiprocessors": multiprocessors, "shared_memory": kib << 10}
-    for k, per_block, per_list in ((10, 128, 1), (200, 128, 1), (1000, 64, 4)):
+    for k, per_block, per_list in ((10, 128, 4), (200, 128, 4), (1000, 64, 12)):
         queries = runtime.lib.cuda_search_queries(d=d, kind=("bf16", "int8").index(kind), k=k, **device)
         assert 2048 <= queries <= 4096
         size = size_of(runtime, nq=queries, n=10**6, d=d, k=k, kind=kind, **device)
@@ -151,7 +151,7 @@ def test_a_call_fills_the_device(runtime: Any, kib: int, multiprocessors: int, k
         if slots >= 2048 // per_block:
             assert together * blocks > 0.93 * slots
         assert size["splits"] % together == 0
-        assert 0 <= size["splits"] - -(-k // (4 * per_list)) < together
+        assert 0 <= size["splits"] - (k // per_list + 1) < together
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8-row", "int8-dim"])

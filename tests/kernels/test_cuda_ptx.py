@@ -5,6 +5,7 @@ The interpreter executes the inline assembly that the emulator replaces, so a wr
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import cuda_support as support
@@ -46,6 +47,40 @@ def test_topk(case: tuple[Any, ...], architecture: str) -> None:
     assert (indices == want_indices).all()
     torch.testing.assert_close(distances, want_distances, rtol=3e-7, atol=0)
     assert min(issued[op] for op in ("mma", "ldmatrix", "cp")) > 0
+
+
+class Counting:
+    """The bindings, and how many queries their last search left to the exact way."""
+
+    def __init__(self, lib: Any) -> None:
+        self.lib = lib
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lib, name)
+
+    def cuda_search(self, *where: int, **args: Any) -> None:
+        self.lib.cuda_search(*where, **args)
+        at = args["scratch"] + self.lib.cuda_search_size(**args)["failed_at"]
+        self.failed = ctypes.c_uint32.from_address(at).value
+
+
+@pytest.mark.parametrize("partner", [3, 2])
+def test_a_quads_lists_are_merged(partner: int) -> None:
+    """Sixteen near rows in each of four lists, seven of them one thread's: all are kept, but by a wrong merge."""
+    edits = {"topk.cuh": [("keep_half(keys, 3, lane < 2)", f"keep_half(keys, {partner}, lane < 2)")]}
+    rng = np.random.default_rng(5)
+    row = np.arange(300)
+    near = (row < 256) & (row % 64 // 8 * 2 + row % 2 < np.array([7, 7, 2, 0])[row % 8 // 2])
+    g = rng.standard_normal((300, 20), dtype=np.float32) * 1e-2 + np.where(near, 1, 9).astype(np.float32)[:, None]
+    q = np.ones((17, 20), np.float32)
+    runtime = support.EmulatedRuntime()
+    runtime.lib = counting = Counting(runtime.lib)
+    engine = CudaSearch(runtime)
+    prepared = engine.prepare(rows(g), "l2", "bf16")
+    with support.interpreted([support.ptx("topk", "80", edits if partner != 3 else None)]):
+        _, indices = engine.search(rows(q), prepared, 4)
+    assert (indices.numpy() == ref.topk(q, g, 4)[1]).all()
+    assert counting.failed == (0 if partner == 3 else 17)
 
 
 def transform(texts: list[str], n: int) -> tuple[Any, Any]:

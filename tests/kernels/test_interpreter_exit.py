@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import cuda_support as support
 import pytest
 
 CALLS = {
@@ -59,3 +60,31 @@ atexit.register(last)
         status, said, errors = run(CALLS["topk"], 0.2, thread, late)
         assert (status, errors) == (0, "")
         assert said.splitlines()[1] == "found [0, 1, 2]"
+
+
+EMULATED = """
+import faulthandler, importlib.util, threading, time
+faulthandler.enable()
+import numpy as np
+spec = importlib.util.spec_from_file_location("fct_simt", {module!r})
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+n, d = 8, 40
+x = np.ones((n, d), np.float32)
+shadow, meta = np.zeros((n, kernels.cuda_shadow_row_bytes(d, 1)), np.uint8), np.zeros((n, 4), np.float32)
+rows = (x.ctypes.data, 0, n, d, d, 0, 0, 0)
+def calls():
+    while True:
+        kernels.cuda_make_shadow(rows, 0, 1, False, shadow.ctypes.data, meta.ctypes.data, 0, 0)
+threading.Thread(target=calls, daemon=True).start()
+time.sleep(0.3)
+print("ending", bool(shadow.any()))
+"""
+
+
+@support.needs_cxx
+def test_a_daemon_thread_in_a_launch_harms_no_exit() -> None:
+    """The CUDA bindings, over the emulator."""
+    code = EMULATED.format(module=support.module().__file__)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ending True\n", "")

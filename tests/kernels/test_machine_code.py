@@ -1,4 +1,4 @@
-"""Machine code of the Triton kernels for targets not in the room. One process compiles; nothing is launched."""
+"""Machine code of the Triton kernels for targets not in the room. Another process compiles; nothing is launched."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ void refuse_after_fork() {}
 }  // namespace fct::cuda
 
 PYBIND11_MODULE(fct_simt, m) {
+    fct::AtExit::install();
     fct::cuda::bind(m);
     m.def("schedule", [](int sched, uint64_t seed, int resident) {
         simt::config.sched = static_cast<decltype(simt::config.sched)>(sched);

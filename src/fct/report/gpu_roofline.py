@@ -218,9 +218,9 @@ def cuda_scan(gpu: Gpu, kind: str, *, gallery: int = 1 << 20, d: int = 128, k: i
     slots = fit * gpu.processors
     blocks = max(range(32, 15, -1), key=lambda b: slots // b * b)
     together = max(1, slots // blocks)
-    enough = -(-k // 4)
+    enough = k // 4 + 1
     splits = min(-(-enough // together) * together, -(-gallery // tile_rows))
-    return gpu_traffic.Scan(128 * blocks, gallery, pitch, 128, tile_rows, splits, slots, held, 4 * 8 * 8, 4 * 4)
+    return gpu_traffic.Scan(128 * blocks, gallery, pitch, 128, tile_rows, splits, slots, held, 16 * 8, 4)
 
 
 def triton_scan(gpu: Gpu, kind: str, *, gallery: int = 1 << 20, d: int = 128, k: int = 10) -> gpu_traffic.Scan:
