@@ -25,7 +25,7 @@ constexpr float kInfinityF = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlockQueries = 192;
 // Guessed thresholds (ScanBlock::scan) are for blocks of many queries, which are bound by arithmetic, not by memory.
 constexpr int64_t kGuessQueries = 24;
-constexpr int64_t kGuessTiles = 256;
+constexpr int64_t kGuessTiles = 64;
 // For progress, which counts tiles times queries: about how many rows are scanned while one is scored in float64.
 constexpr int64_t kExactCost = 24;
 
@@ -146,8 +146,15 @@ Quantised quantise(const double* v, int64_t d, float least, int8_t* out, const T
 
 struct Candidate {
     int64_t id;
-    double low, high;  // of the key
+    float low, high;  // of the key
 };
+
+// Not above key - margin, not below key + margin; float32's rounding is 2^-24, or below float32's least normal number.
+Candidate candidate(int64_t id, double key, double margin) {
+    constexpr double kLeast = std::numeric_limits<float>::min();
+    const double wider = margin + (std::fabs(key) + margin) * 0x1p-22 + kLeast;
+    return {id, static_cast<float>(key - wider), static_cast<float>(key + wider)};
+}
 
 struct Found {
     float cost;
@@ -155,22 +162,61 @@ struct Found {
     bool operator<(const Found& other) const { return cost != other.cost ? cost < other.cost : id < other.id; }
 };
 
+// A limit that at least `rank` of the n costs do not exceed, hardly above the rank-th least: the range is cut in five
+// again and again, without the branches of a selection, which no predictor could know.
+float limit_of(const float* costs, int64_t n, int64_t rank, const TopkKernels& kernel) {
+    constexpr int kLanes = 8;
+    float least[kLanes], largest[kLanes];
+    std::fill(least, least + kLanes, costs[0]);
+    std::fill(largest, largest + kLanes, costs[0]);
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const float cost = costs[i + lane];
+            least[lane] = cost < least[lane] ? cost : least[lane];
+            largest[lane] = cost > largest[lane] ? cost : largest[lane];
+        }
+    for (int64_t i = n / kLanes * kLanes; i < n; ++i) {
+        least[0] = std::min(least[0], costs[i]);
+        largest[0] = std::max(largest[0], costs[i]);
+    }
+    float below = *std::min_element(least, least + kLanes), limit = *std::max_element(largest, largest + kLanes);
+    for (int round = 0; round < 8; ++round) {
+        float cuts[4];
+        int64_t counts[4];
+        for (int i = 0; i < 4; ++i) cuts[i] = below + (limit - below) * (0.2f * static_cast<float>(i + 1));
+        if (!(cuts[0] > below && cuts[3] < limit)) break;  // no room, or no numbers
+        kernel.count4(costs, n, cuts, counts);
+        int cut = 0;
+        while (cut < 4 && counts[cut] < rank) ++cut;
+        if (cut > 0) below = cuts[cut - 1];
+        if (cut < 4) limit = cuts[cut];
+        if (cut < 4 && counts[cut] == rank) break;
+    }
+    return limit;
+}
+
 // Candidates of one query within one part of the gallery.
 struct Candidates {
     std::vector<Candidate> rows;  // of those seen, every one whose key may reach `tau`
     double tau = -kInfinity;      // what a row has to reach: proven by k rows' keys, or guessed (see ScanBlock)
+    std::vector<float> costs;     // scratch of shrink
     size_t room = 0;
     bool exhausted = false;
 
-    // Raises tau to the rank-th largest lower bound and drops what cannot reach it. rank = k is a proof.
-    void shrink(int64_t rank) {
-        if (static_cast<int64_t>(rows.size()) >= rank) {
-            std::nth_element(rows.begin(), rows.begin() + (rank - 1), rows.end(),
-                             [](const Candidate& a, const Candidate& b) { return a.low > b.low; });
-            tau = std::max(tau, rows[static_cast<size_t>(rank - 1)].low);
+    // Raises tau to what the lower bounds of `rank` rows reach and drops what cannot. rank = k is a proof.
+    void shrink(int64_t rank, const TopkKernels& kernel) {
+        const auto n = static_cast<int64_t>(rows.size());
+        if (n >= rank) {
+            costs.resize(rows.size());
+            for (size_t i = 0; i < rows.size(); ++i) costs[i] = -rows[i].low;
+            tau = std::max<double>(tau, -limit_of(costs.data(), n, rank, kernel));
         }
-        rows.erase(std::remove_if(rows.begin(), rows.end(), [&](const Candidate& c) { return c.high < tau; }),
-                   rows.end());
+        size_t kept = 0;
+        for (const Candidate& c : rows) {  // without a branch, since about every other one goes
+            rows[kept] = c;
+            kept += !(c.high < tau);
+        }
+        rows.resize(kept);
     }
 
     bool proven(int64_t k) const {
@@ -401,9 +447,9 @@ class ScanBlock {
             const double margin = f.length * error + f.error * norm +
                                   kSlack * (f.constant + half + f.length * (norm + error)) + f.scale * kTiny;
             if (key + margin < found.tau) continue;
-            found.rows.push_back({id, key - margin, key + margin});
+            found.rows.push_back(candidate(id, key, margin));
             if (found.rows.size() < found.room) continue;
-            found.shrink(rank_);
+            found.shrink(rank_, s.kernel);
             // Often enough that the threshold is fresh, since a needless candidate costs more than its share of a pass.
             found.room = found.rows.size() + found.rows.size() / 2 + 32;
             if (found.rows.size() > most) {
@@ -425,7 +471,8 @@ class ScanBlock {
 };
 
 void write_answer(std::vector<Found>& found, int64_t k, Metric metric, float* distances, int64_t* indices) {
-    std::partial_sort(found.begin(), found.begin() + k, found.end());
+    if (static_cast<int64_t>(found.size()) > k) std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
+    std::sort(found.begin(), found.begin() + k);
     for (int64_t j = 0; j < k; ++j) {
         const float cost = found[static_cast<size_t>(j)].cost;
         distances[j] = metric == Metric::l2 ? cost : -cost + 0.0f;
@@ -440,9 +487,9 @@ double key_of(float cost, double away, double slop, Metric metric) {
     return key - std::ldexp(slop + std::fabs(key), -40);
 }
 
-// Scores the candidates of query q in float64 and writes the k best. `rows` begins with the k largest lower bounds:
-// once these are scored, the k-th best score is known more closely than by any bound, and many of the others need not
-// be.
+// Scores the candidates of query q in float64 and writes the k best. `rows` begins with (nearly) the k largest lower
+// bounds: once these are scored, the k-th best score is known more closely than by any bound, and many of the others
+// need not be.
 void rescore(const Search& s, int64_t q, std::vector<Candidate>& rows, float* distances, int64_t* indices) {
     const int64_t d = s.gallery.d;
     std::vector<float> scratch(static_cast<size_t>(d));
@@ -868,7 +915,11 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
             merged.rows.insert(merged.rows.end(), some.rows.begin(), some.rows.end());
             std::vector<Candidate>().swap(some.rows);
         }
-        if (!merged.exhausted) merged.shrink(k);
+        if (!merged.exhausted) {
+            merged.shrink(k, s.kernel);
+            std::partition(merged.rows.begin(), merged.rows.end(),
+                           [&](const Candidate& c) { return c.low >= merged.tau; });
+        }
         if (merged.exhausted || static_cast<int64_t>(merged.rows.size()) < k) {
             through_all[static_cast<size_t>(q)] = 1;
             return;
