@@ -49,7 +49,8 @@ def check_pair(
     gallery_space: EmbeddingSpace | None,
     report: Report | None = None,
 ) -> tuple[Rows, Rows]:
-    """Both sides as checked rows of one length, one device and, where the spaces are given, one space."""
+    """Both sides as checked rows of one length, one device and, where the spaces are given, one space; the gallery has
+    rows, the queries may be none."""
     check_metric(metric)
     check_flag(same_items, "same_items")
     check_space(query_space, "query_space")
@@ -74,6 +75,8 @@ def check_pair(
         raise ValueError(
             f"queries: expected ({g.n}, {g.d}), the gallery's own rows, for same_items=True, got ({q.n}, {q.d})"
         )
+    if g.n == 0:
+        raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
     return q, g
 
 
@@ -418,8 +421,6 @@ def topk(
     with LongCall(progress) as call:
         reading = call.stage("reading the gallery")
         q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space, reading)
-        if g.n == 0:
-            raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
         check_k(k, g.n, same_items)
         k = int(k)
         if q.n == 0:
