@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fct.arrays import Rows, ScaledInt8, check_backed, rows_of
-from fct.checks import check_flag
+from fct.checks import check_flag, check_path
 from fct.errors import ArtifactError, BackendError
 from fct.files import atomic_path
 from fct.ops.base import GpuShadow, check_precision
@@ -180,6 +180,7 @@ class PreparedGallery:
 
         A shadow on a GPU is not written: packing reads each row once, from the device's own memory.
         """
+        check_path(path, "path")
         if isinstance(self.shadow, GpuShadow):
             raise ValueError(
                 f"path: expected a gallery prepared on the cpu, got one on {self.rows.device}; prepare_gallery packs "
@@ -216,7 +217,7 @@ class PreparedGallery:
         Raises ArtifactError for a truncated or foreign file, ValueError for another gallery (sizes, dtype, or any of
         the 1,024 sampled rows).
         """
-        header, start = _read_header(Path(path))
+        header, start = _read_header(check_path(path, "path"))
         space = None if header["space"] is None else EmbeddingSpace.from_dict(header["space"])
         rows = rows_of(
             gallery, "gallery", n=header["n"], d=header["d"], d_why=f"to match {path}", n_why=f"to match {path}",

@@ -200,6 +200,13 @@ class ShardReader:
             return
         yield from zip(rows, rebatch(self._side_rows(shard.first, shard.rows), job.batch_rows), strict=True)
 
+    def head(self, shard: Shard, rows: int) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
+        """The shard's first ``rows`` rows at once, side-information beside them: for a look at what is there."""
+        rows = min(rows, shard.rows)
+        batch = pa.concat_batches(list(self._rows(self.source, self.job.pieces, shard.piece, shard.start, rows)))
+        side = None if self.side is None else pa.concat_batches(list(self._side_rows(shard.first, rows)))
+        return batch, side
+
     def _side_rows(self, first: int, rows: int) -> Iterator[pa.RecordBatch]:
         assert self.side is not None
         while rows:

@@ -15,9 +15,9 @@ from typing import Any
 
 from fct.backfilling.job import BackfillError, Job, Journal, Marker, QualityGateError, RejectLimitError
 from fct.backfilling.pipeline import RowMapper, ShardPipeline, ShardReader, output_schema
-from fct.backfilling.plan import Resolved, occupied, resolve
+from fct.backfilling.plan import Resolved, occupied, refuse_misfit, resolve
 from fct.backfilling.quality import check_quality
-from fct.checks import check_flag, check_whole
+from fct.checks import check_flag, check_text, check_whole
 from fct.gallery.base import Shard
 from fct.gallery.files import FileDestination
 
@@ -97,6 +97,8 @@ def backfill(
     if max_rejects is not None:
         check_whole(max_rejects, "max_rejects", 0)
     check_whole(ray_cpus, "ray_cpus", 1)
+    if ray is not None:
+        check_text(ray, "ray", "auto, local, a cluster's address or None")
     check_flag(trust_sizes, "trust_sizes")
     check_flag(progress, "progress")
     found = resolve(source, destination, transformation, **options)
@@ -107,6 +109,8 @@ def backfill(
     elif min_gap_closed is not None or min_recall is not None:
         raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
     journal = found.journal
+    if not journal.marked():  # else it was looked at when it was begun
+        refuse_misfit(found, threads=threads)
     with journal.lock(), _bar(progress) as bar:
         job = _begin(found, bar.say)
         kept = _kept(journal, job, content=not trust_sizes, bar=bar)

@@ -179,7 +179,8 @@ def _spot_check(
     """(rows compared, worst relative error, why nothing was compared, problems)."""
     try:
         old = open_source(source if source is not None else job.source, **access)
-        side = open_source(side_source or job.side, **access) if job.side else None
+        beside = side_source if side_source is not None else job.side
+        side = open_source(beside, **access, name="side_source") if job.side else None
         h = load_transformation(transformation) if transformation is not None else kept_transformation(journal)
     except (FctError, OSError) as error:
         return 0, 0.0, str(error), []

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fct.checks import check_choice, check_text
 from fct.files import refuse_existing
 from fct.gallery.base import VECTOR_KEY, Piece, Source
 from fct.gallery.location import Location
@@ -49,8 +50,8 @@ def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column
         >>> [f.name for f in export_bulk(folder, folder + "/out", "pgvector")]
         ['rows.bin']
     """
-    if to not in BULK_FORMATS:
-        raise ValueError(f"to: expected one of {', '.join(BULK_FORMATS)}, got {to!r}")
+    check_choice(to, "to", BULK_FORMATS)
+    check_text(id_column, "id_column", "the name of a column")
     source = open_source(gallery)
     pieces = source.pieces()
     beside = _Beside(source, pieces)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from fct.checks import check_path, shown
 from fct.errors import FctError
 from fct.files import checksum_file, write_bytes
 
@@ -265,13 +266,17 @@ def location_of(
     patience = patience or Patience()
     if isinstance(where, Location):
         return where
-    if not isinstance(where, (str, os.PathLike)) or not os.fspath(where):
-        raise TypeError(f"{name}: expected a path or a URL, got {where!r}")
+    check_path(where, name, "a path or a URL")
+    if storage_options is not None and not isinstance(storage_options, Mapping):  # they may hold keys: none is shown
+        raise TypeError(f"storage_options: expected a mapping or None, got {type(storage_options).__name__}")
     text = os.fspath(where)
     if filesystem is not None:
         if not isinstance(filesystem, fsspec.AbstractFileSystem):
             from fsspec.implementations.arrow import ArrowFSWrapper
+            from pyarrow.fs import FileSystem
 
+            if not isinstance(filesystem, FileSystem):
+                raise TypeError(f"filesystem: expected fsspec's or pyarrow's or None, got {shown(filesystem)}")
             filesystem = ArrowFSWrapper(filesystem)
         return Location(filesystem, str(filesystem._strip_protocol(text)), patience)
     scheme = text.partition("://")[0] if "://" in text else ""
