@@ -108,7 +108,14 @@ class Location:
 
     # ---- looking ----
     def _ask(self, what: str, do: Callable[[], T], *, moves: int = 0) -> T:
-        return do() if self.is_local else self.patience.ask(do, f"{what} {self}", moves=moves)
+        if self.is_local:
+            return do()
+        try:
+            return self.patience.ask(do, f"{what} {self}", moves=moves)
+        except TypeError as error:  # some filesystems look at their options only now
+            if not self.fs.storage_options:
+                raise
+            raise TypeError(f"storage_options: expected what {self}'s filesystem takes, got others: {error}") from error
 
     def _look(self, do: Callable[[], T]) -> T:
         def fresh() -> T:
