@@ -133,7 +133,20 @@ def _pick_column(schema: pa.Schema, wanted: str, names: tuple[str, ...], what: s
             return str(found[0])
     if names is _SIDE_NAMES and not usual:
         return ""
-    raise ValueError(f"{what}: expected the name of a column, since several or none could be meant: {able}")
+    if not able:
+        there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise ValueError(
+            f"{what}: expected a list of float32, float16 or 8-bit integers, or a binary column, got {there}"
+        )
+    raise ValueError(f"{what}: expected the name of a column, since several could be meant: {', '.join(able)}")
+
+
+def _require_names(source: Source, what: str) -> None:
+    """Columns are found by their names: two of one name would be mistaken for each other."""
+    names = source.schema.names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BackfillError(f"{what}: expected columns with names of their own, {source.url} has {twice[0]!r} twice")
 
 
 def _require_space(source: Source, h: Transformation, old_model: str | None) -> None:
@@ -224,6 +237,7 @@ def resolve(
     access: dict[str, Any] = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
     reader = open_source(source, **access)
     schema = reader.schema
+    _require_names(reader, "source")
     vector = _pick_column(schema, vector_column, _OLD_NAMES, "vector_column")
     _require_space(reader, h, old_model)
 
@@ -232,6 +246,7 @@ def resolve(
     if h.uses_side_info:
         if side_source is not None:
             side = open_source(side_source, **access, name="side_source")
+            _require_names(side, "side_source")
             side_vector = _pick_column(side.schema, "auto", _OLD_NAMES + _SIDE_NAMES, "side_column")
             if side.space is not None and side.space.model_id != h.side_model:
                 raise SpaceMismatchError(
@@ -271,8 +286,10 @@ def resolve(
     )
     writer = open_destination(where, form, storage_options=storage_options)
     place = where if isinstance(where, Location) else location_of(writer.url, **{**access, "filesystem": None})
-    if isinstance(where, Location) and _same(where, reader):
-        raise ValueError("destination: expected another place than the source, which is never written to")
+    if isinstance(where, Location):
+        for gallery, what in ((reader, "source"), *(((side, "side_source"),) if side is not None else ())):
+            _require_apart(where, gallery, what)
+        _require_folder(where)
     journal = Journal(journal_location(place, form), place)
 
     known = vector_type(schema.field(vector).type)
@@ -343,9 +360,26 @@ def _format_of(destination: Any, source: Source) -> str:
     return source.kind if source.kind in FORMATS else "parquet"
 
 
-def _same(where: Location, source: Source) -> bool:
+def _require_apart(where: Location, source: Source, what: str) -> None:
+    """A source is never written to: the new gallery lies neither in it nor around it, whatever the two are called."""
     mine = getattr(source, "where", None)
-    return isinstance(mine, Location) and mine.path.rstrip("/") == where.path.rstrip("/") and mine.fs == where.fs
+    if not isinstance(mine, Location) or mine.fs != where.fs or (mine.is_pattern and "**" not in mine.path):
+        return
+    root = mine.path.partition("**")[0].rstrip("/") if mine.is_pattern else mine.path.rstrip("/")
+    old, new = ((os.path.realpath(p) if where.is_local else p) + "/" for p in (root, where.path.rstrip("/")))
+    if old == new:
+        raise ValueError(f"destination: expected another place than the {what}, which is never written to")
+    if new.startswith(old) or old.startswith(new):
+        inside = f"inside the {what}" if new.startswith(old) else f"around the {what}"
+        raise ValueError(f"destination: expected a place apart from the {what} {mine}, got {where} {inside}")
+
+
+def _require_folder(where: Location) -> None:
+    """Raises NotADirectoryError where a file stands in the destination's way."""
+    if where.is_local:
+        way = next((p for p in (where.local, *where.local.parents) if p.exists()), None)
+        if way is not None and not way.is_dir():
+            raise NotADirectoryError(f"destination: expected a folder, or a place for a new one, {way} is a file")
 
 
 def occupied(place: Location) -> list[str]:

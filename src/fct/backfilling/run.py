@@ -133,7 +133,11 @@ def backfill(
                 markers[marker.shard] = marker
                 rejects += marker.rejects
                 _check_rejects(rejects, max_rejects, journal)
-        finished = journal.manifest()
+        try:
+            finished = journal.manifest()
+        except BackfillError as error:  # the shards are what counts, and they are proven
+            bar.say(f"{error}: writing it again")
+            finished = None
         if todo or finished is None or finished.get("fingerprint") != job.fingerprint:
             _finish(found, job, markers)
     seconds = time.perf_counter() - began
@@ -186,7 +190,11 @@ def _begin(found: Resolved, say: Callable[[str], None]) -> Job:
             folders.append(journal.destination.local)
         for part in (p for folder in folders for p in folder.glob(".*.part")):
             part.unlink(missing_ok=True)  # half-written beside: what fct.files renames when whole
-    return replace(stored, backend=found.job.backend)
+    where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
+    moved = replace(stored, **where)
+    if moved != stored:  # so that whoever verifies looks in the right place; the cut into shards stays
+        journal.start(moved)
+    return replace(moved, backend=found.job.backend)
 
 
 def _check_stamps(found: Resolved, stored: Job, say: Callable[[str], None]) -> None:

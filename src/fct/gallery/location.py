@@ -148,11 +148,17 @@ class Location:
             return []
         return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "file")
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether this is a pattern (``*``, ``?``, ``[``), and not the name of something that is there."""
+        return any(c in self.path for c in "*?[") and not self.exists()
+
     def find(self) -> list[Location]:
-        """Every file below this folder, or that this pattern (``*``, ``?``, ``[``) means; in no particular order."""
+        """Every file below this folder, or that this pattern means; in no particular order."""
+        pattern = self.is_pattern
 
         def paths() -> list[str]:
-            if any(c in self.path for c in "*?["):
+            if pattern:
                 return [str(p) for p in self.fs.glob(self.path) if not self.fs.isdir(p)]
             return [str(p) for p in self.fs.find(self.path)]
 
@@ -289,8 +295,9 @@ def location_of(
     scheme = text.partition("://")[0] if "://" in text else ""
     if scheme and scheme.partition("::")[0] not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ValueError(f"{name}: expected a path or the URL of a filesystem that fsspec knows, got {text}")
-    if not scheme:
-        fs, path = fsspec.core.url_to_fs(text, **(storage_options or {}))
+    if not scheme:  # fsspec would take "::" in a name for a chain of filesystems
+        fs = LocalFileSystem()
+        path = str(fs._strip_protocol(text))
     else:  # some filesystems ask their store for a token or a region when they are made
         fs, path = patience.ask(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), f"opening {text}")
     return Location(fs, path.rstrip("/") or "/", patience)
