@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import fct
+from fct.backfilling import run
 from fct.backfilling.job import BackfillError
 from fct.errors import FctError
 from fct.gallery import open_source, vector_array
@@ -313,3 +314,42 @@ def test_a_damaged_manifest_is_a_problem_and_is_written_again(
     assert fct.backfill(old, tmp_path / "new", h, **QUICK).shards_done == 0
     assert manifest.read_bytes() == whole
     assert fct.verify_gallery(tmp_path / "new").ok
+
+
+@pytest.mark.parametrize("event", ["is new", "is gone", "changed"])
+def test_input_that_changes_meanwhile_is_no_finished_backfill(
+    event: str, h: fct.Transformation, tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once everything is mapped: nobody would miss the rows of a file that came too late."""
+    file, new = old / "b.parquet", tmp_path / "new"
+    if event != "is new":
+        shutil.copy(old / "a.parquet", file)
+
+    def happen() -> None:
+        if event == "is gone":
+            file.rename(tmp_path / "aside")
+        elif event == "changed":
+            os.utime(file, ns=(1, 1))
+        else:
+            shutil.copy(old / "a.parquet", file)
+
+    def undo() -> None:
+        if event == "is gone":
+            (tmp_path / "aside").rename(file)
+        elif event == "is new":
+            file.unlink()
+
+    finish = run._finish
+
+    def late(*arguments: Any) -> None:
+        happen()
+        finish(*arguments)
+
+    monkeypatch.setattr(run, "_finish", late)
+    with pytest.raises(BackfillError, match=rf"^source: b.parquet {event}, while the gallery was read"):
+        fct.backfill(old, new, h, **QUICK)
+    assert not (new / "_fct/manifest.json").exists()
+    monkeypatch.setattr(run, "_finish", finish)
+    undo()
+    assert fct.backfill(old, new, h, **QUICK).shards_done == 0
+    assert fct.verify_gallery(new).ok

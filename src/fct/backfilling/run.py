@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from fct.backfilling.pipeline import RowMapper, ShardPipeline, ShardReader, outp
 from fct.backfilling.plan import Resolved, occupied, refuse_misfit, resolve
 from fct.backfilling.quality import check_quality
 from fct.checks import check_flag, check_text, check_whole
-from fct.gallery.base import Shard
+from fct.gallery.base import Piece, Shard, Source
 from fct.gallery.files import FileDestination
 
 __all__ = ["BackfillReport", "backfill"]
@@ -300,12 +300,9 @@ def _finish(found: Resolved, job: Job, markers: dict[int, Marker]) -> None:
         raise BackfillError(
             f"backfill: expected {job.rows} rows, counted {rows_in} in, {rows_out} out and {rejects} rejected"
         )
-    for now, then in ((found.source.pieces(), found.job.pieces),) + (
-        ((found.side.pieces(), found.job.side_pieces),) if found.side else ()
-    ):
-        moved = [b.name for a, b in zip(now, then, strict=False) if a != b]
-        if moved or len(now) != len(then):
-            raise BackfillError(f"source: {', '.join(moved[:3]) or 'the list of files'} changed while it was read")
+    _require_unchanged(found.source, found.job.pieces, "source")
+    if found.side is not None:
+        _require_unchanged(found.side, found.job.side_pieces, "side_source")
     ordered = [markers[number] for number in range(len(markers))]
     found.destination.finish([m.extra for m in ordered], output_schema(job, found.source.schema), job.new_space)
     # h lies with the gallery, so that it can be checked on its own.
@@ -327,6 +324,20 @@ def _finish(found: Resolved, job: Job, markers: dict[int, Marker]) -> None:
             "precision": job.precision,
         }
     )
+
+
+def _require_unchanged(source: Source, then: Sequence[Piece], what: str) -> None:
+    """Raises BackfillError where the input is not what it was when this run began, files that came since included."""
+    source.refresh()
+    now, before = {p.name: p for p in source.pieces()}, {p.name: p for p in then}
+    changed = [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]
+    if changed:
+        how = ("is new", "is gone", "changed")[0 if changed[0] not in before else 1 if changed[0] not in now else 2]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise BackfillError(
+            f"{what}: {changed[0]} {how}{more}, while the gallery was read: put it back as it was and start again, or "
+            "start over in another destination"
+        )
 
 
 class Bar:

@@ -93,6 +93,10 @@ class FileSource(Source):
         root = self.where.path.rstrip("/")
         return file.path[len(root) + 1 :] if file.path.startswith(root + "/") else file.name
 
+    def refresh(self) -> None:
+        self._files = find_files(self.where)
+        self.__dict__.pop("_by_name", None)
+
     @cached_property
     def _by_name(self) -> dict[str, Location]:
         return {self.name_of(f): f for f in self._files}
@@ -144,7 +148,10 @@ class FileSource(Source):
 
     def read(self, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
         file = self.file_of(piece)
-        version = file.version()
+        try:
+            version = file.version()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"source: {file} is gone; put it back and start again") from None
         if version.bytes != piece.bytes:
             raise FctError(
                 f"source: {file} changed: it had {piece.bytes} bytes when the backfill was planned "
