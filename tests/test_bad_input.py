@@ -19,6 +19,7 @@ import torch
 import fct
 from fct.errors import ArtifactError
 from fct.files import atomic_path, refuse_existing, write_bytes
+from fct.gallery import export_bulk, open_destination, open_source, tag_space
 
 H = fct.Transformation.random(8, 4, 16, inner=32)
 PLAIN = fct.Transformation.random(8, 8, 16, inner=32, side_info=False)
@@ -453,12 +454,101 @@ SCALARS: dict[str, tuple[Callable[[Any], Any], str, tuple[Any, ...]]] = {
 }
 
 
+CHOSEN = (None, 3, "", [], np.ones(2), np.array(["npy"]), b"npy", float("nan"), True)
+
+
+def job(name: str) -> Callable[[Any], Any]:
+    """A backfill with one option; a wrong one is refused before any file is looked for."""
+    return lambda v: fct.backfill("no such gallery", "new", H, **{name: v})
+
+
+SCALARS |= {
+    "format": (job("format"), "format: expected one of auto, npy, bin, parquet, arrow, lance, got ", CHOSEN),
+    "vector_format": (job("vector_format"), "vector_format: expected one of auto, fixed_size_list, list, bin", CHOSEN),
+    "dtype": (job("dtype"), "dtype: expected one of auto, float32, float16, got ", CHOSEN),
+    "binary_dtype": (job("binary_dtype"), "binary_dtype: expected one of float32, float16, got ", (*CHOSEN, "auto")),
+    "backfill precision": (job("precision"), "precision: expected one of auto", CHOSEN),
+    "backfill device": (job("device"), "device: expected a name like", (None, 3, [], np.ones(2))),
+    "vector_column": (job("vector_column"), "vector_column: expected the name of a", (None, 3, [], np.ones(2))),
+    "side_column": (job("side_column"), "side_column: expected the name of a column", (None, 3, [], np.ones(2))),
+    "id_column": (job("id_column"), "id_column: expected the name of a column, got", (None, 3, [], np.ones(2))),
+    "old_model": (job("old_model"), "old_model: expected the id of a model or None", (3, [], np.ones(2))),
+    "keep_side_info": (job("keep_side_info"), "keep_side_info: expected True or False", (None, 1, np.ones(2))),
+    "scale": (job("scale"), "scale: expected ", (None, 0, -1, True, float("nan"), float("inf"), "1", np.ones(2))),
+    "shard_rows": (job("shard_rows"), "shard_rows: expected a whole number of at least 1", (0, True, 1.5, np.ones(2))),
+    "batch_rows": (job("batch_rows"), "batch_rows: expected a whole number of at least 1", (0, True, "3", [])),
+    "filesystem": (job("filesystem"), "filesystem: expected fsspec's or pyarrow's", (3, "s3", [], np.ones(2))),
+    "storage_options": (job("storage_options"), "storage_options: expected a mapping", (3, "key=x", [], np.ones(2))),
+    "ray": (job("ray"), "ray: expected auto, local", (3, [], np.ones(2))),
+    "min_recall": (
+        lambda v: fct.plan_backfill("x", "y", H, pairs={"old": A, "side": B, "new": G}, min_recall=v),
+        "min_recall: expected a share or None",
+        ("0.9", [], np.ones(2), True),
+    ),
+    "export to": (lambda v: export_bulk("x", "y", v), "to: expected one of milvus, qdrant, pgvector, got", CHOSEN),
+    "destination format": (lambda v: open_destination("x", v), "format: expected one of npy, bin, parq", CHOSEN),
+}
+
+
 @pytest.mark.parametrize("case", SCALARS)
 def test_wrong_scalars_are_refused(case: str) -> None:
     call, message, values = SCALARS[case]
     for value in values:
         with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
             call(value)
+
+
+PATHS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "load": ("path", fct.Transformation.load),
+    "save": ("path", H.save),
+    "to_onnx": ("path", H.to_onnx),
+    "from_ml_fct": ("path", fct.Transformation.from_ml_fct),
+    "save shadow": ("path", lambda v: fct.prepare_gallery(A).save(v)),
+    "load shadow": ("path", lambda v: fct.PreparedGallery.load(v, A)),
+    "source": ("source", lambda v: fct.backfill(v, "new", H)),
+    "plan source": ("source", lambda v: fct.plan_backfill(v, "new", H)),
+    "upgrading source": ("source", lambda v: fct.UpgradingGallery(v, "new", H)),
+    "transformation": ("transformation", lambda v: fct.backfill("old", "new", v)),
+    "pairs": ("pairs", lambda v: fct.plan_backfill("old", "new", H, pairs=v, min_recall=0.9)),
+    "verify": ("path", fct.verify_gallery),
+    "tag_space": ("gallery", lambda v: tag_space(v, H.old_space)),
+    "open_source": ("source", open_source),
+    "open_destination": ("destination", lambda v: open_destination(v, "npy")),
+    "checkpoint of h": ("checkpoint", lambda v: fct.fit_transformation(A, B, G, checkpoint=v, progress=False)),
+    "checkpoint of side-information": (
+        "checkpoint",
+        lambda v: fct.train_side_info(np.zeros((3, 8, 8), np.uint8), checkpoint=v, progress=False),
+    ),
+    "overwritten": ("out", lambda v: refuse_existing(v, overwrite=False, name="out")),
+}
+
+
+@pytest.mark.parametrize("wrong", [None, 5, 1.5, b"h", ["h"], np.ones(2), True, "", "a\0b", {"h"}], ids=repr)
+@pytest.mark.parametrize("case", PATHS)
+def test_wrong_paths_are_refused(case: str, wrong: Any) -> None:
+    name, call = PATHS[case]
+    if wrong is None and case in ("pairs", "checkpoint of h", "checkpoint of side-information"):
+        return  # means that there is none
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got "):
+        call(wrong)
+
+
+def test_an_output_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would become a folder of that name here."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^out: expected a path of this machine, got s3://bucket/new.npy$"):
+        refuse_existing("s3://bucket/new.npy", overwrite=False, name="out")
+
+
+def test_pairs_that_are_no_npz_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", A)
+    (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "c.npz").write_bytes(b"no archive at all")
+    for name in ("a.npy", "b.npz", "c.npz"):
+        with pytest.raises(ValueError, match=rf"^pairs: expected a whole .npz of arrays, .*{name} is not: "):
+            fct.plan_backfill("old", "new", H, pairs=tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"^pairs: expected an .npz file, found none at .*d.npz$"):
+        fct.plan_backfill("old", "new", H, pairs=tmp_path / "d.npz")
 
 
 def test_rows_appended_to_another_gallery_are_refused() -> None:

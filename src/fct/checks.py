@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["check_flag", "check_number", "check_seed", "check_whole"]
+__all__ = [
+    "check_choice",
+    "check_flag",
+    "check_number",
+    "check_path",
+    "check_seed",
+    "check_text",
+    "check_whole",
+    "shown",
+]
+
+
+def shown(value: Any) -> str:
+    """``value`` as it may stand in a message: its repr, on one line and not longer than that."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
+    """``value`` itself; raises ValueError unless it is one of the strings in ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
+    return value
+
+
+def check_text(value: Any, name: str, what: str) -> str:
+    """``value`` itself; raises TypeError unless it is a string. what: "the name of a column", for the message."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected {what}, got {shown(value)}")
+    return value
+
+
+def check_path(value: Any, name: str, what: str = "a path") -> Path:
+    """``value`` as a Path; raises TypeError unless it is a string or os.PathLike, ValueError for an empty one.
+
+    Bytes are no path here: they would be compared with names that are strings.
+    """
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected {what}, got {shown(value)}")
+    if not text or "\0" in text:
+        raise ValueError(f"{name}: expected {what}, got {shown(value)}")
+    return Path(text)
 
 
 def check_flag(value: Any, name: str) -> bool:

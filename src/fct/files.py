@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fct import _C
+from fct.checks import check_path
 
 # No room left: on the device, in the quota, for a file of this size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -73,7 +74,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool, name: str = "output") -> Path:
     """``path`` as a Path; raises FileExistsError when it is there (a folder: with anything in it) and may not go."""
-    target = Path(path)
+    target = check_path(path, name)
+    if "://" in os.fspath(path):
+        raise ValueError(f"{name}: expected a path of this machine, got {path}")
     occupied = any(target.iterdir()) if target.is_dir() else target.exists()
     if occupied and not overwrite:
         raise FileExistsError(f"{name}: {target} exists; choose another place or pass --overwrite (overwrite=True)")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fct.checks import check_path
 from fct.errors import ArtifactError
 from fct.spaces import EmbeddingSpace
 from fct.transformation import Layer, Transformation, fold_norm
@@ -62,7 +63,7 @@ def load_ml_fct(
         FileNotFoundError: no such file. ArtifactError: not such a checkpoint; the missing or surplus key is named.
         PermissionError: a TorchScript archive without ``allow_torchscript=True``.
     """
-    source = Path(path)
+    source = check_path(path, "path")
     if not source.is_file():
         raise FileNotFoundError(f"path: expected an ml-fct checkpoint, found no file at {source}")
     if _is_torchscript(source):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fct.checks import check_path
 from fct.files import write_bytes
 from fct.transformation import BRANCHES, Transformation
 
@@ -71,6 +72,6 @@ def _tiny() -> Any:
 
 def save_onnx(h: Transformation, path: str | os.PathLike[str]) -> Path:
     """Writes :func:`onnx_model` to ``path``; raises ImportError where onnx is not installed."""
-    target = Path(path)
+    target = check_path(path, "path")
     write_bytes(target, onnx_model(h).SerializeToString())
     return target

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fct.arrays import Rows, ScaledInt8, check_backed, rows_of
-from fct.checks import check_flag
+from fct.checks import check_flag, check_path
 from fct.errors import ArtifactError, BackendError
 from fct.files import atomic_path
 from fct.ops.base import GpuShadow, check_precision
@@ -49,7 +49,8 @@ def check_pair(
     gallery_space: EmbeddingSpace | None,
     report: Report | None = None,
 ) -> tuple[Rows, Rows]:
-    """Both sides as checked rows of one length, one device and, where the spaces are given, one space."""
+    """Both sides as checked rows of one length, one device and, where the spaces are given, one space; the gallery has
+    rows, the queries may be none."""
     check_metric(metric)
     check_flag(same_items, "same_items")
     check_space(query_space, "query_space")
@@ -74,6 +75,8 @@ def check_pair(
         raise ValueError(
             f"queries: expected ({g.n}, {g.d}), the gallery's own rows, for same_items=True, got ({q.n}, {q.d})"
         )
+    if g.n == 0:
+        raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
     return q, g
 
 
@@ -177,6 +180,7 @@ class PreparedGallery:
 
         A shadow on a GPU is not written: packing reads each row once, from the device's own memory.
         """
+        check_path(path, "path")
         if isinstance(self.shadow, GpuShadow):
             raise ValueError(
                 f"path: expected a gallery prepared on the cpu, got one on {self.rows.device}; prepare_gallery packs "
@@ -213,7 +217,7 @@ class PreparedGallery:
         Raises ArtifactError for a truncated or foreign file, ValueError for another gallery (sizes, dtype, or any of
         the 1,024 sampled rows).
         """
-        header, start = _read_header(Path(path))
+        header, start = _read_header(check_path(path, "path"))
         space = None if header["space"] is None else EmbeddingSpace.from_dict(header["space"])
         rows = rows_of(
             gallery, "gallery", n=header["n"], d=header["d"], d_why=f"to match {path}", n_why=f"to match {path}",
@@ -418,8 +422,6 @@ def topk(
     with LongCall(progress) as call:
         reading = call.stage("reading the gallery")
         q, g = check_pair(queries, gallery, metric, same_items, query_space, gallery_space, reading)
-        if g.n == 0:
-            raise ValueError(f"gallery: expected at least one row, got (0, {g.d})")
         check_k(k, g.n, same_items)
         k = int(k)
         if q.n == 0:

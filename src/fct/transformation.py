@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fct.checks import check_flag, check_seed, check_whole
+from fct.checks import check_flag, check_path, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.files import write_bytes
 from fct.spaces import EmbeddingSpace
@@ -248,6 +248,7 @@ class Transformation:
         """Writes the artifact to one ``.safetensors`` file; an old file there survives until the new one is whole."""
         from safetensors.numpy import save
 
+        target = check_path(path, "path")
         tensors: dict[str, Array] = {}
         for name, layer in self.layers():
             tensors[f"{name}.weight"] = layer.weight
@@ -264,7 +265,6 @@ class Transformation:
             "tolerance": vars(self.tolerance),
             "info": dict(self.info),
         }
-        target = Path(path)
         write_bytes(target, save(tensors, metadata={"fct": json.dumps(header)}))
         return target
 
@@ -278,7 +278,7 @@ class Transformation:
         """
         from safetensors import SafetensorError, safe_open
 
-        source = Path(path)
+        source = check_path(path, "path")
         if not source.is_file():
             raise FileNotFoundError(f"transformation: expected a .safetensors file, found none at {source}")
         try:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -477,3 +478,44 @@ def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(
     verified = fct.verify_gallery(new)
     assert verified.ok, verified.problems
     assert verified.rejects == 2
+
+
+def lists_of(lengths: list[int], rng: np.random.Generator) -> pa.Array:
+    return pa.array([rng.standard_normal(n).astype(np.float32) for n in lengths], pa.list_(pa.float32()))
+
+
+def test_a_gallery_in_which_no_sampled_row_fits_is_refused_as_the_plan_refuses_it(
+    h: fct.Transformation, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Vectors of another length, where the column's type does not tell it, and rows that are bad one and all."""
+    n, source, new = 3000, tmp_path / "old", tmp_path / "new"
+    source.mkdir()
+    side = vector_array(rng.standard_normal((n, D_SIDE), dtype=np.float32))
+    hollow = pa.array([None] * n, pa.list_(pa.float32()))
+    for old, message in (
+        (lists_of([D_OLD + 4] * n, rng), r"source: expected vectors of 'random-old' \(16-d, l2\), got 20-d vectors"),
+        (hollow, "source: every row of the sample would be rejected: old: null"),
+    ):
+        pq.write_table(pa.table({"old": old, "side": side}), source / "a.parquet", row_group_size=250)
+        plan = fct.plan_backfill(source, new, h, old_model="random-old", measure_seconds=0.01)
+        assert [re.fullmatch(message, why) is not None for why in plan.refusals] == [True]
+        with pytest.raises(BackfillError, match=f"^{message}$"):
+            fct.backfill(source, new, h, old_model="random-old", **QUICK)
+        assert not new.exists()
+
+
+@pytest.mark.parametrize("good", [[2999], list(range(600, 3000))])
+def test_a_gallery_of_which_only_some_rows_are_bad_is_not_refused(
+    good: list[int], h: fct.Transformation, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The first runs of the sample hold bad rows only: it is the others that tell."""
+    n, source, new = 3000, tmp_path / "old", tmp_path / "new"
+    source.mkdir()
+    lengths = [D_OLD if i in set(good) else D_OLD + 4 for i in range(n)]
+    side = vector_array(rng.standard_normal((n, D_SIDE), dtype=np.float32))
+    pq.write_table(pa.table({"old": lists_of(lengths, rng), "side": side}), source / "a.parquet", row_group_size=250)
+    assert fct.plan_backfill(source, new, h, old_model="random-old", measure_seconds=0.01).refusals == ()
+    report = fct.backfill(source, new, h, old_model="random-old", **QUICK)
+    assert (report.rows_out, report.rejects) == (len(good), n - len(good))
+    shutil.rmtree(new / "_fct/done")
+    assert fct.backfill(source, new, h, old_model="random-old", **QUICK).rows_out == len(good)

@@ -112,3 +112,27 @@ def test_an_index_that_can_not_be_built_is_refused_before_the_work(
     assert (code, "out: expected a file of this machine" in err) == (1, True)
     code, out, _ = run("backfill", source, new, "-t", path, "--no-progress", "--faiss", "IVF4,PQ2x4")
     assert (code, (new / "_fct/index.faiss").exists(), "index: " in out) == (0, True, True)
+
+
+def test_transform_takes_what_backfill_takes(tmp_path: Path, rng: np.random.Generator) -> None:
+    h, path = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=64, side_info=False), tmp_path / "h.safetensors"
+    h.save(path)
+    old, job = tmp_path / "old.npy", ("-t", path, "--old-model", "random-old", "--precision", "fp32")
+    rows = rng.standard_normal((50, D_OLD), dtype=np.float32)
+    np.save(old, rows)
+    for number, more in enumerate((("--backend", "ref"), ("--backend", "torch", "--threads", 1), ("--device", "cpu"))):
+        code, _, err = run("transform", old, tmp_path / f"{number}.npy", *job, *more)
+        assert (code, err) == (0, "")
+        want = fct.transform_batch(rows, None, h, precision="fp32")
+        np.testing.assert_allclose(np.load(tmp_path / f"{number}.npy"), want, rtol=1e-4, atol=1e-4)
+    for command, out in (("transform", "x.npy"), ("plan", "new"), ("backfill", "new")):
+        code, said, err = run(command, old, tmp_path / out, *job, "--backend", "abacus")
+        assert (code, "backend: expected one of cpu, cuda, triton, torch, ref, got 'abacus'" in said + err) == (1, True)
+        code, said, err = run(command, old, tmp_path / out, *job, "--backend", "triton", "--device", "cpu")
+        assert (code, "no backend can run this transformation on cpu: triton" in said + err) == (1, True)
+    code, _, err = run("transform", old, tmp_path / "half.npy", *job, "--dtype", "float16", "--scale", 2)
+    assert (code, np.load(tmp_path / "half.npy").dtype) == (0, np.float16), err
+    want = fct.transform_batch(2 * rows, None, h, precision="fp32")
+    np.testing.assert_allclose(np.load(tmp_path / "half.npy"), want, rtol=2e-3, atol=2e-3)
+    code, _, err = run("transform", old, "s3://bucket/new.npy", *job)
+    assert (code, "out: expected a path of this machine, got s3://bucket/new.npy" in err) == (1, True)

@@ -264,7 +264,7 @@ def test_a_store_that_never_answers(
     if when == "opening":
         application.mode = lambda request: "never"
     elif when == "reading":
-        monkeypatch.setattr(ParquetSource, "read_file", hang(ParquetSource.read_file, 4))
+        monkeypatch.setattr(ParquetSource, "read_file", hang(ParquetSource.read_file, 5))  # the sample is the first
     else:
         monkeypatch.setattr(Location, "publish", hang(Location.publish, 3))
     start = time.perf_counter()

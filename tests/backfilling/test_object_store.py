@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import fct
 from fct.gallery.location import StoreError, location_of, with_retries
-from tests.backfilling.conftest import QUICK, contents
+from tests.backfilling.conftest import D_NEW, QUICK, contents
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -27,6 +35,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     host, port = server.get_host_and_port()
     options = {"endpoint_url": f"http://{host}:{port}", "skip_instance_cache": True}
+    urllib.request.urlopen(f"{options['endpoint_url']}/moto-api/reset", b"")  # all servers of a process share buckets
     location_of("s3://bucket/x", storage_options=options).fs.makedirs("bucket", exist_ok=True)
     yield options
     server.stop()
@@ -99,6 +108,112 @@ def test_from_and_to_gs(gallery: Callable[..., Path], h: fct.Transformation, tmp
         {k: v for k, v in contents(tmp_path / x).items() if not k.startswith("_fct/done")} for x in ("got", "plain")
     )
     assert got == want
+
+
+SECRET = "sekrit-98765"
+
+
+def without_keys() -> dict[str, str]:
+    """The environment of a process that knows no keys but those it is given."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+
+
+def commands(store: dict[str, Any], *more: str) -> Callable[..., tuple[int, str]]:
+    """Runs ``fct`` with this store's options on its command line: (exit code, all it says)."""
+    given = [f"endpoint_url={store['endpoint_url']}", "key=AKIDTEST", f"secret={SECRET}", "skip_instance_cache=true"]
+    given += ['client_kwargs={"region_name": "us-east-1"}', *more]
+
+    def run(*arguments: object, options: bool = True) -> tuple[int, str]:
+        line = [sys.executable, "-m", "fct", *map(str, arguments)]
+        line += [word for pair in given for word in ("--storage-option", pair)] if options else []
+        done = subprocess.run(
+            line, capture_output=True, text=True, check=False, env={**without_keys(), "COLUMNS": "200"}
+        )
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    return run
+
+
+def test_the_command_line_takes_storage_options_and_keeps_them_to_itself(
+    gallery: Callable[..., Path], h: fct.Transformation, tmp_path: Path, store: dict[str, Any]
+) -> None:
+    source, path, run = gallery(1500), tmp_path / "h.safetensors", commands(store)
+    h.save(path)
+    fs = location_of("s3://bucket/x", storage_options=store).fs
+    fs.put(str(source) + "/", "bucket/old/", recursive=True)
+    old, new = "s3://bucket/old", "s3://bucket/new"
+    job = (old, new, "-t", path, "--shard-rows", 800)
+    said = [
+        run("plan", *job),
+        run("backfill", *job, "--no-progress", "--debug"),
+        run("verify", new),
+        run("transform", old + "/part-2.parquet", tmp_path / "one.parquet", "-t", path),
+        run("export", new, tmp_path / "export", "--to", "qdrant"),
+    ]
+    assert [code for code, _ in said] == [0] * 5, said
+    assert "2 shards done, 0 kept" in said[1][1]
+    assert "256 rows against the reference" in said[2][1]
+    assert pq.read_metadata(tmp_path / "one.parquet").num_rows == 757
+    assert np.load(tmp_path / "export/vectors.npy").shape == (1500, D_NEW)
+    # They are no part of the job: with another key the same backfill goes on.
+    fs.rm("bucket/new/_fct/done/00000001.json")
+    code, words = run("backfill", *job, "--no-progress", "--storage-option", "token=another")
+    assert (code, "1 shards done, 1 kept" in words) == (0, True), words
+    code, words = run("verify", new, options=False)  # without them there are no keys
+    assert (code, "redentials" in words) == (1, True), words
+    wrong = [
+        (("--storage-option", f"nonsense={SECRET}"), "storage_options: expected what s3://bucket/"),
+        (("--storage-option", SECRET), "--storage-option: expected KEY=VALUE, got no = in number 1"),
+        (("--storage-option", f"={SECRET}"), "--storage-option: expected KEY=VALUE, got no KEY in number 1"),
+        (("--storage-option", f"key={SECRET}"), "--storage-option: expected each KEY once, got key twice"),
+    ]
+    said += [run("verify", new, *words) for words, _ in wrong]
+    assert [(code, message in text) for (code, text), (_, message) in zip(said[5:], wrong, strict=True)] == [
+        (1, True)
+    ] * 4, said[5:]
+    assert not [text for _, text in said if SECRET in text or "AKIDTEST" in text]
+    kept = {name: fs.cat_file(name) for name in fs.find("bucket/new")}
+    assert {"bucket/new/_fct/job.json", "bucket/new/_fct/manifest.json"} <= kept.keys()
+    kept |= {str(f): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    assert not [name for name, data in kept.items() if SECRET.encode() in data or b"AKIDTEST" in data]
+
+
+def test_lance_on_a_store_takes_the_same_options(
+    gallery: Callable[..., Path], h: fct.Transformation, tmp_path: Path, store: dict[str, Any]
+) -> None:
+    pytest.importorskip("lance")
+    source, path, run = gallery(1500), tmp_path / "h.safetensors", commands(store)
+    h.save(path)
+    code, words = run("backfill", source, "s3://bucket/new.lance", "-t", path, "--no-progress")
+    assert (code, "1,500 rows in = 1,500 out" in words) == (0, True), words
+    code, words = run("verify", "s3://bucket/new.lance")
+    assert (code, words.endswith("ok")) == (0, True), words
+    fs = location_of("s3://bucket/x", storage_options=store).fs
+    assert not [name for name in fs.find("bucket") if SECRET.encode() in fs.cat_file(name)]
+
+
+@pytest.mark.slow
+def test_ray_workers_get_the_options_and_no_log_does(
+    gallery: Callable[..., Path], h: fct.Transformation, tmp_path: Path, store: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("ray")
+    source, path = gallery(1500), tmp_path / "h.safetensors"
+    h.save(path)
+    logs = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets lie there: their paths must be short
+    monkeypatch.setenv("RAY_TMPDIR", str(logs))
+    location_of("s3://bucket/x", storage_options=store).fs.put(str(source) + "/", "bucket/old/", recursive=True)
+    try:
+        code, words = commands(store)(
+            "backfill", "s3://bucket/old", "s3://bucket/new", "-t", path, "--shard-rows", 800, "--no-progress",
+            "--ray", "local",
+        )  # fmt: skip
+        assert (code, "1,500 rows in = 1,500 out" in words) == (0, True), words
+        found = [f for f in logs.rglob("*") if f.is_file()]
+        assert [f for f in found if f.suffix in (".log", ".out", ".err")]
+        assert not [f for f in found if SECRET.encode() in f.read_bytes()]
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def test_a_lock_on_a_store_names_its_holder(h: fct.Transformation, store: dict[str, Any]) -> None:

@@ -291,11 +291,13 @@ class Journal:
     def manifest(self) -> dict[str, Any] | None:
         try:
             found = json.loads((self.root / "manifest.json").read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError(f"expected an object, got {type(found).__name__}")
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise BackfillError(f"destination: {self.root / 'manifest.json'} is damaged: {error}") from error
-        return dict(found)
+        return found
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

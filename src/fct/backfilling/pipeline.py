@@ -49,7 +49,7 @@ def output_schema(job: Job, schema: pa.Schema) -> pa.Schema:
     for entry in schema:
         if entry.name == job.vector:
             fields.append(pa.field(job.vector, column_type(d, job.dtype, kind), nullable=False))
-        elif entry.name != job.side_column or job.keep_side:
+        elif not job.side_column or entry.name != job.side_column or job.keep_side:  # a column may be named ""
             fields.append(entry)
     if len(fields) == 1:
         fields.insert(0, pa.field(ROW, pa.int64(), nullable=False))
@@ -120,7 +120,7 @@ class RowMapper:
                 columns.append(column if mask is None else column.filter(mask))
         ids = batch.column(job.id_column) if job.id_column else None
         rejects = [
-            {"id": _plain(ids[row].as_py()) if ids is not None else first + row, "row": first + row, "reason": why}
+            {"id": _plain(ids[row]) if ids is not None else first + row, "row": first + row, "reason": why}
             for row, why in sorted(bad.items())
         ]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema), rejects
@@ -154,12 +154,21 @@ class RowMapper:
 
     def _digest_rest(self, digest: Any, batch: pa.RecordBatch) -> None:
         rest = batch.drop_columns([n for n in (self.job.vector, self.job.side_column) if n])
+        # Serialised alone, a batch says which entries of a dictionary its rows are, and not what the entries say.
+        for i, entry in enumerate(rest.schema):
+            if pa.types.is_dictionary(entry.type):
+                rest = rest.set_column(i, entry.name, rest.column(i).dictionary_decode())
         if rest.num_columns:
             body = rest.serialize()
             digest.update(body.address, body.size)
 
 
-def _plain(value: Any) -> Any:
+def _plain(scalar: pa.Scalar) -> Any:
+    """An id as it stands in rejects/: Arrow holds dates and time zones that Python has no objects for."""
+    try:
+        value = scalar.as_py()
+    except (ValueError, OverflowError, pa.ArrowException, KeyError, UnicodeDecodeError):
+        return f"{getattr(scalar, 'value', scalar.type)} ({scalar.type})"
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
@@ -199,6 +208,13 @@ class ShardReader:
             yield from ((batch, None) for batch in rows)
             return
         yield from zip(rows, rebatch(self._side_rows(shard.first, shard.rows), job.batch_rows), strict=True)
+
+    def head(self, shard: Shard, rows: int) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
+        """The shard's first ``rows`` rows at once, side-information beside them: for a look at what is there."""
+        rows = min(rows, shard.rows)
+        batch = pa.concat_batches(list(self._rows(self.source, self.job.pieces, shard.piece, shard.start, rows)))
+        side = None if self.side is None else pa.concat_batches(list(self._side_rows(shard.first, rows)))
+        return batch, side
 
     def _side_rows(self, first: int, rows: int) -> Iterator[pa.RecordBatch]:
         assert self.side is not None

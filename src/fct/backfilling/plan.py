@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,27 @@ from fct import _C
 from fct.backfilling.job import BackfillError, Job, Journal
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
-from fct.checks import check_number, check_whole
+from fct.checks import check_choice, check_flag, check_number, check_path, check_text, check_whole, shown
 from fct.errors import FctError, SpaceMismatchError
 from fct.files import checksum_file
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
-from fct.gallery.base import VECTOR_KEY, Destination, Shard, rows_at
+from fct.gallery.base import VECTOR_KEY, Destination, Shard
 from fct.gallery.files import FileDestination
 from fct.gallery.location import Patience
 from fct.gallery.spaces import SIDE_FILE
 from fct.gallery.stores import FORMATS
 from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_type
+from fct.ops.base import check_precision
 from fct.ops.dispatch import pick_transform, threads_of
 from fct.transformation import Transformation
 
-__all__ = ["BackfillPlan", "Resolved", "plan_backfill", "resolve"]
+__all__ = ["BackfillPlan", "Resolved", "plan_backfill", "refuse_misfit", "resolve"]
 
 _OLD_NAMES = ("old", "vector", "embedding", "emb", "features")
 _SIDE_NAMES = ("side", "side_info", "side_information")
+_DTYPES = ("float32", "float16")
 _SHARD_BYTES = 128 << 20
+SAMPLE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,10 @@ class Resolved:
 
 def load_transformation(transformation: Any) -> Transformation:
     if isinstance(transformation, (str, os.PathLike)):
-        return Transformation.load(transformation)
+        return Transformation.load(check_path(transformation, "transformation"))
     if not isinstance(transformation, Transformation):
         raise TypeError(
-            f"transformation: expected an fct.Transformation or the path of one, got {type(transformation).__name__}"
+            f"transformation: expected an fct.Transformation or the path of one, got {shown(transformation)}"
         )
     return transformation
 
@@ -130,7 +133,20 @@ def _pick_column(schema: pa.Schema, wanted: str, names: tuple[str, ...], what: s
             return str(found[0])
     if names is _SIDE_NAMES and not usual:
         return ""
-    raise ValueError(f"{what}: expected the name of a column, since several or none could be meant: {able}")
+    if not able:
+        there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise ValueError(
+            f"{what}: expected a list of float32, float16 or 8-bit integers, or a binary column, got {there}"
+        )
+    raise ValueError(f"{what}: expected the name of a column, since several could be meant: {', '.join(able)}")
+
+
+def _require_names(source: Source, what: str) -> None:
+    """Columns are found by their names: two of one name would be mistaken for each other."""
+    names = source.schema.names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BackfillError(f"{what}: expected columns with names of their own, {source.url} has {twice[0]!r} twice")
 
 
 def _require_space(source: Source, h: Transformation, old_model: str | None) -> None:
@@ -197,10 +213,31 @@ def resolve(
 ) -> Resolved:
     """Opens everything and settles every "auto"; raises for what can never run. See :func:`plan_backfill`."""
     h = load_transformation(transformation)
+    # All that is chosen by a name, before a file is opened.
+    check_choice(format, "format", ("auto", *FORMATS))
+    check_choice(vector_format, "vector_format", ("auto", *VECTOR_FORMATS))
+    check_choice(dtype, "dtype", ("auto", *_DTYPES))
+    check_choice(binary_dtype, "binary_dtype", _DTYPES)
+    check_precision(precision, gpu=True)
+    for column, name in ((vector_column, "vector_column"), (side_column, "side_column"), (id_column, "id_column")):
+        check_text(column, name, "the name of a column")
+    check_text(device, "device", "a name like 'cpu' or 'cuda:0'")
+    if old_model is not None:
+        check_text(old_model, "old_model", "the id of a model or None")
+    # What goes into the job is Python's own: 1 and 1.0 are written differently, and numpy's numbers not at all.
+    keep_side_info = check_flag(keep_side_info, "keep_side_info")
+    scale = check_number(scale, "scale", 0)
+    if scale == 0:
+        raise ValueError("scale: expected a positive number, got 0")
+    shard_rows, batch_rows = (
+        None if rows is None else check_whole(rows, name, 1)
+        for rows, name in ((shard_rows, "shard_rows"), (batch_rows, "batch_rows"))
+    )
     patience = Patience(retries, timeout)
     access: dict[str, Any] = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
     reader = open_source(source, **access)
     schema = reader.schema
+    _require_names(reader, "source")
     vector = _pick_column(schema, vector_column, _OLD_NAMES, "vector_column")
     _require_space(reader, h, old_model)
 
@@ -209,6 +246,7 @@ def resolve(
     if h.uses_side_info:
         if side_source is not None:
             side = open_source(side_source, **access, name="side_source")
+            _require_names(side, "side_source")
             side_vector = _pick_column(side.schema, "auto", _OLD_NAMES + _SIDE_NAMES, "side_column")
             if side.space is not None and side.space.model_id != h.side_model:
                 raise SpaceMismatchError(
@@ -225,8 +263,6 @@ def resolve(
     elif side_source is not None or side_column != "auto":
         raise ValueError("side_source: expected none, since this transformation was fitted without side-information")
 
-    if binary_dtype not in ("float32", "float16"):
-        raise ValueError(f"binary_dtype: expected float32 or float16, got {binary_dtype!r}")
     _require_dim(schema.field(vector).type, binary_dtype, h.old_space.dim, f"source: expected vectors of {h.old_space}")
     if h.uses_side_info:
         kind = side.schema.field(side_vector).type if side else schema.field(side_name).type
@@ -250,23 +286,19 @@ def resolve(
     )
     writer = open_destination(where, form, storage_options=storage_options)
     place = where if isinstance(where, Location) else location_of(writer.url, **{**access, "filesystem": None})
-    if isinstance(where, Location) and _same(where, reader):
-        raise ValueError("destination: expected another place than the source, which is never written to")
+    if isinstance(where, Location):
+        for gallery, what in ((reader, "source"), *(((side, "side_source"),) if side is not None else ())):
+            _require_apart(where, gallery, what)
+        _require_folder(where)
     journal = Journal(journal_location(place, form), place)
 
     known = vector_type(schema.field(vector).type)
     if vector_format == "auto":
         vector_format = known if known and form in ("parquet", "arrow") else "fixed_size_list"
-    if vector_format not in VECTOR_FORMATS:
-        raise ValueError(f"vector_format: expected one of {', '.join(VECTOR_FORMATS)}, got {vector_format!r}")
     if dtype == "auto":
         stored = schema.field(vector).type
         half = stored.value_type == pa.float16() if known != "binary" else binary_dtype == "float16"
         dtype = "float16" if half and form != "bin" else "float32"
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype: expected float32 or float16, got {dtype!r}")
-    if not np.isfinite(scale) or scale <= 0:
-        raise ValueError(f"scale: expected a positive number, got {scale!r}")
     ids = id_column
     if ids == "auto":
         ids = next((n for n in ("id", "_id", "pk", "key", "uid") if n in schema.names), "")
@@ -297,16 +329,14 @@ def resolve(
         vector_format=vector_format,
         binary_dtype=binary_dtype,
         scale=scale,
-        shard_rows=_positive(shard_rows, "shard_rows") or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
-        batch_rows=_positive(batch_rows, "batch_rows") or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
+        shard_rows=shard_rows or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
+        batch_rows=batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
     )
     return Resolved(job, reader, side, writer, journal, h, device, patience)
 
 
-def _positive(value: int | None, name: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name}: expected a positive number of rows, got {value!r}")
-    return value
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _pick(h: Transformation, precision: str, device: str, backend: str | None, stored: Job | None) -> tuple[str, str]:
@@ -330,9 +360,26 @@ def _format_of(destination: Any, source: Source) -> str:
     return source.kind if source.kind in FORMATS else "parquet"
 
 
-def _same(where: Location, source: Source) -> bool:
+def _require_apart(where: Location, source: Source, what: str) -> None:
+    """A source is never written to: the new gallery lies neither in it nor around it, whatever the two are called."""
     mine = getattr(source, "where", None)
-    return isinstance(mine, Location) and mine.path.rstrip("/") == where.path.rstrip("/") and mine.fs == where.fs
+    if not isinstance(mine, Location) or mine.fs != where.fs or (mine.is_pattern and "**" not in mine.path):
+        return
+    root = mine.path.partition("**")[0].rstrip("/") if mine.is_pattern else mine.path.rstrip("/")
+    old, new = ((os.path.realpath(p) if where.is_local else p) + "/" for p in (root, where.path.rstrip("/")))
+    if old == new:
+        raise ValueError(f"destination: expected another place than the {what}, which is never written to")
+    if new.startswith(old) or old.startswith(new):
+        inside = f"inside the {what}" if new.startswith(old) else f"around the {what}"
+        raise ValueError(f"destination: expected a place apart from the {what} {mine}, got {where} {inside}")
+
+
+def _require_folder(where: Location) -> None:
+    """Raises NotADirectoryError where a file stands in the destination's way."""
+    if where.is_local:
+        way = next((p for p in (where.local, *where.local.parents) if p.exists()), None)
+        if way is not None and not way.is_dir():
+            raise NotADirectoryError(f"destination: expected a folder, or a place for a new one, {way} is a file")
 
 
 def occupied(place: Location) -> list[str]:
@@ -350,7 +397,7 @@ def plan_backfill(
     pairs: Any = None,
     min_gap_closed: float | None = None,
     min_recall: float | None = None,
-    sample_rows: int = 4096,
+    sample_rows: int = SAMPLE_ROWS,
     measure_seconds: float = 1.0,
     threads: int | None = None,
     upload_mb_per_s: float | None = None,
@@ -395,8 +442,10 @@ def plan_backfill(
     check_number(measure_seconds, "measure_seconds", 0)
     if price_per_hour is not None:
         check_number(price_per_hour, "price_per_hour", 0)
-    if upload_mb_per_s is not None and (isinstance(upload_mb_per_s, bool) or not 0 < upload_mb_per_s < float("inf")):
-        raise ValueError(f"upload_mb_per_s: expected a positive number of MB a second or None, got {upload_mb_per_s!r}")
+    if upload_mb_per_s is not None and not (_is_number(upload_mb_per_s) and 0 < upload_mb_per_s < float("inf")):
+        raise ValueError(
+            f"upload_mb_per_s: expected a positive number of MB a second or None, got {shown(upload_mb_per_s)}"
+        )
     h = load_transformation(transformation)
     quality = check_quality(h, pairs, min_gap_closed, min_recall) if pairs is not None else None
     gate = quality.refusals if quality is not None else ()
@@ -422,7 +471,7 @@ def plan_backfill(
     mapper = RowMapper(job, found.source.schema, h, threads=threads, device=found.device)
     sample: list[tuple[Any, Any]] = []
     try:
-        sample = _sample(found, sample_rows)
+        sample = list(sampled(found, sample_rows))
     except (FctError, ValueError, OSError) as error:
         refusals.append(str(error))
     n, rejects, mapped = sum(b.num_rows for b, _ in sample), [], []
@@ -438,7 +487,7 @@ def plan_backfill(
     for reject in rejects:
         reasons[reject["reason"]] = reasons.get(reject["reason"], 0) + 1
     if n and len(rejects) == n:
-        refusals.append(f"source: every row of the sample would be rejected: {next(iter(reasons))}")
+        refusals.append(misfit(job, sample[0][0], rejects))
     h_rate = _rate(mapper, measure_seconds)
     pace = _Pace(h_rate, on_cpu=found.device == "cpu", threads=threads_of(threads))
     if not refusals:
@@ -553,24 +602,40 @@ def _refused(
     )  # fmt: skip
 
 
-def _sample(found: Resolved, rows: int) -> list[tuple[Any, Any]]:
-    """Up to 8 runs of rows from shards spread evenly over the gallery."""
+def sampled(found: Resolved, rows: int) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch | None]]:
+    """About ``rows`` rows with their side-information, in up to 8 runs from shards spread evenly over the gallery."""
     shards = found.job.shards
     chosen = [shards[i] for i in sorted({int(x) for x in np.linspace(0, len(shards) - 1, min(8, len(shards)))})]
     each = max(1, rows // len(chosen))
-    out = []
+    # One batch a run: no more is decoded than is looked at.
+    reader = ShardReader(replace(found.job, batch_rows=each), found.source, found.side, found.patience)
     for shard in chosen:
-        take = min(each, shard.rows)
-        batches = list(found.source.read(found.job.pieces[shard.piece], shard.start, take, take))
-        batch = pa.concat_batches(batches)
-        side = None
-        if found.side is not None:
-            side = pa.concat_batches(list(rows_at(found.side, found.job.side_pieces, shard.first, take)))
-        out.append((batch, side))
-    d = vector_dim(out[0][0].column(found.job.vector), found.job.binary_dtype)
-    if d is not None and d != found.job.old_space.dim:
-        raise BackfillError(f"source: expected vectors of {found.job.old_space}, got {d}-d vectors")
-    return out
+        yield reader.head(shard, each)
+
+
+def misfit(job: Job, first: pa.RecordBatch, rejects: list[dict[str, Any]]) -> str:
+    """Why this is the wrong gallery, when every row of the sample was rejected. first: the sample's first rows."""
+    d = vector_dim(first.column(job.vector), job.binary_dtype)
+    if d is not None and d != job.old_space.dim:
+        return f"source: expected vectors of {job.old_space}, got {d}-d vectors"
+    return f"source: every row of the sample would be rejected: {rejects[0]['reason']}"
+
+
+def refuse_misfit(found: Resolved, *, threads: int | None = None) -> None:
+    """Raises BackfillError where no row of the sample that :func:`plan_backfill` takes can be mapped.
+
+    One row that can is enough, so that of most galleries only the first run is read.
+    """
+    mapper = RowMapper(found.job, found.source.schema, found.h, threads=threads, device=found.device)
+    first, rejects = None, []
+    for batch, side in sampled(found, SAMPLE_ROWS):
+        _, bad = mapper(batch, side, 0)
+        if len(bad) < batch.num_rows:
+            return
+        first = batch if first is None else first
+        rejects += bad
+    assert first is not None  # resolve() refuses a gallery without rows
+    raise BackfillError(misfit(found.job, first, rejects))
 
 
 def _rate(mapper: RowMapper, seconds: float) -> float:

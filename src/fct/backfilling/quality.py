@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fct.checks import check_path, shown
 from fct.metrics import evaluate, gap_closed, recall_at_k
 from fct.retrieval import topk
 from fct.transform import transform_batch
@@ -70,10 +72,16 @@ def map_threshold(old_scores: Any, new_scores: Any, threshold: float, *, flipped
 
 def _pairs(pairs: Any, h: Transformation) -> dict[str, Any]:
     if isinstance(pairs, (str, os.PathLike)):
-        with np.load(pairs, allow_pickle=False) as file:
-            pairs = {name: file[name] for name in file.files}
+        path = check_path(pairs, "pairs", "the path of an .npz")
+        if not path.is_file():
+            raise FileNotFoundError(f"pairs: expected an .npz file, found none at {path}")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                pairs = {name: file[name] for name in file.files}
+        except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"pairs: expected a whole .npz of arrays, {path} is not: {error}") from error
     if not isinstance(pairs, Mapping):
-        raise TypeError(f"pairs: expected the path of an .npz or a mapping of arrays, got {type(pairs).__name__}")
+        raise TypeError(f"pairs: expected the path of an .npz or a mapping of arrays, got {shown(pairs)}")
     need = {"old", "new"} | ({"side"} if h.uses_side_info else set())
     if not need <= set(pairs):
         raise ValueError(f"pairs: expected {', '.join(sorted(need))}, got {', '.join(sorted(pairs))}")
@@ -84,6 +92,9 @@ def _pairs(pairs: Any, h: Transformation) -> dict[str, Any]:
 
 def check_quality(h: Transformation, pairs: Any, min_gap_closed: float | None, min_recall: float | None) -> Quality:
     """Measures h on held-out pairs and compares with the limits; ``refusals`` says which it misses."""
+    for limit, name in ((min_gap_closed, "min_gap_closed"), (min_recall, "min_recall")):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float, np.floating))):
+            raise ValueError(f"{name}: expected a share or None, got {shown(limit)}")
     data = _pairs(pairs, h)
     old, new = np.asarray(data["old"], np.float32), np.asarray(data["new"], np.float32)
     mapped = transform_batch(old, data.get("side") if h.uses_side_info else None, h, progress=False)

@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,10 +15,10 @@ from typing import Any
 
 from fct.backfilling.job import BackfillError, Job, Journal, Marker, QualityGateError, RejectLimitError
 from fct.backfilling.pipeline import RowMapper, ShardPipeline, ShardReader, output_schema
-from fct.backfilling.plan import Resolved, occupied, resolve
+from fct.backfilling.plan import Resolved, occupied, refuse_misfit, resolve
 from fct.backfilling.quality import check_quality
-from fct.checks import check_flag, check_whole
-from fct.gallery.base import Shard
+from fct.checks import check_flag, check_text, check_whole
+from fct.gallery.base import Piece, Shard, Source
 from fct.gallery.files import FileDestination
 
 __all__ = ["BackfillReport", "backfill"]
@@ -97,6 +97,8 @@ def backfill(
     if max_rejects is not None:
         check_whole(max_rejects, "max_rejects", 0)
     check_whole(ray_cpus, "ray_cpus", 1)
+    if ray is not None:
+        check_text(ray, "ray", "auto, local, a cluster's address or None")
     check_flag(trust_sizes, "trust_sizes")
     check_flag(progress, "progress")
     found = resolve(source, destination, transformation, **options)
@@ -107,6 +109,8 @@ def backfill(
     elif min_gap_closed is not None or min_recall is not None:
         raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
     journal = found.journal
+    if not journal.marked():  # else it was looked at when it was begun
+        refuse_misfit(found, threads=threads)
     with journal.lock(), _bar(progress) as bar:
         job = _begin(found, bar.say)
         kept = _kept(journal, job, content=not trust_sizes, bar=bar)
@@ -129,7 +133,11 @@ def backfill(
                 markers[marker.shard] = marker
                 rejects += marker.rejects
                 _check_rejects(rejects, max_rejects, journal)
-        finished = journal.manifest()
+        try:
+            finished = journal.manifest()
+        except BackfillError as error:  # the shards are what counts, and they are proven
+            bar.say(f"{error}: writing it again")
+            finished = None
         if todo or finished is None or finished.get("fingerprint") != job.fingerprint:
             _finish(found, job, markers)
     seconds = time.perf_counter() - began
@@ -182,7 +190,11 @@ def _begin(found: Resolved, say: Callable[[str], None]) -> Job:
             folders.append(journal.destination.local)
         for part in (p for folder in folders for p in folder.glob(".*.part")):
             part.unlink(missing_ok=True)  # half-written beside: what fct.files renames when whole
-    return replace(stored, backend=found.job.backend)
+    where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
+    moved = replace(stored, **where)
+    if moved != stored:  # so that whoever verifies looks in the right place; the cut into shards stays
+        journal.start(moved)
+    return replace(moved, backend=found.job.backend)
 
 
 def _check_stamps(found: Resolved, stored: Job, say: Callable[[str], None]) -> None:
@@ -288,12 +300,9 @@ def _finish(found: Resolved, job: Job, markers: dict[int, Marker]) -> None:
         raise BackfillError(
             f"backfill: expected {job.rows} rows, counted {rows_in} in, {rows_out} out and {rejects} rejected"
         )
-    for now, then in ((found.source.pieces(), found.job.pieces),) + (
-        ((found.side.pieces(), found.job.side_pieces),) if found.side else ()
-    ):
-        moved = [b.name for a, b in zip(now, then, strict=False) if a != b]
-        if moved or len(now) != len(then):
-            raise BackfillError(f"source: {', '.join(moved[:3]) or 'the list of files'} changed while it was read")
+    _require_unchanged(found.source, found.job.pieces, "source")
+    if found.side is not None:
+        _require_unchanged(found.side, found.job.side_pieces, "side_source")
     ordered = [markers[number] for number in range(len(markers))]
     found.destination.finish([m.extra for m in ordered], output_schema(job, found.source.schema), job.new_space)
     # h lies with the gallery, so that it can be checked on its own.
@@ -315,6 +324,20 @@ def _finish(found: Resolved, job: Job, markers: dict[int, Marker]) -> None:
             "precision": job.precision,
         }
     )
+
+
+def _require_unchanged(source: Source, then: Sequence[Piece], what: str) -> None:
+    """Raises BackfillError where the input is not what it was when this run began, files that came since included."""
+    source.refresh()
+    now, before = {p.name: p for p in source.pieces()}, {p.name: p for p in then}
+    changed = [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]
+    if changed:
+        how = ("is new", "is gone", "changed")[0 if changed[0] not in before else 1 if changed[0] not in now else 2]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise BackfillError(
+            f"{what}: {changed[0]} {how}{more}, while the gallery was read: put it back as it was and start again, or "
+            "start over in another destination"
+        )
 
 
 class Bar:

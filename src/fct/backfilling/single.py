@@ -10,6 +10,7 @@ from typing import Any
 from fct.backfilling.job import BackfillError, cut_shards
 from fct.backfilling.pipeline import RowMapper, ShardReader
 from fct.backfilling.plan import resolve
+from fct.checks import check_flag
 from fct.files import refuse_existing
 from fct.gallery.base import Batches, Shard
 from fct.gallery.files import FileDestination
@@ -33,6 +34,7 @@ def transform_file(
     Raises:
         BackfillError: a bad row; it is named and nothing is written. FileExistsError: ``out`` is there.
     """
+    check_flag(overwrite, "overwrite")
     target = refuse_existing(out, overwrite=overwrite, name="out").absolute()
     if target.suffix not in _FORMATS:
         raise ValueError(f"out: expected a name ending in {', '.join(_FORMATS)}, got {os.fspath(out)!r}")

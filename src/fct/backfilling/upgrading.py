@@ -56,6 +56,7 @@ class UpgradingGallery:
         cache_bytes: int = 1 << 30,
         **options: Any,
     ) -> None:
+        check_whole(cache_bytes, "cache_bytes", 0)
         found = resolve(source, destination, transformation, **options)
         if not isinstance(found.destination, FileDestination):
             raise ValueError(

@@ -110,8 +110,13 @@ def verify_gallery(
     }
     journal, job = gallery_journal(path, **access)
     problems: list[str] = []
-    manifest = journal.manifest()
-    if manifest is None:
+    try:
+        manifest, damaged = journal.manifest(), ""
+    except BackfillError as error:
+        manifest, damaged = None, str(error)
+    if damaged:
+        problems.append(f"{damaged}; run the backfill again")
+    elif manifest is None:
         problems.append("the backfill is unfinished: it has no manifest")
     elif manifest.get("fingerprint") != job.fingerprint:
         problems.append("the manifest belongs to another job")
@@ -179,7 +184,8 @@ def _spot_check(
     """(rows compared, worst relative error, why nothing was compared, problems)."""
     try:
         old = open_source(source if source is not None else job.source, **access)
-        side = open_source(side_source or job.side, **access) if job.side else None
+        beside = side_source if side_source is not None else job.side
+        side = open_source(beside, **access, name="side_source") if job.side else None
         h = load_transformation(transformation) if transformation is not None else kept_transformation(journal)
     except (FctError, OSError) as error:
         return 0, 0.0, str(error), []
@@ -222,9 +228,18 @@ def _spot_check(
                 f"expected at most {limit:g} at {job.precision}"
             )
         names = [n for n in (job.id_column,) if n and n in stored.schema.names]
-        if any(not stored.column(n).equals(mapped.column(n)) for n in names):
+        if any(not _same(stored.column(n), mapped.column(n)) for n in names):
             problems.append(f"shard {number} holds other ids than the source")
     return checked, worst, "", problems
+
+
+def _same(a: pa.Array, b: pa.Array) -> bool:
+    """Whether two columns hold the same: an id that is NaN is itself, and a dictionary may be another."""
+    if pa.types.is_dictionary(a.type):
+        a, b = (x.dictionary_decode() for x in (a, b))
+    if pa.types.is_floating(a.type):
+        return np.array_equal(a.to_numpy(zero_copy_only=False), b.to_numpy(zero_copy_only=False), equal_nan=True)
+    return bool(a.equals(b))
 
 
 def shard_marker(journal: Journal, number: int) -> Marker:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +24,7 @@ _BinaryDtype = Annotated[str, typer.Option(help="What binary columns hold: float
 _Scale = Annotated[float, typer.Option(help="Old vectors are multiplied by this: 8-bit galleries' step.")]
 _Precision = Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: the fastest that h allows.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+_Backend = Annotated[str | None, typer.Option(help="Force one: cpu, torch, triton, cuda, ref; it runs or says why.")]
 _Threads = Annotated[int | None, typer.Option(help="CPU threads; by default all.")]
 _Pairs = Annotated[str | None, typer.Option(help="Held-out pairs, .npz with old, side, new and perhaps labels.")]
 _MinGap = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this share of the mAP gap closed.")]
@@ -34,6 +34,34 @@ _BatchRows = Annotated[int | None, typer.Option(help="Rows in flight at once; by
 _Retries = Annotated[int, typer.Option(help="Further attempts, with back-off, where a store may have failed.")]
 _Timeout = Annotated[float, typer.Option(help="Seconds to wait for a store's answer, and 1 more per MB moved.")]
 _KeepSide = Annotated[bool, typer.Option("--keep-side-info", help="Keep the side-information column.")]
+
+_StorageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--storage-option", metavar="KEY=VALUE", help="For the store behind a URL, as fsspec names it; may be repeated."
+    ),
+]
+
+
+def storage_options(given: list[str] | None) -> dict[str, Any] | None:
+    """``KEY=VALUE`` as fsspec takes them. VALUE is JSON where it can be read as such (true, 60, {...}), else a string.
+
+    They may hold keys: no message repeats a value.
+    """
+    if not given:
+        return None
+    options: dict[str, Any] = {}
+    for number, pair in enumerate(given, 1):
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--storage-option: expected KEY=VALUE, got no {'=' if key else 'KEY'} in number {number}")
+        if key in options:
+            raise ValueError(f"--storage-option: expected each KEY once, got {key} twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 @app.command()
@@ -53,6 +81,7 @@ def plan(
     scale: _Scale = 1.0,
     precision: _Precision = "auto",
     device: _Device = "cpu",
+    backend: _Backend = None,
     threads: _Threads = None,
     pairs: _Pairs = None,
     min_gap_closed: _MinGap = None,
@@ -64,6 +93,7 @@ def plan(
     price_per_hour: Annotated[float | None, typer.Option(help="Of one machine, for the cost.")] = None,
     upload_mb_per_s: Annotated[float | None, typer.Option(help="MB/s that one machine uploads.")] = None,
     threshold: Annotated[float | None, typer.Option(help="A score threshold of the old space, to be mapped.")] = None,
+    storage_option: _StorageOption = None,
     retries: _Retries = 6,
     timeout: _Timeout = 60.0,
 ) -> None:
@@ -89,6 +119,7 @@ def plan(
         scale=scale,
         precision=precision,
         device=device,
+        backend=backend,
         threads=threads,
         pairs=pairs,
         min_gap_closed=min_gap_closed,
@@ -99,6 +130,7 @@ def plan(
         workers=workers,
         price_per_hour=price_per_hour,
         upload_mb_per_s=upload_mb_per_s,
+        storage_options=storage_options(storage_option),
         retries=retries,
         timeout=timeout,
     )
@@ -187,6 +219,7 @@ def backfill(
     scale: _Scale = 1.0,
     precision: _Precision = "auto",
     device: _Device = "cpu",
+    backend: _Backend = None,
     threads: _Threads = None,
     pairs: _Pairs = None,
     min_gap_closed: _MinGap = None,
@@ -197,6 +230,7 @@ def backfill(
     max_rejects: Annotated[int | None, typer.Option(help="Stop once more rows than this were rejected.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on Ray: auto, local, or a cluster's address.")] = None,
     ray_cpus: Annotated[int, typer.Option(help="CPUs of each Ray worker.")] = 1,
+    storage_option: _StorageOption = None,
     retries: _Retries = 6,
     timeout: _Timeout = 60.0,
     trust_sizes: Annotated[bool, typer.Option(help="On a restart, believe sizes without reading checksums.")] = False,
@@ -236,6 +270,7 @@ def backfill(
             scale=scale,
             precision=precision,
             device=device,
+            backend=backend,
             threads=threads,
             pairs=pairs,
             min_gap_closed=min_gap_closed,
@@ -246,6 +281,7 @@ def backfill(
             max_rejects=max_rejects,
             ray=ray,
             ray_cpus=ray_cpus,
+            storage_options=storage_options(storage_option),
             retries=retries,
             timeout=timeout,
             trust_sizes=trust_sizes,
@@ -276,6 +312,7 @@ def verify(
     side_source: _Side = None,
     transformation: Annotated[str | None, typer.Option("--transformation", "-t", help="h; else the copy.")] = None,
     spot_check: Annotated[int, typer.Option(help="Rows to map again by the float64 reference.")] = 256,
+    storage_option: _StorageOption = None,
     retries: _Retries = 6,
     timeout: _Timeout = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -296,6 +333,7 @@ def verify(
         side_source=side_source,
         transformation=transformation,
         spot_check=spot_check,
+        storage_options=storage_options(storage_option),
         retries=retries,
         timeout=timeout,
     )
@@ -319,15 +357,25 @@ def verify(
 
 @app.command()
 def transform(
-    old: Annotated[Path, typer.Argument(help="Old vectors, one file of any format that backfill reads.")],
-    out: Annotated[Path, typer.Argument(help="New vectors, .npy, .fbin, .parquet or .arrow.")],
+    old: Annotated[str, typer.Argument(help="Old vectors: a file of any format that backfill reads, or its URL.")],
+    out: Annotated[str, typer.Argument(help="New vectors, .npy, .fbin, .parquet or .arrow, on this machine.")],
     transformation: _H,
     side_source: _Side = None,
     vector_column: _Vector = "auto",
     side_column: _SideColumn = "auto",
     old_model: _OldModel = None,
+    vector_format: _VectorFormat = "auto",
+    dtype: _Dtype = "auto",
+    binary_dtype: _BinaryDtype = "float32",
+    scale: _Scale = 1.0,
     precision: _Precision = "auto",
+    device: _Device = "cpu",
+    backend: _Backend = None,
     threads: _Threads = None,
+    keep_side_info: _KeepSide = False,
+    storage_option: _StorageOption = None,
+    retries: _Retries = 6,
+    timeout: _Timeout = 60.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
 ) -> None:
     """Map one file to one file, in one go; a bad row stops it. For more than a few gigabytes use backfill.
@@ -344,19 +392,32 @@ def transform(
         vector_column=vector_column,
         side_column=side_column,
         old_model=old_model,
+        vector_format=vector_format,
+        dtype=dtype,
+        binary_dtype=binary_dtype,
+        scale=scale,
         precision=precision,
+        device=device,
+        backend=backend,
         threads=threads,
+        keep_side_info=keep_side_info,
+        storage_options=storage_options(storage_option),
+        retries=retries,
+        timeout=timeout,
         overwrite=overwrite,
     )
-    console.print(f"{rows:,} rows -> {out}")
+    console.print(f"{rows:,} rows -> {out}", soft_wrap=True)
 
 
 @app.command()
 def export(
     gallery: Annotated[str, typer.Argument(help="A gallery of files.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the files; must be empty.")],
+    out: Annotated[str, typer.Argument(help="Folder for the files, on this machine; must be empty.")],
     to: Annotated[str, typer.Option(help="milvus, qdrant or pgvector.")],
     id_column: _Id = "auto",
+    storage_option: _StorageOption = None,
+    retries: _Retries = 6,
+    timeout: _Timeout = 60.0,
 ) -> None:
     """Write the bulk-import files of a vector database, for an index that is built anew.
 
@@ -366,5 +427,14 @@ def export(
     """
     from fct.gallery.bulk import export_bulk
 
-    for file in export_bulk(gallery, out, to, id_column=id_column):
+    files = export_bulk(
+        gallery,
+        out,
+        to,
+        id_column=id_column,
+        storage_options=storage_options(storage_option),
+        retries=retries,
+        timeout=timeout,
+    )
+    for file in files:
         console.print(str(file), soft_wrap=True)

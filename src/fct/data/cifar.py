@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fct.checks import check_path
 from fct.data.image_set import ImageSet
 from fct.errors import ArtifactError
 
@@ -69,7 +70,7 @@ def load_cifar100(split: str, root: str | os.PathLike[str]) -> ImageSet:
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-    folder = Path(root)
+    folder = check_path(root, "root")
     if (folder / "cifar-100-python").is_dir():
         folder = folder / "cifar-100-python"
     batch, meta = _unpickle(folder / split), _unpickle(folder / "meta")

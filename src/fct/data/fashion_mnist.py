@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fct.checks import check_path
 from fct.data.idx import read_idx
 from fct.data.image_set import ImageSet
 from fct.errors import ArtifactError
@@ -43,7 +44,7 @@ def load_fashion_mnist(split: str, root: str | os.PathLike[str] | None = None) -
     """
     if split not in _PREFIX:
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-    folder = _EMBEDDED if root is None else Path(root)
+    folder = _EMBEDDED if root is None else check_path(root, "root", "a path or None")
     image_file = _find(folder, f"{_PREFIX[split]}-images-idx3-ubyte")
     label_file = _find(folder, f"{_PREFIX[split]}-labels-idx1-ubyte")
     images, labels = read_idx(image_file, rank=3), read_idx(label_file, rank=1)

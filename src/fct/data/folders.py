@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fct.checks import check_path, check_text
+
 __all__ = ["ImageFolder", "every_image", "load_image_folder"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -103,9 +105,10 @@ def load_image_folder(root: str | os.PathLike[str], split: str, *, size: int = 2
     Raises:
         FileNotFoundError: no such folder. ValueError: a folder without any image.
     """
-    folder = Path(root) / split
+    root = check_path(root, "root")
+    folder = root / check_text(split, "split", "the name of a folder")
     if not folder.is_dir():
-        there = sorted(p.name for p in Path(root).iterdir() if p.is_dir()) if Path(root).is_dir() else []
+        there = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
         raise FileNotFoundError(
             f"data: expected the folder {folder}, got only {', '.join(there) or 'nothing'} in {root}"
         )
@@ -128,9 +131,10 @@ def every_image(folder: str | os.PathLike[str], *, size: int = 224) -> ImageFold
     Raises:
         FileNotFoundError: no such folder. ValueError: a folder without any image.
     """
-    if not Path(folder).is_dir():
+    folder = check_path(folder, "folder")
+    if not folder.is_dir():
         raise FileNotFoundError(f"data: expected a folder of images, got {folder}")
-    files = sorted(_images(Path(folder)))
+    files = sorted(_images(folder))
     if not files:
         raise ValueError(f"data: expected images in {folder}, got none")
     return ImageFolder(files, np.zeros(len(files), np.int64), ("image",), size=size)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fct.errors import FctError
 from fct.gallery.base import Batches, Piece, Shard
@@ -78,10 +79,34 @@ class ArrowDestination(FileDestination):
 
     def write_file(self, path: Path, shard: Shard, batches: Batches, files: dict[str, Path]) -> None:
         writer = None
+        known: dict[int, pa.Array] = {}
         try:
             for batch in batches:
-                writer = writer or pa.ipc.new_file(str(path), batch.schema)
-                writer.write_batch(batch)
+                writer = writer or pa.ipc.new_file(
+                    str(path), batch.schema, options=pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
+                )
+                writer.write_batch(_one_dictionary(batch, known))
         finally:
             if writer is not None:
                 writer.close()
+
+
+def _one_dictionary(batch: pa.RecordBatch, known: dict[int, pa.Array]) -> pa.RecordBatch:
+    """The batch, its dictionary columns over one dictionary for all batches: a file can add to one, not replace it.
+
+    known: the dictionary of each column so far, which grows.
+    """
+    for i, entry in enumerate(batch.schema):
+        if not pa.types.is_dictionary(entry.type):
+            continue
+        column = batch.column(i)
+        grown = column.dictionary
+        if i in known and not grown.equals(known[i]):
+            fresh = grown.filter(pc.invert(pc.is_in(grown, known[i])))
+            grown = pa.concat_arrays([known[i], fresh])
+            where = pc.index_in(column.dictionary, grown)
+            indices = pc.take(where, column.indices).cast(entry.type.index_type)
+            column = pa.DictionaryArray.from_arrays(indices, grown, ordered=entry.type.ordered)
+            batch = batch.set_column(i, entry, column)
+        known[i] = grown
+    return batch

@@ -78,6 +78,9 @@ class Source(ABC):
         """Which model's vectors these are, where the store says so."""
         return None
 
+    def refresh(self) -> None:  # noqa: B027 (a dataset of one version has nothing to do)
+        """Looks again at which pieces there are, for the next :meth:`pieces`."""
+
     @abstractmethod
     def pieces(self) -> Sequence[Piece]:
         """Every piece, in the gallery's order, as it is now."""

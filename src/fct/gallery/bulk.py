@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fct.checks import check_choice, check_text
 from fct.files import refuse_existing
 from fct.gallery.base import VECTOR_KEY, Piece, Source
-from fct.gallery.location import Location
+from fct.gallery.location import Location, Patience
 from fct.gallery.raw import ROW, BinSource, NpySource, npy_header
 from fct.gallery.stores import open_source
 from fct.gallery.vectors import vector_array, vector_block
@@ -26,7 +27,17 @@ _BATCH = 16384
 _MILVUS_ROWS = 1 << 20
 
 
-def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column: str = "auto") -> list[Path]:
+def export_bulk(
+    gallery: Any,
+    out: str | os.PathLike[str],
+    to: str,
+    *,
+    id_column: str = "auto",
+    filesystem: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
+    retries: int = 6,
+    timeout: float = 60.0,
+) -> list[Path]:
     """Writes a gallery as the files that a database imports in bulk; ids must be integers or strings (see below).
 
     Args:
@@ -37,6 +48,7 @@ def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column
             with (id bigint, embedding vector), for ``COPY items (id, embedding) FROM ... WITH (FORMAT binary)``.
         id_column: which column is the id; "auto": ``id`` or ``row``, else the row number. What a backfill to ``.npy``
             or ``.fbin`` put into ``_rows/`` counts as columns, and rows keep their numbers where others were rejected.
+        filesystem, storage_options, retries, timeout: of the gallery, as :func:`fct.plan_backfill` has them.
 
     Returns:
         The files.
@@ -49,9 +61,15 @@ def export_bulk(gallery: Any, out: str | os.PathLike[str], to: str, *, id_column
         >>> [f.name for f in export_bulk(folder, folder + "/out", "pgvector")]
         ['rows.bin']
     """
-    if to not in BULK_FORMATS:
-        raise ValueError(f"to: expected one of {', '.join(BULK_FORMATS)}, got {to!r}")
-    source = open_source(gallery)
+    check_choice(to, "to", BULK_FORMATS)
+    check_text(id_column, "id_column", "the name of a column")
+    source = open_source(
+        gallery,
+        filesystem=filesystem,
+        storage_options=storage_options,
+        patience=Patience(retries, timeout),
+        name="gallery",
+    )
     pieces = source.pieces()
     beside = _Beside(source, pieces)
     names = source.schema.names + beside.names

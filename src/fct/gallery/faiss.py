@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fct.checks import check_flag, check_path, check_seed, check_text, check_whole
 from fct.files import atomic_path
 from fct.gallery.base import VECTOR_KEY, Piece, Source
 from fct.gallery.location import location_of
@@ -41,11 +42,15 @@ def build_faiss(
         ImportError: no faiss. ValueError: a gallery without a space or rows, a factory that FAISS does not know, a
         gallery on a store and no ``out``.
     """
-    source = open_source(gallery)
+    check_text(factory, "factory", "FAISS's description of an index")
+    check_whole(train_rows, "train_rows", 1)
+    check_seed(seed)
+    check_flag(gpu, "gpu")
+    source = open_source(gallery, name="gallery")
     space, pieces = source.space, source.pieces()
     if space is None or not sum(p.rows for p in pieces):
         raise ValueError(f"gallery: expected rows and a space, {source.url} has none; see fct.gallery.tag_space")
-    target = Path(out) if out is not None else _beside(source.url)
+    target = check_path(out, "out", "a path or None") if out is not None else _beside(source.url)
     faiss, index = _empty(space, factory)
     if gpu:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)

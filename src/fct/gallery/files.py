@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -30,7 +32,7 @@ def find_files(where: Location) -> list[Location]:
 
     Names and folders that start with ``_`` or ``.`` are not data; neither are side files.
     """
-    if any(c in where.path for c in "*?["):
+    if where.is_pattern:
         files = where.find()
         root = where.path[: re.search(r"[*?[]", where.path).start()].rpartition("/")[0]  # type: ignore[union-attr]
     elif where.is_folder():
@@ -43,10 +45,30 @@ def find_files(where: Location) -> list[Location]:
     for file in files:
         parts = file.path[len(root) :].strip("/").split("/")
         if not any(p.startswith(("_", ".")) for p in parts) and not file.path.endswith(".json"):
+            _check_readable(file)
             found.append(file)
     if not found:
         raise FileNotFoundError(f"source: expected a gallery, found no data files at {where}")
     return sorted(found, key=lambda f: natural(f.path))
+
+
+def _check_readable(file: Location) -> None:
+    """Raises FctError for what stands among the files and is none: it may mean rows, so it is not passed over."""
+    if not file.is_local:
+        return
+    try:
+        kind = os.stat(file.path).st_mode
+        file.path.encode()
+    except FileNotFoundError:
+        raise FctError(f"source: {file} is a link to nothing") from None
+    except UnicodeEncodeError:
+        raise FctError(f"source: expected file names in UTF-8, got {file.path!a}") from None
+    if stat.S_ISDIR(kind):
+        raise FctError(
+            f"source: {file} is a link to a folder, which is not followed: put the files or links to them here"
+        )
+    if not stat.S_ISREG(kind):
+        raise FctError(f"source: expected files, {file} is none (a pipe, a socket or a device)")
 
 
 class FileSource(Source):
@@ -70,6 +92,10 @@ class FileSource(Source):
         """The piece's name: its path below the gallery."""
         root = self.where.path.rstrip("/")
         return file.path[len(root) + 1 :] if file.path.startswith(root + "/") else file.name
+
+    def refresh(self) -> None:
+        self._files = find_files(self.where)
+        self.__dict__.pop("_by_name", None)
 
     @cached_property
     def _by_name(self) -> dict[str, Location]:
@@ -122,7 +148,10 @@ class FileSource(Source):
 
     def read(self, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
         file = self.file_of(piece)
-        version = file.version()
+        try:
+            version = file.version()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"source: {file} is gone; put it back and start again") from None
         if version.bytes != piece.bytes:
             raise FctError(
                 f"source: {file} changed: it had {piece.bytes} bytes when the backfill was planned "

@@ -26,6 +26,27 @@ def _lance() -> Any:
     return lance
 
 
+# fsspec's names for S3 and what Lance calls the same; Lance knows all others by their own names only.
+_NAMES = {
+    "key": "aws_access_key_id",
+    "secret": "aws_secret_access_key",
+    "token": "aws_session_token",
+    "endpoint_url": "aws_endpoint",
+    "region_name": "aws_region",
+    "anon": "aws_skip_signature",
+}
+_FSSPEC_ONLY = ("skip_instance_cache", "use_listings_cache", "client_kwargs", "config_kwargs")
+
+
+def lance_options(options: Mapping[str, Any]) -> dict[str, str] | None:
+    """fsspec's storage options as Lance takes them: strings alone, under its own names."""
+    flat = {k: v for k, v in {**options, **dict(options.get("client_kwargs") or {})}.items() if k not in _FSSPEC_ONLY}
+    found = {_NAMES.get(k, k): str(v).lower() if isinstance(v, bool) else str(v) for k, v in flat.items()}
+    if found.get("aws_endpoint", "").startswith("http://"):
+        found.setdefault("allow_http", "true")
+    return found or None
+
+
 class LanceSource(Source):
     """One version of a dataset: later writes to it are not seen.
 
@@ -42,7 +63,7 @@ class LanceSource(Source):
 
     def _dataset(self, version: int | None) -> Any:
         try:
-            return _lance().dataset(self._url, version=version, storage_options=self._options or None)
+            return _lance().dataset(self._url, version=version, storage_options=lance_options(self._options))
         except ValueError as error:
             raise FileNotFoundError(f"source: expected a Lance dataset at {self._url}: {error}") from error
 
@@ -56,7 +77,9 @@ class LanceSource(Source):
 
     @property
     def space(self) -> EmbeddingSpace | None:
-        return space_of_schema(self.schema, self._url) or side_file_space(location_of(self._url))
+        return space_of_schema(self.schema, self._url) or side_file_space(
+            location_of(self._url, storage_options=self._options)
+        )
 
     def pieces(self) -> list[Piece]:
         # The version is not in the stamp: fragments never change, deletions are what changes what they hold.
@@ -101,7 +124,7 @@ class LanceDestination(Destination):
             self._url,
             schema=first.schema,
             mode="overwrite",  # of the dataset's schema: the old version's fragments stay
-            storage_options=self._options or None,
+            storage_options=lance_options(self._options),
         )
         return {}, [fragment.to_json() for fragment in fragments]
 
@@ -114,10 +137,10 @@ class LanceDestination(Destination):
     def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
         lance = _lance()
         with contextlib.suppress(ValueError, FileNotFoundError):  # no dataset yet
-            there = lance.dataset(self._url, storage_options=self._options or None).schema.metadata or {}
+            there = lance.dataset(self._url, storage_options=lance_options(self._options)).schema.metadata or {}
             if there.get(JOB_KEY) == (schema.metadata or {})[JOB_KEY]:
                 return  # committed just before a crash
         fragments = [lance.FragmentMetadata.from_json(json.dumps(f)) for extra in extras for f in extra]
         lance.LanceDataset.commit(
-            self._url, lance.LanceOperation.Overwrite(schema, fragments), storage_options=self._options or None
+            self._url, lance.LanceOperation.Overwrite(schema, fragments), storage_options=lance_options(self._options)
         )

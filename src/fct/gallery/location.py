@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from fct.checks import check_path, shown
 from fct.errors import FctError
 from fct.files import checksum_file, write_bytes
 
@@ -107,7 +108,14 @@ class Location:
 
     # ---- looking ----
     def _ask(self, what: str, do: Callable[[], T], *, moves: int = 0) -> T:
-        return do() if self.is_local else self.patience.ask(do, f"{what} {self}", moves=moves)
+        if self.is_local:
+            return do()
+        try:
+            return self.patience.ask(do, f"{what} {self}", moves=moves)
+        except TypeError as error:  # some filesystems look at their options only now
+            if not self.fs.storage_options:
+                raise
+            raise TypeError(f"storage_options: expected what {self}'s filesystem takes, got others: {error}") from error
 
     def _look(self, do: Callable[[], T]) -> T:
         def fresh() -> T:
@@ -140,11 +148,17 @@ class Location:
             return []
         return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "file")
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether this is a pattern (``*``, ``?``, ``[``), and not the name of something that is there."""
+        return any(c in self.path for c in "*?[") and not self.exists()
+
     def find(self) -> list[Location]:
-        """Every file below this folder, or that this pattern (``*``, ``?``, ``[``) means; in no particular order."""
+        """Every file below this folder, or that this pattern means; in no particular order."""
+        pattern = self.is_pattern
 
         def paths() -> list[str]:
-            if any(c in self.path for c in "*?["):
+            if pattern:
                 return [str(p) for p in self.fs.glob(self.path) if not self.fs.isdir(p)]
             return [str(p) for p in self.fs.find(self.path)]
 
@@ -265,20 +279,25 @@ def location_of(
     patience = patience or Patience()
     if isinstance(where, Location):
         return where
-    if not isinstance(where, (str, os.PathLike)) or not os.fspath(where):
-        raise TypeError(f"{name}: expected a path or a URL, got {where!r}")
+    check_path(where, name, "a path or a URL")
+    if storage_options is not None and not isinstance(storage_options, Mapping):  # they may hold keys: none is shown
+        raise TypeError(f"storage_options: expected a mapping or None, got {type(storage_options).__name__}")
     text = os.fspath(where)
     if filesystem is not None:
         if not isinstance(filesystem, fsspec.AbstractFileSystem):
             from fsspec.implementations.arrow import ArrowFSWrapper
+            from pyarrow.fs import FileSystem
 
+            if not isinstance(filesystem, FileSystem):
+                raise TypeError(f"filesystem: expected fsspec's or pyarrow's or None, got {shown(filesystem)}")
             filesystem = ArrowFSWrapper(filesystem)
         return Location(filesystem, str(filesystem._strip_protocol(text)), patience)
     scheme = text.partition("://")[0] if "://" in text else ""
     if scheme and scheme.partition("::")[0] not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise ValueError(f"{name}: expected a path or the URL of a filesystem that fsspec knows, got {text}")
-    if not scheme:
-        fs, path = fsspec.core.url_to_fs(text, **(storage_options or {}))
+    if not scheme:  # fsspec would take "::" in a name for a chain of filesystems
+        fs = LocalFileSystem()
+        path = str(fs._strip_protocol(text))
     else:  # some filesystems ask their store for a token or a region when they are made
         fs, path = patience.ask(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), f"opening {text}")
     return Location(fs, path.rstrip("/") or "/", patience)

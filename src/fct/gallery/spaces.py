@@ -64,6 +64,8 @@ def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location
         >>> np.save(folder + "/a.npy", np.zeros((3, 8), np.float32))
         >>> tag_space(folder, fct.EmbeddingSpace("resnet18", 8))
     """
+    if not isinstance(space, EmbeddingSpace):
+        raise TypeError(f"space: expected an fct.EmbeddingSpace, got {type(space).__name__}")
     place = location_of(gallery, name="gallery", **location)
     if not place.exists():
         raise FileNotFoundError(f"gallery: expected a folder or a file, found none at {place}")

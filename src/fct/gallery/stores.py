@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fct.checks import check_choice
 from fct.errors import FctError
 from fct.gallery.arrow import ArrowDestination, ArrowSource
 from fct.gallery.base import Destination, Source
@@ -81,8 +82,7 @@ def open_destination(
     """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, or a Destination, as it is."""
     if isinstance(where, Destination):
         return where
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    check_choice(format, "format", FORMATS)
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name="destination"
     )  # fmt: skip

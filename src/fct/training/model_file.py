@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from fct.checks import check_path
 from fct.errors import ArtifactError
 from fct.files import atomic_path
 from fct.training.backbones import EmbeddingModel, embedding_model
@@ -42,6 +43,7 @@ def save_model(
     """
     from safetensors.torch import save_file
 
+    check_path(path, "path")
     header = {"backbone": backbone, "dim": model.dim, "image_shape": list(image_shape), "info": info or {}}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
     with atomic_path(path) as part:
@@ -52,7 +54,7 @@ def load_model(path: str | os.PathLike[str]) -> EmbeddingModel:
     """The model in ``path``, in eval mode. ArtifactError: the file is truncated, or no embedding model."""
     from safetensors import SafetensorError, safe_open
 
-    if not os.path.isfile(path):
+    if not check_path(path, "path").is_file():
         raise FileNotFoundError(f"model: expected a .safetensors file, found none at {path}")
     try:
         with safe_open(str(path), framework="pt") as file:

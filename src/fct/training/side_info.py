@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fct.checks import check_flag
+from fct.checks import check_flag, check_path
 from fct.training.backbones import EmbeddingModel, embedding_model
 from fct.training.images import Images, as_images, augment
 from fct.training.loop import TrainConfig, train
@@ -73,6 +73,8 @@ def train_side_info(
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     check_flag(progress, "progress")
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint", "a path or None")
     config = TrainConfig(
         epochs=epochs, batch_size=batch_size, lr=lr, warmup=0.1, weight_decay=weight_decay, seed=seed, device=device
     )

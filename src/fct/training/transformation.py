@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fct.checks import check_flag, check_number, check_seed
+from fct.checks import check_flag, check_number, check_path, check_seed
 from fct.errors import ArtifactError
 from fct.files import atomic_path
 from fct.spaces import EmbeddingSpace, check_space
@@ -106,6 +106,7 @@ def fit_transformation(
     check_number(checkpoint_seconds, "checkpoint_seconds", 0)
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(f"tolerance: expected a Tolerance or None, got {type(tolerance).__name__}")
+    state = None if checkpoint is None else check_path(checkpoint, "checkpoint", "a path or None")
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch: expected a function or None, got {type(on_epoch).__name__}")
     pairs = check_pairs(old, side_info, new)
@@ -118,10 +119,10 @@ def fit_transformation(
     new_space = new_space or _guess_space("new", sample[2])
 
     fit = _Fit(train, held, settings, seed, target, sample)
-    if checkpoint is not None:
-        fit.resume(Path(checkpoint))
+    if state is not None:
+        fit.resume(state)
     begun = time.monotonic()
-    fit.run(progress, Path(checkpoint) if checkpoint is not None else None, checkpoint_seconds, on_epoch)
+    fit.run(progress, state, checkpoint_seconds, on_epoch)
     best = fit.best
     variance = fit.held_variance
     h = to_transformation(
@@ -148,8 +149,8 @@ def fit_transformation(
         },
     )
     h = _measure(h.with_(tolerance=tolerance or Tolerance()), train, held, seed, progress)
-    if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
+    if state is not None:
+        state.unlink(missing_ok=True)
     return h
 
 
