@@ -279,23 +279,32 @@ int64_t PackedTransform::phases() const {
     return static_cast<int64_t>(old_.layers.size() + side_.layers.size() + mixer_.layers.size()) + 3;
 }
 
-// One block through every layer; the branches in `own`, which is w or a workspace that no other worker sees.
-template <class DivideBranches, class Divide>
+// One block through every layer. `own` is w, or a workspace that no other worker sees: then the branches are not
+// divided inside, but each is one worker's.
+template <class Divide>
 void PackedTransform::run_block(Workspace& own, Workspace& w, const Call& call, int64_t first, int64_t rows,
-                                DivideBranches& divide_branches, Divide& divide) const {
+                                Divide& divide) const {
     const auto layer = [&](auto& divide_layer, const Packed& l, const uint8_t* in, uint8_t* out) {
         divide_layer(l.panels, kMostPanels, [&](int64_t from, int64_t to) { run_layer(l, in, out, rows, from, to); });
     };
-    const auto branch = [&](const Chain& chain, const RowsView& from) {
-        divide_branches(1, 1, [&](int64_t, int64_t) { pack_input(chain, from, first, rows, own.a, own.scratch); });
+    const auto branch = [&](auto& divide_branch, const Chain& chain, const RowsView& from) {
+        divide_branch(1, 1, [&](int64_t, int64_t) { pack_input(chain, from, first, rows, own.a, own.scratch); });
         uint8_t *in = own.a, *out = own.b;
         for (size_t i = 0; i + 1 < chain.layers.size(); ++i, std::swap(in, out))
-            layer(divide_branches, chain.layers[i], in, out);
-        layer(divide_branches, chain.layers.back(), in, own.joined);
+            layer(divide_branch, chain.layers[i], in, out);
+        layer(divide_branch, chain.layers.back(), in, w.joined);
     };
-    branch(old_, call.old);
-    branch(side_, call.side);
-    const uint8_t* in = own.joined;
+    if (&own == &w) {
+        branch(divide, old_, call.old);
+        branch(divide, side_, call.side);
+    } else {
+        divide(2, 1, [&](int64_t from, int64_t to) {
+            Alone alone;
+            if (from == 0) branch(alone, old_, call.old);
+            if (to == 2) branch(alone, side_, call.side);
+        });
+    }
+    const uint8_t* in = w.joined;
     uint8_t *out = w.a, *other = w.b;
     for (const Packed& l : mixer_.layers) {
         layer(divide, l, in, out);
@@ -321,21 +330,15 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
         for (const Chain* chain : {&old_, &side_, &mixer_})
             for (const Packed& layer : chain->layers) panels = std::max(panels, layer.panels);
         const int workers = static_cast<int>(std::min<int64_t>(threads, (panels + kMostPanels - 1) / kMostPanels));
-        // With very few rows the branches cost less than meeting after each of their layers: every worker runs them
-        // for itself.
+        // With very few rows a branch costs less than meeting after each of its layers.
         const bool apart = n <= kRowsApart;
         std::vector<std::unique_ptr<Workspace>> spaces;
         for (int i = 0; i <= (apart ? workers : 0); ++i) spaces.push_back(take());
         Workspace& shared = *spaces.back();
         for (Shared& phase : shared.phases) phase.reset();
         parallel(workers, Join::as_awake, [&](int worker) {
-            Alone alone;
             Together together{shared.phases.data(), workers};
-            if (apart) {
-                run_block(*spaces[static_cast<size_t>(worker)], shared, call, 0, n, alone, together);
-            } else {
-                run_block(shared, shared, call, 0, n, together, together);
-            }
+            run_block(apart ? *spaces[static_cast<size_t>(worker)] : shared, shared, call, 0, n, together);
         });
         for (auto& w : spaces) give(std::move(w));
         return true;
@@ -359,7 +362,7 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
             const int64_t end = std::min(n, tiles * (block + 1) / blocks * kernels_.rows);
             Workspace& own = *spaces[static_cast<size_t>(worker)];
             Alone alone;
-            run_block(own, own, call, first, end - first, alone, alone);
+            run_block(own, own, call, first, end - first, alone);
             if (worker == 0 && keep_going.ask != nullptr && Clock::now() - asked > std::chrono::milliseconds(100)) {
                 const double share = static_cast<double>(std::min(next.load(), blocks)) / static_cast<double>(blocks);
                 if (!keep_going.ask(keep_going.context, share)) stop.store(true);

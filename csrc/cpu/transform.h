@@ -92,9 +92,8 @@ class PackedTransform {
                     float* scratch) const;
     void run_layer(const Packed& layer, const uint8_t* in, uint8_t* out, int64_t rows, int64_t from_panel,
                    int64_t to_panel) const;
-    template <class DivideBranches, class Divide>
-    void run_block(Workspace& own, Workspace& w, const Call& call, int64_t first, int64_t rows,
-                   DivideBranches& divide_branches, Divide& divide) const;
+    template <class Divide>
+    void run_block(Workspace& own, Workspace& w, const Call& call, int64_t first, int64_t rows, Divide& divide) const;
     int64_t phases() const;
     std::unique_ptr<Workspace> take() const;
     void give(std::unique_ptr<Workspace> w) const;
