@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fct.checks import check_choice
 from fct.training.config import FitConfig, resolve_config
 from fct.training.loop import TrainConfig
 from fct.training.side_info import METHODS
@@ -34,8 +35,7 @@ class DataPlan:
     held_out: int | None = None
 
     def __post_init__(self) -> None:
-        if self.set not in _SETS:
-            raise ValueError(f"data.set: expected one of {', '.join(_SETS)}, got {self.set!r}")
+        check_choice(self.set, "data.set", _SETS)
         if self.held_out is not None:
             _positive("data.held_out", self.held_out)
 
@@ -54,8 +54,7 @@ class ModelPlan:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        check_choice(self.loss, "loss", LOSSES)
         for name in ("image_size", "epochs", "dim", "batch_size"):
             _positive(name, getattr(self, name))
         _number("lr", self.lr)
@@ -84,8 +83,7 @@ class SidePlan:
     lr: float = 3e-3
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        check_choice(self.method, "method", METHODS)
         for name in ("image_size", "epochs", "dim", "batch_size"):
             _positive(name, getattr(self, name))
         _number("lr", self.lr)
