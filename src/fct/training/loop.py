@@ -18,6 +18,7 @@ from torch import nn
 from fct.checks import check_number, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.files import atomic_path
+from fct.progress import step_bar
 from fct.training.images import Images
 
 __all__ = ["TrainConfig", "train"]
@@ -82,8 +83,6 @@ def train(
     Raises:
         FloatingPointError: the loss became NaN or infinite. ArtifactError: the checkpoint belongs to another run.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     if len(images) < 2:
         raise ValueError(f"images: expected at least 2 to train on, got {len(images)}")
     device = config.torch_device()
@@ -100,14 +99,8 @@ def train(
         state.load(path, device)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     saved = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(),
-    )
     cuda = [device] if device.type == "cuda" else []
-    with Progress(*columns, disable=not progress, transient=True) as bar, torch.random.fork_rng(devices=cuda):
+    with step_bar(progress) as bar, torch.random.fork_rng(devices=cuda):
         task = bar.add_task(describe, total=total, completed=state.epoch * per_epoch)
         while state.epoch < config.epochs:
             torch.manual_seed(config.seed * 1_000_003 + state.epoch)

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fct.checks import check_flag, check_number, check_path, check_seed
 from fct.errors import ArtifactError
 from fct.files import atomic_path
+from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace, check_space
 from fct.training.config import FitConfig, resolve_config
 from fct.training.module import Scaling, TransformationModule, to_transformation
@@ -72,7 +73,7 @@ def fit_transformation(
             :class:`fct.training.config.FitConfig`.
         seed: same seed, same data and same machine give the same h.
         device: "auto" (a GPU where torch sees one), "cpu", "cuda", ...
-        progress: show a bar.
+        progress: show a bar on stderr, where that is a terminal or a notebook.
         old_space, new_space: whose vectors these are; by default named "old" and "new", normalised where every row
             given is of unit length. h's output is normalised where the new space is.
         side_model: the id of the model that made side_info.
@@ -271,11 +272,8 @@ class _Fit:
         checkpoint_seconds: float,
         on_epoch: Callable[[EpochReport], None] | None,
     ) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         saved = time.monotonic()
-        with Progress(*columns, disable=not progress, transient=True) as bar:
+        with step_bar(progress) as bar:
             task = bar.add_task("fitting h", total=self.config.epochs, completed=self.epoch)
             while self.epoch < self.config.epochs:
                 report = self._one_epoch()
