@@ -18,7 +18,16 @@ from fct import _C
 from fct.backfilling.job import BackfillError, Job, Journal
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
-from fct.checks import check_choice, check_flag, check_number, check_path, check_text, check_whole, shown
+from fct.checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_path,
+    check_positive,
+    check_text,
+    check_whole,
+    shown,
+)
 from fct.errors import FctError, SpaceMismatchError
 from fct.files import checksum_file
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
@@ -249,9 +258,7 @@ def resolve(
         check_text(old_model, "old_model", "the id of a model or None")
     # What goes into the job is Python's own: 1 and 1.0 are written differently, and numpy's numbers not at all.
     keep_side_info = check_flag(keep_side_info, "keep_side_info")
-    scale = check_number(scale, "scale", 0)
-    if scale == 0:
-        raise ValueError("scale: expected a positive number, got 0")
+    scale = check_positive(scale, "scale")
     shard_rows, batch_rows = (
         None if rows is None else check_whole(rows, name, 1)
         for rows, name in ((shard_rows, "shard_rows"), (batch_rows, "batch_rows"))
@@ -358,10 +365,6 @@ def resolve(
     return Resolved(job, reader, side, writer, journal, h, device, patience)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
 def _pick(h: Transformation, precision: str, device: str, backend: str | None, stored: Job | None) -> tuple[str, str]:
     """(backend, precision); "auto" means what the job in the destination was begun with, where there is one."""
     if stored is not None and stored.transformation == h.fingerprint and precision == "auto":
@@ -465,10 +468,8 @@ def plan_backfill(
     check_number(measure_seconds, "measure_seconds", 0)
     if price_per_hour is not None:
         check_number(price_per_hour, "price_per_hour", 0)
-    if upload_mb_per_s is not None and not (_is_number(upload_mb_per_s) and 0 < upload_mb_per_s < float("inf")):
-        raise ValueError(
-            f"upload_mb_per_s: expected a positive number of MB a second or None, got {shown(upload_mb_per_s)}"
-        )
+    if upload_mb_per_s is not None:
+        check_positive(upload_mb_per_s, "upload_mb_per_s", "a positive number of MB a second or None")
     h = load_transformation(transformation)
     quality = check_quality(h, pairs, min_gap_closed, min_recall)
     gate = quality.refusals if quality is not None else ()

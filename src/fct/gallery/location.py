@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fct.checks import check_path, shown
+from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError
 from fct.files import checksum_file, write_bytes
 
@@ -59,8 +59,7 @@ class Patience:
     def __post_init__(self) -> None:
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
             raise ValueError(f"retries: expected a number of further attempts, got {self.retries!r}")
-        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
-            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout!r}")
+        check_positive(self.timeout, "timeout", "a positive number of seconds")
 
     def ask(self, do: Callable[[], T], what: str, *, moves: int = 0) -> T:
         """``do()`` with these retries; moves: bytes."""

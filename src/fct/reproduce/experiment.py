@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fct.checks import check_choice
+from fct.checks import check_choice, check_positive
 from fct.training.config import FitConfig, resolve_config
 from fct.training.loop import TrainConfig
 from fct.training.side_info import METHODS
@@ -18,6 +18,7 @@ __all__ = ["DataPlan", "Experiment", "ModelPlan", "SidePlan", "experiment_names"
 
 _FOLDER = Path(__file__).parent / "experiments"
 _SETS = ("fashion-mnist", "cifar-100", "folder")
+_RATE = "a positive number (1.0e-3, not 1e-3, in YAML)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class ModelPlan:
         check_choice(self.loss, "loss", LOSSES)
         for name in ("image_size", "epochs", "dim", "batch_size"):
             _positive(name, getattr(self, name))
-        _number("lr", self.lr)
+        check_positive(self.lr, "lr", _RATE)
 
     def train_config(self, seed: int, device: str) -> TrainConfig:
         return TrainConfig(
@@ -86,7 +87,7 @@ class SidePlan:
         check_choice(self.method, "method", METHODS)
         for name in ("image_size", "epochs", "dim", "batch_size"):
             _positive(name, getattr(self, name))
-        _number("lr", self.lr)
+        check_positive(self.lr, "lr", _RATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +166,6 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
 def _positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a positive int, got {value!r}")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"{name}: expected a positive number (1.0e-3, not 1e-3, in YAML), got {value!r}")
 
 
 def experiment_names() -> list[str]:

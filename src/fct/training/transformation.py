@@ -23,6 +23,7 @@ from fct.files import atomic_path
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace, check_space
 from fct.training.config import FitConfig, resolve_config
+from fct.training.device import training_device
 from fct.training.module import Scaling, TransformationModule, to_transformation
 from fct.training.pairs import Pairs, check_pairs, split_pairs
 from fct.transformation import Tolerance, Transformation
@@ -114,7 +115,7 @@ def fit_transformation(
     train, held = _split(pairs, validation, seed)
     _check_space(old_space, train.old.d, "old_space")
     _check_space(new_space, train.new.d, "new_space")
-    target = _device(device)
+    target = training_device(device)
     sample = train.sample(_SCALING_SAMPLE, seed).loaded()
     old_space = old_space or _guess_space("old", sample[0])
     new_space = new_space or _guess_space("new", sample[2])
@@ -183,20 +184,6 @@ def _check_space(space: EmbeddingSpace | None, d: int, name: str) -> None:
 def _guess_space(model_id: str, rows: Any) -> EmbeddingSpace:
     unit = bool(np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-2))
     return EmbeddingSpace(model_id, int(rows.shape[1]), normalised=unit)
-
-
-def _device(device: str) -> torch.device:
-    if not isinstance(device, str):
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one that is there, got {device!r}, but torch sees no CUDA device")
-    return chosen
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
