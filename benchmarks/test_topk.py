@@ -192,8 +192,8 @@ def test_k(
 @pytest.mark.parametrize(("queries", "table"), [(100, "topk gallery"), (1, "topk one query")])
 @pytest.mark.parametrize("n", [10_000, 100_000, 1_000_000])
 def test_gallery_size(
-    n: int, queries: int, table: str, million: Any, faiss_settings: dict[str, str], folder: Path, threads: int, peaks: Peaks,
-    record: Callable[..., None],
+    n: int, queries: int, table: str, million: Any, faiss_settings: dict[str, str], folder: Path, threads: int,
+    peaks: Peaks, record: Callable[..., None],
 ) -> None:  # fmt: skip
     q, g = million[0][:queries], million[1][:n]
     fns = {OURS: ours(q, fct.prepare_gallery(g, metric="ip", threads=threads), 10, threads)}

@@ -200,7 +200,5 @@ def test_labels_out_of_range_are_named(images: tuple[Any, Any]) -> None:
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert TrainConfig(device="auto").torch_device().type == "cpu"
-    with pytest.raises(
-        ValueError, match="device: expected one that is there, got 'cuda', but torch sees no CUDA device"
-    ):
+    with pytest.raises(ValueError, match="device: expected one that is there, got 'cuda'"):
         TrainConfig(device="cuda").torch_device()
