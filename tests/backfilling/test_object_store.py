@@ -248,3 +248,14 @@ def test_retries_end_and_final_errors_are_not_retried() -> None:
     with pytest.raises(FileNotFoundError):
         with_retries(missing, "x", retries=2, first_wait=0.001)
     assert len(calls) == 4
+
+    class NoCredentialsError(Exception):
+        """As botocore calls it."""
+
+    def stranger() -> None:
+        calls.append(1)
+        raise NoCredentialsError("none found")
+
+    with pytest.raises(StoreError, match=r"x: none found; its keys are read from"):
+        with_retries(stranger, "x", retries=2, first_wait=0.001)
+    assert len(calls) == 5

@@ -307,7 +307,8 @@ def with_retries(
 ) -> T:
     """``do()``, again after 0.5, 1, 2, ... up to 60 s while it fails with what may pass: time-outs, 5xx, resets.
 
-    A missing file, a refused permission, a full disk and wrong content are final, and raised as they are.
+    A missing file, a refused permission, a full disk and wrong content are final, and raised as they are; missing
+    credentials are final too, and a StoreError.
 
     Args:
         timeout: seconds after which an attempt counts as failed; what it began is left to itself.
@@ -321,8 +322,11 @@ def with_retries(
         except _FINAL:
             raise
         except Exception as error:
-            if (isinstance(error, OSError) and error.errno in _FULL) or type(error).__name__ in _REFUSED:
+            if isinstance(error, OSError) and error.errno in _FULL:
                 raise
+            if type(error).__name__ in _REFUSED:
+                keys = "its keys are read from its own environment variables or configuration, or from storage options"
+                raise StoreError(f"{what}: {error}; {keys}") from error
             if attempt == retries:
                 times = {0: "once", 1: "twice"}.get(retries, f"{retries + 1} times")
                 raise StoreError(f"{what}: {error} (tried {times})") from error
