@@ -36,7 +36,7 @@ def fit(
 
     The arrays are read as memory maps, so they need not fit in memory.
 
-    Example: fct fit --old old.npy --side-info side.npy --new new.npy --out h.safetensors
+    Example: fct fit --old old.npy --side-info side.npy --new new.npy --out h.safetensors --old-model mobile-1
     """
     from fct.files import refuse_existing
     from fct.spaces import check_metric
