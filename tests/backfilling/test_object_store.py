@@ -158,7 +158,7 @@ def test_the_command_line_takes_storage_options_and_keeps_them_to_itself(
     # They are no part of the job: with another key the same backfill goes on.
     fs.rm("bucket/new/_fct/done/00000001.json")
     code, words = run("backfill", *job, "--no-progress", "--storage-option", "token=another")
-    assert (code, "1 shards done, 1 kept" in words) == (0, True), words
+    assert (code, "1 shard done, 1 kept" in words) == (0, True), words
     code, words = run("verify", new, options=False)  # without them there are no keys
     assert (code, "redentials" in words) == (1, True), words
     wrong = [
