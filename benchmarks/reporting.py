@@ -114,6 +114,10 @@ def plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     return written
 
 
+# field of a row -> what its axis is called; other fields by their own name
+_AXES = {"d": "dimensions", "inner": "inner width", "gallery": "rows in the gallery", "ms": "milliseconds"}
+
+
 def _style(name: str) -> dict[str, Any]:
     return {"linewidth": 2} if name.startswith("fct") else {"linestyle": "--", "linewidth": 1}
 
@@ -133,11 +137,14 @@ def _lines(x: str, y: str, series: str, title: str, by: str | None = None) -> An
                 lines.setdefault(name, []).append((row[x], row[y]))
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name, **_style(name))
-        axes.set(xscale="log", yscale="log", xlabel=x.replace("_", " "), ylabel=y.replace("_per_s", " a second"))
+        axes.set(
+            xscale="log", yscale="log", xlabel=_AXES.get(x, x), ylabel=_AXES.get(y, y.replace("_per_s", " a second"))
+        )
         axes.set_title(title, fontsize=10)
         ticks = sorted({row[x] for row in mine})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.tick_params(axis="y", which="both", labelsize=8)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         figure.savefig(path, dpi=120)
@@ -146,13 +153,18 @@ def _lines(x: str, y: str, series: str, title: str, by: str | None = None) -> An
     return draw
 
 
+def peaks_of(machine: str, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The peaks by name, of this machine alone: tables are measured one by one, the last one may be another's."""
+    return {row["what"]: row for row in rows if row["table"] == "peaks" and row["context"]["machine"] == machine}
+
+
 def _roofline(mine: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Attained GFLOP/s of everybody under the machine's roofs: colour is precision, the marker who it is. The
     abscissa is operations per byte of a batch's inputs, outputs and one reading of the weights."""
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    peaks = {row["what"]: row for row in rows if row["table"] == "peaks"}
+    peaks = peaks_of(mine[0]["context"]["machine"], rows)
     reads = {
         name: next((row["gb_per_s"] for what, row in peaks.items() if what.startswith(name)), None)
         for name in ("memory", "cache")

@@ -33,8 +33,11 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
-def test_the_promised_commands_are_there() -> None:
-    assert {"quickstart", "fit", "info"} <= set(COMMANDS)
+def test_the_commands_stand_in_the_order_of_an_upgrade() -> None:
+    assert list(COMMANDS) == [
+        "quickstart", "train-side-info", "fit", "evaluate", "plan", "backfill", "verify", "transform", "export",
+        "reproduce", "info", "doctor", "bench",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -69,6 +72,7 @@ def test_a_missing_option_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(["fit", "--old", "a.npy"], capsys)
     assert code == 2
     assert "--new" in err or "--out" in err
+    assert err.endswith("(see fct fit --help)\n")
     assert err.count("\n") == 1
 
 
@@ -76,6 +80,7 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(["upgrade"], capsys)
     assert code == 2
     assert "upgrade" in err
+    assert err.endswith("(see fct --help)\n")
 
 
 def fit_args(tmp_path: Path) -> list[str]:
@@ -92,6 +97,8 @@ def test_fit_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     code, out, err = run(words, capsys)
     assert (code, err) == (0, "")
     assert "h.safetensors" in out
+    assert out.startswith("Transformation(")  # where nobody watches, no bar leaves a line
+    assert "on 2 held-out pairs, best epoch" in out
     h = fct.Transformation.load(tmp_path / "h.safetensors")
     assert (h.d_old, h.d_side, h.d_new) == (6, 4, 5)
     assert (h.old_space.model_id, h.new_space.model_id, h.new_space.metric) == ("mobile-1", "resnet-2", "cosine")

@@ -67,6 +67,17 @@ def test_the_transformation(
     assert (tmp_path / "report" / "gpu-transform.png").exists()
 
 
+def test_roofs_are_those_of_the_machine_that_was_measured(benchmark_code: Any) -> None:
+    import reporting
+
+    rows = [
+        {"table": table, "what": "fp32", "gflops": gflops, "context": {"machine": machine}}
+        for table, gflops, machine in (("peaks", 500, "new"), ("peaks", 200, "old"), ("transform", 450, "new"))
+    ]
+    assert [row["gflops"] for row in reporting.peaks_of("new", rows).values()] == [500]
+    assert reporting.peaks_of("another", rows) == {}
+
+
 def test_a_wrong_result_is_not_timed(benchmark_code: Any, monkeypatch: pytest.MonkeyPatch, record: Any) -> None:
     run = backend.TritonTransform.run
 

@@ -182,3 +182,12 @@ def test_cli(case: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> No
         main([*arguments[:-1], f"{tmp_path}/g.parquet:label"])
     assert failed.value.code == 1
     assert "--gallery-labels: expected a column of" in capsys.readouterr().err
+    for labels, message in (
+        ("g.parquet", "expected a column of {}/g.parquet (e, y), got none; write FILE:COLUMN"),
+        ("none.parquet:y", "expected a .parquet file, found none at {}/none.parquet"),
+        ("none.npy", "expected a .npy file, found none at {}/none.npy"),
+    ):
+        with pytest.raises(SystemExit) as failed:
+            main([*arguments[:-1], f"{tmp_path}/{labels}"])
+        assert failed.value.code == 1
+        assert f"--gallery-labels: {message.format(tmp_path)}" in capsys.readouterr().err

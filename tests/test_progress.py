@@ -99,6 +99,20 @@ def test_an_exception_in_the_bar_comes_out(x: Any) -> None:
         chosen.run(dispatch.packed(chosen, h, "fp32", "cpu"), g, g, out, threads=1, report=broken)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_of_steps_is_drawn_on_stderr_where_somebody_watches(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    with progress.step_bar(True) as bar:
+        assert list(bar.track(range(3), description="steps")) == [0, 1, 2]
+    out, err = capsys.readouterr()
+    assert (out, "steps" in err, err == "") == ("", terminal, not terminal)
+    with progress.step_bar(False) as bar:
+        assert list(bar.track(range(3), description="steps")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
 CALLS = """
 import sys, numpy as np, fct
 from fct import progress

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fct import _C
+from fct.checks import check_choice
 
 __all__ = [
     "DTYPES",
@@ -146,9 +147,7 @@ class Rows:
 
 
 def check_dtype(dtype: str, name: str = "dtype") -> str:
-    if dtype not in DTYPES:
-        raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    return dtype
+    return check_choice(dtype, name, DTYPES)
 
 
 def _is_torch(x: Any) -> bool:

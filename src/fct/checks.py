@@ -14,6 +14,7 @@ __all__ = [
     "check_flag",
     "check_number",
     "check_path",
+    "check_positive",
     "check_seed",
     "check_text",
     "check_whole",
@@ -75,6 +76,14 @@ def check_number(value: Any, name: str, least: float) -> float:
     fits = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not fits or not np.isfinite(float(value)) or value < least:
         raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {value!r}")
+    return float(value)
+
+
+def check_positive(value: Any, name: str, what: str = "a positive number") -> float:
+    """``value`` as a float; raises ValueError unless it is a finite number above 0. what: for the message."""
+    fits = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not fits or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected {what}, got {shown(value)}")
     return float(value)
 
 

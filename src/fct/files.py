@@ -72,14 +72,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool, name: str = "output") -> Path:
-    """``path`` as a Path; raises FileExistsError when it is there (a folder: with anything in it) and may not go."""
+def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool | None, name: str = "output") -> Path:
+    """``path`` as a Path; raises FileExistsError when it is there (a folder: with anything in it) and may not go.
+
+    overwrite: None where the caller has no such choice.
+    """
     target = check_path(path, name)
     if "://" in os.fspath(path):
         raise ValueError(f"{name}: expected a path of this machine, got {path}")
     occupied = any(target.iterdir()) if target.is_dir() else target.exists()
     if occupied and not overwrite:
-        raise FileExistsError(f"{name}: {target} exists; choose another place or pass --overwrite (overwrite=True)")
+        choice = "" if overwrite is None else " or pass --overwrite (overwrite=True)"
+        raise FileExistsError(f"{name}: {target} exists; choose another place{choice}")
     return target
 
 

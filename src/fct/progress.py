@@ -1,4 +1,4 @@
-"""A bar on stderr for calls that last: nothing is shown, or loaded, before."""
+"""Bars on stderr: for calls that last, of which nothing is shown, or loaded, before; and for work of many steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from fct.checks import check_flag
 
-__all__ = ["LongCall", "Report"]
+__all__ = ["LongCall", "Report", "step_bar"]
 
 Report = Callable[[float], None]  # told the share that is done, 0 to 1
 
@@ -63,11 +63,9 @@ class LongCall:
         if stream is None or stream.closed or not stream.isatty() or not _shown.acquire(blocking=False):
             return False
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         # Drawn when told, by the calling thread; the kernels tell every 100 ms.
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+        self._bar = _bar(Console(stderr=True), auto_refresh=False)
         self._task = self._bar.add_task("", total=1.0)
         self._bar.start()
         return True
@@ -80,3 +78,21 @@ class LongCall:
         finally:
             self._bar = None
             _shown.release()
+
+
+def step_bar(show: bool) -> Any:
+    """A ``rich.progress.Progress`` on stderr for work of many steps, from the first one on.
+
+    Nothing is drawn without ``show``, nor where stderr is neither a terminal nor a notebook.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return _bar(console, disable=not (show and (console.is_terminal or console.is_jupyter)))
+
+
+def _bar(console: Any, **how: Any) -> Any:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, **how)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fct.checks import check_flag
+from fct.checks import check_choice, check_flag
 from fct.errors import SpaceMismatchError
 
 __all__ = ["METRICS", "EmbeddingSpace", "check_metric", "check_space"]
@@ -16,9 +16,7 @@ METRICS = ("l2", "ip", "cosine")
 
 def check_metric(metric: str, name: str = "metric") -> str:
     """``metric`` itself; raises ValueError unless it is one of "l2", "ip", "cosine"."""
-    if not isinstance(metric, str) or metric not in METRICS:
-        raise ValueError(f"{name}: expected one of {', '.join(METRICS)}, got {metric!r}")
-    return metric
+    return check_choice(metric, name, METRICS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,16 @@ def test_from_plan_to_verify(gallery: Make, h: fct.Transformation, tmp_path: Pat
     np.savez(tmp_path / "bad.npz", old=old, side=side, new=rng.standard_normal((50, D_NEW), dtype=np.float32))
     gate = ("--pairs", tmp_path / "bad.npz", "--min-recall", 0.9)
 
-    code, out, _ = run("plan", source, new, "-t", path, "--threshold", 1.0, "--price-per-hour", 2)
+    scores = fct.plan_backfill(source, new, h, measure_seconds=0.01).scores
+    assert scores is not None
+    inside, outside = round(scores.old[3], 3), round(2 * scores.old[-1], 3)
+    code, out, _ = run("plan", source, new, "-t", path, "--threshold", inside, "--price-per-hour", 2)
     assert code == 0
-    for words in ("3,000 rows in 2 shards", "binds", "reading", "per billion rows", "an old threshold of 1 maps to"):
+    maps = f"an old threshold of {inside:g} maps to about"
+    for words in ("3,000 rows in 2 shards", "binds", "reading", "per billion rows", maps):
         assert words in out
+    code, out, _ = run("plan", source, new, "-t", path, "--threshold", outside)
+    assert (code, f"an old threshold of {outside:g} is outside these old scores" in out) == (0, True)
     code, out, _ = run("plan", source, new, "-t", path, *gate)
     assert (code, "refused: quality gate: recall@10 is" in out) == (3, True)
     code, out, _ = run("backfill", source, new, "-t", path, *gate)

@@ -14,11 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 import fct
 from fct.backfilling.job import BackfillError
-from tests.backfilling.conftest import QUICK, contents
+from fct.backfilling.single import transform_file
+from fct.gallery.base import Piece, Source
+from tests.backfilling.conftest import D_NEW, D_OLD, QUICK, contents
 
 Make = Callable[..., Path]
 
@@ -279,3 +283,42 @@ def test_a_store_that_never_answers(
     report = fct.backfill("s3://unwell/old", "s3://unwell/new", h, **how)
     assert (report.rows_out, report.shards_kept > 0) == (1500, when != "opening")
     assert fct.verify_gallery("s3://unwell/new", storage_options=options).ok
+
+
+class Silent(Source):
+    """A store that can be opened and never answers a read; counts how often it was asked."""
+
+    kind, url, schema, transient = "silent", "silent:old", pa.schema({"vector": pa.list_(pa.float32(), D_OLD)}), True
+    space = fct.EmbeddingSpace("random-old", D_OLD)
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def pieces(self) -> list[Piece]:
+        return [Piece("all", 100, 0, "")]
+
+    def read(self, piece: Piece, start: int, rows: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
+        self.asked += 1
+        raise ConnectionError("no answer")
+        yield
+
+
+@pytest.mark.parametrize("what", ["transform", "upgrading"])
+def test_every_reader_retries_as_often_as_was_asked_for(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fct.gallery import location
+
+    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)
+    h, source = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=16, side_info=False), Silent()
+
+    def read() -> None:
+        if what == "transform":
+            transform_file(source, tmp_path / "new.npy", h, retries=1)
+        else:
+            live = fct.UpgradingGallery(source, tmp_path / "new", h, format="npy", retries=1)
+            live.topk(np.zeros((1, D_NEW), np.float32), 3)
+
+    with pytest.raises(location.StoreError, match=r"no answer \(tried twice\)"):
+        read()
+    assert source.asked == 2

@@ -158,7 +158,7 @@ def test_the_command_line_takes_storage_options_and_keeps_them_to_itself(
     # They are no part of the job: with another key the same backfill goes on.
     fs.rm("bucket/new/_fct/done/00000001.json")
     code, words = run("backfill", *job, "--no-progress", "--storage-option", "token=another")
-    assert (code, "1 shards done, 1 kept" in words) == (0, True), words
+    assert (code, "1 shard done, 1 kept" in words) == (0, True), words
     code, words = run("verify", new, options=False)  # without them there are no keys
     assert (code, "redentials" in words) == (1, True), words
     wrong = [
@@ -248,3 +248,14 @@ def test_retries_end_and_final_errors_are_not_retried() -> None:
     with pytest.raises(FileNotFoundError):
         with_retries(missing, "x", retries=2, first_wait=0.001)
     assert len(calls) == 4
+
+    class NoCredentialsError(Exception):
+        """As botocore calls it."""
+
+    def stranger() -> None:
+        calls.append(1)
+        raise NoCredentialsError("none found")
+
+    with pytest.raises(StoreError, match=r"x: none found; its keys are read from"):
+        with_retries(stranger, "x", retries=2, first_wait=0.001)
+    assert len(calls) == 5

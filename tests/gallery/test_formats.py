@@ -364,6 +364,11 @@ def test_bulk_files_hold_every_row(tmp_path: Path, rng: np.random.Generator) -> 
     assert (fields, size, key, length, dim, zero) == (2, 8, 7, 24, 5, 0)
     np.testing.assert_array_equal(np.frombuffer(data[41:61], ">f4"), values[0])
     assert len(data) == 19 + 50 * (22 + 20) + 2
+    with pytest.raises(FileExistsError, match=r"p exists; choose another place$"):  # there is no overwriting here
+        export_bulk(folder, tmp_path / "p", "pgvector")
+    pq.write_table(table.rename_columns(["id", "old", "tag"]), folder / "a.parquet")
+    with pytest.raises(ValueError, match=r"expected one that fct wrote, .* or a column 'vector', got id, old, tag"):
+        export_bulk(folder, tmp_path / "other", "pgvector")
 
 
 @pytest.mark.parametrize("payload", [False, True])

@@ -195,3 +195,10 @@ def test_bad_side_info_input_is_named(images: tuple[Any, Any], arguments: dict[s
 def test_labels_out_of_range_are_named(images: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="labels: expected values from 0 to 2, got 0 to 3"):
         train_supervised(*images, classes=3, config=QUICK, progress=False)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert TrainConfig(device="auto").torch_device().type == "cpu"
+    with pytest.raises(ValueError, match="device: expected one that is there, got 'cuda'"):
+        TrainConfig(device="cuda").torch_device()

@@ -188,3 +188,5 @@ def test_config_refuses_nonsense() -> None:
         FitConfig(epochs=0)
     with pytest.raises(ValueError, match="lr: expected a positive number, got -1"):
         FitConfig(lr=-1)
+    with pytest.raises(ValueError, match="lr: expected a positive number, got 'fast'"):
+        FitConfig(lr="fast")  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,18 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fct import _C
 from fct.backfilling.job import BackfillError, Job, Journal
-from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardReader
+from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
-from fct.checks import check_choice, check_flag, check_number, check_path, check_text, check_whole, shown
+from fct.checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_path,
+    check_positive,
+    check_text,
+    check_whole,
+    shown,
+)
 from fct.errors import FctError, SpaceMismatchError
 from fct.files import checksum_file
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
@@ -102,6 +111,29 @@ class Resolved:
     h: Transformation
     device: str
     patience: Patience
+
+    def mapper(self, job: Job, *, threads: int | None = None) -> RowMapper:
+        """What maps the rows of ``job``: this one, or one that was cut, or stored, otherwise."""
+        return RowMapper(job, self.source.schema, self.h, threads=threads, device=self.device)
+
+    def reader(self, job: Job) -> ShardReader:
+        """What reads the rows of ``job``, a store over a network as patiently as was asked for."""
+        return ShardReader(job, self.source, self.side, self.patience)
+
+    def pipeline(self, job: Job, *, threads: int | None, on_rows: Callable[[int], None] | None = None) -> ShardPipeline:
+        """What takes the shards of ``job`` from the source to the destination."""
+        return ShardPipeline(
+            job,
+            self.source,
+            self.side,
+            self.destination,
+            self.journal,
+            self.h,
+            threads=threads,
+            device=self.device,
+            patience=self.patience,
+            on_rows=on_rows,
+        )
 
 
 def load_transformation(transformation: Any) -> Transformation:
@@ -226,9 +258,7 @@ def resolve(
         check_text(old_model, "old_model", "the id of a model or None")
     # What goes into the job is Python's own: 1 and 1.0 are written differently, and numpy's numbers not at all.
     keep_side_info = check_flag(keep_side_info, "keep_side_info")
-    scale = check_number(scale, "scale", 0)
-    if scale == 0:
-        raise ValueError("scale: expected a positive number, got 0")
+    scale = check_positive(scale, "scale")
     shard_rows, batch_rows = (
         None if rows is None else check_whole(rows, name, 1)
         for rows, name in ((shard_rows, "shard_rows"), (batch_rows, "batch_rows"))
@@ -335,10 +365,6 @@ def resolve(
     return Resolved(job, reader, side, writer, journal, h, device, patience)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
 def _pick(h: Transformation, precision: str, device: str, backend: str | None, stored: Job | None) -> tuple[str, str]:
     """(backend, precision); "auto" means what the job in the destination was begun with, where there is one."""
     if stored is not None and stored.transformation == h.fingerprint and precision == "auto":
@@ -442,15 +468,11 @@ def plan_backfill(
     check_number(measure_seconds, "measure_seconds", 0)
     if price_per_hour is not None:
         check_number(price_per_hour, "price_per_hour", 0)
-    if upload_mb_per_s is not None and not (_is_number(upload_mb_per_s) and 0 < upload_mb_per_s < float("inf")):
-        raise ValueError(
-            f"upload_mb_per_s: expected a positive number of MB a second or None, got {shown(upload_mb_per_s)}"
-        )
+    if upload_mb_per_s is not None:
+        check_positive(upload_mb_per_s, "upload_mb_per_s", "a positive number of MB a second or None")
     h = load_transformation(transformation)
-    quality = check_quality(h, pairs, min_gap_closed, min_recall) if pairs is not None else None
+    quality = check_quality(h, pairs, min_gap_closed, min_recall)
     gate = quality.refusals if quality is not None else ()
-    if pairs is None and (min_gap_closed is not None or min_recall is not None):
-        raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
     try:
         found = resolve(source, destination, h, **options)
     except FctError as error:
@@ -468,7 +490,7 @@ def plan_backfill(
     if free is not None and free < bytes_out:
         refusals.append(f"destination: {bytes_out} bytes are needed, {free} are free")
 
-    mapper = RowMapper(job, found.source.schema, h, threads=threads, device=found.device)
+    mapper = found.mapper(job, threads=threads)
     sample: list[tuple[Any, Any]] = []
     try:
         sample = list(sampled(found, sample_rows))
@@ -558,7 +580,7 @@ class _Pace:
 
 def _measure_reading(pace: _Pace, found: Resolved, mapper: RowMapper, seconds: float) -> None:
     """Rows as the backfill reads them, with the checksum of what was read."""
-    reader, rows = ShardReader(found.job, found.source, found.side), 0
+    reader, rows = found.reader(found.job), 0
     wall, cpu = time.perf_counter(), time.process_time()
     for shard in found.job.shards:
         for batch, side in reader.batches(shard):
@@ -608,7 +630,7 @@ def sampled(found: Resolved, rows: int) -> Iterator[tuple[pa.RecordBatch, pa.Rec
     chosen = [shards[i] for i in sorted({int(x) for x in np.linspace(0, len(shards) - 1, min(8, len(shards)))})]
     each = max(1, rows // len(chosen))
     # One batch a run: no more is decoded than is looked at.
-    reader = ShardReader(replace(found.job, batch_rows=each), found.source, found.side, found.patience)
+    reader = found.reader(replace(found.job, batch_rows=each))
     for shard in chosen:
         yield reader.head(shard, each)
 
@@ -626,7 +648,7 @@ def refuse_misfit(found: Resolved, *, threads: int | None = None) -> None:
 
     One row that can is enough, so that of most galleries only the first run is read.
     """
-    mapper = RowMapper(found.job, found.source.schema, found.h, threads=threads, device=found.device)
+    mapper = found.mapper(found.job, threads=threads)
     first, rejects = None, []
     for batch, side in sampled(found, SAMPLE_ROWS):
         _, bad = mapper(batch, side, 0)

@@ -90,11 +90,18 @@ def _pairs(pairs: Any, h: Transformation) -> dict[str, Any]:
     return dict(pairs)
 
 
-def check_quality(h: Transformation, pairs: Any, min_gap_closed: float | None, min_recall: float | None) -> Quality:
-    """Measures h on held-out pairs and compares with the limits; ``refusals`` says which it misses."""
+def check_quality(
+    h: Transformation, pairs: Any, min_gap_closed: float | None, min_recall: float | None
+) -> Quality | None:
+    """Measures h on held-out pairs and compares with the limits; ``refusals`` says which it misses. None where there
+    are neither pairs nor limits."""
     for limit, name in ((min_gap_closed, "min_gap_closed"), (min_recall, "min_recall")):
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float, np.floating))):
             raise ValueError(f"{name}: expected a share or None, got {shown(limit)}")
+    if pairs is None:
+        if min_gap_closed is not None or min_recall is not None:
+            raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
+        return None
     data = _pairs(pairs, h)
     old, new = np.asarray(data["old"], np.float32), np.asarray(data["new"], np.float32)
     mapped = transform_batch(old, data.get("side") if h.uses_side_info else None, h, progress=False)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fct.backfilling.job import BackfillError, Job, Marker
-from fct.backfilling.pipeline import ShardPipeline
 from fct.backfilling.plan import Resolved
 from fct.gallery.base import Shard
 
@@ -27,17 +26,7 @@ class _Worker:
     """What an actor is: a pipeline, fed shard by shard from several calls at once."""
 
     def __init__(self, found: Resolved, job: Job, threads: int) -> None:
-        self._pipeline = ShardPipeline(
-            job,
-            found.source,
-            found.side,
-            found.destination,
-            found.journal,
-            found.h,
-            threads=threads,
-            device=found.device,
-            patience=found.patience,
-        )
+        self._pipeline = found.pipeline(job, threads=threads)
 
     def ready(self) -> bool:
         return True

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fct.backfilling.job import BackfillError, Job, Journal, Marker, QualityGateError, RejectLimitError
-from fct.backfilling.pipeline import RowMapper, ShardPipeline, ShardReader, output_schema
+from fct.backfilling.pipeline import RowMapper, output_schema
 from fct.backfilling.plan import Resolved, occupied, refuse_misfit, resolve
 from fct.backfilling.quality import check_quality
 from fct.checks import check_flag, check_text, check_whole
@@ -102,12 +102,9 @@ def backfill(
     check_flag(trust_sizes, "trust_sizes")
     check_flag(progress, "progress")
     found = resolve(source, destination, transformation, **options)
-    if pairs is not None:
-        quality = check_quality(found.h, pairs, min_gap_closed, min_recall)
-        if quality.refusals:
-            raise QualityGateError("; ".join(quality.refusals))
-    elif min_gap_closed is not None or min_recall is not None:
-        raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
+    quality = check_quality(found.h, pairs, min_gap_closed, min_recall)
+    if quality is not None and quality.refusals:
+        raise QualityGateError("; ".join(quality.refusals))
     journal = found.journal
     if not journal.marked():  # else it was looked at when it was begun
         refuse_misfit(found, threads=threads)
@@ -211,7 +208,7 @@ def _check_stamps(found: Resolved, stored: Job, say: Callable[[str], None]) -> N
             continue
         names = ", ".join(old[i].name for i in sorted(changed)[:3])
         say(f"{what}: {names} has another time stamp; comparing its rows with what was done from it")
-        mapper = RowMapper(stored, found.source.schema, found.h, threads=None, device=found.device)
+        mapper = found.mapper(stored)
         for number in found.journal.marked():
             marker = found.journal.marker(number)
             if marker is None or number >= len(stored.shards):
@@ -239,7 +236,7 @@ def input_checksum(found: Resolved, job: Job, shard: Shard, mapper: RowMapper) -
     from fct import _C
 
     digest = _C.Xxh64()
-    for batch, side in ShardReader(job, found.source, found.side).batches(shard):
+    for batch, side in found.reader(job).batches(shard):
         mapper.digest(batch, side, digest)
     return f"{digest.digest():016x}"
 
@@ -266,18 +263,7 @@ def _check_rejects(rejects: int, limit: int | None, journal: Journal) -> None:
 
 
 def _run_here(found: Resolved, job: Job, todo: list[Shard], *, threads: int | None, bar: Bar) -> Iterator[Marker]:
-    pipeline = ShardPipeline(
-        job,
-        found.source,
-        found.side,
-        found.destination,
-        found.journal,
-        found.h,
-        threads=threads,
-        device=found.device,
-        patience=found.patience,
-        on_rows=bar.advance,
-    )
+    pipeline = found.pipeline(job, threads=threads, on_rows=bar.advance)
     under_way: set[Future[Marker]] = set()
     left = list(reversed(todo))
     try:

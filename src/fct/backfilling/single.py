@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fct.backfilling.job import BackfillError, cut_shards
-from fct.backfilling.pipeline import RowMapper, ShardReader
 from fct.backfilling.plan import resolve
 from fct.checks import check_flag
 from fct.files import refuse_existing
@@ -42,8 +41,7 @@ def transform_file(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         found = resolve(old, folder, transformation, format=_FORMATS[target.suffix], **options)
         job = found.job
-        mapper = RowMapper(job, found.source.schema, found.h, threads=threads, device=found.device)
-        reader = ShardReader(job, found.source, found.side)
+        mapper, reader = found.mapper(job, threads=threads), found.reader(job)
 
         def rows() -> Batches:
             for shard in cut_shards(job.pieces, job.shard_rows):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from fct.backfilling.pipeline import RowMapper, ShardReader
 from fct.backfilling.plan import resolve
 from fct.backfilling.verify import rejected_rows
 from fct.checks import check_whole
@@ -69,8 +68,7 @@ class UpgradingGallery:
                 f"destination: {found.job.destination} holds another backfill: {stored.differences(found.job)[0]}"
             )
         self._found, self._job = found, stored or found.job
-        self._mapper = RowMapper(self._job, found.source.schema, found.h, threads=threads, device=found.device)
-        self._reader = ShardReader(self._job, found.source, found.side)
+        self._mapper, self._reader = found.mapper(self._job, threads=threads), found.reader(self._job)
         self._writer = found.destination
         self._cache: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
         self._cache_bytes = cache_bytes

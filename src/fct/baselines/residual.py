@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fct.baselines.linear import fit_ridge
+from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace
 from fct.training.config import FitConfig
 from fct.transformation import Layer, Transformation
@@ -39,7 +40,6 @@ def fit_residual(
         4
     """
     import torch
-    from rich.progress import track
 
     from fct import ref
     from fct.training.pairs import check_pairs
@@ -58,14 +58,15 @@ def fit_residual(
         )
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
-    for epoch in track(range(config.epochs), "fitting the residual MLP", disable=not progress, transient=True):
-        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
-        for index in order.split(config.batch_size):
-            loss = torch.nn.functional.mse_loss(model(inputs[index]), rest[index] / unit)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        schedule.step()
+    with step_bar(progress) as bar:
+        for epoch in bar.track(range(config.epochs), description="fitting the residual MLP"):
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
+            for index in order.split(config.batch_size):
+                loss = torch.nn.functional.mse_loss(model(inputs[index]), rest[index] / unit)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            schedule.step()
     w1, b1, w2, b2 = (p.detach().double().numpy() for p in model.parameters())
     w1 = w1 / scale
     return Transformation(

@@ -50,32 +50,6 @@ def _root(
     """
 
 
-@app.command()
-def info() -> None:
-    """Show what was built, what runs here, and why not.
-
-    Example: fct info
-    """
-    from rich.table import Table
-
-    from fct.info import build_info
-
-    facts = build_info()
-    console.print(f"fct {facts['version']}, Python {facts['python']}, {facts['platform']}, {facts['threads']} threads")
-    table = Table("backend", "device", "runs", "why not")
-    for name, state in facts["backends"].items():
-        table.add_row(name, state["device"], "yes" if state["runs"] else "no", escape("; ".join(state["why_not"])))
-    console.print(table)
-    table = Table("search", "device", "runs", "why not", "proved there")
-    for name, state in facts["searches"].items():
-        proved = "; ".join(f"{what}: {verdict or 'right'}" for what, verdict in state["proved"].items())
-        why = escape("; ".join(state["why_not"]))
-        table.add_row(name, state["device"], "yes" if state["runs"] else "no", why, escape(proved))
-    console.print(table)
-    if facts["cuda_build"]:
-        console.print(f"CUDA kernels: {escape(facts['cuda_build'])}")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs a command and leaves with its exit code; errors are one line on stderr, a traceback only with --debug.
 
@@ -98,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         if hasattr(error, "format_message"):  # typer's own: bad usage
             if message := error.format_message():
-                _say(f"{message} (see fct --help)")
+                context = getattr(error, "ctx", None)
+                _say(f"{message} (see {context.command_path if context else 'fct'} --help)")
             sys.exit(getattr(error, "exit_code", 2))
         _say(_one_line(error))
         sys.exit(1)

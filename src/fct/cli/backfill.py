@@ -12,25 +12,36 @@ from fct.cli.app import app, console
 _Source = Annotated[str, typer.Argument(help="Old gallery: folder, glob, file, .lance dataset, or URL (s3://...).")]
 _Destination = Annotated[str, typer.Argument(help="New gallery: a folder or a .lance dataset that need not exist.")]
 _H = Annotated[str, typer.Option("--transformation", "-t", help="h, a .safetensors file.")]
-_Side = Annotated[str | None, typer.Option(help="Side-information in a gallery of its own, row by row.")]
-_Vector = Annotated[str, typer.Option(help="Column of the old vectors.")]
-_SideColumn = Annotated[str, typer.Option(help="Column of the side-information.")]
-_Id = Annotated[str, typer.Option(help="Column of the ids, named in rejects/.")]
-_OldModel = Annotated[str | None, typer.Option(help="Which model made the old vectors, where the gallery is silent.")]
+_Side = Annotated[
+    str | None, typer.Option(help="Gallery of the side-information, where it is no column: its rows in the same order.")
+]
+_Vector = Annotated[
+    str, typer.Option(help="Column of the old vectors; auto: the only one, or the one named as docs/galleries.md says.")
+]
+_SideColumn = Annotated[str, typer.Option(help="Column of the side-information; auto: side, side_info, ...")]
+_Id = Annotated[str, typer.Option(help="Column of the ids, which rejects/ names; auto: id, _id, pk, key or uid.")]
+_OldModel = Annotated[
+    str | None, typer.Option(help="Id of the model that made the old vectors, where the gallery does not say it.")
+]
 _Format = Annotated[str, typer.Option(help="npy, bin, parquet, arrow or lance; auto: the source's.")]
 _VectorFormat = Annotated[str, typer.Option(help="Parquet and Arrow: fixed_size_list, list or binary.")]
 _Dtype = Annotated[str, typer.Option(help="float32 or float16; auto: the source's.")]
 _BinaryDtype = Annotated[str, typer.Option(help="What binary columns hold: float32 or float16.")]
-_Scale = Annotated[float, typer.Option(help="Old vectors are multiplied by this: 8-bit galleries' step.")]
+_Scale = Annotated[float, typer.Option(help="Old vectors are multiplied by this: the step of an 8-bit gallery.")]
 _Precision = Annotated[str, typer.Option(help="fp32, bf16, int8, or auto: the fastest that h allows.")]
 _Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-_Backend = Annotated[str | None, typer.Option(help="Force one: cpu, torch, triton, cuda, ref; it runs or says why.")]
+_Backend = Annotated[
+    str | None,
+    typer.Option(
+        help="Force one: cpu, torch, triton, cuda, ref; it runs or says why not. triton, cuda: with --device cuda."
+    ),
+]
 _Threads = Annotated[int | None, typer.Option(help="CPU threads; by default all.")]
 _Pairs = Annotated[str | None, typer.Option(help="Held-out pairs, .npz with old, side, new and perhaps labels.")]
 _MinGap = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this share of the mAP gap closed.")]
 _MinRecall = Annotated[float | None, typer.Option(help="Refuse (exit code 3) below this recall@10.")]
-_ShardRows = Annotated[int | None, typer.Option(help="Rows of a shard; by default about 128 MB.")]
-_BatchRows = Annotated[int | None, typer.Option(help="Rows in flight at once; by default about 64 MB.")]
+_ShardRows = Annotated[int | None, typer.Option(help="Rows of a shard; by default as many as take about 128 MB.")]
+_BatchRows = Annotated[int | None, typer.Option(help="Rows mapped at once; by default as many as take about 64 MB.")]
 _Retries = Annotated[int, typer.Option(help="Further attempts, with back-off, where a store may have failed.")]
 _Timeout = Annotated[float, typer.Option(help="Seconds to wait for a store's answer, and 1 more per MB moved.")]
 _KeepSide = Annotated[bool, typer.Option("--keep-side-info", help="Keep the side-information column.")]
@@ -90,16 +101,23 @@ def plan(
     batch_rows: _BatchRows = None,
     keep_side_info: _KeepSide = False,
     workers: Annotated[int, typer.Option(help="Machines like this one, for the prediction.")] = 1,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one machine, for the cost.")] = None,
-    upload_mb_per_s: Annotated[float | None, typer.Option(help="MB/s that one machine uploads.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="A score threshold of the old space, to be mapped.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="What one machine costs, in your currency.")] = None,
+    upload_mb_per_s: Annotated[
+        float | None, typer.Option(help="10^6 bytes a second that one machine uploads; a plan can not measure it.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="A score threshold of the old space; the plan says which one of the new space answers to it."
+        ),
+    ] = None,
     storage_option: _StorageOption = None,
     retries: _Retries = 6,
     timeout: _Timeout = 60.0,
 ) -> None:
     """Say what a backfill would do, how long it takes and what it would refuse. The destination is not touched.
 
-    Example: fct plan gallery/ new-gallery/ --transformation h.safetensors --price-per-hour 2.5
+    Example: fct plan gallery/ new-gallery/ -t h.safetensors --old-model mobile-1 --price-per-hour 2.5
     """
     from fct.backfilling.plan import plan_backfill
 
@@ -147,7 +165,7 @@ def _show_plan(found: Any, threshold: float | None) -> None:
 
     if found.job is not None:
         free = "" if found.free_bytes is None else f", {found.free_bytes / 1e9:,.1f} GB free"
-        console.print(f"{found.rows:,} rows in {found.shards:,} shards: {escape(found.source)} -> {found.destination}")
+        console.print(f"{found.rows:,} rows in {_shards(found.shards)}: {escape(found.source)} -> {found.destination}")
         console.print(f"{_size(found.bytes_in)} in, {_size(found.bytes_out)} of vectors out{free}")
         console.print(
             f"{found.rows_per_second:,.0f} rows/s expected here ({found.backend}, {found.precision}; {found.binds} "
@@ -187,9 +205,19 @@ def _show_plan(found: Any, threshold: float | None) -> None:
         console.print("Score thresholds move with the space. Scores of a row's nearest other row in the sample:")
         console.print(table)
         if threshold is not None:
-            console.print(f"an old threshold of {threshold:g} maps to about {found.scores.threshold(threshold):.4g}")
+            low, high = found.scores.old[0], found.scores.old[-1]
+            if low <= threshold <= high:
+                console.print(
+                    f"an old threshold of {threshold:g} maps to about {found.scores.threshold(threshold):.4g}"
+                )
+            else:
+                console.print(f"an old threshold of {threshold:g} is outside these old scores and can not be mapped")
     for why in found.refusals:
         console.print(f"[bold red]refused:[/] {escape(why)}", soft_wrap=True)
+
+
+def _shards(count: int) -> str:
+    return f"{count:,} {'shard' if count == 1 else 'shards'}"
 
 
 def _size(count: int) -> str:
@@ -233,7 +261,9 @@ def backfill(
     storage_option: _StorageOption = None,
     retries: _Retries = 6,
     timeout: _Timeout = 60.0,
-    trust_sizes: Annotated[bool, typer.Option(help="On a restart, believe sizes without reading checksums.")] = False,
+    trust_sizes: Annotated[
+        bool, typer.Option("--trust-sizes", help="On a restart, believe sizes without reading checksums.")
+    ] = False,
     faiss: Annotated[
         str | None, typer.Option(help="Build a FAISS index of the new gallery: Flat, IVF4096,PQ32.")
     ] = None,
@@ -243,7 +273,7 @@ def backfill(
 
     Exit code 0: done; 3: refused by the quality gate; 4: done, with rows in rejects/.
 
-    Example: fct backfill gallery/ new-gallery/ --transformation h.safetensors
+    Example: fct backfill gallery/ new-gallery/ -t h.safetensors --old-model mobile-1
     """
     from fct.backfilling.job import QualityGateError
     from fct.backfilling.run import backfill as run
@@ -294,7 +324,7 @@ def backfill(
         raise typer.Exit(3) from None
     console.print(
         f"{report.rows_in:,} rows in = {report.rows_out:,} out + {report.rejects:,} rejected; "
-        f"{report.shards_done} shards done, {report.shards_kept} kept, {report.rows_per_second:,.0f} rows/s "
+        f"{_shards(report.shards_done)} done, {report.shards_kept} kept, {report.rows_per_second:,.0f} rows/s "
         f"({report.backend}, {report.precision})",
         soft_wrap=True,
     )
@@ -308,9 +338,11 @@ def backfill(
 @app.command()
 def verify(
     gallery: Annotated[str, typer.Argument(help="A backfill's destination.")],
-    source: Annotated[str | None, typer.Option(help="The old gallery, where it is not where it was.")] = None,
+    source: Annotated[str | None, typer.Option(help="The old gallery, where it has been moved.")] = None,
     side_source: _Side = None,
-    transformation: Annotated[str | None, typer.Option("--transformation", "-t", help="h; else the copy.")] = None,
+    transformation: Annotated[
+        str | None, typer.Option("--transformation", "-t", help="h; by default the copy in the gallery.")
+    ] = None,
     spot_check: Annotated[int, typer.Option(help="Rows to map again by the float64 reference.")] = 256,
     storage_option: _StorageOption = None,
     retries: _Retries = 6,
@@ -342,7 +374,7 @@ def verify(
     else:
         console.print(
             f"{report.rows_in:,} rows in = {report.rows_out:,} out + {report.rejects:,} rejected, "
-            f"{report.shards} shards, {report.bytes:,} bytes"
+            f"{_shards(report.shards)}, {report.bytes:,} bytes"
         )
         if report.spot_check_skipped:
             console.print(f"no spot check: {escape(report.spot_check_skipped)}", soft_wrap=True)
@@ -380,7 +412,7 @@ def transform(
 ) -> None:
     """Map one file to one file, in one go; a bad row stops it. For more than a few gigabytes use backfill.
 
-    Example: fct transform old.npy new.npy --side-source side.npy --transformation h.safetensors
+    Example: fct transform old.npy new.npy --side-source side.npy -t h.safetensors --old-model mobile-1
     """
     from fct.backfilling.single import transform_file
 
@@ -411,10 +443,10 @@ def transform(
 
 @app.command()
 def export(
-    gallery: Annotated[str, typer.Argument(help="A gallery of files.")],
+    gallery: Annotated[str, typer.Argument(help="A gallery of files that a backfill wrote.")],
     out: Annotated[str, typer.Argument(help="Folder for the files, on this machine; must be empty.")],
     to: Annotated[str, typer.Option(help="milvus, qdrant or pgvector.")],
-    id_column: _Id = "auto",
+    id_column: Annotated[str, typer.Option(help="Column of the ids; auto: id, else the rows' numbers.")] = "auto",
     storage_option: _StorageOption = None,
     retries: _Retries = 6,
     timeout: _Timeout = 60.0,

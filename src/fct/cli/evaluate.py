@@ -9,21 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from fct.cli.app import app, console
+from fct.cli.npy import load_npy
 
 __all__ = ["evaluate", "load_column"]
 
 
 def load_column(path: Path, column: str | None, option: str) -> Any:
     """A .npy array (memory-mapped), or a column of a .parquet file: (n,), or (n, d) where it holds lists."""
-    import numpy as np
-
     if path.suffix == ".npy":
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{option}: expected an array saved by numpy.save, got {path}: {error}") from error
+        return load_npy(path, option)
     if path.suffix != ".parquet":
         raise ValueError(f"{option}: expected a .npy or .parquet file, got {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: expected a .parquet file, found none at {path}")
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -32,7 +31,10 @@ def load_column(path: Path, column: str | None, option: str) -> Any:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{option}: expected a Parquet file, got {path}: {error}") from error
     if column not in names:
-        raise ValueError(f"{option}: expected a column of {path} ({', '.join(names)}), got {column!r}; use FILE:COLUMN")
+        raise ValueError(
+            f"{option}: expected a column of {path} ({', '.join(names)}), got "
+            f"{'none' if column is None else repr(column)}; write FILE:COLUMN"
+        )
     values = pq.read_table(path, columns=[column]).column(column).combine_chunks()
     if values.null_count:
         raise ValueError(f"{option}: expected no missing values, got {values.null_count} in {column!r} of {path}")

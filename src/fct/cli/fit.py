@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fct.cli.app import app, console
+from fct.cli.npy import load_npy
 
 if TYPE_CHECKING:
     from fct.spaces import EmbeddingSpace
+    from fct.transformation import Transformation
 
 
 @app.command()
 def fit(
-    old: Annotated[Path, typer.Option(help="Old embeddings, (n, d_old) .npy.")],
+    old: Annotated[Path, typer.Option(help="Old embeddings of a sample of items, (n, d_old) .npy.")],
     new: Annotated[Path, typer.Option(help="New embeddings of the same items in the same order, (n, d_new) .npy.")],
     out: Annotated[Path, typer.Option(help="Where h goes, a .safetensors file.")],
     side_info: Annotated[
@@ -34,7 +36,7 @@ def fit(
 
     The arrays are read as memory maps, so they need not fit in memory.
 
-    Example: fct fit --old old.npy --side-info side.npy --new new.npy --out h.safetensors
+    Example: fct fit --old old.npy --side-info side.npy --new new.npy --out h.safetensors --old-model mobile-1
     """
     from fct.files import refuse_existing
     from fct.spaces import check_metric
@@ -58,23 +60,22 @@ def fit(
         side_model=side_model,
     )
     h.save(out)
-    console.print(f"{h!r}", highlight=False, markup=False)
+    console.print(f"{h!r}", highlight=False, markup=False, soft_wrap=True)
+    console.print(_validation(h), highlight=False, markup=False, soft_wrap=True)
     console.print(f"saved to {out}", highlight=False, markup=False)
 
 
-def load_npy(path: Path, name: str) -> Any:
-    """A .npy file as a read-only memory map; nothing is unpickled."""
-    import numpy as np
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: expected a .npy file, found none at {path}")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{name}: expected a whole .npy array, {path} is not: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name}: expected one .npy array, {path} is an archive of several")
-    return array
+def _validation(h: Transformation) -> str:
+    """What the fit measured on the pairs that it held out: the error, and what each faster precision changes."""
+    info = h.info
+    lines = [
+        f"validation: R2 {info['validation']['r2']:.3f} on {info['validation_pairs']:,} held-out pairs, best epoch "
+        f"{info['best_epoch']} of {info['config']['epochs']}"
+    ]
+    for name, effect in h.precisions.items():
+        verdict = "may" if h.allows(name) else "does not"
+        lines.append(f'{name} keeps {effect.top10_kept:.1%} of the ten nearest: precision "auto" {verdict} take it')
+    return "\n".join(lines)
 
 
 def _space(array: Any, model: str, metric: str) -> EmbeddingSpace | None:

@@ -15,7 +15,12 @@ def reproduce(
     experiment: Annotated[
         str | None, typer.Argument(help="A YAML file, or the name of one that comes with fct.", show_default=False)
     ] = None,
-    data_root: Annotated[Path | None, typer.Option(help="The data set's folder, as its publisher lays it out.")] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="The data set's folder, as its publisher lays it out; Fashion-MNIST without: the subset inside fct."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the stages' output.")] = Path("fct-reproduce"),
     epochs_override: Annotated[int | None, typer.Option(help="So many epochs everywhere: a rehearsal.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

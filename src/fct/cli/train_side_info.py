@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fct.cli.app import app, console
-from fct.cli.fit import load_npy
+from fct.cli.npy import load_npy
 
 
 @app.command()

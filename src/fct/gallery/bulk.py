@@ -75,12 +75,15 @@ def export_bulk(
     names = source.schema.names + beside.names
     vector = (source.schema.metadata or {}).get(VECTOR_KEY, b"vector").decode()
     if vector not in names:
-        raise ValueError(f"gallery: expected a column {vector!r}, got {', '.join(names)}")
+        raise ValueError(
+            f"gallery: expected one that fct wrote, which says where its vectors are, or a column {vector!r}, got "
+            f"{', '.join(names)}"
+        )
     if id_column == "auto":
         id_column = next((n for n in ("id", ROW) if n in names), "")
     elif id_column not in names:
         raise ValueError(f"id_column: expected one of {', '.join(names)}, got {id_column!r}")
-    folder = refuse_existing(out, overwrite=False, name="out")
+    folder = refuse_existing(out, overwrite=None, name="out")
     folder.mkdir(parents=True, exist_ok=True)
 
     def rows() -> Iterator[tuple[Any, Any, pa.RecordBatch]]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fct.checks import check_path, shown
+from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError
 from fct.files import checksum_file, write_bytes
 
@@ -59,8 +59,7 @@ class Patience:
     def __post_init__(self) -> None:
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
             raise ValueError(f"retries: expected a number of further attempts, got {self.retries!r}")
-        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
-            raise ValueError(f"timeout: expected a positive number of seconds, got {self.timeout!r}")
+        check_positive(self.timeout, "timeout", "a positive number of seconds")
 
     def ask(self, do: Callable[[], T], what: str, *, moves: int = 0) -> T:
         """``do()`` with these retries; moves: bytes."""
@@ -308,7 +307,8 @@ def with_retries(
 ) -> T:
     """``do()``, again after 0.5, 1, 2, ... up to 60 s while it fails with what may pass: time-outs, 5xx, resets.
 
-    A missing file, a refused permission, a full disk and wrong content are final, and raised as they are.
+    A missing file, a refused permission, a full disk and wrong content are final, and raised as they are; missing
+    credentials are final too, and a StoreError.
 
     Args:
         timeout: seconds after which an attempt counts as failed; what it began is left to itself.
@@ -322,8 +322,11 @@ def with_retries(
         except _FINAL:
             raise
         except Exception as error:
-            if (isinstance(error, OSError) and error.errno in _FULL) or type(error).__name__ in _REFUSED:
+            if isinstance(error, OSError) and error.errno in _FULL:
                 raise
+            if type(error).__name__ in _REFUSED:
+                keys = "its keys are read from its own environment variables or configuration, or from storage options"
+                raise StoreError(f"{what}: {error}; {keys}") from error
             if attempt == retries:
                 times = {0: "once", 1: "twice"}.get(retries, f"{retries + 1} times")
                 raise StoreError(f"{what}: {error} (tried {times})") from error

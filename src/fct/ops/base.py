@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fct.arrays import Rows
+from fct.checks import check_choice
 from fct.progress import Report
 from fct.transformation import Transformation
 
@@ -27,9 +28,7 @@ GPU_PRECISIONS = ("fp16", "fp8")  # on a GPU besides
 def check_precision(precision: str, *, gpu: bool = False) -> str:
     """``precision`` itself; raises ValueError unless it is "auto", one of PRECISIONS, or with gpu of GPU_PRECISIONS."""
     known = (*PRECISIONS, *GPU_PRECISIONS) if gpu else PRECISIONS
-    if not isinstance(precision, str) or precision not in (*known, "auto"):
-        raise ValueError(f"precision: expected one of auto, {', '.join(known)}, got {precision!r}")
-    return precision
+    return check_choice(precision, "precision", ("auto", *known))
 
 
 class TransformBackend(Protocol):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fct.checks import check_choice
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -91,8 +93,7 @@ class ResultTable:
 
         Source: Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, arXiv:2003.11942.
         """
-        if measure not in MEASURES:
-            raise ValueError(f"measure: expected one of {', '.join(MEASURES)}, got {measure!r}")
+        check_choice(measure, "measure", tuple(MEASURES))
         low, high = getattr(self.row(self.floor), measure), getattr(self.row(self.ceiling), measure)
         if name in (self.floor, self.ceiling) or not high > low:
             return None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fct.checks import check_choice, check_positive
 from fct.training.config import FitConfig, resolve_config
 from fct.training.loop import TrainConfig
 from fct.training.side_info import METHODS
@@ -17,6 +18,7 @@ __all__ = ["DataPlan", "Experiment", "ModelPlan", "SidePlan", "experiment_names"
 
 _FOLDER = Path(__file__).parent / "experiments"
 _SETS = ("fashion-mnist", "cifar-100", "folder")
+_RATE = "a positive number (1.0e-3, not 1e-3, in YAML)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,7 @@ class DataPlan:
     held_out: int | None = None
 
     def __post_init__(self) -> None:
-        if self.set not in _SETS:
-            raise ValueError(f"data.set: expected one of {', '.join(_SETS)}, got {self.set!r}")
+        check_choice(self.set, "data.set", _SETS)
         if self.held_out is not None:
             _positive("data.held_out", self.held_out)
 
@@ -54,11 +55,10 @@ class ModelPlan:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        check_choice(self.loss, "loss", LOSSES)
         for name in ("image_size", "epochs", "dim", "batch_size"):
             _positive(name, getattr(self, name))
-        _number("lr", self.lr)
+        check_positive(self.lr, "lr", _RATE)
 
     def train_config(self, seed: int, device: str) -> TrainConfig:
         return TrainConfig(
@@ -84,11 +84,10 @@ class SidePlan:
     lr: float = 3e-3
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        check_choice(self.method, "method", METHODS)
         for name in ("image_size", "epochs", "dim", "batch_size"):
             _positive(name, getattr(self, name))
-        _number("lr", self.lr)
+        check_positive(self.lr, "lr", _RATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +166,6 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
 def _positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a positive int, got {value!r}")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"{name}: expected a positive number (1.0e-3, not 1e-3, in YAML), got {value!r}")
 
 
 def experiment_names() -> list[str]:

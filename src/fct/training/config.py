@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fct.checks import check_positive
+
 __all__ = ["FitConfig", "auto_config", "paper_config", "resolve_config"]
 
 
@@ -43,8 +45,7 @@ class FitConfig:
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size: expected at least 2 rows, which batch norm needs, got {self.batch_size}")
-        if not self.lr > 0:
-            raise ValueError(f"lr: expected a positive number, got {self.lr!r}")
+        check_positive(self.lr, "lr")
         for name in ("warmup_epochs", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from fct.progress import step_bar
+
 __all__ = ["Images", "as_images", "augment", "embed"]
 
 _SAMPLE = 2048  # images that the channel statistics are taken from
@@ -172,14 +174,13 @@ def embed(model: torch.nn.Module, images: Any, *, batch_size: int = 512, progres
         >>> embed(embedding_model(dim=8, image_shape=(1, 28, 28)), np.zeros((3, 28, 28), np.uint8)).shape
         (3, 8)
     """
-    from rich.progress import track
-
     source = as_images(images)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
     steps = -(-len(source) // batch_size)
-    batches = track(source.batches(batch_size), "embedding", steps, disable=not progress, transient=True)
-    out = [model(_unit(x).to(device, memory_format=torch.channels_last)).float().cpu() for x, _ in batches]
+    with step_bar(progress) as bar:
+        batches = bar.track(source.batches(batch_size), steps, description="embedding")
+        out = [model(_unit(x).to(device, memory_format=torch.channels_last)).float().cpu() for x, _ in batches]
     model.train(training)
     return torch.cat(out).numpy()

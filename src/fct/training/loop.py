@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fct.checks import check_number, check_seed, check_whole
+from fct.checks import check_number, check_positive, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.files import atomic_path
+from fct.progress import step_bar
+from fct.training.device import training_device
 from fct.training.images import Images
 
 __all__ = ["TrainConfig", "train"]
@@ -45,21 +47,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             object.__setattr__(self, name, check_whole(getattr(self, name), name, 1))  # numpy's become plain ones
-        for name in ("lr", "weight_decay"):
-            object.__setattr__(self, name, check_number(getattr(self, name), name, 0))
-        if not self.lr > 0:
-            raise ValueError(f"lr: expected a positive number, got {self.lr!r}")
+        object.__setattr__(self, "lr", check_positive(self.lr, "lr"))
+        object.__setattr__(self, "weight_decay", check_number(self.weight_decay, "weight_decay", 0))
         object.__setattr__(self, "seed", check_seed(self.seed))
         if not isinstance(self.device, str):
             raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {self.device!r}")
 
     def torch_device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {self.device!r}") from error
+        return training_device(self.device)
 
 
 def train(
@@ -82,8 +77,6 @@ def train(
     Raises:
         FloatingPointError: the loss became NaN or infinite. ArtifactError: the checkpoint belongs to another run.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     if len(images) < 2:
         raise ValueError(f"images: expected at least 2 to train on, got {len(images)}")
     device = config.torch_device()
@@ -100,14 +93,8 @@ def train(
         state.load(path, device)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     saved = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(),
-    )
     cuda = [device] if device.type == "cuda" else []
-    with Progress(*columns, disable=not progress, transient=True) as bar, torch.random.fork_rng(devices=cuda):
+    with step_bar(progress) as bar, torch.random.fork_rng(devices=cuda):
         task = bar.add_task(describe, total=total, completed=state.epoch * per_epoch)
         while state.epoch < config.epochs:
             torch.manual_seed(config.seed * 1_000_003 + state.epoch)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fct.checks import check_flag, check_path
+from fct.checks import check_choice, check_flag, check_path
 from fct.training.backbones import EmbeddingModel, embedding_model
 from fct.training.images import Images, as_images, augment
 from fct.training.loop import TrainConfig, train
@@ -70,8 +70,7 @@ def train_side_info(
         >>> side_model.dim
         8
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_choice(method, "method", METHODS)
     check_flag(progress, "progress")
     if checkpoint is not None:
         check_path(checkpoint, "checkpoint", "a path or None")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fct.checks import check_choice
 from fct.training.backbones import EmbeddingModel, embedding_model
 from fct.training.images import Images, as_images, augment
 from fct.training.loop import TrainConfig, train
@@ -59,8 +60,7 @@ class ArcFaceHead(nn.Module):
 
 
 def make_head(loss: str, dim: int, classes: int) -> SoftmaxHead | ArcFaceHead:
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    check_choice(loss, "loss", LOSSES)
     return SoftmaxHead(dim, classes) if loss == "softmax" else ArcFaceHead(dim, classes)
 
 

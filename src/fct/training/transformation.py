@@ -20,8 +20,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fct.checks import check_flag, check_number, check_path, check_seed
 from fct.errors import ArtifactError
 from fct.files import atomic_path
+from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace, check_space
 from fct.training.config import FitConfig, resolve_config
+from fct.training.device import training_device
 from fct.training.module import Scaling, TransformationModule, to_transformation
 from fct.training.pairs import Pairs, check_pairs, split_pairs
 from fct.transformation import Tolerance, Transformation
@@ -72,7 +74,7 @@ def fit_transformation(
             :class:`fct.training.config.FitConfig`.
         seed: same seed, same data and same machine give the same h.
         device: "auto" (a GPU where torch sees one), "cpu", "cuda", ...
-        progress: show a bar.
+        progress: show a bar on stderr, where that is a terminal or a notebook.
         old_space, new_space: whose vectors these are; by default named "old" and "new", normalised where every row
             given is of unit length. h's output is normalised where the new space is.
         side_model: the id of the model that made side_info.
@@ -113,7 +115,7 @@ def fit_transformation(
     train, held = _split(pairs, validation, seed)
     _check_space(old_space, train.old.d, "old_space")
     _check_space(new_space, train.new.d, "new_space")
-    target = _device(device)
+    target = training_device(device)
     sample = train.sample(_SCALING_SAMPLE, seed).loaded()
     old_space = old_space or _guess_space("old", sample[0])
     new_space = new_space or _guess_space("new", sample[2])
@@ -182,20 +184,6 @@ def _check_space(space: EmbeddingSpace | None, d: int, name: str) -> None:
 def _guess_space(model_id: str, rows: Any) -> EmbeddingSpace:
     unit = bool(np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-2))
     return EmbeddingSpace(model_id, int(rows.shape[1]), normalised=unit)
-
-
-def _device(device: str) -> torch.device:
-    if not isinstance(device, str):
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one that is there, got {device!r}, but torch sees no CUDA device")
-    return chosen
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
@@ -271,11 +259,8 @@ class _Fit:
         checkpoint_seconds: float,
         on_epoch: Callable[[EpochReport], None] | None,
     ) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         saved = time.monotonic()
-        with Progress(*columns, disable=not progress, transient=True) as bar:
+        with step_bar(progress) as bar:
             task = bar.add_task("fitting h", total=self.config.epochs, completed=self.epoch)
             while self.epoch < self.config.epochs:
                 report = self._one_epoch()
