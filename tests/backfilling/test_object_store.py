@@ -233,29 +233,24 @@ def test_a_lock_on_a_store_names_its_holder(h: fct.Transformation, store: dict[s
 def test_retries_end_and_final_errors_are_not_retried() -> None:
     calls: list[int] = []
 
-    def failing() -> None:
-        calls.append(1)
-        raise OSError("reset")
+    def retry(error: Exception) -> None:
+        def fail() -> None:
+            calls.append(1)
+            raise error
+
+        with_retries(fail, "x", retries=2, first_wait=0.001)
 
     with pytest.raises(StoreError, match=r"x: reset \(tried 3 times\)"):
-        with_retries(failing, "x", retries=2, first_wait=0.001)
+        retry(OSError("reset"))
     assert len(calls) == 3
 
-    def missing() -> None:
-        calls.append(1)
-        raise FileNotFoundError("gone")
-
     with pytest.raises(FileNotFoundError):
-        with_retries(missing, "x", retries=2, first_wait=0.001)
+        retry(FileNotFoundError("gone"))
     assert len(calls) == 4
 
     class NoCredentialsError(Exception):
         """As botocore calls it."""
 
-    def stranger() -> None:
-        calls.append(1)
-        raise NoCredentialsError("none found")
-
     with pytest.raises(StoreError, match=r"x: none found; its keys are read from"):
-        with_retries(stranger, "x", retries=2, first_wait=0.001)
+        retry(NoCredentialsError("none found"))
     assert len(calls) == 5
