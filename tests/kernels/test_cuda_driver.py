@@ -13,7 +13,7 @@ import pytest
 from fct import _C
 
 pytestmark = [
-    # Stays: what is asked here is the compiled csrc/cuda/device.cu, which an extension built without nvcc does not have.
+    # Stays: this asks the compiled csrc/cuda/device.cu, which an extension built without nvcc does not have.
     pytest.mark.skipif(bool(_C.cuda_why_not), reason=f"no CUDA kernels in this build: {_C.cuda_why_not}"),
     support.needs_cxx,
 ]
