@@ -9,7 +9,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    from fct.ops.device import why_no_gpu
+    from fct.ops.device.state import why_no_gpu
 
     why = why_no_gpu("cuda:0")
     if why:  # these measure silicon; the code that they run is tested on a stand-in by tests/test_gpu_benchmark.py

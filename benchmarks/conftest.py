@@ -1,7 +1,7 @@
 """What every benchmark shares: the machine's peaks, interleaved timing, and rows that say where they come from.
 
 ``pytest benchmarks/`` measures and writes ``benchmarks/report/``; ``--full`` runs the whole sweeps. A test first
-checks that everybody's results are equal, then times them turn by turn (fct.report.measure.interleave), then
+checks that everybody's results are equal, then times them turn by turn (fct.bench.measure.interleave), then
 records.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import reporting
 
-from fct.ops.dispatch import default_threads
-from fct.report.measure import Peaks, measure_peaks
+from fct.bench.measure import Peaks, measure_peaks
+from fct.ops.registry import default_threads
 
 REPORT = Path(__file__).parent / "report"
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fct.report.bench import processor
+from fct.bench.throughput import processor
 
 PACKAGES = (
     "numpy",

@@ -31,10 +31,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import fct
+from fct.artifact.transformation import Transformation
+from fct.fit.precision_choice import calibrate
 from fct.gallery import open_source, vector_array
-from fct.gallery.raw import npy_header
-from fct.training.precision import calibrate
-from fct.transformation import Transformation
+from fct.gallery.matrix_files import npy_header
 
 N = int(os.environ.get("FCT_BENCH_ROWS", "200000"))
 WHOLE = 2_000_000
@@ -243,7 +243,7 @@ def test_naive_loop(precision: str, threads: int, record: Callable[..., None], t
     """What users write today: a pyarrow batch, torch eager, write."""
     import torch
 
-    from fct.report.peers import torch_module
+    from fct.bench.peers import torch_module
 
     n = min(N, 100_000)
     h, source = transformation(2048), make(tmp_path, "parquet, list", n).source

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from fct.report.measure import interleave, timing_fields
-from fct.training.config import auto_config, paper_config
-from fct.training.module import TransformationModule
-from fct.training.pairs import check_pairs
-from fct.training.transformation import _Fit, fit_transformation
+from fct.bench.measure import interleave, timing_fields
+from fct.fit.module import TransformationModule
+from fct.fit.pairs import check_pairs
+from fct.fit.recipes import auto_config, paper_config
+from fct.fit.transformation_fit import _Fit, fit_transformation
 
 N, HELD, DIM = 20_000, 2_000, 128
 

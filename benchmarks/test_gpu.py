@@ -16,16 +16,16 @@ import pytest
 
 import fct
 from fct import ref
-from fct.arrays import Rows, rows_of
+from fct.artifact.transformation import Transformation
+from fct.bench.data_sheets import published_peak
+from fct.bench.measure import interleave, timing_fields
+from fct.bench.peers import torch_module
+from fct.bench.throughput import error_of, same_neighbours
 from fct.errors import BackendError
-from fct.ops.base import GPU_PRECISIONS, PRECISIONS
-from fct.ops.dispatch import packed, transform_backends
-from fct.report.bench import error_of, same_neighbours
-from fct.report.gpu_roofline import published_peak
-from fct.report.measure import interleave, timing_fields
-from fct.report.peers import torch_module
-from fct.training.precision import calibrate
-from fct.transformation import Transformation
+from fct.fit.precision_choice import calibrate
+from fct.ops.backend import GPU_PRECISIONS, PRECISIONS
+from fct.ops.registry import packed, transform_backends
+from fct.rows import Rows, rows_of
 
 PLACE = "cuda:0"
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2, "int8": 1e-1, "fp8": 2e-1}
@@ -35,7 +35,7 @@ Record = Callable[..., None]
 
 def settled(call: Call, place: str) -> Call:
     """``call`` and then the wait for what it queued."""
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     device = device_of(place)
 
@@ -49,7 +49,7 @@ def settled(call: Call, place: str) -> Call:
 
 def host(values: Any, place: str) -> Any:
     """Tensor or array -> numpy, on the host."""
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     if isinstance(values, np.ndarray):
         return values
@@ -59,7 +59,7 @@ def host(values: Any, place: str) -> Any:
 # ---- the transformation ----
 def ours(h: Transformation, old: Any, side: Any, place: str) -> dict[tuple[str, str], Callable[[], Call]]:
     """(who, precision) -> what makes its call. old, side: float32 tensors on the device."""
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     def build(backend: Any, precision: str) -> Callable[[], Call]:
         def make() -> Call:
@@ -144,7 +144,7 @@ def measure_transform(
     h: Transformation, rows: int, place: str, record: Record, *, seconds: float = 1.0, skip: tuple[str, ...] = ()
 ) -> None:
     """One row of "gpu transform" per who and precision. ``skip``: names of those that are left out."""
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     device = device_of(place)
     rng = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def search_peers(q: Any, g: Any, k: int, place: str) -> dict[str, Callable[[], C
         return lambda: fct.topk(q, gallery, k, metric="ip").indices
 
     def certified(kind: str) -> Call:
-        from fct.ops.cuda import CudaSearch
+        from fct.ops.cuda_kernels import CudaSearch
 
         search = CudaSearch()
         why = search.why_not(k, "ip", place)
@@ -235,7 +235,7 @@ def search_peers(q: Any, g: Any, k: int, place: str) -> dict[str, Callable[[], C
 
 def measure_search(queries: int, n: int, d: int, k: int, place: str, record: Record, *, seconds: float = 1.0) -> None:
     """One row of "gpu topk" per who."""
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     device = device_of(place)
     rng = np.random.default_rng(0)
@@ -295,7 +295,7 @@ def test_streaming(record: Record) -> None:
 
 def measure_streaming(h: Transformation, rows: int, place: str, record: Record) -> None:
     """One row of "gpu streaming" per precision: rows a second, and gigabytes in and out."""
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     device = device_of(place)
     rng = np.random.default_rng(0)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import fct
-from fct.report.measure import interleave, timing_fields
-from fct.report.peers import Worker, best_setting, openblas_times
+from fct.bench.measure import interleave, timing_fields
+from fct.bench.peers import Worker, best_setting, openblas_times
 
 
 def loop(x: Any, labels: Any, queries: int) -> tuple[float, float]:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import fct
-from fct.report.bench import same_neighbours
-from fct.report.measure import Peaks, interleave, timing_fields
-from fct.report.peers import Worker, best_setting, faiss_worker, openblas_times
+from fct.bench.measure import Peaks, interleave, timing_fields
+from fct.bench.peers import Worker, best_setting, faiss_worker, openblas_times
+from fct.bench.throughput import same_neighbours
 
 FAISS = "FAISS IndexFlatIP"
 OURS = "fct, prepared"

@@ -12,13 +12,13 @@ import pytest
 
 import fct
 from fct import _C, ref
-from fct.arrays import rows_of
-from fct.ops.cpu import Packed
-from fct.report.bench import TOLERANCE, error_of
-from fct.report.measure import Peaks, interleave, timing_fields
-from fct.report.peers import transform_peers
-from fct.training.precision import calibrate
-from fct.transformation import Transformation
+from fct.artifact.transformation import Transformation
+from fct.bench.measure import Peaks, interleave, timing_fields
+from fct.bench.peers import transform_peers
+from fct.bench.throughput import TOLERANCE, error_of
+from fct.fit.precision_choice import calibrate
+from fct.ops.transform.cpu_backend import Packed
+from fct.rows import rows_of
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 

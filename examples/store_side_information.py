@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import fct
-from fct.training.images import embed
+from fct.fit.images import embed
 
 
 def load_images(count: int, seed: int = 0) -> np.ndarray:

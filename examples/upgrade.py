@@ -16,10 +16,10 @@ import torch
 from store_side_information import embed_old, load_images
 
 import fct
+from fct.fit.backbones import embedding_model
+from fct.fit.images import embed
+from fct.fit.recipes import FitConfig
 from fct.metrics import recall_at_k
-from fct.training.backbones import embedding_model
-from fct.training.config import FitConfig
-from fct.training.images import embed
 
 
 def embed_new(images: np.ndarray) -> np.ndarray:

@@ -19,8 +19,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import ReduceOps
 
-from fct.arrays import Rows
-from fct.ops.device import Device
+from fct.ops.device.state import Device
+from fct.rows import Rows
 
 GUARD = 256  # bytes before and after each allocation
 POISON = 0xA5  # int8 -91, bfloat16 -2.9e-16, float32 -2.9e-16; overwritten by NaN where the dtype has one
@@ -208,7 +208,10 @@ class FakeDevice(Device):
 
     def install(self, patch: Any, cache: Path, *others: FakeDevice) -> None:
         """Stands in, with the others, as the GPU of every module that asks for one, with no verdicts from before."""
-        from fct.ops import device, selfproof, streaming, triton
+        from fct.ops import proof as selfproof
+        from fct.ops.device import state as device
+        from fct.ops.device import streaming
+        from fct.ops.transform import triton_backend as triton
 
         known = {d.name: d for d in (self, *others)}
 

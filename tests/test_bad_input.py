@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import fct
+from fct.atomic_files import atomic_path, refuse_existing, write_bytes
 from fct.errors import ArtifactError
-from fct.files import atomic_path, refuse_existing, write_bytes
 from fct.gallery import export_bulk, open_destination, open_source, tag_space
 
 H = fct.Transformation.random(8, 4, 16, inner=32)
@@ -185,7 +185,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "fit: config": (
         lambda: fct.fit_transformation(rows(6, 8), None, rows(6, 5), config="best", progress=False),
         ValueError,
-        "config: expected 'auto', 'paper' or a fct.training.config.FitConfig, got 'best'",
+        "config: expected 'auto', 'paper' or a fct.fit.recipes.FitConfig, got 'best'",
     ),
     # k > n
     "topk: k": (

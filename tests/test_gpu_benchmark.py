@@ -13,8 +13,8 @@ import pytest
 import torch
 from fake_device import FakeDevice
 
-from fct.ops import selfproof
-from fct.ops import triton as backend
+from fct.ops import proof as selfproof
+from fct.ops.transform import triton_backend as backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,7 +119,7 @@ def test_skipped_with_the_reason_where_no_gpu_is() -> None:
 
 
 def test_published_peaks() -> None:
-    from fct.report.gpu_roofline import published_peak
+    from fct.bench.data_sheets import published_peak
 
     assert published_peak("NVIDIA A100-SXM4-80GB", "int8") == 624.0
     assert published_peak("NVIDIA A100-SXM4-80GB", "fp8") is None

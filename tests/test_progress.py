@@ -15,8 +15,9 @@ import pytest
 
 import fct
 from fct import progress
-from fct.arrays import rows_of
-from fct.ops import dispatch, topk_cpu
+from fct.ops import registry as dispatch
+from fct.ops.search import cpu_search as topk_cpu
+from fct.rows import rows_of
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ elif {call!r} == "transform_batch":
     h = fct.Transformation.random(64, 64, 64, inner=1024)
     fct.transform_batch(x, x, h, precision="fp32", threads=1{more})
 else:
-    from fct.ops import topk_cpu
+    from fct.ops.search import cpu_search as topk_cpu
     topk_cpu._PACKED_AT_ONCE = 1 << 16
     fct.prepare_gallery(x, threads=1{more})
 assert "rich" in sys.modules or not {seen!r}

@@ -4,7 +4,7 @@
 
 namespace fct::cuda {
 
-// The order is fct.arrays.DTYPES.
+// The order is fct.rows.DTYPES.
 enum DType : int { kF32 = 0, kF16 = 1, kBF16 = 2, kI8 = 3 };
 
 // n rows of d elements; stride in elements. scale: null, or one value per row and/or per dimension, addressed as

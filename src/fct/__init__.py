@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from fct.errors import FctError, FctWarning, SpaceMismatchError
 
 if TYPE_CHECKING:
-    from fct.arrays import ScaledInt8
+    from fct.artifact.transformation import Transformation
     from fct.backfilling.plan import BackfillPlan, plan_backfill
     from fct.backfilling.run import BackfillReport, backfill
     from fct.backfilling.upgrading import UpgradingGallery
     from fct.backfilling.verify import VerifyReport, verify_gallery
+    from fct.fit.side_info import train_side_info
+    from fct.fit.transformation_fit import fit_transformation
     from fct.info import build_info
     from fct.metrics import RetrievalMetrics, evaluate
-    from fct.retrieval import PreparedGallery, TopK, prepare_gallery, topk
+    from fct.rows import ScaledInt8
+    from fct.search import PreparedGallery, TopK, prepare_gallery, topk
     from fct.spaces import EmbeddingSpace
-    from fct.training.side_info import train_side_info
-    from fct.training.transformation import fit_transformation
     from fct.transform import transform_batch
-    from fct.transformation import Transformation
 
 __version__ = "0.1.0"
 
@@ -38,17 +38,17 @@ _PUBLIC = {
     "plan_backfill": "fct.backfilling.plan",
     "verify_gallery": "fct.backfilling.verify",
     "EmbeddingSpace": "fct.spaces",
-    "ScaledInt8": "fct.arrays",
-    "PreparedGallery": "fct.retrieval",
+    "ScaledInt8": "fct.rows",
+    "PreparedGallery": "fct.search",
     "RetrievalMetrics": "fct.metrics",
-    "TopK": "fct.retrieval",
-    "Transformation": "fct.transformation",
+    "TopK": "fct.search",
+    "Transformation": "fct.artifact.transformation",
     "build_info": "fct.info",
     "evaluate": "fct.metrics",
-    "fit_transformation": "fct.training.transformation",
-    "prepare_gallery": "fct.retrieval",
-    "train_side_info": "fct.training.side_info",
-    "topk": "fct.retrieval",
+    "fit_transformation": "fct.fit.transformation_fit",
+    "prepare_gallery": "fct.search",
+    "train_side_info": "fct.fit.side_info",
+    "topk": "fct.search",
     "transform_batch": "fct.transform",
 }
 

@@ -1,4 +1,4 @@
-"""Checks of plain arguments; arrays have their own gate, :mod:`fct.arrays`."""
+"""Checks of plain arguments; arrays have their own gate, :mod:`fct.rows`."""
 
 from __future__ import annotations
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from fct import ref
-from fct.arrays import Rows
-from fct.ops.base import GPU_PRECISIONS, PRECISIONS, TransformBackend
-from fct.ops.dispatch import default_threads, packed, transform_backends
-from fct.ops.quantise import exact_first
-from fct.ops.ref import store
-from fct.ops.rounding import SIGMAS, deviation
-from fct.ops.selfproof import error_of, far_off
-from fct.ref.transform import chain
-from fct.transformation import Transformation
+from fct.artifact.transformation import Transformation
+from fct.ops.backend import GPU_PRECISIONS, PRECISIONS, TransformBackend
+from fct.ops.numerics.quantise import exact_first
+from fct.ops.numerics.rounding import SIGMAS, deviation
+from fct.ops.proof import error_of, far_off
+from fct.ops.registry import default_threads, packed, transform_backends
+from fct.ops.transform.reference_backend import store
+from fct.ref import chain
+from fct.rows import Rows
 
 __all__ = ["Finding", "Report", "Timing", "examine"]
 
@@ -107,7 +107,7 @@ class Report:
 
     def _timing(self, t: Timing) -> dict[str, Any]:
         """With what docs/gpu.md bounds: rows a second, GFLOP/s, and the share of the data sheet's peak."""
-        from fct.report.gpu_roofline import published_peak
+        from fct.bench.data_sheets import published_peak
 
         old, side, new, inner = PAPER_SHAPE
         widths = [(d, 2 * d) for d in (old, side)] + [(2 * d, 2 * new) for d in (old, side)]
@@ -127,7 +127,7 @@ def devices() -> dict[str, str]:
     """The devices to examine and what they are."""
     import platform
 
-    from fct.ops.device import device_of, why_no_gpu
+    from fct.ops.device.state import device_of, why_no_gpu
 
     found = {"cpu": platform.processor() or platform.machine()}
     if not why_no_gpu("cuda:0"):
@@ -156,7 +156,7 @@ def examine(
 
     Example:
         >>> from fct.doctor import examine
-        >>> from fct.ops.ref import RefTransform
+        >>> from fct.ops.transform.reference_backend import RefTransform
         >>> examine(backends=[RefTransform()]).healthy
         True
     """
@@ -193,7 +193,7 @@ def examine(
 
 def _remember(timings: list[Timing]) -> str:
     """Keeps the GPUs' times for dispatch; where they lie, or "" where there are none."""
-    from fct.ops.selfproof import remember_times, verdict_file
+    from fct.ops.proof import remember_times, verdict_file
 
     kept = False
     for op, place in sorted({(t.op, t.device) for t in timings if t.device != "cpu"}):
@@ -217,9 +217,9 @@ class _Search:
 
 def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
     """(backend, precision of the scan, search) of every search of the device's kind."""
-    from fct.ops.topk import topk_blocked
-    from fct.ops.topk_cpu import build_shadow, topk_cpu
-    from fct.ops.topk_gpu import search_backends
+    from fct.ops.search.cpu_search import build_shadow, topk_cpu
+    from fct.ops.search.float64 import topk_blocked
+    from fct.ops.search.gpu_search import search_backends
 
     threads = default_threads()
 
@@ -244,7 +244,7 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
         for search in search_backends():
             for kind in ("bf16", "int8"):
                 yield search.name, kind, shadowed(search, kind)
-    from fct.ops.device import why_no_cuda
+    from fct.ops.device.state import why_no_cuda
 
     yield (
         "numpy" if place == "cpu" else "torch",
@@ -258,7 +258,7 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
 
 
 def _prove_search(name: str, precision: str, place: str, search: _Search) -> Finding:
-    from fct.ops.selfproof import search_error
+    from fct.ops.proof import search_error
     from fct.spaces import METRICS
 
     rng = np.random.default_rng(4)
@@ -287,7 +287,7 @@ def _prove_search(name: str, precision: str, place: str, search: _Search) -> Fin
 def _array(x: Any, place: str) -> Any:
     if isinstance(x, np.ndarray):
         return x
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     return device_of(place).download(x)
 
@@ -392,7 +392,7 @@ def _rows(x: Any, dtype: str, place: str) -> Rows:
         return bits
     import torch
 
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     host = torch.from_numpy(bits.values)
     host = host.view(torch.bfloat16) if dtype == "bfloat16" else host
@@ -402,7 +402,7 @@ def _rows(x: Any, dtype: str, place: str) -> Rows:
 def _host(rows: Rows) -> Any:
     if rows.kind_is_numpy:
         return rows.float32()
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     return device_of(rows.device).download(rows.values.float())
 
@@ -427,7 +427,7 @@ def _time(
 
 
 def _settle(place: str) -> None:
-    from fct.ops.device import device_of
+    from fct.ops.device.state import device_of
 
     device = device_of(place)
     device.finish(device.record())

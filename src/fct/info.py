@@ -25,8 +25,8 @@ def build_info() -> dict[str, Any]:
     """
     import fct
     from fct import _C
-    from fct.ops.dispatch import default_threads, transform_backends
-    from fct.ops.selfproof import verdict_file
+    from fct.ops.proof import verdict_file
+    from fct.ops.registry import default_threads, transform_backends
 
     h = fct.Transformation.random(8, 8, 8, inner=8)
     backends = {}
@@ -47,9 +47,9 @@ def build_info() -> dict[str, Any]:
 
 
 def _searches() -> dict[str, dict[str, Any]]:
-    from fct.ops.device import why_no_cuda
-    from fct.ops.selfproof import search_verdict
-    from fct.ops.topk_gpu import search_backends
+    from fct.ops.device.state import why_no_cuda
+    from fct.ops.proof import search_verdict
+    from fct.ops.search.gpu_search import search_backends
     from fct.spaces import METRICS
 
     found: dict[str, dict[str, Any]] = {"cpu": {"device": "cpu", "runs": True, "why_not": [], "proved": {}}}

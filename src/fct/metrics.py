@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fct.arrays import check_labels
 from fct.checks import check_seed, check_whole
-from fct.ops.dispatch import threads_of
-from fct.ops.topk_cpu import ranks_cpu
-from fct.ops.topk_gpu import ranks_gpu
+from fct.ops.registry import threads_of
+from fct.ops.search.cpu_search import ranks_cpu
+from fct.ops.search.gpu_search import ranks_gpu
 from fct.progress import LongCall, Report
-from fct.retrieval import check_pair
+from fct.rows import check_labels
+from fct.search import check_pair
 from fct.spaces import EmbeddingSpace
 
 __all__ = [
@@ -326,7 +326,7 @@ def backfilling_curve(
         seed: of the random order.
         Others: as :func:`evaluate`.
     """
-    from fct.arrays import rows_of
+    from fct.rows import rows_of
 
     old, new = rows_of(old_gallery, "old_gallery"), rows_of(new_gallery, "new_gallery")
     if (old.n, old.d) != (new.n, new.d):

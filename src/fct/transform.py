@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fct.arrays import Rows, empty_like_kind, rows_of
-from fct.ops.base import check_precision
-from fct.ops.device import numbered
-from fct.ops.dispatch import packed, pick_transform, threads_of
+from fct.artifact.transformation import Transformation
+from fct.ops.backend import check_precision
+from fct.ops.device.state import numbered
+from fct.ops.registry import packed, pick_transform, threads_of
 from fct.progress import LongCall, Report
-from fct.transformation import Transformation
+from fct.rows import Rows, empty_like_kind, rows_of
 
 __all__ = ["check_inputs", "transform_batch", "transform_finite"]
 
@@ -120,7 +120,7 @@ def _transform(
     if old_rows.n:
         weights = packed(chosen, transformation, chosen_precision, target)
         if streamed:
-            from fct.ops.streaming import stream_transform
+            from fct.ops.device.streaming import stream_transform
 
             stream_transform(
                 lambda o, s, to: chosen.run(weights, o, s, to, threads=count),

@@ -38,7 +38,7 @@ def gallery(tmp_path: Path, rng: np.random.Generator) -> Callable[..., Path]:
                 "tag": rng.integers(0, 9, n),
             }
         )
-        from fct.gallery.spaces import with_space
+        from fct.gallery.space_tags import with_space
 
         table = table.replace_schema_metadata(with_space(table.schema, space).metadata)
         folder = tmp_path / name

@@ -23,7 +23,7 @@ from fct.backfilling.job import BackfillError, InUseError, Marker, QualityGateEr
 from fct.backfilling.run import _UNDER_WAY
 from fct.errors import FctError
 from fct.gallery import Piece, open_source, tag_space, vector_array
-from fct.gallery.parquet import ParquetDestination
+from fct.gallery.parquet_files import ParquetDestination
 from tests.backfilling.conftest import D_NEW, D_OLD, D_SIDE, QUICK, contents
 
 Make = Callable[..., Path]
@@ -334,7 +334,7 @@ def test_another_backend_may_go_on(gallery: Make, h: fct.Transformation, tmp_pat
 def test_the_plan_counts_reading_and_writing(
     slow: str, gallery: Make, h: fct.Transformation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fct.gallery.parquet import ParquetDestination, ParquetSource
+    from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 
     source = gallery()
     read, write = ParquetSource.read_file, ParquetDestination.write_file
@@ -437,7 +437,7 @@ def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(
     source, new, path = gallery(5000, bad=(100, 4000)), tmp_path / "new", tmp_path / "h.safetensors"
     h.save(path)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fct.backfilling.run", "fct.ops.cpu", "pyarrow.parquet"])
+    context.set_forkserver_preload(["fct.backfilling.run", "fct.ops.transform.cpu_backend", "pyarrow.parquet"])
 
     log = tmp_path / "begun"
 

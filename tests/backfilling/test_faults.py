@@ -21,7 +21,7 @@ import pytest
 import fct
 from fct.backfilling.job import BackfillError
 from fct.backfilling.single import transform_file
-from fct.gallery.base import Piece, Source
+from fct.gallery.interfaces import Piece, Source
 from tests.backfilling.conftest import D_NEW, D_OLD, QUICK, contents
 
 Make = Callable[..., Path]
@@ -246,7 +246,7 @@ def test_a_store_that_never_answers(
     import s3fs
 
     from fct.gallery.location import Location, StoreError
-    from fct.gallery.parquet import ParquetSource
+    from fct.gallery.parquet_files import ParquetSource
 
     application, options = unwell
     options = {k: v for k, v in options.items() if k != "config_kwargs"}

@@ -13,10 +13,11 @@ from fake_device import FakeDevice
 
 import fct
 from fct import ref
-from fct.ops import device as device_module
-from fct.ops import selfproof, streaming
-from fct.ops import triton as backend
-from fct.ops.device import DeviceLostError
+from fct.ops import proof as selfproof
+from fct.ops.device import state as device_module
+from fct.ops.device import streaming
+from fct.ops.device.state import DeviceLostError
+from fct.ops.transform import triton_backend as backend
 from tests.backfilling.conftest import QUICK, contents
 
 GPU: dict[str, Any] = {**QUICK, "device": "cuda:0", "backend": "triton", "precision": "fp32"}

@@ -17,12 +17,12 @@ import pytest
 
 import fct
 from fct import _C
-from fct.arrays import nonfinite_rows, rows_of
+from fct.atomic_files import checksum_bytes
 from fct.errors import FctError
-from fct.files import checksum_bytes
 from fct.gallery import export_bulk, open_source, vector_array, vector_block
-from fct.gallery.faiss import build_faiss
+from fct.gallery.faiss_index import build_faiss
 from fct.gallery.vectors import rebatch
+from fct.rows import nonfinite_rows, rows_of
 
 FORMS = ("fixed_size_list", "list", "binary")
 
@@ -132,7 +132,7 @@ def test_offsets_past_32_bits(suffix: str, tmp_path: Path) -> None:
     """A sparse file of 5 * 2^30 elements, whose n x d overflows 32 bits; its last rows are read."""
     n, d = 5 << 20, 1024
     file = tmp_path / f"a{suffix}"
-    from fct.gallery.raw import npy_header
+    from fct.gallery.matrix_files import npy_header
 
     header = npy_header((n, d), np.dtype(np.uint8)) if suffix == ".npy" else struct.pack("<II", n, d)
     with open(file, "wb") as out:
@@ -207,7 +207,7 @@ def test_a_remote_row_group_is_fetched_whole_only_when_small(
 ) -> None:
     import fsspec
 
-    from fct.gallery import parquet
+    from fct.gallery import parquet_files as parquet
 
     values = rng.standard_normal((300, 5), dtype=np.float32)
     with fsspec.open("memory://remote/a.parquet", "wb") as file:
@@ -399,7 +399,7 @@ def test_rejected_rows_do_not_shift_the_ids_of_bare_matrices(
 
 
 def test_checksum_is_xxh64(rng: np.random.Generator) -> None:
-    from fct.files import checksum_bytes
+    from fct.atomic_files import checksum_bytes
 
     # Of the specification, and of xxhsum -H64.
     assert checksum_bytes(b"") == "ef46db3751d8e999"

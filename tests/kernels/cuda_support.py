@@ -23,13 +23,13 @@ from typing import Any
 
 import pytest
 
-from fct.ops.cuda import CudaRuntime
+from fct.ops.cuda_kernels import CudaRuntime
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-SIMT, CUDA = TESTS / "simt", ROOT / "csrc" / "cuda"
+SIMT, CUDA = TESTS / "emulators" / "simt", ROOT / "csrc" / "cuda"
 WITHOUT_GIL = ROOT / "csrc" / "without_gil.h"
-sys.path.insert(0, str(TESTS / "ptxsim"))
+sys.path.insert(0, str(TESTS / "emulators" / "ptxsim"))
 
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 NVCC = shutil.which("nvcc")
@@ -104,7 +104,7 @@ def runtime_object() -> Path:
 
 
 def driver(half: str, flavour: str = "plain", edits: Edits | None = None) -> Path:
-    """tests/simt/driver.cpp for "TOPK" or "TRANSFORM"."""
+    """tests/emulators/simt/driver.cpp for "TOPK" or "TRANSFORM"."""
 
     def make(path: Path, folder: Path) -> None:
         sources = sources_with(edits or {}, folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fct.arrays import Rows, ScaledInt8, rows_of
+from fct.rows import Rows, ScaledInt8, rows_of
 
 # The scale of int8 rows: one for all, one per row, one per dimension.
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int8 row", "int8 column")

@@ -13,7 +13,7 @@ import cuda_support as support
 import pytest
 
 from fct import _C
-from fct.ops.cuda import CudaRuntime
+from fct.ops.cuda_kernels import CudaRuntime
 
 ARCHITECTURES = ["80", "89", "90a", "100"]
 
@@ -105,8 +105,9 @@ def test_import_touches_no_driver() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_two_blocks_a_multiprocessor(architecture: str) -> None:
     """What the kernels' launch bounds and the search's plan count on, at 128 dimensions."""
-    from fct.kernels.configs import SHARED_MEMORY
-    from fct.kernels.machine_code import blocks_per_processor
+    from fct.kernels.tile_choices import SHARED_MEMORY
+
+    from tools.machine_code import blocks_per_processor
 
     target = "sm_" + architecture.rstrip("a")
     module = support.module()

@@ -13,18 +13,18 @@ import cuda_support as support
 import pytest
 
 import fct
-from fct.ops.device import chunk_rows
+from fct.ops.device.state import chunk_rows
 
 pytestmark = support.needs_cxx
 
 RUN = """
 import sys; sys.path.insert(0, sys.argv[1])
 import cuda_support as support, numpy as np, torch, fct
-import fct.ops.cuda as cuda
+import fct.ops.cuda_kernels as cuda
 from fct import ref
-from fct.arrays import Rows
-from fct.ops.rounding import SIGMAS, deviation
-from fct.ops.selfproof import far_off
+from fct.rows import Rows
+from fct.ops.numerics.rounding import SIGMAS, deviation
+from fct.ops.proof import far_off
 cuda._blaslt_paths = lambda: [sys.argv[2]]
 
 class Counted:  # how many rows each product takes
@@ -93,8 +93,8 @@ def test_large_batches_through_a_stand_in() -> None:
 
 def test_chunk_follows_the_device() -> None:
     """Operands of every layer inside 60 % of L2, tiles of the widest in whole waves, the same rows as Triton's."""
-    from fct.ops.cuda import CudaTransform
-    from fct.ops.triton import PackedLayer, PackedTransform
+    from fct.ops.cuda_kernels import CudaTransform
+    from fct.ops.transform.triton_backend import PackedLayer, PackedTransform
 
     class Runtime(support.EmulatedRuntime):
         place: ClassVar[dict[str, int]] = {}

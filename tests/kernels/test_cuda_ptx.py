@@ -15,8 +15,8 @@ import torch
 
 import fct
 from fct import ref
-from fct.arrays import Rows
-from fct.ops.cuda import CudaSearch, CudaTransform
+from fct.ops.cuda_kernels import CudaSearch, CudaTransform
+from fct.rows import Rows
 
 pytestmark = support.needs_nvcc
 

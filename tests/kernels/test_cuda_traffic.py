@@ -12,10 +12,10 @@ import cuda_support as support
 import pytest
 import torch
 
-from fct.arrays import Rows
-from fct.ops.cuda import CudaSearch
-from fct.report.gpu_roofline import GPUS, Gpu, cuda_scan
-from fct.report.gpu_traffic import META, Scan, Unit, scan_launches
+from fct.ops.cuda_kernels import CudaSearch
+from fct.rows import Rows
+from tools.gpu_roofline import GPUS, Gpu, cuda_scan
+from tools.gpu_traffic import META, Scan, Unit, scan_launches
 
 # (block number, groups of copies committed before, write) -> units touched
 Stream = dict[tuple[int, int, bool], set[Unit]]
@@ -126,7 +126,7 @@ def test_the_model_reads_and_writes_what_the_kernel_does(case: str) -> None:
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize("d", [64, 128, 256, 300, 384, 768])
 def test_the_models_plan_is_the_compiled_one(gpu: Gpu, kind: str, d: int) -> None:
-    from fct.kernels.configs import SHARED_MEMORY
+    from fct.kernels.tile_choices import SHARED_MEMORY
 
     device = {"multiprocessors": gpu.processors, "shared_memory": SHARED_MEMORY[gpu.target]}
     module, code = support.module(), ("bf16", "int8").index(kind)

@@ -13,17 +13,17 @@ import pytest
 import triton
 import triton.language as tl
 from fake_device import FakeDevice, plain
-from fct.kernels import transform as kernels
+from fct.kernels import transform_kernels as kernels
 
 import fct
 from fct import ref
-from fct.ops import selfproof
-from fct.ops import triton as backend
-from fct.ops.cuda import CudaTransform
-from fct.ops.quantise import exact_first
-from fct.training.config import FitConfig
-from fct.training.precision import calibrate
-from fct.transformation import Layer, Transformation
+from fct.artifact.transformation import Layer, Transformation
+from fct.fit.precision_choice import calibrate
+from fct.fit.recipes import FitConfig
+from fct.ops import proof as selfproof
+from fct.ops.cuda_kernels import CudaTransform
+from fct.ops.numerics.quantise import exact_first
+from fct.ops.transform import triton_backend as backend
 
 PRECISIONS = ("fp16", "bf16", "int8", "fp8")
 
@@ -72,7 +72,7 @@ def test_triton_proves_it(fake: FakeDevice, rng: Any, monkeypatch: Any, precisio
     # 130: more than one tile's depth
     h = Transformation.random(24, *((130, 60) if plan == "130 wide" else (17, 40)), inner=72, seed=1)
     h = calibrated(three_deep(h, rng) if plan == "by layers" else h, rng)
-    monkeypatch.setattr("fct.ops.quantise.EXACT_SHARE", 0.5)
+    monkeypatch.setattr("fct.ops.numerics.quantise.EXACT_SHARE", 0.5)
     assert selfproof._run(backend.TritonTransform(), h, precision, "cuda:0") == ""
     assert ("ingest" in fake.launches) == (plan == "by layers")
     fake.check_guards()

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import fct
 from fct import _C, ref
-from fct.arrays import Rows, ScaledInt8, rows_of
-from fct.ops.topk_cpu import build_shadow, extend_shadow, ranks_cpu, topk_cpu
+from fct.ops.search.cpu_search import build_shadow, extend_shadow, ranks_cpu, topk_cpu
+from fct.rows import Rows, ScaledInt8, rows_of
 
 LEVELS = _C.isa_names[: _C.detected_isa() + 1]
 METRICS = ("l2", "ip", "cosine")

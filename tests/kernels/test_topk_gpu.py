@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from fake_device import FakeDevice, GpuTensor
-from fct.kernels import topk as kernels
+from fct.kernels import search_kernels as kernels
 
 import fct
 from fct import ref
 from fct.errors import BackendError, FctWarning
-from fct.ops import cuda, selfproof, topk_gpu, topk_triton
-from fct.ops import device as devices
-from fct.ops.device import DeviceLostError
+from fct.ops import cuda_kernels as cuda
+from fct.ops import proof as selfproof
+from fct.ops.device import state as devices
+from fct.ops.device.state import DeviceLostError
+from fct.ops.search import gpu_search as topk_gpu
+from fct.ops.search import triton_search as topk_triton
 
 METRICS, KINDS = ("l2", "ip", "cosine"), ("bf16", "int8")
 WHOLE_PROOF = selfproof.SEARCHES
@@ -156,7 +159,7 @@ def test_proved_for_every_metric_and_kind(
 
 
 def mutated_triton(folder: Path, old: str, new: str) -> Any:
-    """kernels/topk.py with an injected bug."""
+    """kernels/search_kernels.py with an injected bug."""
     text = Path(kernels.__file__).read_text()
     assert text.count(old) == 1
     file = folder / "mutated_topk.py"
@@ -194,7 +197,8 @@ from pathlib import Path
 import cuda_support as support
 import pytest
 from fake_device import FakeDevice
-from fct.ops import cuda, selfproof
+from fct.ops import cuda_kernels as cuda
+from fct.ops import proof as selfproof
 FakeDevice().install(pytest.MonkeyPatch(), Path({folder!r}))
 line = "GPU_INLINE uint32_t key_row(uint64_t key) {{ return static_cast<uint32_t>(key)"
 search = cuda.CudaSearch(support.EmulatedRuntime({{"topk.cuh": [(line, line + " ^ 1u")]}}))
@@ -389,7 +393,7 @@ def test_more_than_2_to_the_31_elements(fake: FakeDevice, triton: None) -> None:
     """Three rows 2^30 elements apart, in memory that exists only as address space."""
     import mmap
 
-    from fct.arrays import Rows
+    from fct.rows import Rows
 
     stride = (1 << 30) + 64  # 0x4000 below: Linux's MAP_NORESERVE, which Python names from 3.13 on
     memory = mmap.mmap(-1, 2 * stride + 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
@@ -471,7 +475,7 @@ def test_forked_or_an_old_driver(monkeypatch: Any, patch: dict[str, Any], says: 
 @pytest.mark.parametrize("same_items", [False, True])
 def test_evaluate_equals_the_cpu(fake: FakeDevice, rng: Any, monkeypatch: Any, metric: str, same_items: bool) -> None:
     """Many ties, and scores that are exact (cosine: nearly), in several blocks of queries."""
-    from fct.ops import topk
+    from fct.ops.search import float64 as topk
 
     q, g = sides(rng, n_q=120, n=120, d=3)
     q[5] = g[3] = 0

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 import fct
 from fct import _C, ref
-from fct.arrays import rows_of
-from fct.ops.quantise import layer_plans
+from fct.artifact.transformation import BRANCHES, Layer, Transformation
+from fct.fit.precision_choice import calibrate
+from fct.ops.numerics.quantise import layer_plans
+from fct.rows import rows_of
 from fct.spaces import EmbeddingSpace
-from fct.training.precision import calibrate
-from fct.transformation import BRANCHES, Layer, Transformation
 
 ISAS = _C.isa_names[: _C.detected_isa() + 1]
 
@@ -323,7 +323,7 @@ import ctypes, mmap, sys
 import numpy as np
 import fct
 from fct import _C
-from fct.training.precision import calibrate
+from fct.fit.precision_choice import calibrate
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 page = mmap.PAGESIZE

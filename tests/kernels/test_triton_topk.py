@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from fake_device import FakeDevice, plain
-from fct.kernels import topk as kernels
+from fct.kernels import search_kernels as kernels
 
 from fct import ref
-from fct.arrays import Rows
-from fct.ops import topk_triton
-from fct.ops.topk_triton import TritonSearch
+from fct.ops.search import triton_search as topk_triton
+from fct.ops.search.triton_search import TritonSearch
+from fct.rows import Rows
 
 KINDS = ("bf16", "int8")
 

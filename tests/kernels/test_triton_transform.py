@@ -11,12 +11,12 @@ from fake_device import FakeDevice, plain
 
 import fct
 from fct import ref
+from fct.artifact.transformation import Layer, Transformation
 from fct.errors import BackendError
-from fct.ops import device as device_module
-from fct.ops import triton as backend
-from fct.ops.device import DeviceLostError
-from fct.ref.transform import chain
-from fct.transformation import Layer, Transformation
+from fct.ops.device import state as device_module
+from fct.ops.device.state import DeviceLostError
+from fct.ops.transform import triton_backend as backend
+from fct.ref import chain
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 # Share of the output's root mean square that a precision may cost on random layers: rounding steps of the operands.
@@ -44,8 +44,8 @@ def run(
     """What the kernels make of the rows; ``out`` and ``chunk`` may be given."""
     monkeypatch.setattr(backend, "device_of", lambda name: device)
     packed = backend.TritonTransform().pack(h, precision, "cuda:0")
-    rows = old if isinstance(old, fct.arrays.Rows) else device.rows(old)
-    side_rows = side if isinstance(side, fct.arrays.Rows) else device.rows(side)
+    rows = old if isinstance(old, fct.rows.Rows) else device.rows(old)
+    side_rows = side if isinstance(side, fct.rows.Rows) else device.rows(side)
     out = how.get("out") or device.out(rows.n, h.d_new)
     backend.run_chunks(packed, rows, side_rows, out, chunk=how.get("chunk"))
     device.drain()

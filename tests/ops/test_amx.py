@@ -10,9 +10,9 @@ import pytest
 
 import fct
 from fct import _C
-from fct.ops import amx
-from fct.ops.dispatch import pick_transform
-from fct.ops.torch import TorchTransform
+from fct.ops.device import amx
+from fct.ops.registry import pick_transform
+from fct.ops.transform.torch_backend import TorchTransform
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, backend: Any) -> list[int]:
 
 
 def test_who_is_faster_is_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.ops.cpu import CpuTransform
+    from fct.ops.transform.cpu_backend import CpuTransform
 
     monkeypatch.setattr(_C, "has_amx_bf16", lambda: True)
     h = fct.Transformation.random(8, 8, 8, inner=16)
@@ -55,7 +55,7 @@ def test_who_is_faster_is_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPa
 
 
 def test_ours_where_it_is_faster_forced_or_asked_for_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.ops.cpu import CpuTransform
+    from fct.ops.transform.cpu_backend import CpuTransform
 
     monkeypatch.setattr(_C, "has_amx_bf16", lambda: True)
     h = fct.Transformation.random(8, 8, 8, inner=16)

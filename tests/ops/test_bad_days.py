@@ -17,9 +17,9 @@ import fct
 from fct import doctor, ref
 from fct.errors import BackendError
 from fct.info import build_info
-from fct.ops import device as devices
-from fct.ops import selfproof
-from fct.ops.device import Device, DeviceLostError, numbered, why_no_cuda, why_no_gpu
+from fct.ops import proof as selfproof
+from fct.ops.device import state as devices
+from fct.ops.device.state import Device, DeviceLostError, numbered, why_no_cuda, why_no_gpu
 
 OLD_DRIVER = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
@@ -201,7 +201,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice
 
 
 def test_out_of_memory_says_for_what(fake: FakeDevice, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.ops import topk_gpu
+    from fct.ops.search import gpu_search as topk_gpu
 
     q, g = (fake.upload(rng.standard_normal((n, 9), dtype=np.float32)) for n in (17, 500))
     for kind in ("bf16", "int8"):

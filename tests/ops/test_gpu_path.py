@@ -12,13 +12,15 @@ from fake_device import FakeDevice
 
 import fct
 from fct import doctor, ref
-from fct.arrays import Rows, rows_of
+from fct.artifact.transformation import Transformation
 from fct.errors import BackendError, FctWarning
-from fct.ops import device as device_module
-from fct.ops import dispatch, selfproof, streaming
-from fct.ops import triton as backend
-from fct.ops.device import DeviceLostError
-from fct.transformation import Transformation
+from fct.ops import proof as selfproof
+from fct.ops import registry as dispatch
+from fct.ops.device import state as device_module
+from fct.ops.device import streaming
+from fct.ops.device.state import DeviceLostError
+from fct.ops.transform import triton_backend as backend
+from fct.rows import Rows, rows_of
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ class Broken(backend.TritonTransform):
 
 
 def test_a_kernel_that_disagrees_is_refused(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.ops.torch import TorchTransform
+    from fct.ops.transform.torch_backend import TorchTransform
 
     torch_backend = TorchTransform()
     monkeypatch.setattr(torch_backend, "why_not", lambda h, precision, device: [])
@@ -159,7 +161,7 @@ def test_an_unreadable_verdict_file_counts_as_empty(fake: FakeDevice, tmp_path: 
 
 
 def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.ops.ref import RefTransform
+    from fct.ops.transform.reference_backend import RefTransform
 
     monkeypatch.setattr(doctor, "devices", lambda: {"cpu": "here", "cuda:0": "fake"})
     monkeypatch.setattr(doctor, "SIZES", (1,))
@@ -288,7 +290,7 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
 ) -> None:
     """Times that make torch the fastest for one query and Triton for many; then the other way round."""
     from fct.info import build_info
-    from fct.ops.topk_gpu import pick_search
+    from fct.ops.search.gpu_search import pick_search
 
     quick(monkeypatch)
     told = {"triton": {1: 9.0, 64: 1.0}, "torch": {1: 1.0, 64: 9.0}}
@@ -315,7 +317,7 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
             told["triton"], told["torch"] = told["torch"], told["triton"]
         monkeypatch.setattr(selfproof, "_build", lambda: "another build")
         assert pick_search(5, "l2", "cuda:0", "auto", queries=10**6)[0].name == "triton"  # its times do not count
-    monkeypatch.setattr("fct.ops.device.why_no_gpu", lambda name: [])
+    monkeypatch.setattr("fct.ops.device.state.why_no_gpu", lambda name: [])
     facts = build_info()
     assert facts["searches"]["triton"]["runs"]
     assert facts["searches"]["triton"]["proved"] == {"l2 bf16": ""}
@@ -323,7 +325,8 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
 
 
 def test_doctor_times_searches_and_finds_a_wrong_one(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.ops import topk_gpu, topk_triton
+    from fct.ops.search import gpu_search as topk_gpu
+    from fct.ops.search import triton_search as topk_triton
 
     class Wrong(topk_triton.TritonSearch):
         name = "wrong"
@@ -350,7 +353,7 @@ def test_doctor_times_searches_and_finds_a_wrong_one(fake: FakeDevice, monkeypat
 
 def test_the_transformation_follows_doctors_times(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which backend runs flips with the measured times, by rows and by precision; a forced one is not asked."""
-    from fct.ops.torch import TorchTransform
+    from fct.ops.transform.torch_backend import TorchTransform
 
     monkeypatch.setattr(dispatch, "transform_backends", lambda: [backend.TritonTransform(), TorchTransform()])
     monkeypatch.setattr(selfproof, "ROWS", (3,))

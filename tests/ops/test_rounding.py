@@ -9,15 +9,15 @@ import pytest
 from fake_device import FakeDevice
 
 from fct import ref
-from fct.arrays import Rows
-from fct.ops import triton as backend
-from fct.ops.cpu import CpuTransform
-from fct.ops.dispatch import packed
-from fct.ops.rounding import SIGMAS, deviation
-from fct.ops.selfproof import _sample
-from fct.ops.torch import TorchTransform
-from fct.training.precision import calibrate
-from fct.transformation import Transformation
+from fct.artifact.transformation import Transformation
+from fct.fit.precision_choice import calibrate
+from fct.ops.numerics.rounding import SIGMAS, deviation
+from fct.ops.proof import _sample
+from fct.ops.registry import packed
+from fct.ops.transform import triton_backend as backend
+from fct.ops.transform.cpu_backend import CpuTransform
+from fct.ops.transform.torch_backend import TorchTransform
+from fct.rows import Rows
 
 CASES = [("triton", p) for p in ("fp32", "fp16", "bf16", "int8", "fp8")]
 CASES += [("cpu", p) for p in ("fp32", "bf16", "int8")] + [("torch", "fp32"), ("torch", "bf16")]
@@ -57,7 +57,7 @@ def test_calibrated(monkeypatch: pytest.MonkeyPatch, rng: Any, name: str, precis
 
 
 def test_values_outside_the_calibrated_range_count_as_clipped(rng: Any) -> None:
-    from fct.ops.rounding import rounding_variance
+    from fct.ops.numerics.rounding import rounding_variance
 
     h = calibrate(Transformation.random(6, 6, 6, inner=16), *rng.standard_normal((2, 512, 6), dtype=np.float32))
     x = rng.standard_normal((5, 6), dtype=np.float32)

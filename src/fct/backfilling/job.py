@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from fct.atomic_files import checksum_bytes
 from fct.errors import FctError
-from fct.files import checksum_bytes
-from fct.gallery.base import Output, Piece, Shard
+from fct.gallery.interfaces import Output, Piece, Shard
 from fct.gallery.location import Location, Patience
 from fct.spaces import EmbeddingSpace
 

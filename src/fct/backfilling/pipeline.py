@@ -24,17 +24,17 @@ import numpy as np
 import pyarrow as pa
 
 from fct import _C
-from fct.arrays import nonfinite_rows, rows_of
+from fct.artifact.transformation import Transformation
+from fct.atomic_files import checksum_file
 from fct.backfilling.job import BackfillError, Job, Journal, Marker
-from fct.files import checksum_file
-from fct.gallery.base import JOB_KEY, VECTOR_KEY, Destination, Output, Shard, Source
+from fct.gallery.interfaces import JOB_KEY, VECTOR_KEY, Destination, Output, Shard, Source
 from fct.gallery.location import Patience, StoreError
-from fct.gallery.raw import ROW
+from fct.gallery.matrix_files import ROW
 from fct.gallery.recycler import Recycler
-from fct.gallery.spaces import SPACE_KEY, with_space
+from fct.gallery.space_tags import SPACE_KEY, with_space
 from fct.gallery.vectors import VectorBlock, column_type, rebatch, vector_array, vector_block
+from fct.rows import nonfinite_rows, rows_of
 from fct.transform import transform_finite
-from fct.transformation import Transformation
 
 __all__ = ["BATCH_BYTES", "RowMapper", "ShardPipeline", "ShardReader", "output_schema"]
 

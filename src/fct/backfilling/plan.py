@@ -15,6 +15,8 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from fct import _C
+from fct.artifact.transformation import Transformation
+from fct.atomic_files import checksum_file
 from fct.backfilling.job import BackfillError, Job, Journal
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
@@ -29,17 +31,15 @@ from fct.checks import (
     shown,
 )
 from fct.errors import FctError, SpaceMismatchError
-from fct.files import checksum_file
 from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
-from fct.gallery.base import VECTOR_KEY, Destination, Shard
-from fct.gallery.files import FileDestination
+from fct.gallery.file_gallery import FileDestination
+from fct.gallery.interfaces import VECTOR_KEY, Destination, Shard
 from fct.gallery.location import Patience
-from fct.gallery.spaces import SIDE_FILE
+from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS
 from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_type
-from fct.ops.base import check_precision
-from fct.ops.dispatch import pick_transform, threads_of
-from fct.transformation import Transformation
+from fct.ops.backend import check_precision
+from fct.ops.registry import pick_transform, threads_of
 
 __all__ = ["BackfillPlan", "Resolved", "plan_backfill", "refuse_misfit", "resolve"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from fct.artifact.transformation import Transformation
 from fct.checks import check_path, shown
 from fct.metrics import evaluate, gap_closed, recall_at_k
-from fct.retrieval import topk
+from fct.search import topk
 from fct.transform import transform_batch
-from fct.transformation import Transformation
 
 __all__ = ["Quality", "ScoreShift", "check_quality", "map_threshold", "score_shift"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fct.backfilling.job import BackfillError, Job, Marker
 from fct.backfilling.plan import Resolved
-from fct.gallery.base import Shard
+from fct.gallery.interfaces import Shard
 
 if TYPE_CHECKING:
     from fct.backfilling.run import Bar

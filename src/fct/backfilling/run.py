@@ -18,8 +18,8 @@ from fct.backfilling.pipeline import RowMapper, output_schema
 from fct.backfilling.plan import Resolved, occupied, refuse_misfit, resolve
 from fct.backfilling.quality import check_quality
 from fct.checks import check_flag, check_text, check_whole
-from fct.gallery.base import Piece, Shard, Source
-from fct.gallery.files import FileDestination
+from fct.gallery.file_gallery import FileDestination
+from fct.gallery.interfaces import Piece, Shard, Source
 
 __all__ = ["BackfillReport", "backfill"]
 
@@ -186,7 +186,7 @@ def _begin(found: Resolved, say: Callable[[str], None]) -> Job:
         if journal.destination.local.is_dir():
             folders.append(journal.destination.local)
         for part in (p for folder in folders for p in folder.glob(".*.part")):
-            part.unlink(missing_ok=True)  # half-written beside: what fct.files renames when whole
+            part.unlink(missing_ok=True)  # half-written beside: what fct.atomic_files renames when whole
     where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
     moved = replace(stored, **where)
     if moved != stored:  # so that whoever verifies looks in the right place; the cut into shards stays

@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fct.atomic_files import refuse_existing
 from fct.backfilling.job import BackfillError, cut_shards
 from fct.backfilling.plan import resolve
 from fct.checks import check_flag
-from fct.files import refuse_existing
-from fct.gallery.base import Batches, Shard
-from fct.gallery.files import FileDestination
+from fct.gallery.file_gallery import FileDestination
+from fct.gallery.interfaces import Batches, Shard
 from fct.gallery.location import Location, location_of
 
 __all__ = ["transform_file"]

@@ -12,10 +12,10 @@ from fct.backfilling.verify import rejected_rows
 from fct.checks import check_whole
 from fct.errors import FctError
 from fct.gallery import open_source
-from fct.gallery.base import Shard
-from fct.gallery.files import FileDestination
+from fct.gallery.file_gallery import FileDestination
+from fct.gallery.interfaces import Shard
 from fct.gallery.vectors import vector_block
-from fct.retrieval import TopK, topk
+from fct.search import TopK, topk
 from fct.spaces import EmbeddingSpace, check_space
 
 __all__ = ["UpgradingGallery"]

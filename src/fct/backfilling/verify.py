@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fct.artifact.transformation import Transformation
 from fct.backfilling.job import BackfillError, Job, Journal, Marker
 from fct.backfilling.pipeline import RowMapper
 from fct.backfilling.plan import load_transformation
 from fct.checks import check_seed, check_whole
 from fct.errors import FctError
 from fct.gallery import journal_location, location_of, open_source
-from fct.gallery.base import rows_at
+from fct.gallery.interfaces import rows_at
 from fct.gallery.location import Patience
 from fct.gallery.vectors import vector_block
-from fct.transformation import Transformation
 
 __all__ = ["VerifyReport", "gallery_journal", "kept_transformation", "rejected_rows", "verify_gallery"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fct.artifact.transformation import Layer, Transformation
+from fct.fit.pairs import check_pairs
 from fct.spaces import EmbeddingSpace
-from fct.training.pairs import check_pairs
-from fct.transformation import Layer, Transformation
 
 __all__ = ["fit_procrustes", "fit_ridge"]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from fct.artifact.transformation import Layer, Transformation
 from fct.baselines.linear import fit_ridge
+from fct.fit.recipes import FitConfig
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace
-from fct.training.config import FitConfig
-from fct.transformation import Layer, Transformation
 
 __all__ = ["fit_residual"]
 
@@ -42,7 +42,7 @@ def fit_residual(
     import torch
 
     from fct import ref
-    from fct.training.pairs import check_pairs
+    from fct.fit.pairs import check_pairs
 
     config = FitConfig(inner=hidden, epochs=epochs, batch_size=256, lr=4e-3, weight_decay=1e-2)
     x, _, y = check_pairs(old, None, new).loaded()

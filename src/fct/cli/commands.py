@@ -2,12 +2,12 @@
 ``fct --help``: that of an upgrade, then what looks at the machine."""
 
 # isort: off
-from fct.cli import quickstart as quickstart
-from fct.cli import train_side_info as train_side_info
-from fct.cli import fit as fit
-from fct.cli import evaluate as evaluate
-from fct.cli import backfill as backfill
-from fct.cli import reproduce as reproduce
-from fct.cli import info as info
-from fct.cli import doctor as doctor
-from fct.cli import bench as bench
+from fct.cli import quickstart_command as quickstart_command
+from fct.cli import side_info_command as side_info_command
+from fct.cli import fit_command as fit_command
+from fct.cli import evaluate_command as evaluate_command
+from fct.cli import backfill_command as backfill_command
+from fct.cli import reproduce_command as reproduce_command
+from fct.cli import info_command as info_command
+from fct.cli import doctor_command as doctor_command
+from fct.cli import bench_command as bench_command

@@ -1,9 +1,9 @@
 """Where rows live: readers and writers for files, object stores, Lance and FAISS, and the interface for your own."""
 
-from fct.gallery.base import VECTOR_KEY, Batches, Destination, Output, Piece, Shard, Source
-from fct.gallery.bulk import export_bulk
+from fct.gallery.bulk_export import export_bulk
+from fct.gallery.interfaces import VECTOR_KEY, Batches, Destination, Output, Piece, Shard, Source
 from fct.gallery.location import Location, location_of
-from fct.gallery.spaces import tag_space
+from fct.gallery.space_tags import tag_space
 from fct.gallery.stores import FORMATS, journal_location, open_destination, open_source
 from fct.gallery.vectors import VECTOR_FORMATS, vector_array, vector_block
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from fct.atomic_files import checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError
-from fct.files import checksum_file, write_bytes
 
 __all__ = ["Location", "Patience", "StoreError", "Version", "location_of", "with_retries"]
 

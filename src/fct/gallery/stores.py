@@ -7,12 +7,12 @@ from typing import Any
 
 from fct.checks import check_choice
 from fct.errors import FctError
-from fct.gallery.arrow import ArrowDestination, ArrowSource
-from fct.gallery.base import Destination, Source
-from fct.gallery.files import FileDestination, FileSource, find_files
+from fct.gallery.arrow_files import ArrowDestination, ArrowSource
+from fct.gallery.file_gallery import FileDestination, FileSource, find_files
+from fct.gallery.interfaces import Destination, Source
 from fct.gallery.location import Location, Patience, location_of
-from fct.gallery.parquet import ParquetDestination, ParquetSource
-from fct.gallery.raw import BinDestination, BinSource, NpyDestination, NpySource
+from fct.gallery.matrix_files import BinDestination, BinSource, NpyDestination, NpySource
+from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 
 __all__ = ["FORMATS", "journal_location", "open_destination", "open_source"]
 
@@ -55,7 +55,7 @@ def open_source(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
     )  # fmt: skip
     if place.name.endswith(".lance"):
-        from fct.gallery.lance import LanceSource
+        from fct.gallery.lance_dataset import LanceSource
 
         return LanceSource(str(place), storage_options)
     if (place / "_fct/job.json").exists() and not (place / "_fct/manifest.json").exists():
@@ -87,7 +87,7 @@ def open_destination(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name="destination"
     )  # fmt: skip
     if format == "lance":
-        from fct.gallery.lance import LanceDestination
+        from fct.gallery.lance_dataset import LanceDestination
 
         return LanceDestination(str(place), storage_options)
     return _DESTINATIONS[format](place)

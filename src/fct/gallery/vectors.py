@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fct.gallery.base import Batches
+from fct.gallery.interfaces import Batches
 
 __all__ = ["VECTOR_FORMATS", "VectorBlock", "rebatch", "vector_array", "vector_block", "vector_dim", "vector_type"]
 

@@ -1,1 +1,1 @@
-"""Backends behind one small interface; see :mod:`fct.ops.dispatch` for who is asked in which order."""
+"""Backends behind one small interface; see :mod:`fct.ops.registry` for who is asked in which order."""

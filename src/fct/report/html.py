@@ -7,7 +7,7 @@ import html
 import os
 from pathlib import Path
 
-from fct.files import write_text
+from fct.atomic_files import write_text
 from fct.report.table import ResultTable
 from fct.report.verdict import Verdict
 

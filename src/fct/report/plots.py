@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fct.files import write_bytes
+from fct.atomic_files import write_bytes
 from fct.report.table import MEASURES, ResultTable
 
 __all__ = ["Example", "write_picture"]

@@ -1,0 +1,1 @@
+"""h as a file: the transformation, its layers, and the formats it comes from and goes to."""

@@ -1,0 +1,179 @@
+"""Import of checkpoints of the paper's published code (Apple's ml-fct).
+
+Its transformation keeps 1x1 convolutions with batch norm: ``p1`` reads the old embedding, ``p2`` the
+side-information, ``mixer`` both; the last mixer layer is a convolution with bias. Dimensions are read off the shapes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fct.artifact.transformation import Layer, Transformation, fold_norm
+from fct.checks import check_path
+from fct.errors import ArtifactError
+from fct.spaces import EmbeddingSpace
+
+__all__ = ["ML_FCT_KEYS", "load_ml_fct", "transformation_from_ml_fct"]
+
+_NORM_EPS = 1e-5  # torch's default, which that code keeps
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_BLOCKS = ("p1.0", "p1.1", "p2.0", "p2.1", "mixer.0", "mixer.1")
+
+ML_FCT_KEYS = (
+    *(
+        key
+        for block in _BLOCKS
+        for key in (
+            f"{block}.conv.weight",
+            *(f"{block}.normalizer.{name}" for name in (*_NORM, "num_batches_tracked")),
+        )
+    ),
+    "mixer.2.conv.weight",
+    "mixer.2.conv.bias",
+)
+"""Every key of such a state dict; ``num_batches_tracked`` may be absent, nothing else may."""
+
+
+def load_ml_fct(
+    path: str | os.PathLike[str],
+    *,
+    allow_torchscript: bool = False,
+    old_space: EmbeddingSpace | None = None,
+    new_space: EmbeddingSpace | None = None,
+    side_model: str = "ml-fct",
+    normalise: bool = False,
+) -> Transformation:
+    """An ml-fct checkpoint as a :class:`fct.Transformation`.
+
+    Args:
+        path: a state dict saved with ``torch.save``, or a TorchScript archive.
+        allow_torchscript: load TorchScript archives, which can run code of whoever made the file.
+        old_space, new_space: whose vectors these are; by default named "ml-fct old" and "ml-fct new".
+        side_model: the id of the model that makes the side-information.
+        normalise: bring h's output to unit length.
+
+    Raises:
+        FileNotFoundError: no such file. ArtifactError: not such a checkpoint; the missing or surplus key is named.
+        PermissionError: a TorchScript archive without ``allow_torchscript=True``.
+    """
+    source = check_path(path, "path")
+    if not source.is_file():
+        raise FileNotFoundError(f"path: expected an ml-fct checkpoint, found no file at {source}")
+    if _is_torchscript(source):
+        if not allow_torchscript:
+            raise PermissionError(
+                f"path: {source} is a TorchScript archive, which can run code when loaded; "
+                "pass allow_torchscript=True if you trust whoever made it"
+            )
+        state = _torchscript_state(source)
+    else:
+        state = _pickled_state(source)
+    return transformation_from_ml_fct(
+        state, old_space=old_space, new_space=new_space, side_model=side_model, normalise=normalise, source=str(source)
+    )
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
+
+
+def _torchscript_state(path: Path) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        return torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-any-return,no-untyped-call,unused-ignore]
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError(f"path: expected a whole TorchScript archive, {path} is not: {error}") from error
+
+
+def _pickled_state(path: Path) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(f"path: expected a state dict saved with torch.save, {path} is not: {reason}") from error
+    for name in ("state_dict", "model"):  # training scripts wrap it
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping):
+        raise ArtifactError(f"path: expected a state dict, {path} holds a {type(state).__name__}")
+    return state
+
+
+def transformation_from_ml_fct(
+    state: Mapping[str, Any],
+    *,
+    old_space: EmbeddingSpace | None = None,
+    new_space: EmbeddingSpace | None = None,
+    side_model: str = "ml-fct",
+    normalise: bool = False,
+    source: str = "state dict",
+) -> Transformation:
+    """The same from a state dict (name -> tensor or array); batch norm is folded in float64."""
+    prefixed = bool(state) and all(str(name).startswith("module.") for name in state)
+    arrays = {str(name).removeprefix("module.") if prefixed else str(name): value for name, value in state.items()}
+    required = [key for key in ML_FCT_KEYS if not key.endswith("num_batches_tracked")]
+    missing = [key for key in required if key not in arrays]
+    surplus = [key for key in arrays if key not in ML_FCT_KEYS]
+    if missing or surplus:
+        reasons = [f"missing {', '.join(missing)}"] if missing else []
+        reasons += [f"surplus {', '.join(surplus)}"] if surplus else []
+        raise ArtifactError(f"path: expected the keys of an ml-fct transformation in {source}: {'; '.join(reasons)}")
+
+    def array(key: str) -> Any:
+        value = arrays[key]
+        values = np.asarray(value.detach().cpu().double().numpy() if hasattr(value, "detach") else value, np.float64)
+        if not np.isfinite(values).all():
+            raise ArtifactError(f"path: expected finite values in {source}, {key} holds NaN or infinity")
+        return values
+
+    def matrix(key: str) -> Any:
+        weight = array(key)
+        if weight.ndim == 4 and weight.shape[2:] == (1, 1):
+            weight = weight[:, :, 0, 0]
+        if weight.ndim != 2:
+            raise ArtifactError(f"path: expected {key} of shape (out, in, 1, 1), got {weight.shape}")
+        return weight
+
+    def block(name: str) -> Layer:
+        weight = matrix(f"{name}.conv.weight")
+        norm = {part: array(f"{name}.normalizer.{part}") for part in _NORM}
+        for part, values in norm.items():
+            if values.shape != weight.shape[:1]:
+                raise ArtifactError(
+                    f"path: expected {name}.normalizer.{part} of shape ({weight.shape[0]},), got {values.shape}"
+                )
+        if (norm["running_var"] < 0).any():
+            raise ArtifactError(f"path: expected variances of at least 0 in {name}.normalizer.running_var")
+        return Layer(*fold_norm(weight, norm, _NORM_EPS), True)
+
+    try:
+        last = Layer(matrix("mixer.2.conv.weight"), array("mixer.2.conv.bias"), False)
+        old, side = (block("p1.0"), block("p1.1")), (block("p2.0"), block("p2.1"))
+        return Transformation(
+            old=old,
+            side=side,
+            mixer=(block("mixer.0"), block("mixer.1"), last),
+            old_space=old_space or EmbeddingSpace("ml-fct old", old[0].d_in),
+            new_space=new_space or EmbeddingSpace("ml-fct new", last.d_out, normalised=normalise),
+            side_model=side_model,
+            normalise=normalise,
+            info={"imported_from": "ml-fct"},
+        )
+    except ValueError as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"path: the layers in {source} do not fit together: {error}") from error

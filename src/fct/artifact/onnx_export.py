@@ -1,0 +1,77 @@
+"""h as an ONNX graph, for servers that speak ONNX and for holding our kernels against other runtimes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fct.artifact.transformation import BRANCHES, Transformation
+from fct.atomic_files import write_bytes
+from fct.checks import check_path
+
+__all__ = ["onnx_model", "save_onnx"]
+
+_OPSET = 17
+
+
+def onnx_model(h: Transformation) -> Any:
+    """An ``onnx.ModelProto``: inputs "old" (n, d_old) and, with side-information, "side_info" (n, d_side), float32;
+    output "new" (n, d_new) float32."""
+    try:
+        from onnx import TensorProto, checker, helper, numpy_helper
+    except ImportError as error:
+        raise ImportError(
+            "to_onnx: expected the onnx package, found none; pip install 'fct-embeddings[onnx]'"
+        ) from error
+
+    nodes, weights = [], []
+
+    def chain(branch: str, x: str) -> str:
+        for i, layer in enumerate(getattr(h, branch)):
+            name = f"{branch}.{i}"
+            weights.append(numpy_helper.from_array(layer.weight, f"{name}.weight"))
+            weights.append(numpy_helper.from_array(layer.bias, f"{name}.bias"))
+            nodes.append(helper.make_node("Gemm", [x, f"{name}.weight", f"{name}.bias"], [f"{name}.out"], transB=1))
+            x = f"{name}.out"
+            if layer.relu:
+                nodes.append(helper.make_node("Relu", [x], [f"{name}.relu"]))
+                x = f"{name}.relu"
+        return x
+
+    side_input = "side_info" if h.uses_side_info else "old"
+    ends = [chain(branch, x) for branch, x in zip(BRANCHES[:2], ("old", side_input), strict=True)]
+    nodes.append(helper.make_node("Concat", ends, ["joined"], axis=1))
+    out = chain("mixer", "joined")
+    if h.normalise:
+        # A zero row stays zero, as in the reference.
+        weights.append(numpy_helper.from_array(_tiny(), "tiny"))
+        nodes.append(helper.make_node("ReduceL2", [out], ["norm"], axes=[1], keepdims=1))
+        nodes.append(helper.make_node("Max", ["norm", "tiny"], ["length"]))
+        nodes.append(helper.make_node("Div", [out, "length"], ["new"]))
+    else:
+        nodes.append(helper.make_node("Identity", [out], ["new"]))
+
+    def value(name: str, width: int) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width])
+
+    inputs = [value("old", h.d_old)] + ([value("side_info", h.d_side)] if h.uses_side_info else [])
+    graph = helper.make_graph(nodes, "fct_transformation", inputs, [value("new", h.d_new)], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="fct")
+    model.ir_version = 9  # what runtimes of the last years read
+    helper.set_model_props(model, {"fct.fingerprint": h.fingerprint})
+    checker.check_model(model)
+    return model
+
+
+def _tiny() -> Any:
+    import numpy as np
+
+    return np.array([np.finfo(np.float32).tiny], np.float32)
+
+
+def save_onnx(h: Transformation, path: str | os.PathLike[str]) -> Path:
+    """Writes :func:`onnx_model` to ``path``; raises ImportError where onnx is not installed."""
+    target = check_path(path, "path")
+    write_bytes(target, onnx_model(h).SerializeToString())
+    return target

@@ -1,0 +1,1 @@
+"""Measuring machines: throughput of h, its peers, how a timing is taken."""

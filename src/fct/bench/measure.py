@@ -1,0 +1,121 @@
+"""Measuring: the machine's own peaks, and calls timed turn by turn. Benchmarks and ``fct bench`` share it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fct import _C
+from fct.ops.backend import PRECISIONS
+
+__all__ = ["Peaks", "Timing", "interleave", "measure_peaks", "timing_fields"]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """This machine's own limits, measured in this run by compiled loops.
+
+    ops: operations a second on registers alone, by precision, at the best instruction set. by_isa: the same by
+    (level, precision). memory: bytes a second read from memory; l3: from a 12 MB block.
+    """
+
+    ops: dict[str, float]
+    by_isa: dict[tuple[str, str], float]
+    memory: float
+    l3: float
+    threads: int
+
+
+def measure_peaks(threads: int, seconds: float = 0.3, *, every_isa: bool = True) -> Peaks:
+    """About ``seconds`` for each precision of the best instruction set, or of every one, and 1.3 for memory."""
+    levels = range(0 if every_isa else _C.detected_isa(), _C.detected_isa() + 1)
+    by_isa = {
+        (_C.isa_names[isa], precision): _C.peak_ops(p, isa, threads, seconds)
+        for isa in levels
+        for p, precision in enumerate(PRECISIONS)
+    }
+    best = _C.isa_names[_C.detected_isa()]
+    return Peaks(
+        ops={precision: by_isa[best, precision] for precision in PRECISIONS},
+        by_isa=by_isa,
+        memory=_C.read_bandwidth(1 << 30, threads, 1.0),
+        l3=_C.read_bandwidth(12 << 20, threads, 0.3),
+        threads=threads,
+    )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median and the quantiles around it."""
+
+    median: float
+    p20: float
+    p80: float
+    calls: int
+
+
+def interleave(
+    fns: dict[str, Callable[[], Any]],
+    *,
+    seconds: float = 1.0,
+    rounds: int = 5,
+    most: int = 200,
+    pause: float = 0.0,
+    warm: bool = False,
+) -> dict[str, Timing]:
+    """Times every function turn by turn, so that all see the same machine; two warm-up calls each.
+
+    Args:
+        fns: name -> a call without arguments. Results must have been compared before.
+        seconds: about how long each function is given.
+        rounds, most: at least and at most so many turns.
+        pause: seconds of rest before each call, for calls so short that another library's workers, which spin for
+            some milliseconds after theirs, would be measured.
+        warm: every function has been called already, and just ``rounds`` turns are wanted.
+    """
+    slowest = seconds if warm else 0.0
+    for fn in () if warm else fns.values():
+        fn()
+        start = time.perf_counter()
+        fn()
+        slowest = max(slowest, time.perf_counter() - start)
+    turns = int(min(most, max(rounds, seconds / max(slowest, 1e-7))))
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(turns):
+            for name, fn in fns.items():
+                if pause:
+                    time.sleep(pause)
+                start = time.perf_counter()
+                fn()
+                times[name].append(time.perf_counter() - start)
+    finally:
+        if enabled:
+            gc.enable()
+    found = {}
+    for name, spent in times.items():
+        median, p20, p80 = (float(q) for q in np.quantile(spent, (0.5, 0.2, 0.8)))
+        found[name] = Timing(median, p20, p80, turns)
+    return found
+
+
+def timing_fields(timing: Timing, *, rows: int | None = None, flop: float | None = None) -> dict[str, Any]:
+    """Fields of a row: milliseconds, and rows and operations a second where they are known."""
+    fields: dict[str, Any] = {
+        "ms": timing.median * 1e3,
+        "ms_p20": timing.p20 * 1e3,
+        "ms_p80": timing.p80 * 1e3,
+        "calls": timing.calls,
+    }
+    if rows is not None:
+        fields["rows_per_s"] = rows / timing.median
+    if flop is not None:
+        fields["gflops"] = flop / timing.median / 1e9
+    return fields

@@ -1,0 +1,454 @@
+"""What h and a search cost on this machine, ours and the installed peers in one run, in under a minute."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fct
+from fct import _C, ref
+from fct.artifact.transformation import Transformation
+from fct.bench.measure import Timing, interleave, measure_peaks
+from fct.bench.peers import best_setting, faiss_worker, openblas_times, transform_peers
+from fct.ops.backend import PRECISIONS
+from fct.ops.registry import pick_transform, threads_of
+from fct.ops.transform.cpu_backend import CpuTransform, Packed, isa
+from fct.rows import rows_of
+
+__all__ = ["TOLERANCE", "BenchReport", "error_of", "inputs_of", "processor", "run_bench", "same_neighbours"]
+
+# Error against the float64 reference, relative to the output's spread, that counts as the same result.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-1}
+ROWS_TO_COME = (1_000_000, 1_000_000_000, 10_000_000_000)
+_SECONDS = 0.3  # about, of each call that is timed
+_CALL = 0.1  # seconds of the largest batch's fp32 call at the machine's peak, at most
+_SEARCH = 1.28e8  # gallery rows x dimensions, at most
+_K = 10
+_PROBED = 50_000  # rows in which FAISS's settings are compared
+_QUERIES = (1, 1000)
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What :func:`run_bench` measured; every list holds plain dicts.
+
+    machine: processor, threads, instruction set. peaks: GFLOP/s by precision, memory and cache GB/s.
+    auto: what ``precision="auto"`` takes for this h, here. transform: a row per who, precision and batch, those that
+    differ from the reference or are not installed with a ``status`` instead of times. one_row: latency beside the
+    time to read the packed weights once. search: a row per who and number of queries. to_come: per precision and
+    number of rows the seconds h alone takes here and the bytes read and written as float32.
+    """
+
+    h: dict[str, Any]
+    machine: dict[str, Any]
+    peaks: dict[str, float]
+    auto: str
+    transform: list[dict[str, Any]] = field(default_factory=list)
+    one_row: list[dict[str, Any]] = field(default_factory=list)
+    search: list[dict[str, Any]] = field(default_factory=list)
+    to_come: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """(title, columns, cells) for the terminal and for Markdown; the first line of each column names its unit."""
+        shown = []
+        for rows in sorted({r["rows"] for r in self.transform}, reverse=True):
+            cells = [
+                [r["who"], r["precision"], r["status"], "", "", ""]
+                if r["status"] != "ok"
+                else [
+                    r["who"],
+                    r["precision"],
+                    f"{r['rows_per_s']:,.0f}",
+                    f"{r['ms']:.3g}",
+                    f"{r['gflops']:,.0f}",
+                    f"{100 * r['share_of_peak']:.0f} %",
+                ]
+                for r in self.transform
+                if r["rows"] == rows
+            ]
+            columns = ["who", "precision", "rows/s", "ms", "GFLOP/s", "of the peak"]
+            shown.append((f"Transformation, batches of {rows:,}", columns, cells))
+        shown.append(
+            (
+                "One row: latency against reading the packed weights once",
+                ["precision", "ms", "ms to read the weights", "weights"],
+                [
+                    [r["precision"], f"{r['ms']:.3f}", f"{r['ms_reading_weights']:.3f}", _bytes(r["weight_bytes"])]
+                    for r in self.one_row
+                ],
+            )
+        )
+        if self.search:
+            first = self.search[0]
+            shown.append(
+                (
+                    f"Exact search, {first['gallery']:,} x {first['d']}, inner product, k = {_K}",
+                    ["who", "queries", "ms", "queries a second"],
+                    [
+                        [r["who"], f"{r['queries']:,}", r["status"], ""]
+                        if r["status"] != "ok"
+                        else [r["who"], f"{r['queries']:,}", f"{r['ms']:,.1f}", f"{r['queries_per_s']:,.0f}"]
+                        for r in self.search
+                    ],
+                )
+            )
+        shown.append(
+            (
+                "What h alone would take here, by the largest batch (reading and writing come on top)",
+                ["precision", "rows", "time", "read", "written"],
+                [
+                    [
+                        r["precision"] + (" (auto)" if r["precision"] == self.auto else ""),
+                        f"{r['rows']:,}",
+                        _duration(r["seconds"]),
+                        _bytes(r["bytes_read"]),
+                        _bytes(r["bytes_written"]),
+                    ]
+                    for r in self.to_come
+                ],
+            )
+        )
+        return shown
+
+    def facts(self) -> list[str]:
+        """Sentences above the tables."""
+        ops = ", ".join(f"{self.peaks[p]:,.0f} ({p})" for p in PRECISIONS)
+        return [
+            f"{self.h['what']}: {self.h['mflop_per_row']:.1f} MFLOP a row; precision=auto takes {self.auto}.",
+            f"{self.machine['processor']}, {self.machine['threads']} threads, {self.machine['isa']}.",
+            f"Its own peaks in this run: {ops} GFLOP/s on registers alone; reads {self.peaks['memory_gb_per_s']:.0f} "
+            f"GB/s from memory, {self.peaks['cache_gb_per_s']:.0f} GB/s from a 12 MB block.",
+            *self.notes,
+        ]
+
+    def markdown(self) -> str:
+        parts = [f"# fct bench\n\nfct {fct.__version__}\n", *(f"- {fact}" for fact in self.facts()), ""]
+        for title, columns, cells in self.tables():
+            parts += [f"## {title}\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+            parts += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in cells] + [""]
+        return "\n".join(parts)
+
+
+def _bytes(n: float) -> str:
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while n >= 1000 and len(units) > 1:
+        n /= 1000
+        units.pop(0)
+    return f"{n:.3g} {units[0]}"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400.0, "days"), (3_600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def processor() -> str:
+    """The processor's name and the instruction sets that matter here."""
+    flags = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd")
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in reversed(text.splitlines()) if ":" in line)
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    have = [f for f in flags if f in fields.get("flags", fields.get("Features", "")).split()]
+    name = fields.get("model name", platform.machine())
+    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return " ".join(part for part in (name, family, f"({', '.join(have)})") if part)
+
+
+def error_of(got: Any, want: Any) -> float:
+    """Root mean squared difference over the spread of ``want``."""
+    return float(np.sqrt(np.mean((got - want) ** 2) / np.var(want)))
+
+
+def inputs_of(h: Transformation, rows: int, seed: int = 0) -> tuple[Any, Any]:
+    """Gaussian (rows, d_old) and (rows, d_side) float32, inside the ranges h was calibrated on where it was; at most
+    65,536 of them differ, since the values cost nothing and drawing them does."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for branch, d in (("old", h.d_old), ("side", h.d_side)):
+        x = rng.standard_normal((min(rows, 65_536), d), dtype=np.float32)
+        ranges = h.calibration.get(f"{branch}.0")
+        if ranges is not None:
+            low, high = np.asarray(ranges[0], np.float32), np.asarray(ranges[1], np.float32)
+            x = np.clip((low + high) / 2 + x * (high - low) / 8, low, high)
+        found.append(np.resize(x, (rows, d)))
+    return found[0], found[1] if h.uses_side_info else found[0]
+
+
+def same_neighbours(queries: Any, gallery: Any, a: Any, b: Any) -> bool:
+    """Whether two (n, k) answers by inner product differ only where the rows' scores are float32 rounding apart."""
+    other = a != b
+    if not other.any():
+        return True
+    rows = np.nonzero(other)[0]
+    q = queries[rows].astype(np.float64)
+    x, y = (np.einsum("id,id->i", q, gallery[ids[other]]) for ids in (a, b))
+    limit = 1e-6 * np.linalg.norm(q, axis=1) * np.linalg.norm(gallery[a[other]], axis=1)
+    return bool((np.abs(x - y) <= limit).all() and other.mean() < 1e-2)
+
+
+def run_bench(
+    h: Transformation,
+    *,
+    threads: int | None = None,
+    peers: bool = True,
+    progress: Callable[[float, str], None] = lambda share, what: None,
+) -> BenchReport:
+    """Measures h, a search in h's output space and the peers that are installed, on this machine's CPU.
+
+    Args:
+        h: the transformation; where it is not calibrated, int8 is left out.
+        threads: by default FCT_NUM_THREADS or all; peers get as many.
+        peers: whether torch, ONNX Runtime, OpenVINO and FAISS are measured beside us.
+        progress: told the share that is done (0 to 1) and what comes next.
+
+    Every result is held against the float64 reference (a search: against the other's rows) before it is timed; one
+    that differs gets the error as its ``status`` and no time.
+
+    Example:
+        >>> import fct
+        >>> from fct.bench.throughput import run_bench
+        >>> report = run_bench(fct.Transformation.random(8, 4, 8, inner=16), peers=False)
+        >>> {row["rows"] for row in report.to_come} == {10**6, 10**9, 10**10}
+        True
+    """
+    count = threads_of(threads)
+    progress(0.0, "the machine's own peaks")
+    found = measure_peaks(count, 0.3, every_isa=False)
+    backend = CpuTransform()
+    precisions = [p for p in PRECISIONS if not backend.why_not(h, p, "cpu")]
+    largest = 4096
+    while largest > 64 and largest * h.flop_per_row > _CALL * found.ops["fp32"]:
+        largest //= 2
+    report = BenchReport(
+        h={
+            "what": repr(h),
+            "fingerprint": h.fingerprint,
+            "flop_per_row": h.flop_per_row,
+            "mflop_per_row": h.flop_per_row / 1e6,
+            "d_old": h.d_old,
+            "d_side": h.d_side if h.uses_side_info else 0,
+            "d_new": h.d_new,
+        },
+        machine={
+            "processor": processor(),
+            "system": platform.platform(),
+            "threads": count,
+            "isa": _C.isa_names[isa()],
+            "fct": fct.__version__,
+        },
+        peaks={p: found.ops[p] / 1e9 for p in PRECISIONS}
+        | {"memory_gb_per_s": found.memory / 1e9, "cache_gb_per_s": found.l3 / 1e9},
+        auto=pick_transform(h, "auto", "cpu")[1],
+    )
+    if "int8" not in precisions:
+        report.notes.append(f"int8 is left out: {'; '.join(backend.why_not(h, 'int8', 'cpu'))}.")
+    packed = {p: Packed(h, p, isa()) for p in precisions}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for share, rows in ((0.1, largest), (0.35, 64), (0.5, 1)):
+            progress(share, f"the transformation, batches of {rows:,}")
+            _transform(report, h, packed, rows, count, folder, peers=peers)
+        progress(0.6, "one row against reading the weights")
+        _one_row(report, h, packed, count)
+        progress(0.65, "exact search")
+        _search(report, h.d_new, count, folder, peers=peers, progress=progress)
+    ours = (r for r in report.transform if r["who"] == "fct" and r["rows"] == largest and r["status"] == "ok")
+    best = {r["precision"]: r["rows_per_s"] for r in ours}
+    for precision, rate in best.items():
+        for rows in ROWS_TO_COME:
+            report.to_come.append(
+                {
+                    "precision": precision,
+                    "rows": rows,
+                    "seconds": rows / rate,
+                    "bytes_read": 4 * rows * (report.h["d_old"] + report.h["d_side"]),
+                    "bytes_written": 4 * rows * h.d_new,
+                }
+            )
+    progress(1.0, "done")
+    return report
+
+
+def _ours(packed: Packed, old: Any, side: Any, d_new: int, threads: int) -> Callable[[], Any]:
+    out = np.empty((len(old), d_new), np.float32)
+    views = rows_of(old, "old"), rows_of(side, "side"), rows_of(out, "out", finite=False)
+
+    def call() -> Any:
+        packed.run(*views, threads=threads)
+        return out
+
+    return call
+
+
+def _transform(
+    report: BenchReport,
+    h: Transformation,
+    packed: dict[str, Packed],
+    rows: int,
+    threads: int,
+    folder: Path,
+    *,
+    peers: bool,
+) -> None:
+    old, side = inputs_of(h, rows)
+    checked = inputs_of(h, 64)  # one row alone has no spread to compare with
+    calls = {("fct", p): (_ours(packed[p], old, side, h.d_new, threads)) for p in packed}
+    checks = {("fct", p): _ours(packed[p], *checked, h.d_new, threads) for p in packed}
+    status: dict[tuple[str, str], str] = {}
+    if peers:
+        _torch_threads(threads)
+        small = transform_peers(h, *checked, threads, folder)
+        for key, build in transform_peers(h, old, side, threads, folder).items():
+            try:
+                calls[key], checks[key] = build(), small[key]()
+            except Exception as error:  # whatever a peer can not do here, the others are measured
+                status[key] = _why(error)
+    want = ref.transform(*checked, h)
+    for key, check in checks.items():
+        off = error_of(check(), want)
+        if not off < TOLERANCE[key[1]]:
+            status[key] = f"differs: error {off:.1e}"
+    live = {key: call for key, call in calls.items() if key not in status}
+    rounds = {f"{a}|{b}": c for (a, b), c in live.items()}
+    times = interleave(rounds, seconds=_SECONDS, rounds=3, most=15, pause=0.02)  # peers' threads spin after a call
+    for who, precision in [*calls, *(key for key in status if key not in calls)]:
+        entry = {"who": who, "precision": precision, "rows": rows, "status": status.get((who, precision), "ok")}
+        if entry["status"] == "ok":
+            timing: Timing = times[f"{who}|{precision}"]
+            gflops = h.flop_per_row * rows / timing.median / 1e9
+            entry |= {
+                "ms": timing.median * 1e3,
+                "ms_p20": timing.p20 * 1e3,
+                "ms_p80": timing.p80 * 1e3,
+                "rows_per_s": rows / timing.median,
+                "gflops": gflops,
+                "share_of_peak": gflops / report.peaks[precision],
+            }
+        report.transform.append(entry)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "not installed"
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+
+
+def _torch_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _one_row(report: BenchReport, h: Transformation, packed: dict[str, Packed], threads: int) -> None:
+    old, side = inputs_of(h, 1)
+    for precision, weights in packed.items():
+        handle = weights.handle
+        times = interleave(
+            {
+                "row": _ours(weights, old, side, h.d_new, threads),
+                "read": lambda handle=handle: handle.read_weights(threads),  # type: ignore[misc]
+            },
+            seconds=_SECONDS / 2,
+            rounds=20,
+            most=1000,
+        )
+        report.one_row.append(
+            {
+                "precision": precision,
+                "ms": times["row"].median * 1e3,
+                "ms_reading_weights": times["read"].median * 1e3,
+                "weight_bytes": handle.weight_bytes,
+            }
+        )
+
+
+def _available_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30
+
+
+def _search(
+    report: BenchReport, d: int, threads: int, folder: Path, *, peers: bool, progress: Callable[[float, str], None]
+) -> None:
+    n = int(min(1_000_000, _SEARCH / d, _available_memory() / 8 / (4 * d)))
+    rng = np.random.default_rng(0)
+    gallery = rng.standard_normal((n, d), dtype=np.float32)
+    queries = rng.standard_normal((_QUERIES[-1], d), dtype=np.float32)
+    k = min(_K, n)
+    begun = time.perf_counter()
+    prepared = fct.prepare_gallery(gallery, metric="ip", threads=threads, progress=False)
+    took = time.perf_counter() - begun
+    report.notes.append(
+        f"Preparing the {n:,} x {d} gallery took {took:.2f} s; it takes {prepared.memory_ratio:.2f} x the rows' memory."
+    )
+    setting: dict[str, str] = {}
+    why = "" if peers else "left out"
+    if peers:
+        try:
+            progress(0.7, "FAISS's best setting")
+            setting = _faiss_setting(queries, gallery[:_PROBED], threads, folder, report)
+            np.save(folder / "gallery.npy", gallery)
+        except (ImportError, RuntimeError) as error:
+            why = "not installed" if "No module named" in str(error) else str(error)
+    for i, m in enumerate(_QUERIES):
+        progress(0.8 + 0.1 * i, f"exact search, {m:,} queries")
+        q = queries[:m]
+        calls: dict[str, Callable[[], Any]] = {
+            "fct, prepared": lambda q=q: fct.topk(q, prepared, k, metric="ip", threads=threads, progress=False)  # type: ignore[misc]
+        }
+        status = {"FAISS IndexFlatIP": why} if why else {}
+        if not why:
+            np.save(folder / f"queries{m}.npy", q)
+            worker = faiss_worker(folder / f"queries{m}.npy", folder / "gallery.npy", k, threads, setting)
+            worker()
+            same = same_neighbours(q, gallery, calls["fct, prepared"]().indices, worker.result())
+            if same:
+                calls["FAISS IndexFlatIP"] = worker
+            else:
+                status["FAISS IndexFlatIP"] = "differs: other rows"
+        times = interleave(calls, seconds=2 * _SECONDS, rounds=2, most=20, pause=0.02)
+        if not why:
+            worker.close()
+        for who, timing in times.items():
+            report.search.append(
+                {"who": who, "queries": m, "gallery": n, "d": d, "k": k, "status": "ok", "ms": timing.median * 1e3,
+                 "queries_per_s": m / timing.median}
+            )  # fmt: skip
+        if peers:
+            for who, reason in status.items():
+                report.search.append({"who": who, "queries": m, "gallery": n, "d": d, "k": k, "status": reason})
+
+
+def _faiss_setting(queries: Any, gallery: Any, threads: int, folder: Path, report: BenchReport) -> dict[str, str]:
+    """The OPENBLAS_* variables under which FAISS is fastest here, found on a small gallery."""
+    np.save(folder / "small.npy", gallery)
+    np.save(folder / "probe.npy", queries)
+    times = openblas_times(
+        lambda variables: faiss_worker(folder / "probe.npy", folder / "small.npy", _K, threads, variables), calls=1
+    )
+    name, variables = best_setting(times)
+    report.notes.append(
+        f"FAISS runs under {name}, the fastest of "
+        + ", ".join(f"{key} ({1e3 * seconds:.0f} ms)" for key, seconds in times.items())
+        + f" in a search of 1,000 queries in its first {_PROBED:,} rows."
+    )
+    return variables

@@ -1,0 +1,206 @@
+"""Bare matrices: ``.npy``, and ``.fbin``/``.u8bin``/``.i8bin`` of the big-ann-benchmarks.
+
+Files are streamed with plain reads into our own buffers, never mapped: memory stays bounded whatever the file's size,
+and a file that turns out shorter than its header is an error, not a SIGBUS. All offsets are 64-bit: fbin's header
+holds n and d as 32-bit numbers, and their product overflows one.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fct.errors import FctError
+from fct.gallery.file_gallery import FileDestination, FileSource
+from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Shard
+from fct.gallery.location import Location
+from fct.gallery.recycler import Recycler
+from fct.gallery.vectors import vector_block, vector_dim
+from fct.spaces import EmbeddingSpace
+
+__all__ = ["ROW", "BinDestination", "BinSource", "NpyDestination", "NpySource", "npy_header"]
+
+ROW = "row"  # the column of row numbers of a gallery that has no ids of its own
+_BIN: dict[str, np.dtype[Any]] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
+_HEADER = 128
+
+
+def npy_header(shape: tuple[int, int], dtype: np.dtype[Any]) -> bytes:
+    """A version 1.0 .npy header of exactly 128 bytes, so that it can be written after the data."""
+    text = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", _HEADER - 10) + text.ljust(_HEADER - 11).encode() + b"\n"
+
+
+class _Matrix(FileSource):
+    """An (n, d) matrix behind a header."""
+
+    @cached_property
+    def _memory(self) -> Recycler:
+        return Recycler()
+
+    def _facts(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
+        """(n, d, dtype, offset of the first row), checked against the file's real size."""
+        n, d, dtype, offset = self._header(file)
+        if dtype.name not in ("float32", "float16", "uint8", "int8"):
+            raise FctError(f"source: expected float32, float16 or 8-bit integers in {file}, got {dtype}")
+        size, want = file.version().bytes, offset + n * d * dtype.itemsize
+        if size < want:
+            raise FctError(
+                f"source: {file} is truncated: its header says ({n}, {d}) {dtype}, {want} bytes, the file has {size}"
+            )
+        if size > want or d < 1:  # rows that the header does not count would be lost without a word
+            raise FctError(
+                f"source: {file} has a wrong header: it says ({n}, {d}) {dtype}, {want} bytes, the file has {size}"
+            )
+        return n, d, dtype, offset
+
+    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
+        raise NotImplementedError
+
+    def file_schema(self, file: Location) -> pa.Schema:
+        _, d, dtype, _ = self._facts(file)
+        return pa.schema({"vector": pa.list_(pa.from_numpy_dtype(dtype), d)})
+
+    def groups(self, file: Location) -> list[int]:
+        return [self._facts(file)[0]]
+
+    def read_file(self, file: Location, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
+        _, d, dtype, offset = self._facts(file)
+        with file.open() as stream:
+            stream.seek(offset + start * d * dtype.itemsize)
+            while rows:
+                take = min(rows, batch_rows)
+                block = self._memory.empty((take, d), dtype)
+                _fill(stream, block, file)
+                child = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), block.size, [None, pa.py_buffer(block)])
+                yield pa.RecordBatch.from_arrays([pa.FixedSizeListArray.from_arrays(child, d)], ["vector"])
+                rows -= take
+
+
+def _fill(stream: Any, block: np.ndarray[Any, Any], file: Location) -> None:
+    view = block.data.cast("B")
+    while view.nbytes:
+        count = stream.readinto(view)
+        if not count:
+            raise FctError(f"source: {file} is truncated: it ended {view.nbytes} bytes early")
+        view = view[count:]
+
+
+class NpySource(_Matrix):
+    kind = "npy"
+    suffixes = (".npy",)
+
+    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
+        with file.open() as stream:
+            try:
+                version = np.lib.format.read_magic(stream)
+                if version == (1, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+                elif version == (2, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+                else:
+                    raise ValueError(f"version {version}")
+            except OSError:
+                raise
+            except Exception as error:  # numpy's parser of a damaged header raises what it likes, tokenize's errors too
+                raise FctError(
+                    f"source: expected a whole .npy file, {file} has no readable header ({error}): "
+                    "was its writer killed?"
+                ) from error
+            if dtype.hasobject:
+                raise FctError(f"source: expected numbers in {file}, got pickled objects, which are never loaded")
+            if len(shape) != 2 or fortran or not dtype.isnative:
+                order = "Fortran-ordered " if fortran else ""
+                raise FctError(f"source: expected (n, d) rows in C order in {file}, got {order}{shape} {dtype.str}")
+            return int(shape[0]), int(shape[1]), np.dtype(dtype), int(stream.tell())
+
+
+class BinSource(_Matrix):
+    kind = "bin"
+    suffixes = tuple(_BIN)
+
+    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
+        dtype = _BIN["." + file.name.rpartition(".")[2]]
+        with file.open() as stream:
+            head = np.empty(2, "<u4")
+            _fill(stream, head, file)
+        n, d = (int(x) for x in head)
+        return n, d, dtype, 8
+
+
+class _MatrixDestination(FileDestination):
+    """Vectors alone in the file; other columns go to ``_rows/part-….parquet``, row by row beside them.
+
+    Row numbers are written only for a shard with rejected rows: everywhere else they are simply the next ones.
+    """
+
+    columns = False
+    header_bytes = 0
+
+    def write_file(self, path: Path, shard: Shard, batches: Batches, files: dict[str, Path]) -> None:
+        n, d, dtype = 0, 0, np.dtype(np.float32)
+        beside: pq.ParquetWriter | None = None
+        beside_path = path.with_name(path.stem + ".parquet")
+        numbers: list[Any] = []
+        try:
+            # Plain writes, not a map: a full disk is an error at the write instead of a SIGBUS. The header comes
+            # last: a file that a crash tore has none, and no reader takes it for a whole one.
+            with open(path, "wb") as file:
+                file.write(bytes(self.header_bytes))
+                for batch in batches:
+                    name = batch.schema.metadata[VECTOR_KEY].decode()
+                    column = batch.column(name)
+                    d = vector_dim(column) or d
+                    values = vector_block(column, d).values
+                    dtype = values.dtype
+                    if values.size:
+                        file.write(np.ascontiguousarray(values).data.cast("B"))
+                    n += len(values)
+                    others = batch.drop_columns([name])
+                    if others.schema.names == [ROW]:
+                        numbers.append(others.column(0))
+                    elif others.num_columns:
+                        beside = beside or pq.ParquetWriter(beside_path, others.schema)
+                        beside.write_batch(others)
+                file.seek(0)
+                file.write(self.header(n, d, dtype))
+        finally:
+            if beside is not None:
+                beside.close()
+        if numbers and n != shard.rows:
+            pq.write_table(pa.table({ROW: pa.chunked_array(numbers)}), beside_path)
+        if beside is not None or (numbers and n != shard.rows):
+            files[f"_rows/{beside_path.name}"] = beside_path
+
+    def header(self, n: int, d: int, dtype: np.dtype[Any]) -> bytes:
+        raise NotImplementedError
+
+
+class NpyDestination(_MatrixDestination):
+    kind = "npy"
+    suffix = ".npy"
+    header_bytes = _HEADER
+
+    def header(self, n: int, d: int, dtype: np.dtype[Any]) -> bytes:
+        return npy_header((n, d), dtype)
+
+
+class BinDestination(_MatrixDestination):
+    kind = "bin"
+    suffix = ".fbin"
+    header_bytes = 8
+
+    def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
+        kind = schema.field(schema.metadata[VECTOR_KEY].decode()).type
+        if kind.value_type != pa.float32():
+            raise ValueError(f"dtype: expected float32 for .fbin, got {kind.value_type}")
+        super().begin(schema, space)
+
+    def header(self, n: int, d: int, dtype: np.dtype[Any]) -> bytes:
+        return struct.pack("<II", n, d)

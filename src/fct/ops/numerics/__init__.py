@@ -1,0 +1,1 @@
+"""How rows are rounded and quantised, and what that may cost."""

@@ -1,0 +1,141 @@
+"""Which precision each layer runs in, and int8's scales: per output channel for weights, per input channel for
+activations.
+
+An int8 layer computes ``sum_k q_w[n, k] * q_x[k] * s[n] + b[n]`` with ``q_x[k] = round(x[k] * mul[k] + add[k])`` in
+[0, 255]. Dividing by ``mul`` is moved into the weights before they are rounded, which is exact, so activations have a
+scale per channel at no cost: the layer before multiplies its output channels by ``mul`` together with its own scale.
+How much of a channel's range is moved is a trade between the activations' rounding and the weights' (SmoothQuant,
+Xiao et al., arXiv:2211.10438, section 4, whose alpha is :data:`ALPHA`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fct.artifact.transformation import BRANCHES, Layer, Transformation
+
+__all__ = [
+    "ALPHA",
+    "EXACT_SHARE",
+    "FINE_SHARE",
+    "LayerPlan",
+    "exact_first",
+    "fine_layers",
+    "int8_plan",
+    "layer_plans",
+    "why_not_int8",
+]
+
+ALPHA = 0.75
+# Rounding the rows themselves costs more than all later roundings together (docs/performance.md), and the layers that
+# read them are the smallest: 1.1 % of the work in the paper's h. So below "fp32" both branches' first layers stay as
+# good as in fp32 while they are at most EXACT_SHARE of the operations, on every backend; and in "int8" the branches'
+# next ones stay in bf16, in this order, while the branches' layers so far are at most FINE_SHARE (on a GPU always).
+EXACT_SHARE = 0.08
+FINE_SHARE = 0.15
+# int32 sums cannot overflow below 2^31 / (255 * 127) inputs.
+_MOST_INPUTS = 66311
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer as the kernels take it: float32 weight for fp32 and bf16, int8 with scales for int8."""
+
+    weight: Any
+    bias: Any
+    relu: bool
+    precision: str
+    scale: Any = None
+    in_mul: Any = None
+    in_add: Any = None
+
+
+def why_not_int8(h: Transformation) -> list[str]:
+    """Why h can not run in int8; empty when it can."""
+    layers = dict(h.layers())
+    missing = [name for name in layers if name not in h.calibration]
+    why = []
+    if missing:
+        why.append(
+            f"has no activation ranges for {', '.join(missing)}: int8 needs them; "
+            "see fct.fit.precision_choice.calibrate"
+        )
+    wide = [name for name, layer in layers.items() if layer.d_in > _MOST_INPUTS]
+    if wide:
+        why.append(f"{', '.join(wide)}: expected at most {_MOST_INPUTS:,} inputs, whose products fit int32")
+    return why
+
+
+def exact_first(h: Transformation) -> bool:
+    """Whether the layers that read the rows do so without rounding them, in every precision."""
+    return _share(h, 0) <= EXACT_SHARE
+
+
+def _share(h: Transformation, step: int) -> float:
+    """Of all operations, those of both branches' layers number ``step``."""
+    layers = [getattr(h, branch)[step] for branch in ("old", "side") if step < len(getattr(h, branch))]
+    return float(sum(2 * layer.weight.size for layer in layers) / h.flop_per_row)
+
+
+def fine_layers(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, str]:
+    """Name -> precision of the layers that "bf16" and "int8" leave in a finer one; ``fine``: bf16, or its stand-in."""
+    found: dict[str, str] = {}
+    share = 0.0
+    for i in range(max(len(h.old), len(h.side)) if precision in ("bf16", "int8") else 0):
+        step = [f"{branch}.{i}" for branch in ("old", "side") if i < len(getattr(h, branch))]
+        share += _share(h, i)
+        if i == 0 and exact_first(h):
+            found |= dict.fromkeys(step, "fp32")
+        elif precision == "int8" and share <= FINE_SHARE:
+            found |= dict.fromkeys(step, fine)
+        else:
+            break
+    return found
+
+
+def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, list[LayerPlan]]:
+    """The layers of each branch as the kernels take them; for ``fine`` see :func:`fine_layers`."""
+    plans: dict[str, list[LayerPlan]] = {branch: [] for branch in BRANCHES}
+    kept = fine_layers(h, precision, fine=fine)
+    for name, layer in h.layers():
+        of_layer = kept.get(name, precision)
+        plan = (
+            int8_plan(layer, h.calibration[name])
+            if of_layer == "int8"
+            else LayerPlan(layer.weight, layer.bias, layer.relu, of_layer)
+        )
+        plans[name.partition(".")[0]].append(plan)
+    return plans
+
+
+def int8_plan(layer: Layer, ranges: Any) -> LayerPlan:
+    """A layer's weights and scales in int8. ranges: (2, d_in), lowest and highest calibrated input."""
+    low, high = np.asarray(ranges, np.float64)
+    weight = layer.weight.astype(np.float64)
+    behind_relu = bool((low >= 0).all())
+    if behind_relu:
+        low = np.zeros_like(low)
+    span = np.maximum(high - low, 1e-30)
+    span = np.maximum(span, span.max() * 1e-2)  # a channel that calibration saw nearly dead may wake
+    reach = np.maximum(np.abs(weight).max(axis=0), 1e-30)
+    # Channel k's step: alpha of its own range, and the rest as the common one, in proportion to what its weights allow.
+    step = span**ALPHA / reach ** (1 - ALPHA)
+    step *= (span / step).max() / 255
+    mul = 1.0 / step
+    add = np.zeros_like(low) if behind_relu else -low * mul
+    moved = weight * step
+    scale = np.maximum(np.abs(moved).max(axis=1), 1e-30) / 127
+    quantised = np.rint(moved / scale[:, None])
+    bias = layer.bias - (quantised * scale[:, None]) @ add
+    return LayerPlan(
+        np.ascontiguousarray(quantised.astype(np.int8)),
+        np.ascontiguousarray(bias, np.float32),
+        layer.relu,
+        "int8",
+        np.ascontiguousarray(scale, np.float32),
+        np.ascontiguousarray(mul, np.float32),
+        np.ascontiguousarray(add, np.float32),
+    )

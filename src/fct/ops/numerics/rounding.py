@@ -1,0 +1,128 @@
+"""How far rounding alone may put h's rows from the float64 reference: a variance calculation, not a chosen number.
+
+Every rounded number carries an independent error that is uniform over its rounding step (variance step^2 / 12). Errors
+pass a layer through its squared weights; ReLU lets them through as far as the unit is likely to be awake. The largest
+of a few hundred thousand such sums stays under :data:`SIGMAS` standard deviations; a wrong tile, a missed row or a lost
+carry does not.
+Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 2.8 (rounding errors as independent
+random variables).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fct.artifact.transformation import Layer, Transformation
+from fct.ops.numerics.quantise import exact_first, int8_plan, layer_plans
+
+__all__ = ["SIGMAS", "deviation", "rounding_variance"]
+
+SIGMAS = 8.0
+# Bits of the significand after the first. fp32 may be three TF32 products, which drop what lies below 2^-21. "exact":
+# the first layers of the lower precisions, which may be three products of two bfloat16 parts: those keep 16 bits of an
+# operand, and the fourth product that is left out costs as much again.
+_BITS = {"fp32": 20, "exact": 15, "fp16": 10, "bf16": 7, "fp8": 3}
+_FP8_STEP = 2.0**-9  # of e4m3 below its smallest normal number
+
+
+def deviation(got: Any, want: Any, old: Any, side: Any, h: Transformation, precision: str, backend: str) -> float:
+    """Largest difference in standard deviations of what rounding explains; infinite where anything is not finite."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if not np.isfinite(got).all():
+        return float("inf")
+    sigma = np.sqrt(rounding_variance(old, side, h, precision, backend))
+    return float((np.abs(got - want) / np.maximum(sigma, 1e-30)).max())
+
+
+def _rounded(x: Any, precision: str) -> Any:
+    """Variance of rounding every element to the precision's significand."""
+    _, exponent = np.frexp(x)  # |x| in [2^(e-1), 2^e)
+    return np.where(x == 0, 0.0, np.ldexp(1.0, exponent - 1 - _BITS[precision]) ** 2 / 12)
+
+
+def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, backend: str) -> Any:
+    """(n, d_new) float64: what the roundings of one backend add up to, element by element.
+
+    old, side: (n, d_old) and (n, d_side). backend: "triton" quantises the mixer alone, every other what
+    :func:`fct.ops.numerics.quantise.layer_plans` says; "cuda" may round a first layer's bias.
+
+    Example:
+        >>> import numpy as np, fct
+        >>> from fct.ops.numerics.rounding import rounding_variance
+        >>> h, x = fct.Transformation.random(4, 4, 4, inner=8), np.ones((2, 4), np.float32)
+        >>> finer, coarser = (rounding_variance(x, x, h, p, "torch") for p in ("fp32", "bf16"))
+        >>> bool((finer < coarser).all())
+        True
+    """
+    plans: dict[str, Any] = {}
+    if precision == "int8" and backend == "triton":
+        plans["mixer"] = [int8_plan(layer, h.calibration[f"mixer.{i}"]) for i, layer in enumerate(h.mixer)]
+    elif precision == "int8":
+        plans = layer_plans(h, precision)
+    exact = precision != "fp32" and exact_first(h)
+
+    def chain(branch: str, x: Any, variance: Any) -> tuple[Any, Any]:
+        for i, layer in enumerate(getattr(h, branch)):
+            weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
+            plan = plans[branch][i] if branch in plans else None
+            if exact and i == 0 and branch != "mixer":
+                computed = "exact"
+            elif plan is not None:
+                computed = plan.precision
+            else:
+                computed = "bf16" if precision in ("int8", "fp8") and branch != "mixer" else precision
+            if computed == "int8":
+                of_x, of_w = _int8(plan, x)
+            elif computed == "fp8":
+                of_x, of_w = _fp8(layer, h.calibration[f"{branch}.{i}"], x)
+            else:
+                of_x, of_w = _rounded(x, computed), _rounded(weight, computed)
+            into = variance + of_x
+            z = x @ weight.T + bias
+            terms = (x**2) @ (weight**2).T + bias**2
+            sums = (weight.shape[1] + 1) * 2.0**-48 * terms  # every partial sum in float32
+            variance = into @ (weight**2).T + (x**2) @ of_w.T + sums
+            if computed not in ("int8", "fp8"):  # libraries round the bias and the result too
+                of_bias = "bf16" if (computed, backend) == ("exact", "cuda") else computed
+                variance = variance + _rounded(bias, of_bias) + _rounded(z, computed)
+            x = np.maximum(z, 0) if layer.relu else z
+            if layer.relu:
+                variance = variance * _normal_cdf(z / np.sqrt(np.maximum(variance, 1e-60)))
+        return x, variance
+
+    parts = [chain(b, np.asarray(x, np.float64), np.zeros(np.shape(x))) for b, x in (("old", old), ("side", side))]
+    z, variance = chain("mixer", *(np.concatenate(p, axis=1) for p in zip(*parts, strict=True)))
+    if h.normalise:
+        length2 = np.maximum((z**2).sum(axis=1, keepdims=True), 1e-60)
+        along = (variance * z**2).sum(axis=1, keepdims=True) * z**2 / length2**3
+        variance = variance / length2 + along + (4 * 2.0**-24) ** 2
+    return variance
+
+
+def _normal_cdf(x: Any) -> Any:
+    """Of the standard normal distribution, to 1e-3: 0.5 at 0, which is what ReLU lets through there."""
+    return 1 / (1 + np.exp(np.clip(-1.702 * x, -60, 60)))
+
+
+def _int8(plan: Any, x: Any) -> tuple[Any, Any]:
+    """Variances of the operands as numerics.quantise plans them: of (n, d_in) activations, of (d_out, d_in) weights."""
+    step = 1 / plan.in_mul.astype(np.float64)
+    low = -plan.in_add.astype(np.float64) * step
+    over = np.maximum(np.maximum(low - x, x - (low + 255 * step)), 0) ** 2  # what is clipped
+    of_w = (plan.scale.astype(np.float64)[:, None] / step) ** 2 / 12
+    return step**2 / 12 + over, np.broadcast_to(of_w, plan.weight.shape)
+
+
+def _fp8(layer: Layer, ranges: Any, x: Any) -> tuple[Any, Any]:
+    """The same as fct.ops.transform.triton_backend packs them in FP8."""
+    from fct.ops.transform.triton_backend import FP8_LARGEST, fp8_steps
+
+    step = fp8_steps(ranges)
+    weight = layer.weight.astype(np.float64)
+    rows = np.maximum(np.abs(weight * step).max(axis=1, keepdims=True), 1e-30) / FP8_LARGEST
+    over = np.maximum(np.abs(x) - step * FP8_LARGEST, 0) ** 2
+    least = _FP8_STEP**2 / 12
+    of_w = np.maximum(_rounded(weight * step / rows, "fp8"), least) * (rows / step) ** 2
+    return np.maximum(_rounded(x / step, "fp8"), least) * step**2 + over, of_w

@@ -1,0 +1,304 @@
+"""A GPU kernel proves itself on the very device before it is trusted with a gallery.
+
+No GPU was in the room where the kernels were written. So the first use on a device runs the transformation's own
+layers over a few hundred random rows, against the float64 reference, and writes the verdict to a file, keyed by device,
+driver, build and layer shapes. A kernel that disagrees is refused with a warning; the next backend (torch) takes over.
+``FCT_CACHE`` moves the file; deleting it makes the proof run again. The same file, under keys of the same kind, holds
+the times that ``fct doctor`` measured; dispatch asks the fastest first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fct import ref
+from fct.artifact.transformation import Layer, Transformation
+from fct.atomic_files import write_bytes
+from fct.errors import FctWarning
+from fct.ops.backend import TransformBackend
+from fct.ops.numerics.quantise import exact_first
+from fct.ops.numerics.rounding import SIGMAS, deviation
+from fct.rows import Rows
+
+__all__ = [
+    "ROWS",
+    "cache_dir",
+    "error_of",
+    "far_off",
+    "fastest_first",
+    "prove",
+    "prove_search",
+    "read_verdicts",
+    "remember_times",
+    "search_error",
+    "search_verdict",
+    "verdict_file",
+    "write_verdict",
+]
+
+ROWS = (1, 67, 259)
+_FAR = 256.0
+SEARCHES = ((1, 1, 1, 1), (3, 197, 65, 7), (17, 331, 127, 10), (2, 700, 33, 600))  # queries, rows, dims, k
+_known: dict[str, str] = {}
+
+
+def cache_dir() -> Path:
+    """FCT_CACHE, or fct/ in the user's cache folder."""
+    chosen = os.environ.get("FCT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fct"
+
+
+def verdict_file() -> Path:
+    """Where verdicts and times are kept."""
+    return cache_dir() / "selfproof.json"
+
+
+def read_verdicts() -> dict[str, str]:
+    """Key -> "" (right) or what was wrong. An unreadable file counts as empty: the proof runs again."""
+    try:
+        found = json.loads(verdict_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def write_verdict(key: str, verdict: str) -> None:
+    """Adds one verdict; a folder that can not be written costs the next process a proof, nothing more."""
+    try:
+        verdict_file().parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(verdict_file(), json.dumps(read_verdicts() | {key: verdict}, indent=1, sort_keys=True).encode())
+    except OSError:
+        pass
+
+
+def error_of(got: Any, want: Any) -> float:
+    """Largest difference over ``want``'s root mean square; infinite where anything is not finite."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got - want).max() / max(float(np.sqrt((want**2).mean())), 1e-30))
+
+
+def _build() -> str:
+    """The version and the build: a kernel compiled anew has to prove itself anew."""
+    import fct
+    from fct import _C
+
+    extension = os.stat(_C.__file__)
+    return f"{fct.__version__} {extension.st_size} {extension.st_mtime_ns}"
+
+
+def _key(name: str, device: str, what: str) -> str:
+    from fct.ops.device.state import device_of
+
+    place = device_of(device)
+    whole = f"{place.model}|{place.driver}|{_build()}|{name}|{what}"
+    return f"{name} {place.model} {hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+
+
+def far_off(h: Transformation, old: Any, side: Any) -> tuple[Transformation, Any, Any]:
+    """(h, old, side) moved so that a first layer that rounds rows or weights to bfloat16 is seen.
+
+    The later layers' roundings hide what rounding the rows costs. So the rows are moved some hundreds of units away,
+    all alike, where bfloat16 has steps of 2, and one column of the weights is chosen such that the move cancels:
+    whoever keeps 16 bits of rows and weights has ordinary values from there on, whoever keeps 8 has noise of that size.
+    """
+    chains, moved = [], []
+    for layers, x in ((h.old, old), (h.side, side)):
+        first = layers[0]
+        if first.d_in > 1:
+            far = _FAR * (1 + np.random.default_rng(first.d_in).random(first.d_in))
+            weight = first.weight.astype(np.float64)
+            weight[:, -1] = -(weight[:, :-1] @ far[:-1]) / far[-1]
+            x = x + far
+            x[:, -1] = far[-1]
+            first = Layer(weight, first.bias, first.relu)
+        chains.append((first, *layers[1:]))
+        moved.append(np.asarray(x, np.float32))
+    return h.with_(old=chains[0], side=chains[1]), moved[0], moved[1]
+
+
+def prove(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
+    """ "" where the backend agrees with the reference on this device, else what was wrong; the answer is remembered."""
+    layers = [(name, layer.weight.shape, layer.relu) for name, layer in h.layers()]
+    key = _key(f"{backend.name} {precision}", device, f"{h.normalise}|{layers}")
+    return _remembered(
+        key,
+        f"{backend.name} ({precision})",
+        device,
+        lambda: _verdict(device, lambda: _run(backend, h, precision, device)),
+    )
+
+
+def prove_search(search: Any, metric: str, kind: str, device: str) -> str:
+    """The same for a search over a shadow of ``kind``."""
+    return _remembered(
+        _search_key(search.name, metric, kind, device),
+        f"{search.name} search ({kind}, {metric})",
+        device,
+        lambda: _verdict(device, lambda: _run_search(search, metric, kind, device)),
+    )
+
+
+def _search_key(name: str, metric: str, kind: str, device: str) -> str:
+    return _key(f"{name} search {kind} {metric}", device, "")
+
+
+def search_verdict(name: str, metric: str, kind: str, device: str) -> str | None:
+    """What the proof of a search found on this device: "" (right) or what was wrong; None where it has not run yet."""
+    key = _search_key(name, metric, kind, device)
+    return _known.get(key, read_verdicts().get(key))
+
+
+def remember_times(op: str, device: str, times: dict[str, dict[int, float]]) -> None:
+    """Keeps what ``fct doctor`` measured: "backend precision" -> rows (queries) of one call -> seconds.
+
+    op: "transform" or "search".
+    """
+    key = _key(f"times of {op}", device, "")
+    _known[key] = json.dumps(times, sort_keys=True)
+    write_verdict(key, _known[key])
+
+
+def fastest_first(op: str, device: str, names: list[str], rows: int | None) -> list[str]:
+    """``names`` ("backend precision"), those first that were measured faster at the nearest number of rows.
+
+    Those without a time come behind, in the order given; so does everything where ``fct doctor`` never ran on this
+    device, driver and build. rows: None stands for many.
+    """
+    key = _key(f"times of {op}", device, "")
+    if key not in _known:
+        _known[key] = read_verdicts().get(key, "{}")
+    try:
+        times = {str(name): {int(n): float(s) for n, s in t.items()} for name, t in json.loads(_known[key]).items()}
+    except (ValueError, AttributeError, TypeError):
+        return names
+
+    def seconds(name: str) -> float:
+        sizes = times.get(name)
+        if not sizes:
+            return math.inf
+        wanted = max(sizes) if rows is None else max(rows, 1)
+        nearest = min(sizes, key=lambda n: abs(math.log(n / wanted)))
+        return sizes[nearest]
+
+    return sorted(names, key=seconds)
+
+
+def _verdict(device: str, check: Callable[[], str]) -> str:
+    """What ``check`` found; a kernel that does not run is wrong, a device without memory or one that is lost is not."""
+    from fct.ops.device.state import DeviceLostError, device_of
+
+    try:
+        return check()
+    except DeviceLostError:
+        raise
+    except Exception as error:
+        place = device_of(device)
+        if place.is_out_of_memory(error) or place.is_lost(error):
+            raise
+        return f"it does not run: {type(error).__name__}: {error}"
+
+
+def _remembered(key: str, what: str, device: str, run: Callable[[], str]) -> str:
+    if key not in _known:
+        verdicts = read_verdicts()
+        if key not in verdicts:
+            verdicts[key] = run()
+            write_verdict(key, verdicts[key])
+        _known[key] = verdicts[key]
+        if _known[key]:
+            warnings.warn(
+                f"{what} is refused on {device}: {_known[key]}; another backend takes over. "
+                "Please report the output of `fct doctor --full --json`.",
+                FctWarning,
+                stacklevel=4,
+            )
+    return _known[key]
+
+
+def _run_search(search: Any, metric: str, kind: str, device: str) -> str:
+    from fct.ops.device.state import device_of
+
+    place = device_of(device)
+    rng = np.random.default_rng(0)
+    for n_queries, n, d, k in SEARCHES:
+        # Small whole numbers: many ties, and every l2 or ip score exact, so that the rows must be the same.
+        for whole in (True, False):
+            sides = [rng.integers(-3, 4, (m, d)) if whole else rng.standard_normal((m, d)) for m in (n_queries, n)]
+            q, g = (side.astype(np.float32) for side in sides)
+            on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
+            found = search.search(on_q, search.prepare(on_g, metric, kind), k)
+            got, rows = (place.download(x) for x in found)
+            wrong = search_error(got, rows, q, g, k, metric, same_rows=whole and metric != "cosine")
+            if wrong:
+                return f"{n_queries} queries, {n} rows of {d}, k {k}: {wrong}"
+    return ""
+
+
+def search_error(got: Any, rows: Any, q: Any, g: Any, k: int, metric: str, *, same_rows: bool) -> str:
+    """What is wrong with an answer; empty when it is the reference's. same_rows: scores are exact, so rows must be."""
+    scores = ref.scores(q, g, metric).astype(np.float32)
+    want, want_rows = ref.topk(q, g, k, metric)
+    if ((rows < 0) | (rows >= len(g))).any() or (np.diff(np.sort(rows, axis=1), axis=1) == 0).any():
+        return "expected distinct rows of the gallery"
+    if same_rows and not (rows == want_rows).all():
+        return "other rows than the reference's, or ties in another order"
+    for values in (got, np.take_along_axis(scores, rows, axis=1)):
+        if not np.allclose(values, want, rtol=1e-6, atol=1e-6):
+            return f"scores off by up to {np.abs(values - want).max():.3g}"
+    return ""
+
+
+def _run(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
+    from fct.ops.device.state import device_of
+    from fct.ops.registry import packed
+
+    place = device_of(device)
+    rng = np.random.default_rng(0)
+    cases = [(n, False) for n in ROWS] + [(n, True) for n in ROWS[-2:] if exact_first(h)]
+    own = h
+    for n, far in cases:
+        old = _sample(rng, own, "old.0", n, h.d_old)
+        side = _sample(rng, own, "side.0", n, h.d_side) if h.uses_side_info else old
+        if far:
+            h, old, side = far_off(own, old, side)
+        weights = packed(backend, h, precision, device)
+        out = place.empty((n + 2, h.d_new), "float32")
+        out.fill_(float("nan"))
+        on_old, on_side, on_out = (
+            Rows(x, "float32", None, device, "torch") for x in (place.upload(old), place.upload(side), out[1:-1])
+        )
+        backend.run(weights, on_old, on_side, on_out, threads=1)
+        got = place.download(out)
+        if np.isfinite(got[[0, -1]]).any():
+            return f"it wrote outside its {n} rows"
+        want = ref.transform(old, side, h)
+        off = deviation(got[1:-1], want, old, side, h, precision, backend.name)
+        if not off <= SIGMAS:
+            return (
+                f"{n} rows{' far away' if far else ''} are off by {error_of(got[1:-1], want):.3g} of the output's "
+                f"size, {off:.3g} standard deviations of what rounding explains, expected at most {SIGMAS:.0f}"
+            )
+    return ""
+
+
+def _sample(rng: np.random.Generator, h: Transformation, layer: str, n: int, d: int) -> Any:
+    """Random rows, inside the calibrated ranges where there are any, and in their middle for the most part: rows at
+    their ends in every dimension at once would leave the ranges of the layers behind."""
+    x = rng.standard_normal((n, d), dtype=np.float32)
+    if layer in h.calibration:
+        low, high = np.asarray(h.calibration[layer], np.float32)
+        x = np.clip((low + high) / 2 + x * (high - low) / 8, low, high)
+    return x

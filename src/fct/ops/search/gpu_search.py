@@ -1,0 +1,219 @@
+"""Search on a GPU: CUDA kernels, else Triton's, where they can run and proved themselves there; else torch products.
+
+Where ``fct doctor`` has timed them on the device, the fastest for that many queries is asked first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fct.errors import BackendError
+from fct.ops.backend import GpuShadow, SearchBackend, drop_own_rows
+from fct.ops.cuda_kernels import CudaSearch
+from fct.ops.device import state as devices
+from fct.ops.device.state import DeviceLostError
+from fct.ops.registry import forced_backend
+from fct.ops.search.float64 import ranks_on_device, topk_blocked
+from fct.ops.search.triton_search import TritonSearch
+from fct.rows import Rows
+
+__all__ = [
+    "WORTH_A_SHADOW",
+    "extend_gpu",
+    "pick_search",
+    "prepare_gpu",
+    "ranks_gpu",
+    "search_backends",
+    "topk_gpu",
+    "why_not_search",
+]
+
+# Queries from which packing a shadow for one search costs less than it saves.
+WORTH_A_SHADOW = 16
+_PRECISIONS = ("auto", "fp32", "bf16", "int8")
+_CHOICES = ("cuda", "triton", "torch")
+
+
+def search_backends() -> list[SearchBackend]:
+    """Every search with a shadow, the one to be asked first in front."""
+    return [CudaSearch(), TritonSearch()]
+
+
+def why_not_search(search: SearchBackend, k: int, metric: str, device: str, kind: str) -> list[str]:
+    """Every reason against this search, the self-proof's verdict last; empty when it can run."""
+    why = search.why_not(k, metric, device)
+    if not why:
+        from fct.ops.proof import prove_search
+
+        place = devices.device_of(device)
+        with place.errors(f"the self-proof of the {search.name} search"):
+            try:
+                verdict = prove_search(search, metric, kind, device)
+            except Exception as error:
+                if not place.is_out_of_memory(error):
+                    raise
+                place.release()
+                return [f"{device} ({place.model}) is out of memory for its self-proof"]  # not remembered
+        why = [f"refused by the self-proof: {verdict}"] if verdict else []
+    return why
+
+
+def pick_search(
+    k: int, metric: str, device: str, precision: str, *, queries: int | None = None, prepared: GpuShadow | None = None
+) -> tuple[SearchBackend | None, str]:
+    """(search, kind of its shadow); None stands for blocked torch products, which score every row.
+
+    ``precision``: "bf16" and "int8" demand a shadow of that kind, "fp32" demands none, "auto" takes bf16. A prepared
+    gallery is searched by what prepared it. ``FCT_BACKEND`` forces "cuda", "triton" or "torch".
+    Raises BackendError, with every reason, for a demand that can not be met.
+    """
+    if device in devices._lost:
+        raise DeviceLostError(f"{device} failed earlier in this process; start a new one")
+    forced = forced_backend(None)
+    if precision not in _PRECISIONS:
+        raise BackendError(f"precision: expected {', '.join(_PRECISIONS)} for a search on {device}, got {precision!r}")
+    if forced not in (None, *_CHOICES):
+        raise BackendError(f"FCT_BACKEND: expected {', '.join(_CHOICES)} for a search on {device}, got {forced!r}")
+    if forced == "torch" and precision not in ("auto", "fp32"):
+        raise BackendError(f"precision: expected auto or fp32 with FCT_BACKEND=torch, got {precision!r}")
+    if forced in ("cuda", "triton") and precision == "fp32":
+        raise BackendError(f"precision: expected auto, bf16 or int8 with FCT_BACKEND={forced}, got 'fp32'")
+    if prepared is not None and precision in ("bf16", "int8") and precision != prepared.kind:
+        raise BackendError(
+            f"precision: expected auto, fp32 or {prepared.kind}, which this gallery was prepared for, got {precision!r}"
+        )
+    if prepared is not None and forced in ("cuda", "triton") and forced != prepared.backend:
+        raise BackendError(f"FCT_BACKEND: expected {prepared.backend}, which prepared this gallery, got {forced!r}")
+    kind = prepared.kind if prepared is not None else "int8" if precision == "int8" else "bf16"
+    if forced == "torch" or precision == "fp32":
+        return None, kind
+    candidates: list[SearchBackend | None] = [*search_backends()]
+    if prepared is not None:
+        candidates = [s for s in candidates if s is not None and s.name == prepared.backend]
+    elif forced is not None:
+        candidates = [s for s in candidates if s is not None and s.name == forced]
+    else:
+        from fct.ops.proof import fastest_first
+
+        if precision == "auto":
+            candidates.append(None)
+        names = {("torch fp32" if s is None else f"{s.name} {kind}"): s for s in candidates}
+        candidates = [names[name] for name in fastest_first("search", device, list(names), queries)]
+    reasons: list[str] = []
+    for search in candidates:
+        if search is None:
+            return None, kind
+        why = why_not_search(search, k, metric, device, kind)
+        if not why:
+            return search, kind
+        reasons += [f"{search.name}: {reason}" for reason in why]
+    if forced is not None or precision != "auto":
+        raise BackendError(f"no search over a {kind} shadow can run on {device}: " + "; ".join(reasons))
+    return None, kind
+
+
+def prepare_gpu(g: Rows, metric: str, precision: str = "auto") -> GpuShadow | None:
+    """The shadow that :func:`topk_gpu` scans; None where this device scores every row."""
+    if g.n == 0:
+        return None
+    search, kind = pick_search(1, metric, g.device, precision)
+    if search is None:
+        return None
+    with _out_of_memory(g, f"for the {kind} shadow of {g.n} rows of {g.d}; search the rows themselves, or fewer"):
+        return search.prepare(g, metric, kind)
+
+
+def extend_gpu(shadow: GpuShadow, grown: Rows) -> GpuShadow:
+    """The shadow of a gallery that has grown: only rows shadow.n.. are packed."""
+    if grown.n == shadow.n:
+        return shadow
+    import torch
+
+    search = next(s for s in search_backends() if s.name == shadow.backend)
+    with _out_of_memory(grown, f"for the {shadow.kind} shadow of {grown.n} rows of {grown.d} beside the one before"):
+        new = search.prepare(grown[slice(shadow.n, grown.n)], shadow.metric, shadow.kind)
+        packed = torch.cat([shadow.shadow, new.shadow])
+        meta = torch.cat([shadow.meta, new.meta])
+    usable = shadow.usable and new.usable
+    return GpuShadow(shadow.backend, grown, shadow.metric, shadow.kind, packed, meta, usable)
+
+
+def topk_gpu(
+    q: Rows, g: Rows, k: int, metric: str, precision: str, same_items: bool, prepared: GpuShadow | None = None
+) -> tuple[Any, Any]:
+    """((n, k) float32, (n, k) int64) tensors on the rows' device; k >= 1, q.n >= 1.
+
+    Without a prepared gallery, "auto" packs a shadow from 16 queries on; for fewer it costs more than it saves. Out of
+    memory halves the queries of one call; where "auto" has none for the shadow, torch takes over.
+    Raises BackendError as :func:`pick_search` does, or out of memory. DeviceLostError: the device failed.
+    """
+    search, kind = pick_search(k + same_items, metric, g.device, precision, queries=q.n, prepared=prepared)
+    demanded = forced_backend(None) is not None or precision in ("bf16", "int8")
+    if search is not None and prepared is None and not demanded and q.n < WORTH_A_SHADOW:
+        search = None
+    place = devices.device_of(g.device)
+    with place.errors(f"the search of {q.n} queries among {g.n} rows"):
+        if search is not None:
+            try:
+                shadow = search.prepare(g, metric, kind) if prepared is None else prepared
+                found = _in_parts(search, q, shadow, k + same_items, place)
+                return drop_own_rows(*found) if same_items else found
+            except Exception as error:
+                if not place.is_out_of_memory(error):
+                    raise
+                place.release()
+                if demanded:
+                    raise BackendError(
+                        f"{g.device} ({place.model}): out of memory for a search of one query at a time among {g.n} "
+                        f"rows of {g.d} over a {kind} shadow"
+                    ) from error
+        with _out_of_memory(g, f"for blocked products of {q.n} queries and {g.n} rows of {g.d}"):
+            return topk_blocked(q, g, k, metric, same_items)
+
+
+def ranks_gpu(
+    q: Rows, g: Rows, query_labels: Any, gallery_labels: Any, metric: str, same_items: bool
+) -> tuple[Any, Any]:
+    """As :func:`fct.ops.search.float64.ranks_on_device`, counted on the device."""
+    if g.device in devices._lost:
+        raise DeviceLostError(f"{g.device} failed earlier in this process; start a new one")
+    place = devices.device_of(g.device)
+    with (
+        place.errors(f"the ranks of {q.n} queries among {g.n} rows"),
+        _out_of_memory(g, f"for the ranks of one query among {g.n} rows of {g.d}"),
+    ):
+        return ranks_on_device(q, g, query_labels, gallery_labels, metric, same_items)
+
+
+def _in_parts(search: SearchBackend, q: Rows, shadow: GpuShadow, k: int, place: Any) -> tuple[Any, Any]:
+    """The search, with fewer queries a call where the device is out of memory; raises that error at one query."""
+    import torch
+
+    step, start = q.n, 0
+    found: list[tuple[Any, Any]] = []
+    while start < q.n:
+        try:
+            found.append(search.search(q[slice(start, min(start + step, q.n))], shadow, k))
+            start += step
+        except Exception as error:
+            if step == 1 or not place.is_out_of_memory(error):
+                raise
+            place.release()
+            step = max(1, step // 2)
+    return found[0] if len(found) == 1 else tuple(torch.cat([f[i] for f in found]) for i in (0, 1))  # type: ignore
+
+
+class _out_of_memory:
+    """Turns the device's lack of memory into a BackendError that says for what."""
+
+    def __init__(self, rows: Rows, what: str) -> None:
+        self.rows, self.what = rows, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        place = devices.device_of(self.rows.device)
+        if error is not None and place.is_out_of_memory(error):
+            place.release()
+            raise BackendError(f"{self.rows.device} ({place.model}): out of memory {self.what}") from error

@@ -1,0 +1,97 @@
+"""The fused C++ kernels: all layers of a block of rows while their activations stay in cache (csrc/cpu/transform.h)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fct import _C
+from fct.artifact.transformation import Transformation
+from fct.ops.backend import PRECISIONS
+from fct.ops.numerics.quantise import LayerPlan, layer_plans, why_not_int8
+from fct.progress import Report
+from fct.rows import Rows
+
+__all__ = ["CpuTransform", "Packed", "isa"]
+
+
+def isa() -> int:
+    """The instruction-set level the kernels use, an index of ``_C.isa_names``: FCT_ISA, or the best there is."""
+    best = _C.detected_isa()
+    wanted = os.environ.get("FCT_ISA")
+    if not wanted:
+        return best
+    if wanted not in _C.isa_names[: best + 1]:
+        raise ValueError(f"FCT_ISA: expected one of {', '.join(_C.isa_names[: best + 1])} here, got {wanted!r}")
+    return _C.isa_names.index(wanted)
+
+
+def _layer(plan: LayerPlan) -> tuple[int, int, int, int, int, int, int, bool, int]:
+    def address(array: Any) -> int:
+        return 0 if array is None else _C.array_address(array)
+
+    d_out, d_in = plan.weight.shape
+    parts = (plan.weight, plan.scale, plan.bias, plan.in_mul, plan.in_add)
+    weight, scale, bias, in_mul, in_add = (address(part) for part in parts)
+    return weight, scale, bias, in_mul, in_add, d_in, d_out, plan.relu, PRECISIONS.index(plan.precision)
+
+
+class Packed:
+    """h's weights in the kernels' layout for one instruction-set level."""
+
+    def __init__(self, h: Transformation, precision: str, level: int) -> None:
+        fine = "bf16" if level >= _C.isa_names.index("avx512-bf16") else "fp32"  # what the level is fast in
+        plans = layer_plans(h, precision, fine=fine)  # alive until they are packed
+        self.handle = _C.PackedTransform(
+            [_layer(p) for p in plans["old"]],
+            [_layer(p) for p in plans["side"]],
+            [_layer(p) for p in plans["mixer"]],
+            h.normalise,
+            level,
+        )
+
+    def run(self, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
+        self.handle.run(_rows(old), _rows(side), _rows(out), out.n, threads, report)
+
+
+def _rows(rows: Rows) -> tuple[int, int, int, int, int, int, int]:
+    scale, per_row, per_column = 0, 0, 0
+    if rows.scale is not None:
+        scale = _C.array_address(rows.scale)
+        per_row, per_column = (int(size > 1) for size in rows.scale.shape)
+    return rows.address, rows.dtype_code, rows.d, rows.row_stride, scale, per_row, per_column
+
+
+class CpuTransform:
+    """fp32, bf16 and int8 on x86-64 (AVX-512 with or without VNNI and BF16, AVX2, SSE2) and AArch64 (NEON).
+
+    FCT_ISA=portable|avx2|avx512|avx512-vnni|avx512-bf16 forces a lower level than the processor's. Every precision
+    runs on every level, but only those a level has instructions for are offered to ``precision="auto"``.
+    """
+
+    name = "cpu"
+
+    def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
+        why = [] if device == "cpu" else [f"runs on cpu only, got {device}"]
+        why += [] if precision in PRECISIONS else [f"has no {precision}"]
+        return why + (why_not_int8(h) if precision == "int8" else [])
+
+    def fastest_first(self, device: str) -> tuple[str, ...]:
+        level = isa()
+        if level >= _C.isa_names.index("avx512-bf16"):
+            return ("int8", "bf16", "fp32")
+        if level >= _C.isa_names.index("avx512-vnni"):
+            return ("int8", "fp32")
+        return ("fp32",)
+
+    def pack(self, h: Transformation, precision: str, device: str) -> Any:
+        packed: dict[int, Packed] = {}  # by level, since FCT_ISA may change between calls
+        packed[isa()] = Packed(h, precision, isa())
+        return h, precision, packed
+
+    def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
+        h, precision, by_level = packed
+        level = isa()
+        if level not in by_level:
+            by_level[level] = Packed(h, precision, level)
+        by_level[level].run(old, side, out, threads=threads, report=report)

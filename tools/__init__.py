@@ -1,0 +1,1 @@
+"""Developers' tools: models of GPUs and what reads machine code. Not in the wheel."""
