@@ -5,8 +5,8 @@
 # Seen: dask turns the object column into strings when the frame is made (dataframe.convert-string, on by default), so
 # the file holds NumPy's printed form of each vector ("[0.1 0.2 ... 0.9]"), shortened with "..." beyond 1,000 numbers.
 # Nothing is said, and the vectors cannot be had back from what is shortened.
-# What to do about it: dask.config.set({"dataframe.convert-string": False}) before the frame is made, and the column's
-# type in to_parquet(schema=...), since dask's own guess of an object column fails with ArrowInvalid.
+# What to do about it: dask.config.set({"dataframe.convert-string": False}) before the frame is made, and the
+# whole schema in to_parquet(schema=...), since dask's own guess of an object column fails with ArrowInvalid.
 #
 # Needs python3 with venv and the package index. Exits 1 when the behaviour is another.
 set -euo pipefail
@@ -28,8 +28,8 @@ frame = pd.DataFrame({"id": range(4), "embedding": list(rows)})
 frame.to_parquet("pandas.parquet")
 dd.from_pandas(frame, npartitions=1).to_parquet("dask")
 with dask.config.set({"dataframe.convert-string": False}):
-    kind = pa.list_(pa.float32())
-    dd.from_pandas(frame, npartitions=1).to_parquet("dask-objects", schema={"embedding": kind})
+    schema = pa.schema({"id": pa.int64(), "embedding": pa.list_(pa.float32())})
+    dd.from_pandas(frame, npartitions=1).to_parquet("dask-objects", schema=schema, write_index=False)
 print("dask", dask.__version__)
 kinds = {name: pq.read_table(name).schema.field("embedding").type for name in ("pandas.parquet", "dask", "dask-objects")}
 for name, kind in kinds.items():

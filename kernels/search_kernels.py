@@ -15,6 +15,7 @@ takes dozens of passes over it.
 
 import triton
 import triton.language as tl
+
 from fct.kernels.tile_choices import Tile, family
 from fct.kernels.transform_kernels import SCALE_DIM, SCALE_NONE, SCALE_ONE, SCALE_ROW, _gallery_tile, _product  # noqa: F401
 

@@ -180,7 +180,6 @@ def cuda_scan(gpu: Gpu, kind: str, *, gallery: int = 1 << 20, d: int = 128, k: i
 def triton_scan(gpu: Gpu, kind: str, *, gallery: int = 1 << 20, d: int = 128, k: int = 10) -> gpu_traffic.Scan:
     """The scan of :mod:`fct.ops.search.triton_search`, for as many queries as it takes at once."""
     from fct.kernels.search_kernels import tile
-
     from fct.ops.search.triton_search import plan, queries_at_once, slots
 
     place: Any = gpu
@@ -270,7 +269,6 @@ def _line(b: Bound) -> str:
 def main() -> None:
     from fct.kernels import search_kernels as search
     from fct.kernels.tile_choices import tiles
-
     from tools.machine_code import compile_case
 
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from fct.kernels import search_kernels as search
 from fct.kernels import transform_kernels as kernels
 from fct.kernels.tile_choices import TARGETS, Tile, tiles
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 __all__ = ["GALLERY", "blocks_per_processor", "cases", "compile_case", "main", "read_sass"]
 

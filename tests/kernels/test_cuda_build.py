@@ -106,7 +106,6 @@ def test_import_touches_no_driver() -> None:
 def test_two_blocks_a_multiprocessor(architecture: str) -> None:
     """What the kernels' launch bounds and the search's plan count on, at 128 dimensions."""
     from fct.kernels.tile_choices import SHARED_MEMORY
-
     from tools.machine_code import blocks_per_processor
 
     target = "sm_" + architecture.rstrip("a")

@@ -13,13 +13,13 @@ import pytest
 import triton
 import triton.language as tl
 from fake_device import FakeDevice, plain
-from fct.kernels import transform_kernels as kernels
 
 import fct
 from fct import ref
 from fct.artifact.transformation import Layer, Transformation
 from fct.fit.precision_choice import calibrate
 from fct.fit.recipes import FitConfig
+from fct.kernels import transform_kernels as kernels
 from fct.ops import proof as selfproof
 from fct.ops.cuda_kernels import CudaTransform
 from fct.ops.numerics.quantise import exact_first

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from fake_device import FakeDevice, GpuTensor
-from fct.kernels import search_kernels as kernels
 
 import fct
 from fct import ref
 from fct.errors import BackendError, FctWarning
+from fct.kernels import search_kernels as kernels
 from fct.ops import cuda_kernels as cuda
 from fct.ops import proof as selfproof
 from fct.ops.device import state as devices

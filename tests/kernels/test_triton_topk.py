@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from fake_device import FakeDevice, plain
-from fct.kernels import search_kernels as kernels
 
 from fct import ref
+from fct.kernels import search_kernels as kernels
 from fct.ops.search import triton_search as topk_triton
 from fct.ops.search.triton_search import TritonSearch
 from fct.rows import Rows

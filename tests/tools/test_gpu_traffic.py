@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import triton.runtime.interpreter as interpreter
 from fake_device import FakeDevice, plain
-from fct.kernels.tile_choices import tiles
 
 from fct.artifact.transformation import Transformation
+from fct.kernels.tile_choices import tiles
 from fct.ops.search import triton_search as topk_triton
 from fct.ops.transform import triton_backend as backend
 from tools import gpu_traffic

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+
 from fct.kernels.tile_choices import SHARED_MEMORY, TARGETS, family, tiles
 
 # The tensor-core instruction of each target and precision, as the disassembler spells it.
