@@ -23,7 +23,7 @@ FLOORS = [
     {"fit", "transform", "search", "metrics", "data", "info"},
     {"ops"},
     {"rows", "artifact"},
-    {"spaces", "atomic_files", "progress", "kernels", "_C"},
+    {"spaces", "atomic_files", "progress", "terminal", "kernels", "_C"},
     {"errors", "ref", "checks"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -62,10 +62,10 @@ class LongCall:
         stream = sys.stderr
         if stream is None or stream.closed or not stream.isatty() or not _shown.acquire(blocking=False):
             return False
-        from rich.console import Console
+        from fct.terminal import PlainConsole
 
         # Drawn when told, by the calling thread; the kernels tell every 100 ms.
-        self._bar = _bar(Console(stderr=True), auto_refresh=False)
+        self._bar = _bar(PlainConsole(stderr=True), auto_refresh=False)
         self._task = self._bar.add_task("", total=1.0)
         self._bar.start()
         return True
@@ -85,14 +85,14 @@ def step_bar(show: bool) -> Any:
 
     Nothing is drawn without ``show``, nor where stderr is neither a terminal nor a notebook.
     """
-    from rich.console import Console
+    from fct.terminal import PlainConsole
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     return _bar(console, disable=not (show and (console.is_terminal or console.is_jupyter)))
 
 
 def _bar(console: Any, **how: Any) -> Any:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, **how)

@@ -20,6 +20,7 @@ from fct.backfilling.quality import check_quality
 from fct.checks import check_flag, check_text, check_whole
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Piece, Shard, Source
+from fct.terminal import PlainConsole
 
 __all__ = ["BackfillReport", "backfill"]
 
@@ -342,7 +343,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
+            self._progress.console.print(text, highlight=False)
 
     def track(self, items: list[int], what: str) -> Iterable[int]:
         if self._progress is None or not items:
@@ -367,7 +368,6 @@ def _bar(show: bool) -> Iterator[Bar]:
     if not show:
         yield Bar(None)
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     class Rate(TextColumn):
@@ -380,12 +380,12 @@ def _bar(show: bool) -> Iterator[Bar]:
             return Text(f"{task.speed or 0:,.0f} /s")
 
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=PlainConsole(stderr=True),
     ) as progress:
         bar = Bar(progress)
         above, log = _Above(bar), logging.getLogger("fct.gallery")

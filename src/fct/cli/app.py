@@ -6,14 +6,15 @@ Exit codes: 0 done; 1 failed; 2 bad usage; 3 refused by a quality gate; 4 finish
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from fct.errors import FctError, FctWarning
+from fct.terminal import PlainConsole, printable
 
 __all__ = ["app", "console", "error_console", "main"]
 
@@ -25,8 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
-error_console = Console(stderr=True)
+console = PlainConsole()
+error_console = PlainConsole(stderr=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except Exception as error:
         if debug:
+            sys.excepthook = _show_traceback
             raise
         if hasattr(error, "format_message"):  # typer's own: bad usage
             if message := error.format_message():
@@ -92,9 +94,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _say(message: str) -> None:
-    error_console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    error_console.say("error:", message, "bold red")
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     if issubclass(category, FctWarning):
-        error_console.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+        error_console.say("warning:", str(message), "yellow")
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    for part in traceback.format_exception(kind, error, trace):
+        sys.stderr.write("".join(f"{printable(line)}\n" for line in part.split("\n") if line))

@@ -160,12 +160,11 @@ def plan(
 
 
 def _show_plan(found: Any, threshold: float | None) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     if found.job is not None:
         free = "" if found.free_bytes is None else f", {found.free_bytes / 1e9:,.1f} GB free"
-        console.print(f"{found.rows:,} rows in {_shards(found.shards)}: {escape(found.source)} -> {found.destination}")
+        console.print(f"{found.rows:,} rows in {_shards(found.shards)}: {found.source} -> {found.destination}")
         console.print(f"{_size(found.bytes_in)} in, {_size(found.bytes_out)} of vectors out{free}")
         console.print(
             f"{found.rows_per_second:,.0f} rows/s expected here ({found.backend}, {found.precision}; {found.binds} "
@@ -191,7 +190,7 @@ def _show_plan(found: Any, threshold: float | None) -> None:
         if found.sample_rows:
             console.print(f"sample of {found.sample_rows:,} rows: {found.nonfinite_share:.2%} would go to rejects/")
         for reason, count in found.reject_reasons.items():
-            console.print(f"  {count} x {escape(reason)}")
+            console.print(f"  {count} x {reason}")
     if found.quality is not None:
         closed = found.quality.gap_closed
         console.print(
@@ -213,7 +212,7 @@ def _show_plan(found: Any, threshold: float | None) -> None:
             else:
                 console.print(f"an old threshold of {threshold:g} is outside these old scores and can not be mapped")
     for why in found.refusals:
-        console.print(f"[bold red]refused:[/] {escape(why)}", soft_wrap=True)
+        console.say("refused:", why, "bold red")
 
 
 def _shards(count: int) -> str:
@@ -318,9 +317,7 @@ def backfill(
             progress=progress,
         )
     except QualityGateError as error:
-        from rich.markup import escape
-
-        console.print(f"[bold red]refused:[/] {escape(str(error))}", soft_wrap=True)
+        console.say("refused:", str(error), "bold red")
         raise typer.Exit(3) from None
     console.print(
         f"{report.rows_in:,} rows in = {report.rows_out:,} out + {report.rejects:,} rejected; "
@@ -355,8 +352,6 @@ def verify(
     """
     from dataclasses import asdict
 
-    from rich.markup import escape
-
     from fct.backfilling.verify import verify_gallery
 
     report = verify_gallery(
@@ -377,11 +372,11 @@ def verify(
             f"{_shards(report.shards)}, {report.bytes:,} bytes"
         )
         if report.spot_check_skipped:
-            console.print(f"no spot check: {escape(report.spot_check_skipped)}", soft_wrap=True)
+            console.print(f"no spot check: {report.spot_check_skipped}", soft_wrap=True)
         else:
             console.print(f"{report.spot_checked} rows against the reference: worst error {report.worst_error:.2g}")
         for problem in report.problems:
-            console.print(f"[bold red]problem:[/] {escape(problem)}", soft_wrap=True)
+            console.say("problem:", problem, "bold red")
         console.print("ok" if report.ok else f"{len(report.problems)} problems")
     if not report.ok:
         raise typer.Exit(1)

@@ -34,7 +34,6 @@ def bench(
 
     Example: fct bench --transformation h.safetensors --json bench.json
     """
-    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
@@ -55,7 +54,7 @@ def bench(
 
         h = Transformation.random(old, side, new, inner=inner)
         h = calibrate(h, *inputs_of(h, 1024))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=error_console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         report = run_bench(
@@ -65,13 +64,13 @@ def bench(
             progress=lambda share, what: bar.update(task, completed=share, description=what),
         )
     for fact in report.facts():
-        console.print(escape(fact), highlight=False)
+        console.print(fact, highlight=False)
     for title, names, cells in report.tables():
         table = Table(*names, title=title, title_justify="left")
         for column in table.columns[1:]:
             column.justify = "right"
         for row in cells:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*row)
         console.print(table)
     if as_json is not None:
         write_text(as_json, json.dumps(report.to_dict(), indent=1) + "\n")

@@ -37,6 +37,7 @@ def doctor(
 
 def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     for name, what in report["devices"].items():
         console.print(f"{name}: {what}", highlight=False)
@@ -44,7 +45,7 @@ def _show(report: dict[str, Any]) -> None:
     for f in report["findings"]:
         colour = {"right": "green", "wrong": "bold red"}.get(f["verdict"], "dim")
         error = "" if f["worst_error"] is None else f"{f['worst_error']:.1e}"
-        verdict = f"[{colour}]{f['verdict']}[/]"
+        verdict = Text(f["verdict"], colour)
         table.add_row(f["op"], f["backend"], f["precision"], f["device"], verdict, error, f["detail"])
     console.print(table)
     table = Table("what", "rows or queries", "precision", "device", "fastest", "a second")

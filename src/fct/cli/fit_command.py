@@ -60,12 +60,13 @@ def fit(
         side_model=side_model,
     )
     h.save(out)
-    console.print(f"{h!r}", highlight=False, markup=False, soft_wrap=True)
-    console.print(_validation(h), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"saved to {out}", highlight=False, markup=False)
+    console.print(f"{h!r}", highlight=False, soft_wrap=True)
+    for line in _validation(h):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"saved to {out}", highlight=False)
 
 
-def _validation(h: Transformation) -> str:
+def _validation(h: Transformation) -> list[str]:
     """What the fit measured on the pairs that it held out: the error, and what each faster precision changes."""
     info = h.info
     lines = [
@@ -75,7 +76,7 @@ def _validation(h: Transformation) -> str:
     for name, effect in h.precisions.items():
         verdict = "may" if h.allows(name) else "does not"
         lines.append(f'{name} keeps {effect.top10_kept:.1%} of the ten nearest: precision "auto" {verdict} take it')
-    return "\n".join(lines)
+    return lines
 
 
 def _space(array: Any, model: str, metric: str) -> EmbeddingSpace | None:

@@ -13,7 +13,6 @@ def info() -> None:
 
     Example: fct info
     """
-    from rich.markup import escape
     from rich.table import Table
 
     from fct.info import build_info
@@ -22,13 +21,13 @@ def info() -> None:
     console.print(f"fct {facts['version']}, Python {facts['python']}, {facts['platform']}, {facts['threads']} threads")
     table = Table("backend", "device", "runs", "why not")
     for name, state in facts["backends"].items():
-        table.add_row(name, state["device"], "yes" if state["runs"] else "no", escape("; ".join(state["why_not"])))
+        table.add_row(name, state["device"], "yes" if state["runs"] else "no", "; ".join(state["why_not"]))
     console.print(table)
     table = Table("search", "device", "runs", "why not", "proved there")
     for name, state in facts["searches"].items():
         proved = "; ".join(f"{what}: {verdict or 'right'}" for what, verdict in state["proved"].items())
-        why = escape("; ".join(state["why_not"]))
-        table.add_row(name, state["device"], "yes" if state["runs"] else "no", why, escape(proved))
+        why = "; ".join(state["why_not"])
+        table.add_row(name, state["device"], "yes" if state["runs"] else "no", why, proved)
     console.print(table)
     if facts["cuda_build"]:
-        console.print(f"CUDA kernels: {escape(facts['cuda_build'])}")
+        console.print(f"CUDA kernels: {facts['cuda_build']}")

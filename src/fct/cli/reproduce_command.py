@@ -49,4 +49,4 @@ def reproduce(
         plan = plan.with_epochs(epochs_override)
     table = run_experiment(plan, data_root, out, overwrite=overwrite, device=device, workers=workers, console=console)
     console.print(table.to_rich())
-    console.print(f"table: {out / plan.name / 'evaluation' / 'table.md'}", highlight=False, markup=False)
+    console.print(f"table: {out / plan.name / 'evaluation' / 'table.md'}", highlight=False)

@@ -82,8 +82,8 @@ def train_side_info(
     assert isinstance(model, EmbeddingModel)
     info = {"method": method, "images": len(source), "epochs": epochs, "seed": seed}
     save_model(model, out, backbone=backbone, image_shape=source.shape, info=info)
-    console.print(f"model: {out}", highlight=False, markup=False)
+    console.print(f"model: {out}", highlight=False)
     if vectors is not None:
         with atomic_path(vectors) as part, open(part, "wb") as file:
             np.save(file, embed(model, seen, progress=True), allow_pickle=False)
-        console.print(f"side-information of {len(seen):,} images: {vectors}", highlight=False, markup=False)
+        console.print(f"side-information of {len(seen):,} images: {vectors}", highlight=False)

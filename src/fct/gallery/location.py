@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fct.atomic_files import checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError
+from fct.terminal import printable
 
 __all__ = ["Location", "Patience", "StoreError", "Version", "location_of", "with_retries"]
 
@@ -331,7 +332,8 @@ def with_retries(
                 times = {0: "once", 1: "twice"}.get(retries, f"{retries + 1} times")
                 raise StoreError(f"{what}: {error} (tried {times})") from error
             wait = min(60.0, first_wait * 2**attempt)
-            _log.warning("%s: %s; trying again in %g s (%d of %d)", what, error, wait, attempt + 1, retries)
+            said = printable(f"{what}: {error}")
+            _log.warning("%s; trying again in %g s (%d of %d)", said, wait, attempt + 1, retries)
             time.sleep(wait)
     raise AssertionError("unreachable")
 

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 
 import fct
 from fct.artifact.transformation import Transformation
@@ -37,6 +36,7 @@ from fct.ops.registry import default_threads
 from fct.report import Example, ResultTable, Row, Verdict, judge, write_html, write_picture
 from fct.search import topk
 from fct.spaces import EmbeddingSpace
+from fct.terminal import PlainConsole
 from fct.transform import transform_batch
 
 __all__ = ["QuickstartConfig", "QuickstartReport", "backfill_parquet", "run_quickstart"]
@@ -97,7 +97,7 @@ def run_quickstart(
     overwrite: bool = False,
     config: QuickstartConfig | None = None,
     progress: bool = True,
-    console: Console | None = None,
+    console: PlainConsole | None = None,
 ) -> QuickstartReport:
     """Old model, side-information, gallery; new model, h, backfill; table, verdict, picture.
 
@@ -116,7 +116,7 @@ def run_quickstart(
     settings = config or QuickstartConfig()
     folder = refuse_existing(out, overwrite=overwrite, name="--out")
     folder.mkdir(parents=True, exist_ok=True)
-    console = console or Console(quiet=not progress)
+    console = console or PlainConsole(quiet=not progress)
     threads = torch.get_num_threads()
     torch.set_num_threads(default_threads())
     try:
@@ -196,7 +196,7 @@ class _Run:
         seed: int,
         config: QuickstartConfig,
         progress: bool,
-        console: Console,
+        console: PlainConsole,
     ) -> None:
         self.folder, self.data_root, self.seed, self.config = folder, data_root, seed, config
         self.progress, self.console = progress, console
@@ -252,19 +252,23 @@ class _Run:
         table, verdict, found = self.search(old_model, new_model, bct_model, rate)
         self.report(table, verdict, found)
         seconds = time.perf_counter() - begun
-        self.say(f"\n[bold]{verdict.sentence}[/]\n")
+        self.say("")
+        self.console.say(verdict.sentence, "")
+        self.say("")
         self.console.print(table.to_rich())
-        self.say(f"gap: share of the way from old/old to new/new. {_SECONDS}.\n")
+        self.say(f"gap: share of the way from old/old to new/new. {_SECONDS}.")
+        self.say("")
         for name, path in self.files.items():
-            self.console.print(f"  {name:17} {path}", highlight=False, markup=False, soft_wrap=True)
-        self.say(f"\ndone in {seconds:.0f} s")
+            self.console.print(f"  {name:17} {path}", highlight=False, soft_wrap=True)
+        self.say("")
+        self.say(f"done in {seconds:.0f} s")
         return QuickstartReport(table, verdict, self.files, seconds)
 
     # 1
     def old_time(self) -> tuple[Any, Any, Any]:
         """The old model on half the classes; on the same images, without their labels, the side-information model."""
         train = load_fashion_mnist("train", self.data_root).of_classes(first_classes(10, OLD_CLASSES))
-        self.say(f"[bold]1[/] old model: small CNN, {len(train.labels):,} images of {OLD_CLASSES} classes")
+        self.console.say("1", f"old model: small CNN, {len(train.labels):,} images of {OLD_CLASSES} classes")
         with self._timed("old"):
             old, head = train_supervised(
                 train.images,
@@ -297,12 +301,12 @@ class _Run:
         path = self.files["old gallery"]
         _write_gallery(path, np.arange(len(held)), vectors, held.labels, self.old_space, self.side_model)
         size = path.stat().st_size / 1e6
-        self.say(f"[bold]2[/] gallery: {len(held.labels):,} rows, {size:.1f} MB, in {path}; its images are forgotten")
+        self.console.say("2", f"gallery: {len(held.labels):,} rows, {size:.1f} MB, in {path}; its images are forgotten")
 
     # 3
     def new_model(self) -> Any:
         train = load_fashion_mnist("train", self.data_root)
-        self.say(f"[bold]3[/] new model: small ResNet, {len(train.labels):,} images of all 10 classes, no constraint")
+        self.console.say("3", f"new model: small ResNet, {len(train.labels):,} images of all 10 classes, no constraint")
         with self._timed("new"):
             return train_supervised(
                 train.images,
@@ -319,7 +323,7 @@ class _Run:
     def fit(self, old_model: Any, side_model: Any, new_model: Any) -> tuple[Transformation, Transformation]:
         """h with and without side-information, on embeddings of the training images, each computed once."""
         train = load_fashion_mnist("train", self.data_root)
-        self.say(f"[bold]4[/] h: {len(train.labels):,} pairs of the training split, embedded once")
+        self.console.say("4", f"h: {len(train.labels):,} pairs of the training split, embedded once")
         self.pairs = len(train)
         with self._timed("pairs"):
             old, side, new = (self._embed(m, train.images) for m in (old_model, side_model, new_model))
@@ -351,7 +355,7 @@ class _Run:
         with self._timed("backfill without"):
             backfill_parquet(source, scratch, h_without)
         self.files["without side-info"] = scratch
-        self.say(f"[bold]5[/] backfill: {rate:,.0f} rows a second, from Parquet to Parquet, no image read")
+        self.console.say("5", f"backfill: {rate:,.0f} rows a second, from Parquet to Parquet, no image read")
         return rate
 
     def bct(self, old_model: Any, old_head: Any) -> Any:
@@ -377,7 +381,7 @@ class _Run:
     ) -> tuple[ResultTable, Verdict, dict[str, Any]]:
         """Every query model against its gallery: one table."""
         queries, held = self._held_out()
-        self.say(f"[bold]6[/] {len(queries.labels):,} queries, images that no model was trained on")
+        self.console.say("6", f"{len(queries.labels):,} queries, images that no model was trained on")
         old_gallery = _read_gallery(self.files["old gallery"], "old")
         asked = {name: self._embed(m, queries.images) for name, m in (("old", old_model), ("new", new_model))}
         asked["bct"] = self._embed(bct_model, queries.images)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -33,6 +32,7 @@ from fct.metrics import evaluate, recall_at_k
 from fct.report import ResultTable, Row
 from fct.search import topk
 from fct.spaces import EmbeddingSpace
+from fct.terminal import PlainConsole
 from fct.transform import transform_batch
 
 __all__ = ["run_experiment"]
@@ -54,7 +54,7 @@ def run_experiment(
     device: str = "auto",
     workers: int = 0,
     progress: bool = True,
-    console: Console | None = None,
+    console: PlainConsole | None = None,
 ) -> ResultTable:
     """Runs every stage that has not run yet: old, side-info, new, bct, h, evaluation.
 
@@ -75,7 +75,7 @@ def run_experiment(
         FileExistsError: a stage is there with other settings, and ``overwrite`` is False. FileNotFoundError,
         ArtifactError, ValueError: the data is not there or not what it should be.
     """
-    return _Run(experiment, data_root, Path(out), overwrite, device, workers, progress, console or Console()).all()
+    return _Run(experiment, data_root, Path(out), overwrite, device, workers, progress, console or PlainConsole()).all()
 
 
 class _Run:
@@ -88,7 +88,7 @@ class _Run:
         device: str,
         workers: int,
         progress: bool,
-        console: Console,
+        console: PlainConsole,
     ) -> None:
         self.experiment, self.overwrite, self.device = experiment, overwrite, device
         self.workers, self.progress, self.console = workers, progress, console
@@ -139,7 +139,7 @@ class _Run:
             )
         if done and done["fingerprint"] == fingerprint and all((folder / file).is_file() for file in done["files"]):
             self.seconds[name] = done["seconds"]
-            self.console.print(f"[dim]{name}: there already[/]", highlight=False)
+            self.console.print(f"{name}: there already", style="dim", highlight=False)
             return
         if done:
             for file in ("stage.json", "checkpoint.safetensors", "checkpoint-without.safetensors"):
@@ -151,7 +151,7 @@ class _Run:
                 checkpoint.unlink()
         begun = {"fingerprint": fingerprint, "seconds": {}, "files": []}
         write_text(folder / "begun.json", json.dumps(begun))
-        self.console.print(f"[bold]{name}[/]", highlight=False)
+        self.console.print(name, style="bold", highlight=False)
         self.seconds[name] = run(folder, int(settings.get("seed", 0)))
         (folder / "begun.json").unlink()
         written = {

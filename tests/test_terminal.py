@@ -1,0 +1,127 @@
+"""No control sequence and no markup of somebody else's names reaches a terminal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+import fct
+from fct.gallery.location import StoreError, with_retries
+from fct.terminal import PlainConsole, printable
+
+SOURCE = Path(fct.__file__).parent
+EVIL = "\x1b]0;title\x07\x9b31m\r\x08\u202e\udcff"
+
+
+@pytest.mark.parametrize(
+    "character", ["\x00", "\x07", "\x1b", "\x7f", "\x9b", "\r", "\n", "\u202e", "\u2028", "\udc80"]
+)
+def test_what_is_no_character_to_read_is_written_out(character: str) -> None:
+    shown = printable(f"a{character}b")
+    assert shown.isprintable()
+    assert shown == f"a{ascii(character)[1:-1]}b"
+
+
+def test_names_of_all_scripts_are_shown_as_they_are() -> None:
+    assert printable("größe/ファイル/файл [red] :smile:") == "größe/ファイル/файл [red] :smile:"
+
+
+def shown(width: int = 200) -> tuple[PlainConsole, io.StringIO]:
+    stream = io.StringIO()
+    return PlainConsole(file=stream, force_terminal=True, color_system="standard", width=width), stream
+
+
+def test_a_console_shows_every_string_as_text_in_tables_too() -> None:
+    console, stream = shown()
+    name = f"[/x][bold]:smile:{EVIL}"
+    console.print(name)
+    table = Table(name, title=name)
+    table.add_row(name, Text("right", "green"))
+    console.print(table)
+    console.say("problem:", name, "bold red")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())  # rich's own colours
+    assert not set(text) - {"\n"} & set("\x1b\x07\x9b\r\x08\u202e\udcff")
+    assert text.count("[/x][bold]:smile:\\x1b]0;title\\x07\\x9b31m\\r\\x08\\u202e\\udcff") == 5
+    assert "\x1b[1;31mproblem:" in stream.getvalue()
+    assert "\x1b[32mright" in stream.getvalue()
+
+
+def test_what_a_store_answers_is_logged_printable(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise ConnectionError(EVIL)
+
+    with caplog.at_level(logging.WARNING), pytest.raises(StoreError):
+        with_retries(fail, "reading s3://b/x", retries=1, first_wait=0.0)
+    assert caplog.messages
+    assert all(m.isprintable() for m in caplog.messages)
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_an_error_and_its_traceback_hold_no_control_sequence(tmp_path: Path, debug: list[str]) -> None:
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "x\x1b[31m\x9b.npy").write_bytes(b"junk")
+    fct.Transformation.random(8, 8, 4, inner=16, side_info=False).save(tmp_path / "h.safetensors")
+    command = [
+        sys.executable,
+        "-m",
+        "fct",
+        "transform",
+        "g",
+        "out.npy",
+        "-t",
+        "h.safetensors",
+        "--old-model",
+        "m",
+        *debug,
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    said = done.stderr.decode()
+    assert done.returncode == 1
+    assert "x\\x1b[31m\\x9b.npy" in said
+    assert "\x1b" not in said
+    assert "\x9b" not in said
+    assert ("Traceback" in said) == bool(debug)
+
+
+def test_a_path_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
+    np.save(tmp_path / "o.npy", np.ones((10, 8), np.float32))
+    fct.Transformation.random(8, 8, 4, inner=16, side_info=False).save(tmp_path / "h.safetensors")
+    for name in ("t[red].npy", "t[_x].npy"):
+        command = [
+            sys.executable,
+            "-m",
+            "fct",
+            "transform",
+            "o.npy",
+            name,
+            "-t",
+            "h.safetensors",
+            "--old-model",
+            "random-old",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == f"10 rows -> {name}"
+
+
+def test_nothing_is_printed_but_through_the_console() -> None:
+    """`print` in a command, a console of rich's own or markup in a string would go around it."""
+    for path in SOURCE.rglob("*.py"):
+        room = path.relative_to(SOURCE).parts[0]
+        if room in ("terminal.py", "kernels", "bench", "_C"):
+            continue
+        text = path.read_text()
+        assert not re.search(r"\brich\.console\b.*import.*\bConsole\b|\brich\.markup\b|markup=True", text), path
+        assert not re.search(r"^\s*print\(", text, re.MULTILINE), path
+        assert not re.search(r"TextColumn\((?!.*markup=False)[^)\n]*description", text), path
+        if room == "cli":
+            assert not re.search(r"\.echo\((?!json\.dumps)", text), f"{path}: echo of something that is not JSON"
