@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "QualityGateError",
     "RejectLimitError",
     "cut_shards",
+    "since",
 ]
 
 JOB_VERSION = 1
@@ -78,6 +79,18 @@ def cut_shards(pieces: Sequence[Piece], shard_rows: int) -> list[Shard]:
     return shards
 
 
+def since(default: Any, words: str, *, meaning: bool = False) -> Any:
+    """A field of :class:`Job` that came after version 0.1, so that backfills begun without it go on.
+
+    A job that has the default there has the fingerprint and the job.json of one that never heard of the field.
+
+    Args:
+        default: what a job means that lacks it. words: names it in a message.
+        meaning: whether it changes what the output means: then the fingerprint holds it where it is not the default.
+    """
+    return field(default=default, kw_only=True, metadata={"words": words, "meaning": meaning})
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that decides the output's bytes, and the cut into shards. Kept as ``_fct/job.json``.
@@ -85,6 +98,8 @@ class Job:
     source, side: URLs, for people. pieces, side_pieces: what they held when the job was planned.
     vector, side_column: columns; side_column "" where side-information comes from ``side`` or there is none.
     id_column: the column named in rejects/, or "" for row numbers.
+
+    Fields that came later are made by :func:`since`; ``tests/backfilling/test_resuming_0_1.py`` holds jobs of then.
     """
 
     source: str
@@ -133,9 +148,14 @@ class Job:
             for name in (
                 *("format", "vector", "id_column", "side_vector", "side_column", "keep_side", "transformation"),
                 *("precision", "dtype", "vector_format", "binary_dtype", "scale"),
+                *(f.name for f in self._later() if f.metadata["meaning"] and getattr(self, f.name) != f.default),
             )
         }
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def _later(cls) -> list[Field[Any]]:
+        return [f for f in fields(cls) if "meaning" in f.metadata]
 
     def differences(self, other: Job) -> list[str]:
         """What keeps ``other`` from being the same job, in words."""
@@ -153,7 +173,7 @@ class Job:
             "vector_format": "vector_format",
             "binary_dtype": "binary_dtype",
             "scale": "scale",
-        }
+        } | {f.name: f.metadata["words"] for f in self._later() if f.metadata["meaning"]}
         for name, words in names.items():
             if getattr(self, name) != getattr(other, name):
                 found.append(f"{words}: {getattr(self, name)!r}, now {getattr(other, name)!r}")
@@ -169,6 +189,8 @@ class Job:
 
     def to_json(self) -> bytes:
         body = {"job": JOB_VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+        for unused in (f.name for f in self._later() if getattr(self, f.name) == f.default):
+            del body[unused]
         return json.dumps(body, indent=1).encode()
 
     @classmethod
