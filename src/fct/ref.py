@@ -28,9 +28,11 @@ def transform(old: Any, side: Any, h: Any, dtype: Any = np.float64) -> Any:
     side = old if side is None else side
     joined = np.concatenate([chain(old, h.old, dtype), chain(side, h.side, dtype)], axis=1)
     out = chain(joined, h.mixer, dtype)
+    if h.skip is not None:
+        out = out + chain(np.concatenate([old, side], axis=1) if h.uses_side_info else old, [h.skip], dtype)
     if h.normalise:
         norm = np.linalg.norm(out, axis=1, keepdims=True)
-        out = np.divide(out, norm, out=np.zeros_like(out), where=norm > 0)
+        out = h.length * np.divide(out, norm, out=np.zeros_like(out), where=norm > 0)
     return out
 
 

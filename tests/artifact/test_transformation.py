@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import pickle
 import weakref
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import fct
+from fct import ref
 from fct.artifact.transformation import Layer, PrecisionEffect, Tolerance
 from fct.errors import ArtifactError
+from fct.ops.numerics.rounding import SIGMAS, deviation
 
 
 @pytest.fixture
@@ -52,6 +57,85 @@ def test_fingerprint_follows_the_meaning_alone(h: fct.Transformation) -> None:
     assert h.with_(new_space=fct.EmbeddingSpace("other", 5)).fingerprint != h.fingerprint
 
 
+def small_h(**changes: Any) -> fct.Transformation:
+    h = fct.Transformation.random(6, 4, 5, inner=9, normalise=True, branch=3, blocks=1, skip=True)
+    return h.with_(length=0.97, **changes)
+
+
+def test_a_skip_and_a_length_come_back_from_the_file(tmp_path: Path) -> None:
+    h = small_h(calibration={"skip": np.stack([-np.ones(10), np.ones(10)])})
+    back = fct.Transformation.load(h.save(tmp_path / "h.safetensors"))
+    assert back.fingerprint == h.fingerprint
+    assert back.length == 0.97
+    assert h.skip is not None
+    assert back.skip is not None
+    np.testing.assert_array_equal(back.skip.weight, h.skip.weight)
+    np.testing.assert_array_equal(back.calibration["skip"], h.calibration["skip"])
+    assert [name for name, _ in back.layers()] == ["old.0", "side.0", "mixer.0", "mixer.1", "skip"]
+    assert h.flop_per_row == 2 * (6 * 3 + 4 * 3 + 6 * 9 + 9 * 5 + 10 * 5)
+
+
+def test_skip_and_length_change_the_fingerprint() -> None:
+    h = small_h()
+    assert h.skip is not None
+    others = [h.with_(length=0.98), h.with_(skip=None), h.with_(skip=Layer(h.skip.weight, h.skip.bias + 1, False))]
+    assert len({h.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_the_reference_adds_the_skip_before_it_normalises(rng: np.random.Generator) -> None:
+    h = small_h()
+    old, side = rng.standard_normal((7, 6)), rng.standard_normal((7, 4))
+    bare = ref.transform(old, side, h.with_(skip=None, normalise=False, length=1.0))
+    assert h.skip is not None
+    added = bare + np.concatenate([old, side], axis=1) @ h.skip.weight.astype(np.float64).T + h.skip.bias
+    want = 0.97 * added / np.linalg.norm(added, axis=1, keepdims=True)
+    np.testing.assert_allclose(ref.transform(old, side, h), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("side_info", [True, False])
+def test_torch_agrees_on_small_shapes(rng: np.random.Generator, precision: str, side_info: bool) -> None:
+    d_side = 24 if side_info else 40
+    h = fct.Transformation.random(
+        40, d_side, 16, inner=64, normalise=True, side_info=side_info, branch=16, blocks=1, skip=True
+    )
+    h = h.with_(length=0.9)
+    old = rng.standard_normal((33, 40), dtype=np.float32)
+    side = rng.standard_normal((33, 24), dtype=np.float32) if side_info else None
+    got = fct.transform_batch(old, side, h, backend="torch", precision=precision)
+    want = ref.transform(old, side, h)
+    assert deviation(got, want, old, old if side is None else side, h, precision, "torch") <= SIGMAS
+    without = ref.transform(old, side, h.with_(skip=None))
+    assert deviation(without, want, old, old if side is None else side, h, precision, "torch") > SIGMAS
+
+
+# What version 0.1 wrote for this h. A running backfill knows its h by the fingerprint.
+FINGERPRINT_OF_0_1 = "b13d039cf28a5e493ba58d870fd03c6a017f9ad8eee4697956f0bd853a8e44b9"
+
+
+def test_files_without_new_fields_are_what_they_were(tmp_path: Path) -> None:
+    h = fct.Transformation.random(6, 4, 5, inner=9, normalise=True)
+    assert h.fingerprint == FINGERPRINT_OF_0_1
+    assert header_of(h.save(tmp_path / "h.safetensors"))["version"] == 1
+    assert header_of(small_h().save(tmp_path / "s.safetensors"))["version"] == 2
+    assert header_of(h.with_(length=0.9).save(tmp_path / "l.safetensors"))["version"] == 2
+
+
+def header_of(file: Path) -> Any:
+    with safe_open(str(file), framework="numpy") as opened:
+        return json.loads(opened.metadata()["fct"])
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", None, 1.5, True])
+def test_a_version_unknown_here_is_refused_by_name(h: fct.Transformation, tmp_path: Path, version: Any) -> None:
+    header = header_of(h.save(tmp_path / "h.safetensors")) | {"version": version}
+    with safe_open(str(tmp_path / "h.safetensors"), framework="numpy") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(tensors, str(tmp_path / "other.safetensors"), metadata={"fct": json.dumps(header)})
+    with pytest.raises(ArtifactError, match=f"expected fct-transformation version 1 to 2, .* version {version}"):
+        fct.Transformation.load(tmp_path / "other.safetensors")
+
+
 def test_auto_takes_what_the_tolerance_allows(h: fct.Transformation) -> None:
     assert h.allows("fp32")
     assert h.allows("bf16")
@@ -79,8 +163,6 @@ def test_changed_weights_are_refused(h: fct.Transformation, tmp_path: Path) -> N
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
     save_file({"x": np.zeros(3, np.float32)}, str(tmp_path / "x.safetensors"))
     with pytest.raises(ArtifactError, match="not one of fct's"):
         fct.Transformation.load(tmp_path / "x.safetensors")
@@ -114,6 +196,15 @@ def test_packed_weights_neither_travel_nor_outlive_h(rng: np.random.Generator) -
         ({"side_model": None}, "side: expected 6 inputs, since the old embedding takes"),
         ({"calibration": {"old.9": np.zeros((2, 6))}}, r"calibration\['old.9'\]: expected the name of a layer"),
         ({"calibration": {"old.0": np.zeros((2, 5))}}, r"calibration\['old.0'\]: expected \(2, 6\)"),
+        ({"calibration": {"skip": np.zeros((2, 10))}}, r"calibration\['skip'\]: expected the name of a layer"),
+        (
+            {"skip": Layer(np.zeros((5, 6)), np.zeros(5), False)},
+            r"skip: expected a weight of shape \(5, 10\), .*5, 6\)",
+        ),
+        ({"skip": Layer(np.zeros((5, 10)), np.zeros(5))}, "skip: expected a linear layer, got one with a ReLU"),
+        ({"length": 0.9, "normalise": False}, "length: expected 1.0 for outputs that are not normalised, got 0.9"),
+        ({"length": 0.0}, "length: expected a positive number, got 0.0"),
+        ({"length": float("nan")}, "length: expected a positive number, got nan"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(h: fct.Transformation, change: dict[str, Any], message: str) -> None:

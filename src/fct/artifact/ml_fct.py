@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fct.artifact.transformation import Layer, Transformation, fold_norm
+from fct.artifact.layers import Layer, fold_norm
 from fct.checks import check_path
 from fct.errors import ArtifactError
-from fct.spaces import EmbeddingSpace
 
-__all__ = ["ML_FCT_KEYS", "load_ml_fct", "transformation_from_ml_fct"]
+__all__ = ["ML_FCT_KEYS", "chains_of_state", "load_ml_fct"]
+
+Chains = tuple[tuple[Layer, ...], tuple[Layer, ...], tuple[Layer, ...]]
 
 _NORM_EPS = 1e-5  # torch's default, which that code keeps
 _NORM = ("weight", "bias", "running_mean", "running_var")
@@ -41,23 +42,12 @@ ML_FCT_KEYS = (
 """Every key of such a state dict; ``num_batches_tracked`` may be absent, nothing else may."""
 
 
-def load_ml_fct(
-    path: str | os.PathLike[str],
-    *,
-    allow_torchscript: bool = False,
-    old_space: EmbeddingSpace | None = None,
-    new_space: EmbeddingSpace | None = None,
-    side_model: str = "ml-fct",
-    normalise: bool = False,
-) -> Transformation:
-    """An ml-fct checkpoint as a :class:`fct.Transformation`.
+def load_ml_fct(path: str | os.PathLike[str], *, allow_torchscript: bool = False) -> Chains:
+    """The (old, side, mixer) chains of an ml-fct checkpoint: what :meth:`fct.Transformation.from_ml_fct` is made of.
 
     Args:
         path: a state dict saved with ``torch.save``, or a TorchScript archive.
         allow_torchscript: load TorchScript archives, which can run code of whoever made the file.
-        old_space, new_space: whose vectors these are; by default named "ml-fct old" and "ml-fct new".
-        side_model: the id of the model that makes the side-information.
-        normalise: bring h's output to unit length.
 
     Raises:
         FileNotFoundError: no such file. ArtifactError: not such a checkpoint; the missing or surplus key is named.
@@ -75,9 +65,7 @@ def load_ml_fct(
         state = _torchscript_state(source)
     else:
         state = _pickled_state(source)
-    return transformation_from_ml_fct(
-        state, old_space=old_space, new_space=new_space, side_model=side_model, normalise=normalise, source=str(source)
-    )
+    return chains_of_state(state, source=str(source))
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -113,15 +101,7 @@ def _pickled_state(path: Path) -> Mapping[str, Any]:
     return state
 
 
-def transformation_from_ml_fct(
-    state: Mapping[str, Any],
-    *,
-    old_space: EmbeddingSpace | None = None,
-    new_space: EmbeddingSpace | None = None,
-    side_model: str = "ml-fct",
-    normalise: bool = False,
-    source: str = "state dict",
-) -> Transformation:
+def chains_of_state(state: Mapping[str, Any], *, source: str = "state dict") -> Chains:
     """The same from a state dict (name -> tensor or array); batch norm is folded in float64."""
     prefixed = bool(state) and all(str(name).startswith("module.") for name in state)
     arrays = {str(name).removeprefix("module.") if prefixed else str(name): value for name, value in state.items()}
@@ -163,17 +143,8 @@ def transformation_from_ml_fct(
     try:
         last = Layer(matrix("mixer.2.conv.weight"), array("mixer.2.conv.bias"), False)
         old, side = (block("p1.0"), block("p1.1")), (block("p2.0"), block("p2.1"))
-        return Transformation(
-            old=old,
-            side=side,
-            mixer=(block("mixer.0"), block("mixer.1"), last),
-            old_space=old_space or EmbeddingSpace("ml-fct old", old[0].d_in),
-            new_space=new_space or EmbeddingSpace("ml-fct new", last.d_out, normalised=normalise),
-            side_model=side_model,
-            normalise=normalise,
-            info={"imported_from": "ml-fct"},
-        )
+        return old, side, (block("mixer.0"), block("mixer.1"), last)
+    except ArtifactError:
+        raise
     except ValueError as error:
-        if isinstance(error, ArtifactError):
-            raise
         raise ArtifactError(f"path: the layers in {source} do not fit together: {error}") from error

@@ -1,8 +1,9 @@
-"""The artifact h: the transformation's layers, both spaces, how it was fitted, and its one-file form.
+"""The artifact h: the transformation's layers, both spaces, how it was fitted.
 
 A transformation is two branches and a mixer, each a chain of ``relu(x @ weight.T + bias)``; the last layer of the
-mixer has no ReLU. Batch norm and input/target scaling are folded into weights and biases, in float64, when an
-artifact is made (Ramanujan et al., CVPR 2022, arXiv:2112.02805, section 3.3 for the shape).
+mixer has no ReLU. A linear skip from what goes in may be added to what comes out. Batch norm and input/target scaling
+are folded into weights and biases, in float64, when an artifact is made (Ramanujan et al., CVPR 2022,
+arXiv:2112.02805, section 3.3 for the shape).
 """
 
 from __future__ import annotations
@@ -19,91 +20,28 @@ from typing import Any
 
 import numpy as np
 
-from fct.atomic_files import write_bytes
-from fct.checks import check_flag, check_path, check_seed, check_whole
+from fct.artifact.file_format import read_artifact, write_artifact
+from fct.artifact.layers import BRANCHES, SKIP, Layer, check_chain, check_skip, fold_norm, fold_scaling
+from fct.artifact.ml_fct import load_ml_fct
+from fct.artifact.onnx_export import save_onnx
+from fct.artifact.tolerance import PrecisionEffect, Tolerance
+from fct.checks import check_flag, check_positive, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["BRANCHES", "Layer", "PrecisionEffect", "Tolerance", "Transformation", "fold_norm", "fold_scaling"]
-
-BRANCHES = ("old", "side", "mixer")
-FORMAT = "fct-transformation"
-FORMAT_VERSION = 1
+__all__ = [
+    "BRANCHES",
+    "SKIP",
+    "Layer",
+    "PrecisionEffect",
+    "Tolerance",
+    "Transformation",
+    "fold_norm",
+    "fold_scaling",
+]
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """``relu(x @ weight.T + bias)``, or without the ReLU.
-
-    weight: (d_out, d_in) float32, C-contiguous. bias: (d_out,) float32.
-    """
-
-    weight: Any
-    bias: Any
-    relu: bool = True
-
-    def __post_init__(self) -> None:
-        weight = np.ascontiguousarray(self.weight, dtype=np.float32)
-        bias = np.ascontiguousarray(self.bias, dtype=np.float32)
-        if weight.ndim != 2 or 0 in weight.shape:
-            raise ValueError(f"weight: expected (d_out, d_in), got shape {weight.shape}")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected ({weight.shape[0]},) to match the weight, got shape {bias.shape}")
-        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-            raise ValueError("weight, bias: expected finite values, got NaN or infinity")
-        object.__setattr__(self, "weight", weight)
-        object.__setattr__(self, "bias", bias)
-
-    @property
-    def d_in(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def d_out(self) -> int:
-        return int(self.weight.shape[0])
-
-
-def fold_norm(weight: Any, norm: Mapping[str, Any], eps: float) -> tuple[Any, Any]:
-    """Batch norm folded into the linear layer before it: float64 (weight, bias).
-
-    weight: (d_out, d_in), no bias. norm: "weight", "bias", "running_mean", "running_var", (d_out,) each.
-    """
-    mean, var = np.asarray(norm["running_mean"], np.float64), np.asarray(norm["running_var"], np.float64)
-    gain = np.asarray(norm["weight"], np.float64) / np.sqrt(var + eps)
-    return np.asarray(weight, np.float64) * gain[:, None], np.asarray(norm["bias"], np.float64) - mean * gain
-
-
-def fold_scaling(weight: Any, bias: Any, mean: Any, scale: Any) -> tuple[Any, Any]:
-    """A layer that expects (x - mean) / scale, as one that takes x: float64 (weight, bias)."""
-    scaled = np.asarray(weight, np.float64) / np.asarray(scale, np.float64)
-    return scaled, np.asarray(bias, np.float64) - scaled @ np.broadcast_to(mean, scaled.shape[1:]).astype(np.float64)
-
-
-@dataclass(frozen=True)
-class PrecisionEffect:
-    """How a precision changes retrieval, against fp32, on the validation pairs of the fit.
-
-    top10_kept: mean share of a query's fp32 top-10 that is still in its top-10.
-    map_change: mAP minus fp32's mAP (labels: the query's own item where the fit had none).
-    cmc1_change: CMC top-1 minus fp32's.
-    """
-
-    top10_kept: float
-    map_change: float
-    cmc1_change: float
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What ``precision="auto"`` may cost: at most 0.1 point of mAP, and 99 % of the top-10 kept, unless told."""
-
-    map_drop: float = 0.001
-    top10_kept: float = 0.99
-
-    def allows(self, effect: PrecisionEffect) -> bool:
-        return effect.map_change >= -self.map_drop and effect.top10_kept >= self.top10_kept
+_DEFAULT_TOLERANCE = Tolerance()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +49,20 @@ class Transformation:
     """h(old, side-information) in the new space.
 
     Args:
-        old, side, mixer: the chains of layers; the mixer reads the old branch's output and the side branch's, in
-            this order, side by side.
+        old, side, mixer: the chains of layers, each of any depth from one on; the mixer reads the old branch's output
+            and the side branch's, in this order, side by side.
         old_space, new_space: what goes in and what comes out.
         side_model: id of the model that makes the side-information; None where the old embedding takes its place.
-        normalise: whether the output is brought to unit length.
-        calibration: activation ranges for int8, by layer name ("old.0", "side.1", "mixer.2"): (2, d_in) float32,
-            the lowest and the highest value of each input channel over the calibration rows.
+        normalise: whether the output is brought to unit length (or to ``length``).
+        calibration: activation ranges for int8, by layer name ("old.0", "side.1", "mixer.2", "skip"): (2, d_in)
+            float32, the lowest and the highest value of each input channel over the calibration rows.
         precisions: measured effect of each faster precision; empty where nobody measured.
         tolerance: what ``precision="auto"`` may cost.
         info: what it was trained on, its validation figures, the configuration: plain JSON values.
+        skip: a linear layer, weight (d_new, d_old + d_side), or (d_new, d_old) where there is no side-information,
+            whose output on [old, side] is added to the mixer's before normalising. None: no skip.
+        length: what a normalised output is brought to, a little under 1 for rows that are searched among true ones by
+            inner product. 1.0 where ``normalise`` is False.
 
     Example:
         >>> import numpy as np, fct
@@ -138,18 +80,14 @@ class Transformation:
     normalise: bool = False
     calibration: Mapping[str, Array] = field(default_factory=dict)
     precisions: Mapping[str, PrecisionEffect] = field(default_factory=dict)
-    tolerance: Tolerance = Tolerance()
+    tolerance: Tolerance = _DEFAULT_TOLERANCE
     info: Mapping[str, Any] = field(default_factory=dict)
+    skip: Layer | None = None
+    length: float = 1.0
 
     def __post_init__(self) -> None:
         for name in BRANCHES:
-            chain = tuple(getattr(self, name))
-            if not chain:
-                raise ValueError(f"{name}: expected at least one layer, got none")
-            for i, (a, b) in enumerate(itertools.pairwise(chain)):
-                if a.d_out != b.d_in:
-                    raise ValueError(f"{name}.{i + 1}: expected {a.d_out} inputs to match {name}.{i}, got {b.d_in}")
-            object.__setattr__(self, name, chain)
+            object.__setattr__(self, name, check_chain(getattr(self, name), name))
         joined = self.old[-1].d_out + self.side[-1].d_out
         if self.mixer[0].d_in != joined:
             raise ValueError(f"mixer.0: expected {joined} inputs, the branches' outputs, got {self.mixer[0].d_in}")
@@ -162,6 +100,10 @@ class Transformation:
                 f"side: expected {self.d_old} inputs, since the old embedding takes the side-information's place, "
                 f"got {self.d_side}"
             )
+        check_skip(self.skip, self.d_in, self.d_new)
+        object.__setattr__(self, "length", check_positive(self.length, "length"))
+        if self.length != 1.0 and not self.normalise:
+            raise ValueError(f"length: expected 1.0 for outputs that are not normalised, got {self.length}")
         for name, ranges in self.calibration.items():
             layer = dict(self.layers()).get(name)
             if layer is None or np.shape(ranges) != (2, layer.d_in):
@@ -187,14 +129,21 @@ class Transformation:
         return self.mixer[-1].d_out
 
     @property
+    def d_in(self) -> int:
+        """Columns of what the skip reads: the old embedding, and the side-information where there is one."""
+        return self.d_old + (self.d_side if self.uses_side_info else 0)
+
+    @property
     def uses_side_info(self) -> bool:
         return self.side_model is not None
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
-        """("old.0", layer), ... in the order they are computed and stored."""
+        """("old.0", layer), ..., the skip last as "skip", in the order they are stored."""
         for branch in BRANCHES:
             for i, layer in enumerate(getattr(self, branch)):
                 yield f"{branch}.{i}", layer
+        if self.skip is not None:
+            yield SKIP, self.skip
 
     @property
     def parameters(self) -> int:
@@ -207,7 +156,7 @@ class Transformation:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what changes the output's meaning: layers, both spaces, side_model, normalise."""
+        """sha256 of what changes the output's meaning: layers, both spaces, side_model, normalise, length."""
         digest = hashlib.sha256()
         digest.update(json.dumps(self._meaning(), sort_keys=True).encode())
         for name, layer in self.layers():
@@ -222,6 +171,7 @@ class Transformation:
             "new_space": self.new_space.to_dict(),
             "side_model": self.side_model,
             "normalise": self.normalise,
+            **({} if self.length == 1.0 else {"length": self.length}),
         }
 
     def __repr__(self) -> str:
@@ -245,10 +195,10 @@ class Transformation:
 
     # ---- one file ----
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the artifact to one ``.safetensors`` file; an old file there survives until the new one is whole."""
-        from safetensors.numpy import save
+        """Writes the artifact to one ``.safetensors`` file; an old file there survives until the new one is whole.
 
-        target = check_path(path, "path")
+        Versions before 0.2 refuse, by its format version, an artifact with a skip or a length.
+        """
         tensors: dict[str, Array] = {}
         for name, layer in self.layers():
             tensors[f"{name}.weight"] = layer.weight
@@ -256,17 +206,15 @@ class Transformation:
         for name, ranges in self.calibration.items():
             tensors[f"calibration.{name}"] = np.ascontiguousarray(ranges, dtype=np.float32)
         header = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "plan": {b: [layer.relu for layer in getattr(self, b)] for b in BRANCHES},
+            "plan": {b: [layer.relu for layer in getattr(self, b)] for b in BRANCHES}
+            | ({} if self.skip is None else {SKIP: [False]}),
             **self._meaning(),
             "fingerprint": self.fingerprint,
             "precisions": {k: vars(v) for k, v in self.precisions.items()},
             "tolerance": vars(self.tolerance),
             "info": dict(self.info),
         }
-        write_bytes(target, save(tensors, metadata={"fct": json.dumps(header)}))
-        return target
+        return write_artifact(path, header, tensors, version=1 if self.skip is None and self.length == 1.0 else 2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Transformation:
@@ -276,39 +224,15 @@ class Transformation:
             FileNotFoundError: no such file. ArtifactError: truncated, foreign, or its weights do not match its
                 fingerprint.
         """
-        from safetensors import SafetensorError, safe_open
+        source, header, tensors = read_artifact(path)
 
-        source = check_path(path, "path")
-        if not source.is_file():
-            raise FileNotFoundError(f"transformation: expected a .safetensors file, found none at {source}")
+        def layer(name: str, relu: Any) -> Layer:
+            return Layer(tensors[f"{name}.weight"], tensors[f"{name}.bias"], bool(relu))
+
         try:
-            with safe_open(str(source), framework="numpy") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(
-                f"transformation: expected a whole .safetensors file, {source} is not: {error}"
-            ) from error
-        if "fct" not in metadata:
-            raise ArtifactError(
-                f"transformation: {source} is a .safetensors file but not one of fct's; "
-                "for Apple's ml-fct checkpoints use Transformation.from_ml_fct"
-            )
-        try:
-            header = json.loads(metadata["fct"])
-            if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-                raise ArtifactError(
-                    f"transformation: expected {FORMAT} version {FORMAT_VERSION}, {source} is "
-                    f"{header.get('format')} version {header.get('version')}"
-                )
+            plan = header["plan"]
             h = cls(
-                **{
-                    branch: tuple(
-                        Layer(tensors[f"{branch}.{i}.weight"], tensors[f"{branch}.{i}.bias"], bool(relu))
-                        for i, relu in enumerate(header["plan"][branch])
-                    )
-                    for branch in BRANCHES
-                },
+                **{b: tuple(layer(f"{b}.{i}", relu) for i, relu in enumerate(plan[b])) for b in BRANCHES},
                 old_space=EmbeddingSpace.from_dict(header["old_space"]),
                 new_space=EmbeddingSpace.from_dict(header["new_space"]),
                 side_model=header["side_model"],
@@ -321,12 +245,14 @@ class Transformation:
                 precisions={k: PrecisionEffect(**v) for k, v in header["precisions"].items()},
                 tolerance=Tolerance(**header["tolerance"]),
                 info=header["info"],
+                skip=layer(SKIP, False) if SKIP in plan else None,
+                length=header.get("length", 1.0),
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, ValueError) as error:
-            if isinstance(error, ArtifactError):
-                raise
+        except ArtifactError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtifactError(f"transformation: {source} is damaged: {error!r}") from error
-        if h.fingerprint != header["fingerprint"]:
+        if h.fingerprint != header.get("fingerprint"):
             raise ArtifactError(
                 f"transformation: the weights in {source} do not match its fingerprint: the file was changed"
             )
@@ -343,22 +269,38 @@ class Transformation:
         side_model: str = "ml-fct",
         normalise: bool = False,
     ) -> Transformation:
-        """Imports a checkpoint of the paper's published code; see :mod:`fct.artifact.ml_fct`."""
-        from fct.artifact.ml_fct import load_ml_fct
+        """Imports a checkpoint of the paper's published code.
 
-        return load_ml_fct(
-            path,
-            allow_torchscript=allow_torchscript,
-            old_space=old_space,
-            new_space=new_space,
-            side_model=side_model,
-            normalise=normalise,
-        )
+        Args:
+            path: a state dict saved with ``torch.save``, or a TorchScript archive.
+            allow_torchscript: load TorchScript archives, which can run code of whoever made the file.
+            old_space, new_space: whose vectors these are; by default named "ml-fct old" and "ml-fct new".
+            side_model: the id of the model that makes the side-information.
+            normalise: bring h's output to unit length.
+
+        Raises:
+            FileNotFoundError: no such file. ArtifactError: not such a checkpoint; the missing or surplus key is named.
+            PermissionError: a TorchScript archive without ``allow_torchscript=True``.
+        """
+        old, side, mixer = load_ml_fct(path, allow_torchscript=allow_torchscript)
+        try:
+            return cls(
+                old=old,
+                side=side,
+                mixer=mixer,
+                old_space=old_space or EmbeddingSpace("ml-fct old", old[0].d_in),
+                new_space=new_space or EmbeddingSpace("ml-fct new", mixer[-1].d_out, normalised=normalise),
+                side_model=side_model,
+                normalise=normalise,
+                info={"imported_from": "ml-fct"},
+            )
+        except ArtifactError:
+            raise
+        except ValueError as error:
+            raise ArtifactError(f"path: the layers in {path} do not fit together: {error}") from error
 
     def to_onnx(self, path: str | os.PathLike[str]) -> Path:
         """Exports to ONNX; see :mod:`fct.artifact.onnx_export`. Needs ``pip install 'fct-embeddings[onnx]'``."""
-        from fct.artifact.onnx_export import save_onnx
-
         return save_onnx(self, path)
 
     @classmethod
@@ -372,11 +314,29 @@ class Transformation:
         seed: int = 0,
         normalise: bool = False,
         side_info: bool = True,
+        branch: int | None = None,
+        blocks: int = 2,
+        skip: bool = False,
     ) -> Transformation:
-        """An untrained h of the paper's shape, for benchmarks and tests; activations keep about unit variance."""
+        """An untrained h, for benchmarks and tests; activations keep about unit variance.
+
+        Args:
+            d_old, d_side, d_new: columns of the old embedding, the side-information, the output.
+            inner: width of the mixer's blocks.
+            seed: of the weights.
+            normalise: bring the output to unit length.
+            side_info: False: the old embedding stands in for the side-information.
+            branch: width of the one block that a branch has; None: the paper's two blocks.
+            blocks: how many blocks the mixer has before its linear layer.
+            skip: add a linear skip.
+        """
         for name, value in (("d_old", d_old), ("d_side", d_side), ("d_new", d_new), ("inner", inner)):
             check_whole(value, name, 1)
+        check_whole(blocks, "blocks", 0)
         d_old, d_side, d_new, inner = (int(value) for value in (d_old, d_side, d_new, inner))
+        widths: tuple[tuple[int, ...], ...] = ((2 * d_old, 2 * d_new), (2 * d_side, 2 * d_new))
+        if branch is not None:
+            widths = ((check_whole(branch, "branch", 1),),) * 2
         check_seed(seed)
         check_flag(normalise, "normalise")
         check_flag(side_info, "side_info")
@@ -394,13 +354,16 @@ class Transformation:
                 layers.append(Layer(weight, bias, last_relu or i + 2 < len(widths)))
             return tuple(layers)
 
+        old_branch, side_branch = chain((d_old, *widths[0]), True), chain((d_side, *widths[1]), True)
+        mixer = chain((widths[0][-1] + widths[1][-1], *blocks * (inner,), d_new), False)
         return cls(
-            old=chain((d_old, 2 * d_old, 2 * d_new), True),
-            side=chain((d_side, 2 * d_side, 2 * d_new), True),
-            mixer=chain((4 * d_new, inner, inner, d_new), False),
+            old=old_branch,
+            side=side_branch,
+            mixer=mixer,
             old_space=EmbeddingSpace("random-old", d_old),
             new_space=EmbeddingSpace("random-new", d_new, normalised=normalise),
             side_model="random-side" if side_info else None,
             normalise=normalise,
             info={"untrained": True, "seed": seed},
+            skip=chain((d_old + (d_side if side_info else 0), d_new), False)[0] if skip else None,
         )

@@ -55,13 +55,16 @@ def torch_module(h: Transformation, dtype: Any, *, convolutions: bool = False) -
         def __init__(self) -> None:
             super().__init__()
             self.old, self.side, self.mixer = chain(h.old), chain(h.side), chain(h.mixer)
+            self.skip = None if h.skip is None else chain((h.skip,))
 
         def forward(self, a: Any, b: Any) -> Any:
             if convolutions:
                 a, b = a[:, :, None, None], b[:, :, None, None]
             y = self.mixer(torch.cat([self.old(a), self.side(b)], 1))
+            if self.skip is not None:
+                y = y + self.skip(torch.cat([a, b], 1) if h.uses_side_info else a)
             y = y.flatten(1) if convolutions else y
-            return nn.functional.normalize(y) if h.normalise else y
+            return h.length * nn.functional.normalize(y) if h.normalise else y
 
     return Module().eval().to(dtype)
 

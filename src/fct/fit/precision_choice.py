@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fct.artifact.transformation import BRANCHES, PrecisionEffect, Transformation
+from fct.artifact.layers import BRANCHES, SKIP, Layer
+from fct.artifact.tolerance import PrecisionEffect
+from fct.artifact.transformation import Transformation
 from fct.errors import BackendError
 from fct.metrics import evaluate
 from fct.ops.backend import PRECISIONS
@@ -48,13 +50,16 @@ def calibrate(h: Transformation, old: Any, side_info: Any) -> Transformation:
         raise ValueError(f"old: expected at least one row to calibrate on, got (0, {old_rows.d})")
     ranges: dict[str, Any] = {}
 
+    def see(name: str, x: Any) -> None:
+        seen = np.stack([x.min(axis=0), x.max(axis=0)])
+        if name in ranges:
+            seen = np.stack([np.minimum(ranges[name][0], seen[0]), np.maximum(ranges[name][1], seen[1])])
+        ranges[name] = seen
+
     def chain(branch: str, x: Any) -> Any:
+        layer: Layer
         for i, layer in enumerate(getattr(h, branch)):
-            name = f"{branch}.{i}"
-            seen = np.stack([x.min(axis=0), x.max(axis=0)])
-            if name in ranges:
-                seen = np.stack([np.minimum(ranges[name][0], seen[0]), np.maximum(ranges[name][1], seen[1])])
-            ranges[name] = seen
+            see(f"{branch}.{i}", x)
             x = x @ layer.weight.T + layer.bias
             if layer.relu:
                 x = np.maximum(x, 0)
@@ -67,6 +72,8 @@ def calibrate(h: Transformation, old: Any, side_info: Any) -> Transformation:
         parts = [_host(rows[part].float32())[::step] for rows in (old_rows, side_rows)]
         joined = np.concatenate([chain(branch, x) for branch, x in zip(BRANCHES, parts, strict=False)], axis=1)
         chain("mixer", joined)
+        if h.skip is not None:
+            see(SKIP, np.concatenate(parts, axis=1) if h.uses_side_info else parts[0])
     return h.with_(calibration=ranges, precisions={k: v for k, v in h.precisions.items() if k != "int8"})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from fct import _C
 from fct.artifact.transformation import BRANCHES, Layer, Transformation
-from fct.ops.backend import GpuShadow, drop_own_rows
+from fct.ops.backend import GpuShadow, drop_own_rows, why_not_plain
 from fct.ops.device.state import chunk_rows
 from fct.ops.numerics.quantise import exact_first
 from fct.progress import Report
@@ -112,6 +112,7 @@ class CudaTransform:
 
     def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
         why = [] if precision == "bf16" else [f"has no {precision}"]
+        why += why_not_plain(h)
         layers = sum(len(getattr(h, b)) for b in BRANCHES)
         phases = max(len(h.old), len(h.side)) + len(h.mixer)
         if layers > 16 or phases > 12:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from fct import ref
-from fct.artifact.transformation import Layer, Transformation
+from fct.artifact.layers import Layer
+from fct.artifact.transformation import Transformation
 from fct.atomic_files import write_bytes
 from fct.errors import FctWarning
 from fct.ops.backend import TransformBackend
@@ -114,25 +115,33 @@ def far_off(h: Transformation, old: Any, side: Any) -> tuple[Transformation, Any
     all alike, where bfloat16 has steps of 2, and one column of the weights is chosen such that the move cancels:
     whoever keeps 16 bits of rows and weights has ordinary values from there on, whoever keeps 8 has noise of that size.
     """
-    chains, moved = [], []
-    for layers, x in ((h.old, old), (h.side, side)):
+    chains, moved, skip = [], [], None if h.skip is None else h.skip.weight.astype(np.float64)
+    for layers, x, start in ((h.old, old, 0), (h.side, side, h.d_old)):
         first = layers[0]
         if first.d_in > 1:
             far = _FAR * (1 + np.random.default_rng(first.d_in).random(first.d_in))
-            weight = first.weight.astype(np.float64)
-            weight[:, -1] = -(weight[:, :-1] @ far[:-1]) / far[-1]
             x = x + far
             x[:, -1] = far[-1]
-            first = Layer(weight, first.bias, first.relu)
+            first = Layer(_cancelling(first.weight.astype(np.float64), far), first.bias, first.relu)
+            if skip is not None and start < h.d_in:
+                skip[:, start : start + len(far)] = _cancelling(skip[:, start : start + len(far)], far)
         chains.append((first, *layers[1:]))
         moved.append(np.asarray(x, np.float32))
+    if h.skip is not None:
+        h = h.with_(skip=Layer(skip, h.skip.bias, False))
     return h.with_(old=chains[0], side=chains[1]), moved[0], moved[1]
+
+
+def _cancelling(weight: Any, far: Any) -> Any:
+    """The weights (d_out, d) with a last column for which rows that are all ``far`` away give what they gave before."""
+    return np.column_stack([weight[:, :-1], -(weight[:, :-1] @ far[:-1]) / far[-1]])
 
 
 def prove(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
     """ "" where the backend agrees with the reference on this device, else what was wrong; the answer is remembered."""
     layers = [(name, layer.weight.shape, layer.relu) for name, layer in h.layers()]
-    key = _key(f"{backend.name} {precision}", device, f"{h.normalise}|{layers}")
+    length = "" if h.length == 1.0 else f"|{h.length}"
+    key = _key(f"{backend.name} {precision}", device, f"{h.normalise}{length}|{layers}")
     return _remembered(
         key,
         f"{backend.name} ({precision})",

@@ -27,8 +27,8 @@ def torch_is_faster(ours: TransformBackend, h: Transformation, precision: str, t
     """
     if not _C.has_amx_bf16() or torch.why_not(h, "bf16", "cpu"):
         return False
-    shape = tuple((layer.d_in, layer.d_out) for chain in (h.old, h.side, h.mixer) for layer in chain)
-    key = (ours.name, precision, len(h.old), len(h.side), shape)
+    shape = tuple((name, layer.d_in, layer.d_out) for name, layer in h.layers())
+    key = (ours.name, precision, shape)
     if key not in _measured:
         _measured[key] = _seconds(torch, h, "bf16") < _seconds(ours, h, precision)
     return _measured[key]

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fct.artifact.transformation import BRANCHES, Layer, Transformation
+from fct.artifact.layers import BRANCHES, SKIP, Layer
+from fct.artifact.transformation import Transformation
 
 __all__ = [
     "ALPHA",
@@ -75,9 +76,15 @@ def exact_first(h: Transformation) -> bool:
 
 
 def _share(h: Transformation, step: int) -> float:
-    """Of all operations, those of both branches' layers number ``step``."""
-    layers = [getattr(h, branch)[step] for branch in ("old", "side") if step < len(getattr(h, branch))]
-    return float(sum(2 * layer.weight.size for layer in layers) / h.flop_per_row)
+    """Of all operations, those of :func:`_step`."""
+    layers = dict(h.layers())
+    return float(sum(2 * layers[name].weight.size for name in _step(h, step)) / h.flop_per_row)
+
+
+def _step(h: Transformation, step: int) -> list[str]:
+    """Both branches' layers number ``step``; the first step is all that reads the rows, the skip too."""
+    skip = [SKIP] if step == 0 and h.skip is not None else []
+    return [f"{branch}.{step}" for branch in ("old", "side") if step < len(getattr(h, branch))] + skip
 
 
 def fine_layers(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, str]:
@@ -85,7 +92,7 @@ def fine_layers(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
     found: dict[str, str] = {}
     share = 0.0
     for i in range(max(len(h.old), len(h.side)) if precision in ("bf16", "int8") else 0):
-        step = [f"{branch}.{i}" for branch in ("old", "side") if i < len(getattr(h, branch))]
+        step = _step(h, i)
         share += _share(h, i)
         if i == 0 and exact_first(h):
             found |= dict.fromkeys(step, "fp32")
@@ -97,8 +104,8 @@ def fine_layers(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
 
 
 def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dict[str, list[LayerPlan]]:
-    """The layers of each branch as the kernels take them; for ``fine`` see :func:`fine_layers`."""
-    plans: dict[str, list[LayerPlan]] = {branch: [] for branch in BRANCHES}
+    """The layers of each branch, and of the skip, as the kernels take them; for ``fine`` see :func:`fine_layers`."""
+    plans: dict[str, list[LayerPlan]] = {branch: [] for branch in (*BRANCHES, SKIP)}
     kept = fine_layers(h, precision, fine=fine)
     for name, layer in h.layers():
         of_layer = kept.get(name, precision)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fct.artifact.transformation import Layer, Transformation
+from fct.artifact.layers import SKIP, Layer
+from fct.artifact.transformation import Transformation
 from fct.ops.numerics.quantise import exact_first, int8_plan, layer_plans
 
 __all__ = ["SIGMAS", "deviation", "rounding_variance"]
@@ -64,7 +65,7 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
     exact = precision != "fp32" and exact_first(h)
 
     def chain(branch: str, x: Any, variance: Any) -> tuple[Any, Any]:
-        for i, layer in enumerate(getattr(h, branch)):
+        for i, layer in enumerate(getattr(h, branch) if branch != SKIP else (h.skip,)):
             weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
             plan = plans[branch][i] if branch in plans else None
             if exact and i == 0 and branch != "mixer":
@@ -76,7 +77,7 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
             if computed == "int8":
                 of_x, of_w = _int8(plan, x)
             elif computed == "fp8":
-                of_x, of_w = _fp8(layer, h.calibration[f"{branch}.{i}"], x)
+                of_x, of_w = _fp8(layer, h.calibration[SKIP if branch == SKIP else f"{branch}.{i}"], x)
             else:
                 of_x, of_w = _rounded(x, computed), _rounded(weight, computed)
             into = variance + of_x
@@ -94,10 +95,14 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
 
     parts = [chain(b, np.asarray(x, np.float64), np.zeros(np.shape(x))) for b, x in (("old", old), ("side", side))]
     z, variance = chain("mixer", *(np.concatenate(p, axis=1) for p in zip(*parts, strict=True)))
+    if h.skip is not None:
+        rows = np.concatenate([old, side], axis=1) if h.uses_side_info else old
+        added, of_skip = chain(SKIP, np.asarray(rows, np.float64), np.zeros(np.shape(rows)))
+        z, variance = z + added, variance + of_skip + (2.0**-24 * z) ** 2
     if h.normalise:
         length2 = np.maximum((z**2).sum(axis=1, keepdims=True), 1e-60)
         along = (variance * z**2).sum(axis=1, keepdims=True) * z**2 / length2**3
-        variance = variance / length2 + along + (4 * 2.0**-24) ** 2
+        variance = h.length**2 * (variance / length2 + along + (4 * 2.0**-24) ** 2)
     return variance
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fct import _C
 from fct.artifact.transformation import Transformation
-from fct.ops.backend import PRECISIONS
+from fct.ops.backend import PRECISIONS, why_not_plain
 from fct.ops.numerics.quantise import LayerPlan, layer_plans, why_not_int8
 from fct.progress import Report
 from fct.rows import Rows
@@ -74,6 +74,7 @@ class CpuTransform:
     def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
         why = [] if device == "cpu" else [f"runs on cpu only, got {device}"]
         why += [] if precision in PRECISIONS else [f"has no {precision}"]
+        why += why_not_plain(h)
         return why + (why_not_int8(h) if precision == "int8" else [])
 
     def fastest_first(self, device: str) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fct.artifact.transformation import BRANCHES, Transformation
+from fct.artifact.layers import BRANCHES, SKIP
+from fct.artifact.transformation import Transformation
 from fct.ops.numerics.quantise import fine_layers
 from fct.ops.transform.reference_backend import store
 from fct.progress import Report
@@ -37,17 +38,17 @@ class TorchTransform:
         import torch
 
         kept = fine_layers(h, precision)
-        chains: dict[str, list[tuple[Any, Any, bool]]] = {branch: [] for branch in BRANCHES}
+        chains: dict[str, list[tuple[Any, Any, bool]]] = {branch: [] for branch in (*BRANCHES, SKIP)}
         for name, layer in h.layers():
             dtype = getattr(torch, _DTYPES[kept.get(name, precision)])
             weight, bias = (torch.from_numpy(x).to(device, dtype) for x in (layer.weight, layer.bias))
             chains[name.partition(".")[0]].append((weight, bias, layer.relu))
-        return chains, h.normalise
+        return chains, h.uses_side_info, h.length if h.normalise else None
 
     def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
         import torch
 
-        chains, normalise = packed
+        chains, uses_side_info, length = packed
 
         def tensor(rows: Rows) -> Any:
             values = rows.float32()
@@ -66,13 +67,13 @@ class TorchTransform:
             with torch.inference_mode():
                 for start in range(0, out.n, _CHUNK):
                     part = slice(start, start + _CHUNK)
-                    x = torch.cat(
-                        [chain(tensor(old[part]), chains["old"]), chain(tensor(side[part]), chains["side"])],
-                        1,
-                    )
+                    rows = tensor(old[part]), tensor(side[part])
+                    x = torch.cat([chain(rows[0], chains["old"]), chain(rows[1], chains["side"])], 1)
                     y = chain(x, chains["mixer"]).float()
-                    if normalise:
-                        y = torch.nn.functional.normalize(y, dim=1)
+                    if chains[SKIP]:
+                        y = y + chain(torch.cat(rows, 1) if uses_side_info else rows[0], chains[SKIP])
+                    if length is not None:
+                        y = torch.nn.functional.normalize(y, dim=1) * length
                     block = out[part]
                     if block.kind_is_numpy:
                         store(y.numpy(), block)

@@ -22,6 +22,7 @@ import numpy as np
 
 from fct.artifact.transformation import Layer, Transformation
 from fct.errors import BackendError
+from fct.ops.backend import why_not_plain
 from fct.ops.device.state import MIN_CHUNK, Device, chunk_rows, device_of, why_no_gpu
 from fct.ops.numerics.quantise import exact_first, int8_plan
 from fct.progress import Report
@@ -114,6 +115,7 @@ class TritonTransform:
         if device.partition(":")[0] != "cuda":
             return [f"runs on cuda only, got {device}"]
         why = [] if precision in COMPUTE else [f"has no {precision}"]
+        why += why_not_plain(h)
         why += why_no_gpu(device)
         try:
             import fct.kernels.transform_kernels  # noqa: F401
