@@ -1,5 +1,6 @@
 """Where rows live: readers and writers for files, object stores, Lance and FAISS, and the interface for your own."""
 
+from fct.gallery.array_argument import load_labels, load_vectors, split_column
 from fct.gallery.bulk_export import export_bulk
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Destination, Output, Piece, Shard, Source
 from fct.gallery.location import Location, location_of
@@ -20,9 +21,12 @@ __all__ = [
     "Source",
     "export_bulk",
     "journal_location",
+    "load_labels",
+    "load_vectors",
     "location_of",
     "open_destination",
     "open_source",
+    "split_column",
     "tag_space",
     "vector_array",
     "vector_block",

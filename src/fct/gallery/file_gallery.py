@@ -27,7 +27,7 @@ def natural(name: str) -> tuple[Any, ...]:
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
 
 
-def find_files(where: Location) -> list[Location]:
+def find_files(where: Location, name: str = "source") -> list[Location]:
     """The data files of a folder (at any depth), a glob or a single file, in natural order.
 
     Names and folders that start with ``_`` or ``.`` are not data; neither are side files.
@@ -40,7 +40,7 @@ def find_files(where: Location) -> list[Location]:
     elif where.exists():
         return [where]
     else:
-        raise FileNotFoundError(f"source: expected a gallery, found nothing at {where}")
+        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {where}")
     found = []
     for file in files:
         parts = file.path[len(root) :].strip("/").split("/")
@@ -48,7 +48,7 @@ def find_files(where: Location) -> list[Location]:
             _check_readable(file)
             found.append(file)
     if not found:
-        raise FileNotFoundError(f"source: expected a gallery, found no data files at {where}")
+        raise FileNotFoundError(f"{name}: expected a gallery, found no data files at {where}")
     return sorted(found, key=lambda f: natural(f.path))
 
 

@@ -60,7 +60,7 @@ def open_source(
         return LanceSource(str(place), storage_options)
     if (place / "_fct/job.json").exists() and not (place / "_fct/manifest.json").exists():
         raise FctError(f"{name}: {place} is an unfinished backfill; run it to the end first")
-    files = find_files(place)
+    files = find_files(place, name)
     kinds = {kind: [f for f in files if f.path.endswith(kind.suffixes)] for kind in _SOURCES}
     found = {kind: some for kind, some in kinds.items() if some}
     if len(found) != 1 or sum(map(len, found.values())) != len(files):
