@@ -55,6 +55,18 @@ EOF
 says "no CUDA compiler (nvcc) was found at build time" cuda_backend
 python -m fct info
 
+printf '\n--- the base install alone, in a new environment: everything that a worker does, and no torch\n'
+cd "$checkout"
+unset PYTHONPATH
+"${PYTHON:-python3}" -m venv "$scratch/base"
+"$scratch/base/bin/pip" install -q -c constraints.txt "$scratch"/dist/*.whl
+"$scratch/base/bin/pip" uninstall -q -y pip setuptools
+megabytes=$(du -sm "$scratch/base" | cut -f1)
+[ "$megabytes" -le 350 ] || { echo "the base install takes $megabytes MB, expected at most 350" >&2; exit 1; }
+echo "ok: the base install takes $megabytes MB"
+"$scratch/base/bin/python" tests/cli/worker.py "$scratch/base/bin/fct" "$scratch/worker"
+export PYTHONPATH=$scratch/site
+
 printf '\n--- a GPU, no nvcc: the same wheel on the stand-in device, through Triton\n'
 cd "$checkout"
 python -m pytest -q -p no:cacheprovider tests/ops/test_gpu_path.py -k "public_call or streaming"

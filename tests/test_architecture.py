@@ -24,7 +24,7 @@ FLOORS = [
     {"ops"},
     {"rows", "artifact"},
     {"spaces", "atomic_files", "progress", "terminal", "kernels", "_C"},
-    {"errors", "ref", "checks"},
+    {"errors", "extras", "ref", "checks"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

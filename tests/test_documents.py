@@ -71,6 +71,6 @@ def test_the_picture_is_small() -> None:
 def test_the_two_commands_are_as_promised() -> None:
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("pip install -c ")]
     assert lines == [
-        "pip install -c constraints.txt . && fct quickstart",
+        "pip install -c constraints.txt '.[train]' && fct quickstart",
         "pip install -c constraints.txt '.[test]' && pytest",
     ]

@@ -83,7 +83,12 @@ def __getattr__(name: str) -> Any:
     module = _PUBLIC.get(name)
     if module is None:
         raise AttributeError(f"module 'fct' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        from fct.extras import explained
+
+        raise explained(error, name) from error
     globals()[name] = value
     return value
 

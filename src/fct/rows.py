@@ -17,6 +17,7 @@ import numpy as np
 
 from fct import _C
 from fct.checks import check_choice
+from fct.extras import need
 
 __all__ = [
     "DTYPES",
@@ -233,8 +234,7 @@ def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
                 return _numpy(np.from_dlpack(x), kind, name)
             except (BufferError, RuntimeError, TypeError):
                 pass  # bfloat16, say, which numpy has no name for
-        import torch
-
+        torch = need("torch", name)
         return _torch(torch.utils.dlpack.from_dlpack(x), kind, name)
     raise TypeError(f"{name}: expected a numpy array, a torch tensor or a DLPack object, got {type(x).__name__}")
 

@@ -18,6 +18,7 @@ import numpy as np
 from fct.artifact.layers import Layer, fold_norm
 from fct.checks import check_path
 from fct.errors import ArtifactError
+from fct.extras import need
 
 __all__ = ["ML_FCT_KEYS", "chains_of_state", "load_ml_fct"]
 
@@ -77,7 +78,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _torchscript_state(path: Path) -> Mapping[str, Any]:
-    import torch
+    torch = need("torch", "from_ml_fct")
 
     try:
         return torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-any-return,no-untyped-call,unused-ignore]
@@ -86,7 +87,7 @@ def _torchscript_state(path: Path) -> Mapping[str, Any]:
 
 
 def _pickled_state(path: Path) -> Mapping[str, Any]:
-    import torch
+    torch = need("torch", "from_ml_fct")
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

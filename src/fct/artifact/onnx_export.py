@@ -11,6 +11,7 @@ import numpy as np
 from fct.artifact.layers import BRANCHES, SKIP, Layer, Network
 from fct.atomic_files import write_bytes
 from fct.checks import check_path
+from fct.extras import need
 
 __all__ = ["onnx_model", "save_onnx"]
 
@@ -20,12 +21,8 @@ _OPSET = 17
 def onnx_model(h: Network) -> Any:
     """An ``onnx.ModelProto``: inputs "old" (n, d_old) and, with side-information, "side_info" (n, d_side), float32;
     output "new" (n, d_new) float32."""
-    try:
-        from onnx import TensorProto, checker, helper, numpy_helper
-    except ImportError as error:
-        raise ImportError(
-            "to_onnx: expected the onnx package, found none; pip install 'fct-embeddings[onnx]'"
-        ) from error
+    need("onnx", "to_onnx")
+    from onnx import TensorProto, checker, helper, numpy_helper
 
     nodes, weights = [], []
 

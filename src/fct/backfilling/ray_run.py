@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fct.backfilling.job import BackfillError, Job, Marker
 from fct.backfilling.plan import Resolved
+from fct.extras import need
 from fct.gallery.interfaces import Shard
 
 if TYPE_CHECKING:
@@ -46,10 +47,7 @@ def run_on_ray(
     bar: Bar,
 ) -> Iterator[Marker]:
     """Yields the marker of each shard as it is done. Raises what a shard raised; lost workers are replaced."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("ray: expected Ray to be installed: pip install 'fct-embeddings[ray]'") from error
+    ray = need("ray", "ray")
     if isinstance(cpus, bool) or not isinstance(cpus, int) or cpus < 1:
         raise ValueError(f"ray_cpus: expected a positive number, got {cpus!r}")
     started = not ray.is_initialized()

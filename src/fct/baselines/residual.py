@@ -8,6 +8,7 @@ import numpy as np
 
 from fct.artifact.transformation import Layer, Transformation
 from fct.baselines.linear import fit_ridge
+from fct.extras import need
 from fct.fit.recipes import FitConfig
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace
@@ -39,8 +40,7 @@ def fit_residual(
         >>> fit_residual(x, np.abs(x), hidden=8, epochs=2, progress=False).d_new
         4
     """
-    import torch
-
+    torch = need("torch", "fit_residual")
     from fct import ref
     from fct.fit.pairs import check_pairs
 

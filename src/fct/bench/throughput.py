@@ -18,6 +18,7 @@ from fct import _C, ref
 from fct.artifact.transformation import Transformation
 from fct.bench.measure import Timing, interleave, measure_peaks
 from fct.bench.peers import best_setting, faiss_worker, openblas_times, transform_peers
+from fct.extras import why_missing
 from fct.ops.backend import PRECISIONS
 from fct.ops.registry import pick_transform, threads_of
 from fct.ops.transform.cpu_backend import CpuTransform, Packed, isa
@@ -351,6 +352,8 @@ def _why(error: Exception) -> str:
 
 
 def _torch_threads(threads: int) -> None:
+    if why_missing("torch"):  # its row says so
+        return
     import torch
 
     torch.set_num_threads(threads)
@@ -408,7 +411,7 @@ def _search(
             setting = _faiss_setting(queries, gallery[:_PROBED], threads, folder, report)
             np.save(folder / "gallery.npy", gallery)
         except (ImportError, RuntimeError) as error:
-            why = "not installed" if "No module named" in str(error) else str(error)
+            why = _why(error)
     for i, m in enumerate(_QUERIES):
         progress(0.8 + 0.1 * i, f"exact search, {m:,} queries")
         q = queries[:m]

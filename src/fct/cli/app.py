@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from fct.errors import FctError, FctWarning
+from fct.extras import explained
 from fct.terminal import PlainConsole, printable
 
 __all__ = ["app", "console", "error_console", "main"]
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             sys.excepthook = _show_traceback
             raise
+        if isinstance(error, ImportError):
+            error = explained(error, f"fct {args[0] if args else ''}".strip())
         if hasattr(error, "format_message"):  # typer's own: bad usage
             if message := error.format_message():
                 context = getattr(error, "ctx", None)

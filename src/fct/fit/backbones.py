@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from fct.checks import check_whole
+from fct.extras import need
 
 __all__ = ["BUILT_IN", "EmbeddingModel", "backbone", "embedding_model"]
 
@@ -66,10 +67,7 @@ def backbone(name: str | nn.Module, *, in_channels: int = 3) -> tuple[nn.Module,
     if name in BUILT_IN:
         return BUILT_IN[name](in_channels)
     if name.startswith("timm:"):
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError("backbone: 'timm:...' needs timm: pip install 'fct-embeddings[timm]'") from error
+        timm = need("timm", "backbone")
         known = name.removeprefix("timm:")
         if not timm.is_model(known):
             raise ValueError(f"backbone: expected a model that timm has, got {known!r}")

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from fct.atomic_files import atomic_path
 from fct.checks import check_flag, check_path, check_seed, check_text, check_whole
+from fct.extras import need
 from fct.gallery.interfaces import VECTOR_KEY, Piece, Source
 from fct.gallery.location import location_of
 from fct.gallery.stores import journal_location, open_source
@@ -94,10 +95,7 @@ def _beside(gallery: str) -> Path:
 
 def _empty(space: EmbeddingSpace, factory: str) -> tuple[Any, Any]:
     """(faiss, an index without rows)"""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("faiss: expected faiss to be installed: pip install 'fct-embeddings[faiss]'") from error
+    faiss = need("faiss", "faiss")
     metric = faiss.METRIC_L2 if space.metric == "l2" else faiss.METRIC_INNER_PRODUCT
     try:
         return faiss, faiss.index_factory(space.dim, factory, metric)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from fct.extras import need
 from fct.gallery.interfaces import JOB_KEY, Batches, Destination, Output, Piece, Shard, Source
 from fct.gallery.location import location_of
 from fct.gallery.space_tags import side_file_space, space_of_schema
@@ -19,11 +20,7 @@ __all__ = ["LanceDestination", "LanceSource"]
 
 
 def _lance() -> Any:
-    try:
-        import lance
-    except ImportError as error:
-        raise ImportError("lance: expected pylance to be installed: pip install 'fct-embeddings[lance]'") from error
-    return lance
+    return need("lance", "lance")
 
 
 # fsspec's names for S3 and what Lance calls the same; Lance knows all others by their own names only.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fct.atomic_files import write_bytes
+from fct.extras import need
 from fct.report.table import MEASURES, ResultTable
 
 __all__ = ["Example", "write_picture"]
@@ -52,8 +53,7 @@ def write_picture(
     Raises:
         ValueError: no examples, or examples of different systems.
     """
-    import matplotlib
-
+    matplotlib = need("matplotlib", "write_picture")
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fct.errors import BackendError
+from fct.extras import why_missing
 
 __all__ = [
     "MIN_CHUNK",
@@ -54,6 +55,8 @@ def why_no_gpu(device: str) -> list[str]:
 
 def why_no_cuda(device: str) -> list[str]:
     """The same for torch itself, whatever the device's age."""
+    if missing := why_missing("torch"):
+        return missing
     import torch
 
     if device.partition(":")[0] != "cuda":
@@ -102,6 +105,8 @@ def numbered(device: str) -> str:
     """ "cuda" with the number of the device that is current now, since what is kept for a name is kept for good."""
     if device != "cuda":
         return device
+    if why_missing("torch"):  # why_no_cuda has the words for it
+        return "cuda:0"
     import torch
 
     try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fct.errors import BackendError
+from fct.extras import why_missing
 from fct.ops.backend import GpuShadow, drop_own_rows
 from fct.ops.device import state as devices
 from fct.ops.search.float64 import merge_sorted, topk_blocked
@@ -98,11 +99,7 @@ class TritonSearch:
         if metric not in METRICS:
             why.append(f"has no metric {metric!r}")
         why += devices.why_no_gpu(device)
-        try:
-            import fct.kernels.search_kernels  # noqa: F401
-        except ImportError as error:
-            why.append(f"needs Triton: pip install 'fct-embeddings[gpu]' ({error})")
-        return why
+        return [*why, *why_missing("triton")]
 
     def prepare(self, gallery: Rows, metric: str, kind: str = "bf16") -> GpuShadow:
         """The gallery's shadow: "bf16" or "int8" rows and four floats a row that bound what the rounding lost.

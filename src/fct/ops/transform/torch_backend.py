@@ -9,6 +9,7 @@ from typing import Any
 
 from fct.artifact.layers import BRANCHES, SKIP
 from fct.artifact.transformation import Transformation
+from fct.extras import why_missing
 from fct.ops.numerics.quantise import fine_layers
 from fct.ops.transform.reference_backend import store
 from fct.progress import Report
@@ -25,6 +26,8 @@ class TorchTransform:
 
     def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
         why = [] if precision in _DTYPES else [f"has no {precision}"]
+        if missing := why_missing("torch"):
+            return [*why, *missing]
         if device != "cpu":
             from fct.ops.device.state import why_no_cuda
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from fct.artifact.transformation import Layer, Transformation
 from fct.errors import BackendError
+from fct.extras import why_missing
 from fct.ops.backend import why_not_plain
 from fct.ops.device.state import MIN_CHUNK, Device, chunk_rows, device_of, why_no_gpu
 from fct.ops.numerics.quantise import exact_first, int8_plan
@@ -117,10 +118,8 @@ class TritonTransform:
         why = [] if precision in COMPUTE else [f"has no {precision}"]
         why += why_not_plain(h)
         why += why_no_gpu(device)
-        try:
-            import fct.kernels.transform_kernels  # noqa: F401
-        except ImportError as error:
-            return [*why, f"needs Triton: pip install 'fct-embeddings[gpu]' ({error})"]
+        if missing := why_missing("triton"):
+            return [*why, *missing]
         if precision in _QUANTISED:
             missing = [f"mixer.{i}" for i in range(len(h.mixer)) if f"mixer.{i}" not in h.calibration]
             if missing:
