@@ -31,7 +31,7 @@ from fct.checks import (
     shown,
 )
 from fct.errors import FctError, SpaceMismatchError
-from fct.gallery import Location, Source, journal_location, location_of, open_destination, open_source
+from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import VECTOR_KEY, Destination, Shard
 from fct.gallery.location import Patience
@@ -314,6 +314,9 @@ def resolve(
     where = (
         destination if isinstance(destination, Destination) else location_of(destination, name="destination", **access)
     )
+    if form == "lance" and isinstance(where, Location):
+        table = reader.url.rstrip("/").rpartition("/")[2].removesuffix(".lance")
+        where = lance_in(where, table=table if reader.kind == "lance" else "gallery")
     writer = open_destination(where, form, storage_options=storage_options)
     place = where if isinstance(where, Location) else location_of(writer.url, **{**access, "filesystem": None})
     if isinstance(where, Location):

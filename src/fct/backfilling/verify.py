@@ -18,7 +18,7 @@ from fct.backfilling.pipeline import RowMapper
 from fct.backfilling.plan import load_transformation
 from fct.checks import check_seed, check_whole
 from fct.errors import FctError
-from fct.gallery import journal_location, location_of, open_source
+from fct.gallery import journal_location, lance_in, location_of, open_source
 from fct.gallery.interfaces import rows_at
 from fct.gallery.location import Patience
 from fct.gallery.vectors import vector_block
@@ -55,7 +55,7 @@ class VerifyReport:
 
 def gallery_journal(path: Any, **access: Any) -> tuple[Journal, Job]:
     """The journal and the job of a backfill's destination. Raises BackfillError when it is none."""
-    place = location_of(path, **access)
+    place = lance_in(location_of(path, **access))
     journal = Journal(journal_location(place, "lance" if place.name.endswith(".lance") else ""), place)
     job = journal.job()
     if job is None:

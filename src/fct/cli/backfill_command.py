@@ -452,7 +452,7 @@ def export(
 
     Example: fct export new-gallery/ for-milvus/ --to milvus
     """
-    from fct.gallery.bulk_export import export_bulk
+    from fct.gallery.bulk import export_bulk
 
     files = export_bulk(
         gallery,

@@ -1,11 +1,11 @@
 """Where rows live: readers and writers for files, object stores, Lance and FAISS, and the interface for your own."""
 
 from fct.gallery.array_argument import load_labels, load_vectors, split_column
-from fct.gallery.bulk_export import export_bulk
+from fct.gallery.bulk import export_bulk
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Destination, Output, Piece, Shard, Source
 from fct.gallery.location import Location, location_of
 from fct.gallery.space_tags import tag_space
-from fct.gallery.stores import FORMATS, journal_location, open_destination, open_source
+from fct.gallery.stores import FORMATS, journal_location, lance_in, open_destination, open_source
 from fct.gallery.vectors import VECTOR_FORMATS, vector_array, vector_block
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Source",
     "export_bulk",
     "journal_location",
+    "lance_in",
     "load_labels",
     "load_vectors",
     "location_of",

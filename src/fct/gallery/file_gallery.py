@@ -16,7 +16,7 @@ import pyarrow as pa
 from fct.errors import FctError
 from fct.gallery.interfaces import Batches, Destination, Piece, Shard, Source
 from fct.gallery.location import Location
-from fct.gallery.space_tags import SIDE_FILE, side_file_space, space_of_schema
+from fct.gallery.space_tags import SIDE_FILE, side_file_space, space_of_schema, write_side_file
 from fct.spaces import EmbeddingSpace
 
 __all__ = ["FileDestination", "FileSource", "find_files", "natural"]
@@ -185,9 +185,7 @@ class FileDestination(Destination):
         return str(self.where)
 
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
-        import json
-
-        (self.where / SIDE_FILE).write_bytes(json.dumps(space.to_dict(), sort_keys=True).encode())
+        write_side_file(self.where, space)
 
     def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], Any]:
         name = f"{shard.name}{self.suffix}"

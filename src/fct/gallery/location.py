@@ -141,12 +141,24 @@ class Location:
         return Version(int(info["size"]), str(stamp))
 
     def files(self) -> list[str]:
-        """Names of the files directly in this folder, sorted; [] when there is no such folder."""
+        """Names of the files directly in this folder, sorted; [] when there is no such folder.
+
+        The empty objects that stand for folders on S3 (``gallery/``) are none.
+        """
+        return self._names("file")
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        return self._names("directory")
+
+    def _names(self, kind: str) -> list[str]:
         try:
             entries = self._look(lambda: self.fs.ls(self.path, detail=True))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "file")
+        mine = self.path.rstrip("/")
+        names = (e["name"] for e in entries if e["type"] == kind and e["name"].rstrip("/") != mine)
+        return sorted(n.rstrip("/").rpartition("/")[2] for n in names if kind != "file" or not n.endswith("/"))
 
     @property
     def is_pattern(self) -> bool:

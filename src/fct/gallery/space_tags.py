@@ -1,4 +1,8 @@
-"""Where a gallery keeps its space: in the Arrow schema's metadata, or in a JSON side file where there is no schema."""
+"""Where a gallery keeps its space: in the Arrow schema's metadata, or in a JSON side file where there is no schema.
+
+Side files lie in ``_fct/``, beside the journal: readers of a whole folder (pandas, pyarrow, Spark) pass over names that
+begin with an underscore, and stumble over any other file that is no data.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,20 @@ from fct.errors import FctError
 from fct.gallery.location import Location, location_of
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["SIDE_FILE", "SPACE_KEY", "side_file_space", "space_of_schema", "tag_space", "with_space"]
+__all__ = [
+    "OURS",
+    "SIDE_FILE",
+    "SPACE_KEY",
+    "side_file_space",
+    "space_of_schema",
+    "tag_space",
+    "with_space",
+    "write_side_file",
+]
 
 SPACE_KEY = b"fct.space"
 SIDE_FILE = "space.json"
+OURS = "_fct"  # the folder of everything beside the data
 
 
 def with_space(schema: pa.Schema, space: EmbeddingSpace) -> pa.Schema:
@@ -32,8 +46,17 @@ def space_of_schema(schema: pa.Schema, what: str) -> EmbeddingSpace | None:
 
 
 def side_file_space(file: Location) -> EmbeddingSpace | None:
-    """The space in ``<file>.space.json`` or in ``space.json`` in its folder (in the folder itself for a folder)."""
-    for place in (file.at(f"{file.path}.{SIDE_FILE}"), file / SIDE_FILE, file.parent / SIDE_FILE):
+    """The space that a side file gives a file, a folder or a pattern: its own, else that of the folder around it.
+
+    Version 0.1 wrote ``<file>.space.json`` and ``<folder>/space.json`` among the data; those are read too.
+    """
+    around = file.parent
+    while any(c in around.path for c in "*?[") and not around.exists():
+        around = around.parent
+    own = f"{file.name}.{SIDE_FILE}"
+    new = (file.parent / OURS / own, file / OURS / SIDE_FILE, around / OURS / SIDE_FILE)
+    old = (file.parent / own, file / SIDE_FILE, around / SIDE_FILE)
+    for place in (place for pair in zip(new, old, strict=True) for place in pair):
         try:
             text = place.read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -53,7 +76,7 @@ def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location
     """Writes down which model made a gallery's vectors, in a side file: nothing else is touched.
 
     Args:
-        gallery: a folder (``space.json`` is written in it) or one file (``<file>.space.json`` beside it).
+        gallery: a folder (``_fct/space.json`` is written in it), or one file (``_fct/<file>.space.json`` beside it).
         space: the model, dimension, metric and whether vectors have unit length.
         location: ``filesystem`` or ``storage_options`` for a gallery that is not on this machine.
 
@@ -69,5 +92,13 @@ def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location
     place = location_of(gallery, name="gallery", **location)
     if not place.exists():
         raise FileNotFoundError(f"gallery: expected a folder or a file, found none at {place}")
-    file = place / SIDE_FILE if place.is_folder() else place.at(f"{place.path}.{SIDE_FILE}")
-    file.write_bytes(json.dumps(space.to_dict(), sort_keys=True).encode())
+    if place.is_folder():
+        write_side_file(place, space)
+    else:
+        write_side_file(place.parent, space, place.name)
+
+
+def write_side_file(folder: Location, space: EmbeddingSpace, file: str = "") -> None:
+    """Tags a folder, or one file in it."""
+    place = folder / OURS / (f"{file}.{SIDE_FILE}" if file else SIDE_FILE)
+    place.write_bytes(json.dumps(space.to_dict(), sort_keys=True).encode())

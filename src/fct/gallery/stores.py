@@ -14,7 +14,7 @@ from fct.gallery.location import Location, Patience, location_of
 from fct.gallery.matrix_files import BinDestination, BinSource, NpyDestination, NpySource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 
-__all__ = ["FORMATS", "journal_location", "open_destination", "open_source"]
+__all__ = ["FORMATS", "journal_location", "lance_in", "open_destination", "open_source"]
 
 _SOURCES: tuple[type[FileSource], ...] = (NpySource, BinSource, ParquetSource, ArrowSource)
 _DESTINATIONS: dict[str, type[FileDestination]] = {
@@ -54,6 +54,7 @@ def open_source(
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
     )  # fmt: skip
+    place = lance_in(place)
     if place.name.endswith(".lance"):
         from fct.gallery.lance_dataset import LanceSource
 
@@ -91,6 +92,22 @@ def open_destination(
 
         return LanceDestination(str(place), storage_options)
     return _DESTINATIONS[format](place)
+
+
+def lance_in(folder: Location, *, table: str = "") -> Location:
+    """The Lance dataset that a folder stands for: the only table of a LanceDB database; else the place as it is.
+
+    table: the dataset to be made in a folder that holds none, as a table that LanceDB lists.
+    """
+    if folder.name.endswith(".lance") or folder.is_pattern:
+        return folder
+    found = [name for name in folder.folders() if name.endswith(".lance")]
+    if not found and table:
+        return folder / f"{table}.lance"
+    if len(found) > 1:
+        raise FctError(f"{folder} holds {len(found)} tables: expected the path of one, such as {folder / found[0]}")
+    alone = found and (table or not [n for n in folder.files() if not n.startswith(("_", "."))])
+    return folder / found[0] if alone else folder
 
 
 def journal_location(where: Location, format: str) -> Location:
