@@ -19,7 +19,8 @@ import pytest
 
 import fct
 from fct import ref
-from fct.backfilling.job import BackfillError, InUseError, Marker, QualityGateError, RejectLimitError, cut_shards
+from fct.backfilling.job import BackfillError, InUseError, QualityGateError, RejectLimitError, cut_shards
+from fct.backfilling.marker import Marker
 from fct.backfilling.run import _UNDER_WAY
 from fct.errors import FctError
 from fct.gallery import Piece, open_source, tag_space, vector_array
@@ -136,7 +137,7 @@ def test_a_run_that_failed_before_its_first_shard_does_not_hold_the_place(
     other = fct.Transformation.random(D_OLD, D_SIDE, D_NEW, inner=64, seed=9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ParquetDestination, "begin", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(BackfillError, match=r"could not be begun at .*No space left.*start again"):
             fct.backfill(source, new, other, **QUICK)
     assert (new / "_fct/job.json").exists()
     assert fct.backfill(source, new, h, **QUICK).rows_out == 3000
@@ -181,7 +182,7 @@ def test_restored_input_goes_on_and_changed_input_is_refused(
 
 
 def test_second_process_is_told(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
-    from fct.backfilling.job import Journal
+    from fct.backfilling.journal import Journal
     from fct.gallery import location_of
 
     source, place = gallery(), location_of(tmp_path / "new")

@@ -217,7 +217,8 @@ def test_ray_workers_get_the_options_and_no_log_does(
 
 
 def test_a_lock_on_a_store_names_its_holder(h: fct.Transformation, store: dict[str, Any]) -> None:
-    from fct.backfilling.job import InUseError, Journal
+    from fct.backfilling.job import InUseError
+    from fct.backfilling.journal import Journal
 
     place = location_of("s3://bucket/new", storage_options=store)
     import time

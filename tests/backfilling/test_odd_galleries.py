@@ -339,17 +339,17 @@ def test_input_that_changes_meanwhile_is_no_finished_backfill(
         elif event == "is new":
             file.unlink()
 
-    finish = run._finish
+    finish = run.finish
 
-    def late(*arguments: Any) -> None:
+    def late(*arguments: Any, **how: Any) -> Any:
         happen()
-        finish(*arguments)
+        return finish(*arguments, **how)
 
-    monkeypatch.setattr(run, "_finish", late)
+    monkeypatch.setattr(run, "finish", late)
     with pytest.raises(BackfillError, match=rf"^source: b.parquet {event}, while the gallery was read"):
         fct.backfill(old, new, h, **QUICK)
     assert not (new / "_fct/manifest.json").exists()
-    monkeypatch.setattr(run, "_finish", finish)
+    monkeypatch.setattr(run, "finish", finish)
     undo()
     assert fct.backfill(old, new, h, **QUICK).shards_done == 0
     assert fct.verify_gallery(new).ok

@@ -1,31 +1,39 @@
-"""The job: what is mapped to what, cut into shards once and kept; its fingerprint, its journal, its lock."""
+"""The job: what is mapped to what, cut into shards once and kept; its fingerprint."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import socket
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from fct.atomic_files import checksum_bytes
+from fct.backfilling.checked_json import (
+    Check,
+    SchemaError,
+    anything,
+    flag,
+    listed,
+    number,
+    one_of,
+    parse,
+    record,
+    sealed,
+    text,
+    unsealed,
+    whole,
+)
 from fct.errors import FctError
-from fct.gallery.interfaces import Output, Piece, Shard
-from fct.gallery.location import Location, Patience
-from fct.spaces import EmbeddingSpace
+from fct.gallery.interfaces import Piece, Shard
+from fct.gallery.urls import redacted
+from fct.gallery.vectors import VECTOR_FORMATS
+from fct.spaces import METRICS, EmbeddingSpace
 
 __all__ = [
     "BackfillError",
     "InUseError",
     "Job",
-    "Journal",
-    "Marker",
     "QualityGateError",
     "RejectLimitError",
     "cut_shards",
@@ -33,6 +41,10 @@ __all__ = [
 ]
 
 JOB_VERSION = 1
+JOB_BYTES = 128 << 20  # of job.json: a million files
+_SHARDS, _ROWS = 2_000_000, 1 << 60
+_PAIR = listed(whole(0, _ROWS), 2)
+_NAME, _URL, _WORD = text(65536), text(65536), text(200)
 
 
 class BackfillError(FctError):
@@ -58,7 +70,7 @@ def cut_shards(pieces: Sequence[Piece], shard_rows: int) -> list[Shard]:
     """
     shards: list[Shard] = []
     first = 0
-    for number, piece in enumerate(pieces):
+    for place, piece in enumerate(pieces):
         cuts, done, last = [0], 0, 0
         for rows in piece.groups or (piece.rows,):
             if done + rows - last > shard_rows and done > last:
@@ -74,12 +86,12 @@ def cut_shards(pieces: Sequence[Piece], shard_rows: int) -> list[Shard]:
             done += rows
         for a, b in zip(cuts, [*cuts[1:], piece.rows], strict=True):
             if b > a:
-                shards.append(Shard(len(shards), number, a, b - a, first + a))
+                shards.append(Shard(len(shards), place, a, b - a, first + a))
         first += piece.rows
     return shards
 
 
-def since(default: Any, words: str, *, meaning: bool = False) -> Any:
+def since(default: Any, words: str, *, meaning: bool = False, check: Check | None = None) -> Any:
     """A field of :class:`Job` that came after version 0.1, so that backfills begun without it go on.
 
     A job that has the default there has the fingerprint and the job.json of one that never heard of the field.
@@ -87,8 +99,11 @@ def since(default: Any, words: str, *, meaning: bool = False) -> Any:
     Args:
         default: what a job means that lacks it. words: names it in a message.
         meaning: whether it changes what the output means: then the fingerprint holds it where it is not the default.
+        check: of what job.json says there; by default for any value of the default's type.
     """
-    return field(default=default, kw_only=True, metadata={"words": words, "meaning": meaning})
+    kinds: dict[type, Check] = {bool: flag, int: whole(0, _ROWS), str: _NAME, float: number(-1e300, 1e300)}
+    metadata = {"words": words, "meaning": meaning, "check": check or kinds.get(type(default), anything)}
+    return field(default=default, kw_only=True, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,8 @@ class Job:
     source, side: URLs, for people. pieces, side_pieces: what they held when the job was planned.
     vector, side_column: columns; side_column "" where side-information comes from ``side`` or there is none.
     id_column: the column named in rejects/, or "" for row numbers.
+    passes: (pieces, side_pieces) there were when an earlier pass was begun; what came later stands behind them.
+    begun_as: the fingerprint of a job that was begun when names still held the secrets of URLs; else "".
 
     Fields that came later are made by :func:`since`; ``tests/backfilling/test_resuming_0_1.py`` holds jobs of then.
     """
@@ -124,6 +141,8 @@ class Job:
     scale: float
     shard_rows: int
     batch_rows: int
+    passes: tuple[tuple[int, int], ...] = since((), "the passes", check=listed(_PAIR, 1 << 20))
+    begun_as: str = since("", "the fingerprint it was begun with")
 
     @property
     def rows(self) -> int:
@@ -131,7 +150,29 @@ class Job:
 
     @cached_property
     def shards(self) -> list[Shard]:
+        self.require_sound()
         return cut_shards(self.pieces, self.shard_rows)
+
+    def require_sound(self) -> None:
+        """Raises BackfillError where the numbers cannot be: row groups that are not the piece's rows, shards without
+        rows or too many of them."""
+        if self.shard_rows < 1 or self.batch_rows < 1:
+            raise BackfillError(
+                f"shard_rows, batch_rows: expected at least 1, got {self.shard_rows}, {self.batch_rows}"
+            )
+        for piece in self.pieces:
+            if piece.groups and sum(piece.groups) != piece.rows:
+                raise BackfillError(
+                    f"source: {piece.name} has {piece.rows} rows, its row groups hold {sum(piece.groups)}"
+                )
+        if any(len(counts) != 2 or counts[0] > len(self.pieces) for counts in self.passes):
+            raise BackfillError("source: the job has more files in an earlier pass than now")
+        shards = sum(-(-piece.rows // self.shard_rows) + len(piece.groups) for piece in self.pieces)
+        if shards > _SHARDS or self.rows > _ROWS:
+            raise BackfillError(
+                f"shard_rows: expected at most {_SHARDS:,} shards, {self.rows:,} rows would be {shards:,} of "
+                f"{self.shard_rows}: choose more rows a shard"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,6 +181,8 @@ class Job:
         Not in it: shard and batch size, threads, device, backend (each computes the same function at the same
         precision), and where source and destination lie.
         """
+        if self.begun_as:
+            return self.begun_as
         meaning = {
             "pieces": [(p.name, p.rows, p.bytes) for p in self.pieces],
             "side_pieces": [(p.name, p.rows, p.bytes) for p in self.side_pieces],
@@ -152,6 +195,17 @@ class Job:
             )
         }
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+    def fingerprints(self, shard: Shard) -> tuple[str, ...]:
+        """The fingerprints that a marker of this shard may have: this job's, and of the passes that had its piece."""
+        return (*(found for pieces, found in self._earlier if shard.piece < pieces), self.fingerprint)
+
+    @cached_property
+    def _earlier(self) -> list[tuple[int, str]]:
+        return [
+            (n, replace(self, pieces=self.pieces[:n], side_pieces=self.side_pieces[:m], passes=()).fingerprint)
+            for n, m in self.passes
+        ]
 
     @classmethod
     def _later(cls) -> list[Field[Any]]:
@@ -173,6 +227,8 @@ class Job:
             "vector_format": "vector_format",
             "binary_dtype": "binary_dtype",
             "scale": "scale",
+            "old_space": "old space",
+            "new_space": "new space",
         } | {f.name: f.metadata["words"] for f in self._later() if f.metadata["meaning"]}
         for name, words in names.items():
             if getattr(self, name) != getattr(other, name):
@@ -188,202 +244,90 @@ class Job:
         return found
 
     def to_json(self) -> bytes:
-        body = {"job": JOB_VERSION, "fingerprint": self.fingerprint, **asdict(self)}
+        values = asdict(self)
         for unused in (f.name for f in self._later() if getattr(self, f.name) == f.default):
-            del body[unused]
-        return json.dumps(body, indent=1).encode()
+            del values[unused]
+        body = sealed({"job": JOB_VERSION, "fingerprint": self.fingerprint, **values})
+        if len(body) > JOB_BYTES:
+            raise BackfillError(
+                f"source: {len(self.pieces):,} files are more than one job can name ({JOB_BYTES >> 20} MB of names and "
+                "row groups): join files, or map the folders one by one"
+            )
+        return body
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Job:
+        """The job as it was kept. Raises BackfillError, naming the file, for all that could not have been written."""
         try:
-            body = json.loads(data)
-            if body.pop("job") != JOB_VERSION:
-                raise ValueError("another version of fct wrote it")
-            fingerprint = body.pop("fingerprint")
-            for name in ("pieces", "side_pieces"):
-                body[name] = tuple(Piece(**{**p, "groups": tuple(p["groups"])}) for p in body[name])
-            for name in ("old_space", "new_space"):
-                body[name] = EmbeddingSpace.from_dict(body[name])
-            job = cls(**body)
+            body = unsealed(parse(data, JOB_BYTES))
+            if body.pop("job", None) != JOB_VERSION:
+                raise SchemaError("another version of fct wrote it")
+            fingerprint = text(64, "[0-9a-f]{64}")(body.pop("fingerprint", None), "fingerprint")
+            later = {f.name: f.metadata["check"] for f in cls._later()}
+            job = record(cls, tuple(later), **_OF_0_1, **later)(body, "")
+            job.require_sound()
             if job.fingerprint != fingerprint:
-                raise ValueError("its fingerprint does not match its content")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackfillError(f"destination: {where} is not a job that can be continued: {error}") from error
-        return job
+                raise SchemaError("its fingerprint does not match its content")
+        except (SchemaError, BackfillError, MemoryError, RecursionError) as error:
+            raise BackfillError(
+                f"destination: {where} is not a job that can be continued: {error}. Restore the file from a copy, or "
+                "start over in another destination"
+            ) from error
+        return job._without_secrets()
+
+    def _without_secrets(self) -> Job:
+        """This job as it would be begun today: names and URLs of older ones may hold passwords and signatures."""
+        clean = replace(
+            self,
+            pieces=tuple(replace(p, name=redacted(p.name)) for p in self.pieces),
+            side_pieces=tuple(replace(p, name=redacted(p.name)) for p in self.side_pieces),
+            source=redacted(self.source),
+            destination=redacted(self.destination),
+            side=redacted(self.side),
+        )
+        if clean.fingerprint == self.fingerprint:
+            return clean
+        return replace(clean, begun_as=self.fingerprint)
 
 
-@dataclass(frozen=True)
-class Marker:
-    """What one shard left behind; believed only if it verifies.
-
-    input: XXH64 of the rows as they were read. outputs: files below the destination. rejects: rows that went to
-    rejects/. extra: what the destination needs to finish (a Lance fragment).
-    """
-
-    shard: int
-    fingerprint: str
-    rows_in: int
-    rows_out: int
-    rejects: int
-    input: str
-    outputs: tuple[Output, ...]
-    rejected: Output | None
-    backend: str
-    extra: Any = None
-
-    def to_json(self) -> bytes:
-        body = json.dumps(asdict(self), sort_keys=True)
-        return json.dumps({"marker": body, "xxh64": checksum_bytes(body.encode())}).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Marker | None:
-        """None for what is torn or was changed."""
-        try:
-            outer = json.loads(data)
-            text = outer["marker"]
-            if checksum_bytes(text.encode()) != outer["xxh64"]:
-                return None
-            body = json.loads(text)
-            body["outputs"] = tuple(Output(**o) for o in body["outputs"])
-            body["rejected"] = Output(**body["rejected"]) if body["rejected"] else None
-            return cls(**body)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-
-
-class Journal:
-    """The folder ``_fct``: job.json, done/<shard>.json, rejects/<shard>.jsonl, and manifest.json, written last.
-
-    No file is ever rewritten as the work goes on: a marker per shard is the whole protocol.
-    """
-
-    def __init__(self, root: Location, destination: Location) -> None:
-        self.root, self.destination = root, destination
-
-    def job(self) -> Job | None:
-        try:
-            data = (self.root / "job.json").read_bytes()
-        except FileNotFoundError:
-            return None
-        return Job.from_json(data, str(self.root / "job.json"))
-
-    def start(self, job: Job) -> None:
-        (self.root / "job.json").write_bytes(job.to_json())
-
-    def mark(self, marker: Marker) -> None:
-        (self.root / f"done/{marker.shard:08d}.json").write_bytes(marker.to_json())
-
-    def marker(self, shard: int) -> Marker | None:
-        try:
-            return Marker.from_json((self.root / f"done/{shard:08d}.json").read_bytes())
-        except FileNotFoundError:
-            return None
-
-    def marked(self) -> list[int]:
-        names = (self.root / "done").files()
-        return [int(n[:-5]) for n in names if n.endswith(".json") and n[:-5].isdigit()]
-
-    def place(self, output: Output) -> Location:
-        """Where an output lies: rejects in the journal, rows in the destination."""
-        return (self.root if output.name.startswith("rejects/") else self.destination) / output.name
-
-    def trouble(self, marker: Marker | None, shard: Shard, fingerprint: str, *, content: bool) -> str | None:
-        """Why a marker is not to be believed, or None. content: read the outputs and compare their checksums too."""
-        if marker is None:
-            return "has no whole marker"
-        if marker.fingerprint != fingerprint or marker.shard != shard.number:
-            return "was made by another job"
-        if marker.rows_in != shard.rows or marker.rows_out + marker.rejects != marker.rows_in:
-            return f"has {marker.rows_out} rows and {marker.rejects} rejects for {shard.rows} rows"
-        for output in (*marker.outputs, *([marker.rejected] if marker.rejected else [])):
-            place = self.place(output)
-            try:
-                size = place.version().bytes
-                if size != output.bytes:
-                    return f"{output.name} has {size} bytes, expected {output.bytes}"
-                if content and place.checksum() != output.xxh64:
-                    return f"{output.name} does not match its checksum"
-            except FileNotFoundError:
-                return f"{output.name} is missing"
-        return None
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        (self.root / "manifest.json").write_bytes(json.dumps(summary, indent=1, sort_keys=True).encode())
-
-    def manifest(self) -> dict[str, Any] | None:
-        try:
-            found = json.loads((self.root / "manifest.json").read_bytes())
-            if not isinstance(found, dict):
-                raise ValueError(f"expected an object, got {type(found).__name__}")
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise BackfillError(f"destination: {self.root / 'manifest.json'} is damaged: {error}") from error
-        return found
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the destination for this process; raises InUseError when another holds it.
-
-        On a local disk an flock, which the system drops when its holder dies. On an object store, which has none, an
-        object with a heartbeat: it is taken over when it has not been renewed for a minute.
-        """
-        if self.root.is_local:
-            with self._flock():
-                yield
-        else:
-            with self._heartbeat():
-                yield
-
-    @contextlib.contextmanager
-    def _flock(self) -> Iterator[None]:
-        import fcntl
-
-        path = self.root.local / "lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise InUseError(
-                    f"destination: {self.destination} is being written by {file.read() or 'another process'}; "
-                    "wait for it or stop it"
-                ) from error
-            file.truncate(0)
-            file.write(_me())
-            file.flush()
-            yield
-
-    @contextlib.contextmanager
-    def _heartbeat(self, renew: float = 10.0, stale: float = 60.0) -> Iterator[None]:
-        place = self.root / "lock"
-        hasty = replace(place, patience=Patience(0, min(renew, place.patience.timeout)))
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            holder = json.loads(place.read_bytes())
-            if time.time() - holder["time"] < stale and holder["who"] != _me():
-                raise InUseError(
-                    f"destination: {self.destination} is being written by {holder['who']} "
-                    f"({time.time() - holder['time']:.0f} s ago); wait for it, or a minute after it has died"
-                )
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(renew):
-                with contextlib.suppress(Exception):  # the next beat tries again; shards are safe without
-                    hasty.write_bytes(json.dumps({"who": _me(), "time": time.time()}).encode())
-
-        place.write_bytes(json.dumps({"who": _me(), "time": time.time()}).encode())
-        thread = threading.Thread(target=beat, name="fct-lock", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            with contextlib.suppress(Exception):  # a store that is down: the lock goes stale, the first error stands
-                hasty.remove()
-
-
-def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+_PIECE = record(
+    Piece,
+    ("groups",),
+    name=text(4096),
+    rows=whole(0, _ROWS),
+    bytes=whole(-1, 1 << 63),
+    stamp=text(4096),
+    groups=listed(whole(0, _ROWS), 1 << 24),
+)
+_SPACE = record(
+    EmbeddingSpace,
+    ("metric", "normalised"),
+    model_id=text(4096),
+    dim=whole(1, 1 << 24),
+    metric=one_of(METRICS),
+    normalised=flag,
+)
+_OF_0_1: dict[str, Check] = {
+    "source": _URL,
+    "destination": _URL,
+    "format": _WORD,
+    "pieces": listed(_PIECE, 1 << 22),
+    "vector": _NAME,
+    "id_column": _NAME,
+    "side": _URL,
+    "side_pieces": listed(_PIECE, 1 << 22),
+    "side_vector": _NAME,
+    "side_column": _NAME,
+    "keep_side": flag,
+    "transformation": text(200),
+    "old_space": _SPACE,
+    "new_space": _SPACE,
+    "precision": _WORD,
+    "backend": _WORD,
+    "dtype": one_of(("float32", "float16")),
+    "vector_format": one_of(VECTOR_FORMATS),
+    "binary_dtype": one_of(("float32", "float16")),
+    "scale": number(0.0, 1e300),
+    "shard_rows": whole(1, _ROWS),
+    "batch_rows": whole(1, 1 << 40),
+}

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from fct import _C
 from fct.artifact.transformation import Transformation
 from fct.atomic_files import checksum_file
-from fct.backfilling.job import BackfillError, Job, Journal
+from fct.backfilling.input_digest import InputDigest
+from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.journal import Journal
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
 from fct.backfilling.quality import Quality, ScoreShift, check_quality, score_shift
 from fct.checks import (
@@ -587,7 +588,7 @@ def _measure_reading(pace: _Pace, found: Resolved, mapper: RowMapper, seconds: f
     wall, cpu = time.perf_counter(), time.process_time()
     for shard in found.job.shards:
         for batch, side in reader.batches(shard):
-            mapper.digest(batch, side, _C.Xxh64())
+            mapper.digest(batch, side, InputDigest())
             rows += batch.num_rows
             if time.perf_counter() - wall > seconds:
                 break

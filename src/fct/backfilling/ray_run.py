@@ -7,16 +7,17 @@ that was only thought dead publishes the same bytes under the same names.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from fct.backfilling.job import BackfillError, Job, Marker
+from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.marker import Marker
 from fct.backfilling.plan import Resolved
 from fct.extras import need
 from fct.gallery.interfaces import Shard
 
 if TYPE_CHECKING:
-    from fct.backfilling.run import Bar
+    from fct.backfilling.backfill_bar import Bar
 
 __all__ = ["run_on_ray"]
 
@@ -45,7 +46,7 @@ def run_on_ray(
     cpus: int,
     threads: int | None,
     bar: Bar,
-) -> Iterator[Marker]:
+) -> Generator[Marker, None, None]:
     """Yields the marker of each shard as it is done. Raises what a shard raised; lost workers are replaced."""
     ray = need("ray", "ray")
     if isinstance(cpus, bool) or not isinstance(cpus, int) or cpus < 1:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
-from fct.backfilling.job import BackfillError, Job, Journal, Marker, QualityGateError, RejectLimitError
-from fct.backfilling.pipeline import RowMapper, output_schema
-from fct.backfilling.plan import Resolved, occupied, refuse_misfit, resolve
+from fct.backfilling.backfill_bar import Bar, backfill_bar
+from fct.backfilling.growth import Growth
+from fct.backfilling.job import BackfillError, Job, QualityGateError, RejectLimitError
+from fct.backfilling.journal import Journal, system_errors
+from fct.backfilling.marker import Marker
+from fct.backfilling.plan import Resolved, refuse_misfit, resolve
 from fct.backfilling.quality import check_quality
+from fct.backfilling.resume import begin, finish, kept_shards
+from fct.backfilling.row_mapper import output_schema
 from fct.checks import check_flag, check_text, check_whole
-from fct.gallery.file_gallery import FileDestination
-from fct.gallery.interfaces import Piece, Shard, Source
-from fct.terminal import PlainConsole
+from fct.gallery.interfaces import Shard, Source
 
 __all__ = ["BackfillReport", "backfill"]
 
+_log = logging.getLogger("fct.gallery")
 _UNDER_WAY = 4  # shards between submit and marker: one in each stage
 
 
@@ -63,6 +64,8 @@ def backfill(
     ray_cpus: int = 1,
     threads: int | None = None,
     trust_sizes: bool = False,
+    expect_rows: int | None = None,
+    follow: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> BackfillReport:
@@ -75,6 +78,9 @@ def backfill(
         ray: None to run here; "auto" for the running Ray cluster, or its address. ray_cpus: CPUs of each actor.
         threads: CPU threads of the kernel (of each actor); by default all (``ray_cpus``).
         trust_sizes: on a restart believe files that have the right size, without reading them for their checksums.
+        expect_rows: how many rows the source must have, from your own table: another number is refused before anything
+            is written (with ``follow``: at the end).
+        follow: files that come while the gallery is read are mapped in a second pass, and so on until none is left.
         progress: show a bar on stderr.
 
     Returns:
@@ -97,163 +103,122 @@ def backfill(
     began = time.perf_counter()
     if max_rejects is not None:
         check_whole(max_rejects, "max_rejects", 0)
+    if expect_rows is not None:
+        check_whole(expect_rows, "expect_rows", 0)
     check_whole(ray_cpus, "ray_cpus", 1)
     if ray is not None:
         check_text(ray, "ray", "auto, local, a cluster's address or None")
     check_flag(trust_sizes, "trust_sizes")
+    check_flag(follow, "follow")
     check_flag(progress, "progress")
     found = resolve(source, destination, transformation, **options)
+    if not follow:
+        require_rows(found.job.rows, expect_rows)
     quality = check_quality(found.h, pairs, min_gap_closed, min_recall)
     if quality is not None and quality.refusals:
         raise QualityGateError("; ".join(quality.refusals))
     journal = found.journal
     if not journal.marked():  # else it was looked at when it was begun
         refuse_misfit(found, threads=threads)
-    with journal.lock(), _bar(progress) as bar:
-        job = _begin(found, bar.say)
-        kept = _kept(journal, job, content=not trust_sizes, bar=bar)
-        todo = [shard for shard in job.shards if shard.number not in kept]
-        rejects = sum(m.rejects for m in kept.values())
-        _check_rejects(rejects, max_rejects, journal)
-        markers = dict(kept)
-        bar.start(job.rows, sum(m.rows_in for m in kept.values()))
-        if todo:
-            found.destination.begin(output_schema(job, found.source.schema), job.new_space)
-            if ray is not None:
-                from fct.backfilling.ray_run import run_on_ray
-
-                done: Iterable[Marker] = run_on_ray(
-                    found, job, todo, address=ray, cpus=ray_cpus, threads=threads, bar=bar
-                )
-            else:
-                done = _run_here(found, job, todo, threads=threads, bar=bar)
-            for marker in done:
-                markers[marker.shard] = marker
-                rejects += marker.rejects
-                _check_rejects(rejects, max_rejects, journal)
-        try:
-            finished = journal.manifest()
-        except BackfillError as error:  # the shards are what counts, and they are proven
-            bar.say(f"{error}: writing it again")
-            finished = None
-        if todo or finished is None or finished.get("fingerprint") != job.fingerprint:
-            _finish(found, job, markers)
+    how = _How(ray, ray_cpus, threads, max_rejects, trust_sizes, follow)
+    kept: int | None = None
+    done = rows = 0
+    with journal.lock(), backfill_bar(progress) as bar:
+        while True:
+            one = _run_pass(found, how, bar)
+            kept, done, rows = one.kept if kept is None else kept, done + one.done, rows + one.rows_done
+            if one.finished:
+                break
+            if isinstance(source, Source):
+                source.refresh()
+            found = resolve(source, destination, transformation, **options)
+        require_rows(one.job.rows, expect_rows)
     seconds = time.perf_counter() - began
-    rows = sum(shard.rows for shard in todo)
     return BackfillReport(
-        destination=job.destination,
-        fingerprint=job.fingerprint,
-        rows_in=job.rows,
-        rows_out=sum(m.rows_out for m in markers.values()),
-        rejects=rejects,
+        destination=one.job.destination,
+        fingerprint=one.job.fingerprint,
+        rows_in=one.job.rows,
+        rows_out=sum(m.rows_out for m in one.markers.values()),
+        rejects=sum(m.rejects for m in one.markers.values()),
         rejects_folder=str(journal.root / "rejects"),
-        shards=len(job.shards),
-        shards_done=len(todo),
-        shards_kept=len(kept),
+        shards=len(one.job.shards),
+        shards_done=done,
+        shards_kept=kept,
         seconds=seconds,
         rows_per_second=rows / seconds,
-        precision=job.precision,
-        backend=job.backend,
+        precision=one.job.precision,
+        backend=one.job.backend,
     )
 
 
-def _begin(found: Resolved, say: Callable[[str], None]) -> Job:
-    """The job in the destination when it is this one, else a new one; clears what a killed run left half made."""
-    journal = found.journal
-    stored = journal.job()
-    if stored is None:
-        others = occupied(journal.destination) if found.job.format != "lance" else []
-        if others:
-            raise BackfillError(
-                f"destination: expected an empty folder or a backfill to continue, {journal.destination} holds "
-                f"{', '.join(others[:3])}"
-            )
-        journal.start(found.job)
-        return found.job
-    differences = stored.differences(found.job)
-    files = isinstance(found.destination, FileDestination)
-    if differences and files and not journal.marked() and not occupied(journal.destination):
-        journal.start(found.job)  # the other failed before its first shard: there is nothing that could be mixed
-        return found.job
-    if differences:
+def require_rows(rows: int, expected: int | None) -> None:
+    """Raises BackfillError unless the source has the number of rows that its owner's table has."""
+    if expected is not None and rows != expected:
         raise BackfillError(
-            f"destination: {journal.destination} holds another backfill, and the two are not mixed: "
-            + "; ".join(differences[:5])
+            f"expect_rows: expected {expected:,} rows, the source has {rows:,}: its writer may have stopped early, or "
+            "run twice"
         )
-    _check_stamps(found, stored, say)
-    if journal.root.is_local:
-        shutil.rmtree(journal.root.local / "parts", ignore_errors=True)
-        folders = [journal.root.local, journal.root.local / "done"]
-        if journal.destination.local.is_dir():
-            folders.append(journal.destination.local)
-        for part in (p for folder in folders for p in folder.glob(".*.part")):
-            part.unlink(missing_ok=True)  # half-written beside: what fct.atomic_files renames when whole
-    where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
-    moved = replace(stored, **where)
-    if moved != stored:  # so that whoever verifies looks in the right place; the cut into shards stays
-        journal.start(moved)
-    return replace(moved, backend=found.job.backend)
 
 
-def _check_stamps(found: Resolved, stored: Job, say: Callable[[str], None]) -> None:
-    """An input with another time stamp may be the same file restored: what was done from it is read again and compared.
+@dataclass(frozen=True)
+class _How:
+    """How a pass runs; see :func:`backfill`."""
 
-    Raises BackfillError when it is not the same.
-    """
-    for old, new, what in (
-        (stored.pieces, found.job.pieces, "source"),
-        (stored.side_pieces, found.job.side_pieces, "side-information"),
-    ):
-        changed = {i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a.stamp != b.stamp}
-        if not changed:
-            continue
-        names = ", ".join(old[i].name for i in sorted(changed)[:3])
-        say(f"{what}: {names} has another time stamp; comparing its rows with what was done from it")
-        mapper = found.mapper(stored)
-        for number in found.journal.marked():
-            marker = found.journal.marker(number)
-            if marker is None or number >= len(stored.shards):
-                continue
-            shard = stored.shards[number]
-            touched = {shard.piece} if what == "source" else _side_touched(stored, shard)
-            if touched & changed and input_checksum(found, stored, shard, mapper) != marker.input:
-                raise BackfillError(
-                    f"{what}: {names} changed since this backfill began, and old and new rows are not mixed: restore "
-                    f"the file, or start over in another destination"
-                )
+    ray: str | None
+    ray_cpus: int
+    threads: int | None
+    max_rejects: int | None
+    trust_sizes: bool
+    follow: bool
 
 
-def _side_touched(job: Job, shard: Shard) -> set[int]:
-    touched, first = set(), 0
-    for i, piece in enumerate(job.side_pieces):
-        if first < shard.first + shard.rows and first + piece.rows > shard.first:
-            touched.add(i)
-        first += piece.rows
-    return touched
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass over the source did. finished: no files came meanwhile that are to follow."""
+
+    job: Job
+    markers: dict[int, Marker]
+    kept: int
+    done: int
+    rows_done: int
+    finished: bool
 
 
-def input_checksum(found: Resolved, job: Job, shard: Shard, mapper: RowMapper) -> str:
-    """XXH64 of a shard's rows as they are in the source now."""
-    from fct import _C
+def _run_pass(found: Resolved, how: _How, bar: Bar) -> _Pass:
+    journal = found.journal
+    job = begin(found, bar.say, follow=how.follow)
+    markers = kept_shards(journal, job, content=not how.trust_sizes, bar=bar)
+    kept, todo = len(markers), [shard for shard in job.shards if shard.number not in markers]
+    rejects = sum(m.rejects for m in markers.values())
+    _check_rejects(rejects, how.max_rejects, journal)
+    bar.start(job.rows, sum(m.rows_in for m in markers.values()))
+    if todo:
+        growth = Growth(found.source, how.follow)
+        with system_errors("the new gallery could not be begun", found.destination.url):
+            found.destination.begin(output_schema(job, found.source.schema), job.new_space)
+        with closing(_run(found, job, todo, how, bar)) as done:
+            for marker in done:
+                markers[marker.shard] = marker
+                rejects += marker.rejects
+                _check_rejects(rejects, how.max_rejects, journal)
+                growth.look()
+    try:
+        finished = journal.manifest()
+    except BackfillError as error:  # the shards are what counts, and they are proven
+        bar.say(f"{error}: writing it again")
+        finished = None
+    whole = True
+    if todo or finished is None or finished.get("fingerprint") != job.fingerprint:
+        whole = finish(found, job, markers, follow=how.follow)
+    return _Pass(job, markers, kept, len(todo), sum(shard.rows for shard in todo), whole)
 
-    digest = _C.Xxh64()
-    for batch, side in found.reader(job).batches(shard):
-        mapper.digest(batch, side, digest)
-    return f"{digest.digest():016x}"
 
+def _run(found: Resolved, job: Job, todo: list[Shard], how: _How, bar: Bar) -> Generator[Marker, None, None]:
+    if how.ray is None:
+        return _run_here(found, job, todo, threads=how.threads, bar=bar)
+    from fct.backfilling.ray_run import run_on_ray
 
-def _kept(journal: Journal, job: Job, *, content: bool, bar: Bar) -> dict[int, Marker]:
-    """The shards that are proven done."""
-    kept = {}
-    numbers = [n for n in journal.marked() if n < len(job.shards)]
-    for number in bar.track(numbers, "checking what is done"):
-        marker = journal.marker(number)
-        why = journal.trouble(marker, job.shards[number], job.fingerprint, content=content)
-        if why is None and marker is not None:
-            kept[number] = marker
-        else:
-            bar.say(f"shard {number} {why}: doing it again")
-    return kept
+    return run_on_ray(found, job, todo, address=how.ray, cpus=how.ray_cpus, threads=how.threads, bar=bar)
 
 
 def _check_rejects(rejects: int, limit: int | None, journal: Journal) -> None:
@@ -263,7 +228,9 @@ def _check_rejects(rejects: int, limit: int | None, journal: Journal) -> None:
         )
 
 
-def _run_here(found: Resolved, job: Job, todo: list[Shard], *, threads: int | None, bar: Bar) -> Iterator[Marker]:
+def _run_here(
+    found: Resolved, job: Job, todo: list[Shard], *, threads: int | None, bar: Bar
+) -> Generator[Marker, None, None]:
     pipeline = found.pipeline(job, threads=threads, on_rows=bar.advance)
     under_way: set[Future[Marker]] = set()
     left = list(reversed(todo))
@@ -274,123 +241,16 @@ def _run_here(found: Resolved, job: Job, todo: list[Shard], *, threads: int | No
             finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield future.result()
+    except (KeyboardInterrupt, GeneratorExit):
+        count = sum(not future.done() for future in under_way)
+        if count:
+            _log.warning(
+                "finishing %d %s, press Ctrl-C again to leave them", count, "shard" if count == 1 else "shards"
+            )
+        raise
     finally:
-        pipeline.close()  # what is under way is finished and marked
-
-
-def _finish(found: Resolved, job: Job, markers: dict[int, Marker]) -> None:
-    """Counts everything once more, commits the destination, and writes the manifest: last, and atomically."""
-    rows_in = sum(m.rows_in for m in markers.values())
-    rows_out = sum(m.rows_out for m in markers.values())
-    rejects = sum(m.rejects for m in markers.values())
-    if rows_in != job.rows or rows_out + rejects != rows_in or len(markers) != len(job.shards):
-        raise BackfillError(
-            f"backfill: expected {job.rows} rows, counted {rows_in} in, {rows_out} out and {rejects} rejected"
-        )
-    _require_unchanged(found.source, found.job.pieces, "source")
-    if found.side is not None:
-        _require_unchanged(found.side, found.job.side_pieces, "side_source")
-    ordered = [markers[number] for number in range(len(markers))]
-    found.destination.finish([m.extra for m in ordered], output_schema(job, found.source.schema), job.new_space)
-    # h lies with the gallery, so that it can be checked on its own.
-    with tempfile.TemporaryDirectory() as folder:
-        data = found.h.save(Path(folder) / "h.safetensors").read_bytes()
-    (found.journal.root / "transformation.safetensors").write_bytes(data)
-    found.journal.finish(
-        {
-            "format": job.format,
-            "fingerprint": job.fingerprint,
-            "source": job.source,
-            "rows_in": rows_in,
-            "rows_out": rows_out,
-            "rejects": rejects,
-            "shards": len(ordered),
-            "old_space": job.old_space.to_dict(),
-            "new_space": job.new_space.to_dict(),
-            "transformation": job.transformation,
-            "precision": job.precision,
-        }
-    )
-
-
-def _require_unchanged(source: Source, then: Sequence[Piece], what: str) -> None:
-    """Raises BackfillError where the input is not what it was when this run began, files that came since included."""
-    source.refresh()
-    now, before = {p.name: p for p in source.pieces()}, {p.name: p for p in then}
-    changed = [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]
-    if changed:
-        how = ("is new", "is gone", "changed")[0 if changed[0] not in before else 1 if changed[0] not in now else 2]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise BackfillError(
-            f"{what}: {changed[0]} {how}{more}, while the gallery was read: put it back as it was and start again, or "
-            "start over in another destination"
-        )
-
-
-class Bar:
-    """Progress on stderr, or silence; messages go above it."""
-
-    def __init__(self, progress: Any) -> None:
-        self._progress, self._task = progress, None
-
-    def start(self, rows: int, done: int) -> None:
-        if self._progress is not None:
-            self._task = self._progress.add_task("rows", total=rows, completed=done)
-
-    def advance(self, rows: int) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, rows)
-
-    def say(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False)
-
-    def track(self, items: list[int], what: str) -> Iterable[int]:
-        if self._progress is None or not items:
-            return items
-        tracked: Iterable[int] = self._progress.track(items, description=what)
-        return tracked
-
-
-class _Above(logging.Handler):
-    """Shows what the galleries log above the bar."""
-
-    def __init__(self, bar: Bar) -> None:
-        super().__init__()
-        self.bar = bar
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.bar.say(record.getMessage())
-
-
-@contextmanager
-def _bar(show: bool) -> Iterator[Bar]:
-    if not show:
-        yield Bar(None)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    class Rate(TextColumn):
-        def __init__(self) -> None:
-            super().__init__("")
-
-        def render(self, task: Any) -> Any:
-            from rich.text import Text
-
-            return Text(f"{task.speed or 0:,.0f} /s")
-
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        console=PlainConsole(stderr=True),
-    ) as progress:
-        bar = Bar(progress)
-        above, log = _Above(bar), logging.getLogger("fct.gallery")
-        log.addHandler(above)
         try:
-            yield bar
-        finally:
-            log.removeHandler(above)
+            pipeline.close()  # what is under way is finished and marked
+        except KeyboardInterrupt:
+            pipeline.leave()
+            raise

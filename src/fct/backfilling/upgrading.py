@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fct.backfilling.journal import rejected_rows
 from fct.backfilling.plan import resolve
-from fct.backfilling.verify import rejected_rows
 from fct.checks import check_whole
 from fct.errors import FctError
 from fct.gallery import open_source
@@ -123,7 +123,7 @@ class UpgradingGallery:
         marker = self._found.journal.marker(shard.number)
         if self._found.journal.trouble(marker, shard, self._job.fingerprint, content=False) is None:
             self._cache.pop(shard.number, None)
-            gone = rejected_rows(self._found.journal, shard.number) if marker and marker.rejects else []
+            gone = rejected_rows(self._found.journal, shard) if marker and marker.rejects else []
             return self._read(shard), _numbers(shard, gone)
         if shard.number in self._cache:
             self._cache.move_to_end(shard.number)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fct.artifact.transformation import Transformation
-from fct.backfilling.job import BackfillError, Job, Journal, Marker
+from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.journal import Journal, rejected_rows, shard_marker
 from fct.backfilling.pipeline import RowMapper
 from fct.backfilling.plan import load_transformation
 from fct.checks import check_seed, check_whole
@@ -23,7 +20,7 @@ from fct.gallery.interfaces import rows_at
 from fct.gallery.location import Patience
 from fct.gallery.vectors import vector_block
 
-__all__ = ["VerifyReport", "gallery_journal", "kept_transformation", "rejected_rows", "verify_gallery"]
+__all__ = ["VerifyReport", "gallery_journal", "verify_gallery"]
 
 # Largest error of a row against the float64 reference, over its length: a few roundings of each precision.
 _LIMITS = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.15}
@@ -132,9 +129,10 @@ def verify_gallery(
         size += sum(o.bytes for o in marker.outputs)
         known |= {o.name for o in marker.outputs}
         if marker.rejected is not None:
-            lines = journal.place(marker.rejected).read_bytes().count(b"\n")
-            if lines != marker.rejects:
-                problems.append(f"shard {shard.number} has {lines} lines of rejects for {marker.rejects} rejected rows")
+            try:
+                journal.rejected_rows(marker, shard)
+            except BackfillError as error:
+                problems.append(f"shard {shard.number}: {error}")
     if rows_in != job.rows or rows_out + rejects != rows_in:
         problems.append(f"expected {job.rows} rows, found {rows_in} in, {rows_out} out and {rejects} rejected")
     for name in ("rows_in", "rows_out", "rejects"):
@@ -186,7 +184,7 @@ def _spot_check(
         old = open_source(source if source is not None else job.source, **access)
         beside = side_source if side_source is not None else job.side
         side = open_source(beside, **access, name="side_source") if job.side else None
-        h = load_transformation(transformation) if transformation is not None else kept_transformation(journal)
+        h = load_transformation(transformation) if transformation is not None else journal.transformation()
     except (FctError, OSError) as error:
         return 0, 0.0, str(error), []
     if h.fingerprint != job.transformation:
@@ -206,7 +204,7 @@ def _spot_check(
         start = int(rng.integers(0, shard.rows - take + 1))
         batch = pa.concat_batches(list(old.read(job.pieces[shard.piece], shard.start + start, take, take)))
         beside = pa.concat_batches(list(rows_at(side, job.side_pieces, shard.first + start, take))) if side else None
-        gone = rejected_rows(journal, number)
+        gone = rejected_rows(journal, job.shards[number])
         mapped, rejects = mapper(batch, beside, shard.first + start)
         inside = {row for row in gone if shard.first + start <= row < shard.first + start + take}
         if {r["row"] for r in rejects} != inside:
@@ -240,27 +238,3 @@ def _same(a: pa.Array, b: pa.Array) -> bool:
     if pa.types.is_floating(a.type):
         return np.array_equal(a.to_numpy(zero_copy_only=False), b.to_numpy(zero_copy_only=False), equal_nan=True)
     return bool(a.equals(b))
-
-
-def shard_marker(journal: Journal, number: int) -> Marker:
-    """The marker of a done shard. Raises BackfillError when there is none."""
-    marker = journal.marker(number)
-    if marker is None:
-        raise BackfillError(f"shard {number} has no whole marker")
-    return marker
-
-
-def rejected_rows(journal: Journal, number: int) -> list[int]:
-    """Row numbers in the whole gallery that a done shard rejected."""
-    rejected = shard_marker(journal, number).rejected
-    if rejected is None:
-        return []
-    return [int(json.loads(line)["row"]) for line in journal.place(rejected).read_bytes().splitlines()]
-
-
-def kept_transformation(journal: Journal) -> Transformation:
-    """h as it lies with a finished gallery."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "h.safetensors"
-        copy.write_bytes((journal.root / "transformation.safetensors").read_bytes())
-        return Transformation.load(copy)

@@ -140,6 +140,14 @@ class Location:
         stamp = next((info[k] for k in known if k in info), "")
         return Version(int(info["size"]), str(stamp))
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files directly in this folder, by name; {} when there is no such folder."""
+        try:
+            entries = self._look(lambda: self.fs.ls(self.path, detail=True))
+        except FileNotFoundError:
+            return {}
+        return {e["name"].rstrip("/").rpartition("/")[2]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
+
     def files(self) -> list[str]:
         """Names of the files directly in this folder, sorted; [] when there is no such folder.
 

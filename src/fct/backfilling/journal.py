@@ -1,0 +1,255 @@
+"""The journal: what a backfill writes down beside a gallery, and believes again only when it checks."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fct.artifact.transformation import Transformation
+from fct.atomic_files import checksum_bytes
+from fct.backfilling.checked_json import (
+    SchemaError,
+    anything,
+    parse,
+    record,
+    sealed,
+    text,
+    unsealed,
+    whole,
+)
+from fct.backfilling.confined import open_confined, read_confined, refuse_links
+from fct.backfilling.job import JOB_BYTES, BackfillError, Job
+from fct.backfilling.lock import hold
+from fct.backfilling.marker import MARKER_BYTES, REJECT_BYTES, Marker, rejected_of
+from fct.gallery.interfaces import Output, Shard
+from fct.gallery.location import Location
+
+__all__ = ["Journal", "rejected_rows", "shard_marker", "system_errors"]
+
+_MANIFEST_BYTES = 1 << 20
+_H_BYTES = 16 << 30
+_FOLDERS = ("done", "rejects", "parts")
+
+
+class Journal:
+    """The folder ``_fct``: job.json, done/<shard>.json, rejects/<shard>.jsonl, and manifest.json, written last.
+
+    No file is ever rewritten as the work goes on: a marker per shard is the whole protocol. Nothing in it is trusted:
+    sizes, types and names are checked before they are used, and no link is followed.
+    """
+
+    def __init__(self, root: Location, destination: Location) -> None:
+        self.root, self.destination = root, destination
+        self._sizes: dict[str, int] = {}  # of remote markers, as they were listed
+
+    # ---- places ----
+    def inside(self, name: str) -> Location:
+        """``name`` below the journal. Raises BackfillError where a link would lead elsewhere."""
+        if self.root.is_local:
+            refuse_links(self.root.local.parent, f"{self.root.name}/{name}")
+        return self.root / name
+
+    def place(self, output: Output) -> Location:
+        """Where an output lies: rejects in the journal, rows in the destination."""
+        if output.name.startswith("rejects/"):
+            return self.inside(output.name)
+        if self.destination.is_local:
+            refuse_links(self.destination.local, output.name)
+        return self.destination / output.name
+
+    def refuse_links(self) -> None:
+        """Raises BackfillError where the journal's folders are links: what is written would land elsewhere."""
+        for name in ("", *_FOLDERS, "lock"):
+            self.inside(name)
+
+    def _read(self, name: str, most: int, size: int | None = None) -> bytes:
+        """A file of the journal. Raises FileNotFoundError, or BackfillError for one that is too large or no file."""
+        place = self.inside(name)
+        if place.is_local:
+            data = read_confined(self.root.local.parent, f"{self.root.name}/{name}", most)
+        else:
+            data = place.read_bytes() if (size if size is not None else place.version().bytes) <= most else b""
+        if len(data) > most or (not data and size is not None and size > most):
+            raise BackfillError(f"destination: {place} is larger than {most:,} bytes: no backfill wrote it; remove it")
+        return data
+
+    # ---- the job ----
+    def job(self) -> Job | None:
+        """The job that was begun here. Raises BackfillError where it cannot be continued."""
+        try:
+            data = self._read("job.json", JOB_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Job.from_json(data, str(self.root / "job.json"))
+
+    def start(self, job: Job) -> None:
+        with system_errors("the job could not be written down", self.root / "job.json"):
+            self.inside("job.json").write_bytes(job.to_json())
+
+    # ---- shards ----
+    def mark(self, marker: Marker) -> None:
+        self.inside(f"done/{marker.shard:08d}.json").write_bytes(marker.to_json())
+
+    def marker(self, shard: int) -> Marker | None:
+        """The shard's marker, or None where there is no whole one."""
+        name = f"done/{shard:08d}.json"
+        try:
+            return Marker.from_json(self._read(name, MARKER_BYTES, self._sizes.get(name)))
+        except FileNotFoundError:
+            return None
+
+    def marked(self) -> list[int]:
+        """Numbers of the shards that have a marker, believable or not."""
+        place = self.inside("done")
+        if place.is_local:
+            names = os.listdir(place.path) if os.path.isdir(place.path) else []
+        else:
+            self._sizes = {f"done/{name}": size for name, size in place.sizes().items()}
+            names = [name.partition("/")[2] for name in self._sizes]
+        numbers = (int(n[:-5]) for n in names if re.fullmatch(r"[0-9]{8,18}\.json", n))
+        return sorted(set(numbers))
+
+    def trouble(
+        self, marker: Marker | None, shard: Shard, fingerprint: str | Collection[str], *, content: bool
+    ) -> str | None:
+        """Why a marker is not to be believed, or None. content: read the outputs and compare their checksums too."""
+        if marker is None:
+            return "has no whole marker"
+        known = (fingerprint,) if isinstance(fingerprint, str) else fingerprint
+        if marker.fingerprint not in known or marker.shard != shard.number:
+            return "was made by another job"
+        if not marker.of(shard):
+            return (
+                f"was made of rows from {marker.start} on of file {marker.piece}, not of {shard.start} of {shard.piece}"
+            )
+        if marker.rows_in != shard.rows or marker.rows_out + marker.rejects != marker.rows_in:
+            return f"has {marker.rows_out} rows and {marker.rejects} rejects for {shard.rows} rows"
+        if bool(marker.rejects) != (marker.rejected is not None):
+            return f"names {'no' if marker.rejects else 'a'} file for {marker.rejects} rejected rows"
+        if marker.rejected is not None and not marker.rejected.name.startswith("rejects/"):
+            return f"has its rejects in {marker.rejected.name}"
+        for output in (*marker.outputs, *([marker.rejected] if marker.rejected else [])):
+            if why := self._output_trouble(output, content):
+                return why
+        return None
+
+    def _output_trouble(self, output: Output, content: bool) -> str | None:
+        try:
+            place = self.place(output)
+            if place.is_local:
+                base = self.root.local if output.name.startswith("rejects/") else self.destination.local
+                os.close(open_confined(base, output.name))
+            size = place.version().bytes
+            if size != output.bytes:
+                return f"{output.name} has {size} bytes, expected {output.bytes}"
+            if content and place.checksum() != output.xxh64:
+                return f"{output.name} does not match its checksum"
+        except FileNotFoundError:
+            return f"{output.name} is missing"
+        except BackfillError as error:
+            return str(error)
+        return None
+
+    def rejected_rows(self, marker: Marker, shard: Shard) -> list[int]:
+        """Row numbers in the whole gallery that a done shard rejected.
+
+        Raises:
+            BackfillError: its lines are not what the marker says.
+        """
+        if marker.rejected is None:
+            return []
+        name = marker.rejected.name
+        data = self._read(name, min(REJECT_BYTES, marker.rejected.bytes), marker.rejected.bytes)
+        if checksum_bytes(data) != marker.rejected.xxh64:
+            raise BackfillError(f"{self.root / name} does not match its checksum; run the backfill again")
+        return rejected_of(data, shard, marker.rejects, str(self.root / name))
+
+    # ---- the end ----
+    def finish(self, summary: dict[str, Any]) -> None:
+        with system_errors("the manifest could not be written", self.root / "manifest.json"):
+            self.inside("manifest.json").write_bytes(sealed(dict(sorted(summary.items()))))
+
+    def unfinish(self) -> None:
+        """Takes the manifest away: there is more to do."""
+        self.inside("manifest.json").remove()
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the finished backfill counted, or None. Raises BackfillError for a damaged one."""
+        try:
+            body = unsealed(parse(self._read("manifest.json", _MANIFEST_BYTES), _MANIFEST_BYTES))
+            return _MANIFEST(body, "")
+        except FileNotFoundError:
+            return None
+        except SchemaError as error:
+            raise BackfillError(f"destination: {self.root / 'manifest.json'} is damaged: {error}") from error
+
+    def keep_transformation(self, h: Transformation) -> None:
+        """h lies with the gallery, so that it can be checked on its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            data = h.save(Path(folder) / "h.safetensors").read_bytes()
+        with system_errors("h could not be written", self.root / "transformation.safetensors"):
+            self.inside("transformation.safetensors").write_bytes(data)
+
+    def transformation(self) -> Transformation:
+        """h as it lies with a finished gallery."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "h.safetensors"
+            copy.write_bytes(self._read("transformation.safetensors", _H_BYTES))
+            return Transformation.load(copy)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the destination for this process; raises InUseError when another holds it."""
+        self.refuse_links()
+        with hold(self.inside("lock"), str(self.destination)):
+            yield
+
+
+@contextmanager
+def system_errors(what: str, where: object) -> Iterator[None]:
+    """Turns a system's error into a sentence: what could not be done, where, and what now."""
+    try:
+        yield
+    except BackfillError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BackfillError(
+            f"destination: {what} at {where}: {reason}; what is done is kept, start again once this is put right"
+        ) from error
+
+
+def shard_marker(journal: Journal, number: int) -> Marker:
+    """The marker of a done shard. Raises BackfillError when there is none."""
+    marker = journal.marker(number)
+    if marker is None:
+        raise BackfillError(f"shard {number} has no whole marker")
+    return marker
+
+
+def rejected_rows(journal: Journal, shard: Shard) -> list[int]:
+    """Row numbers in the whole gallery that a done shard rejected."""
+    return journal.rejected_rows(shard_marker(journal, shard.number), shard)
+
+
+_COUNT = whole(0, 1 << 60)
+_MANIFEST: Callable[[object, str], dict[str, Any]] = record(
+    dict,
+    ("rows_in", "rows_out", "rejects", "shards", "old_space", "new_space", "transformation", "precision", "source"),
+    format=text(200),
+    fingerprint=text(200),
+    source=text(65536),
+    rows_in=_COUNT,
+    rows_out=_COUNT,
+    rejects=_COUNT,
+    shards=_COUNT,
+    old_space=anything,
+    new_space=anything,
+    transformation=text(200),
+    precision=text(200),
+)

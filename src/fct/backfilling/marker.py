@@ -1,0 +1,126 @@
+"""What a finished shard leaves in the journal: its marker, and the lines of its rejected rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fct.atomic_files import checksum_bytes
+from fct.backfilling.checked_json import (
+    Check,
+    SchemaError,
+    anything,
+    either,
+    file_name,
+    listed,
+    parse,
+    record,
+    text,
+    whole,
+)
+from fct.backfilling.job import BackfillError
+from fct.gallery.interfaces import Output, Shard
+
+__all__ = ["MARKER_BYTES", "REJECT_BYTES", "Marker", "rejected_of"]
+
+MARKER_BYTES = 16 << 20
+REJECT_BYTES = 1 << 30  # of one shard's lines
+_LINE_BYTES = 16 << 20
+_COUNT = 1 << 60
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What one shard left behind; believed only if it verifies.
+
+    input: XXH64 of the rows as they were read. outputs: files below the destination. rejects: rows that went to
+    rejects/. extra: what the destination needs to finish (a Lance fragment). piece, start: which rows these are; None
+    in markers of version 0.1. digest: how ``input`` was computed, 1 there.
+    """
+
+    shard: int
+    fingerprint: str
+    rows_in: int
+    rows_out: int
+    rejects: int
+    input: str
+    outputs: tuple[Output, ...]
+    rejected: Output | None
+    backend: str
+    extra: Any = None
+    piece: int | None = None
+    start: int | None = None
+    digest: int = 1
+
+    def to_json(self) -> bytes:
+        body = json.dumps(asdict(self), sort_keys=True)
+        return json.dumps({"marker": body, "xxh64": checksum_bytes(body.encode())}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Marker | None:
+        """None for what is torn, was changed, or could not have been written: its shard is done again."""
+        try:
+            outer = _ENVELOPE(parse(data, MARKER_BYTES), "")
+            body: str = outer["marker"]
+            if checksum_bytes(body.encode("utf-8", "replace")) != outer["xxh64"]:
+                return None
+            return _MARKER(parse(body.encode("utf-8", "replace"), MARKER_BYTES), "")
+        except (SchemaError, RecursionError, MemoryError):
+            return None
+
+    def of(self, shard: Shard) -> bool:
+        """Whether it says that it was made of this shard's rows; one of version 0.1 says nothing about it."""
+        return self.piece is None or (self.piece, self.start) == (shard.piece, shard.start)
+
+
+def rejected_of(data: bytes, shard: Shard, count: int, where: str) -> list[int]:
+    """Row numbers in the whole gallery that a shard's lines of rejects name, in order.
+
+    Raises:
+        BackfillError: not ``count`` lines, or rows that are not the shard's.
+    """
+    lines = data.splitlines()
+    if len(lines) != count:
+        raise BackfillError(f"{where} is damaged: expected {count} rejected rows, got {len(lines)} lines; run it again")
+    check = _reject(shard)
+    try:
+        rows = [
+            int(check(parse(line, _LINE_BYTES, constants=True), f"line {number}"))
+            for number, line in enumerate(lines, 1)
+        ]
+    except SchemaError as error:
+        raise BackfillError(f"{where} is damaged: {error}; remove it and run the backfill again") from error
+    if sorted(set(rows)) != rows:
+        raise BackfillError(f"{where} is damaged: its rows are not in order; remove it and run the backfill again")
+    return rows
+
+
+_DIGEST = text(16, "[0-9a-f]{16}")
+_OUTPUT = record(Output, name=file_name, bytes=whole(0, 1 << 62), xxh64=_DIGEST)
+_ENVELOPE: Check = record(dict, marker=text(MARKER_BYTES), xxh64=_DIGEST)
+_MARKER = record(
+    Marker,
+    ("extra", "piece", "start", "digest"),
+    shard=whole(0, _COUNT),
+    fingerprint=text(200),
+    rows_in=whole(0, _COUNT),
+    rows_out=whole(0, _COUNT),
+    rejects=whole(0, _COUNT),
+    input=text(64),
+    outputs=listed(_OUTPUT, 1 << 16),
+    rejected=either(_OUTPUT, None),
+    backend=text(200),
+    extra=anything,
+    piece=either(whole(0, _COUNT), None),
+    start=either(whole(0, _COUNT), None),
+    digest=whole(1, 2),
+)
+
+
+def _reject(shard: Shard) -> Check:
+    def row(id: object, row: int, reason: str, piece: str = "") -> int:
+        return row
+
+    rows = whole(shard.first, shard.first + shard.rows - 1)
+    return record(row, ("piece",), id=anything, row=rows, reason=text(65536), piece=text(65536))

@@ -1,0 +1,226 @@
+"""Beginning, going on and finishing: what a run believes of the journal, and what it leaves there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fct.backfilling.backfill_bar import Bar
+from fct.backfilling.input_digest import InputDigest
+from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.journal import Journal, system_errors
+from fct.backfilling.marker import Marker
+from fct.backfilling.plan import Resolved, occupied
+from fct.backfilling.row_mapper import RowMapper, output_schema
+from fct.gallery.file_gallery import FileDestination
+from fct.gallery.interfaces import Piece, Shard, Source
+
+__all__ = ["begin", "finish", "kept_shards"]
+
+
+def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) -> Job:
+    """The job in the destination when it is this one, else a new one; clears what a killed run left half made.
+
+    follow: files that came since the job was begun are added to it, behind those that it has.
+    """
+    journal = found.journal
+    stored = journal.job()
+    if stored is None:
+        others = occupied(journal.destination) if found.job.format != "lance" else []
+        if others:
+            raise BackfillError(
+                f"destination: expected an empty folder or a backfill to continue, {journal.destination} holds "
+                f"{', '.join(others[:3])}"
+            )
+        journal.start(found.job)
+        return found.job
+    if follow:
+        stored = _with_what_came(stored, found.job, journal)
+    differences = stored.differences(found.job)
+    files = isinstance(found.destination, FileDestination)
+    if differences and files and not journal.marked() and not occupied(journal.destination):
+        journal.start(found.job)  # the other failed before its first shard: there is nothing that could be mixed
+        return found.job
+    if differences:
+        raise BackfillError(
+            f"destination: {journal.destination} holds another backfill, and the two are not mixed: "
+            + "; ".join(differences[:5])
+        )
+    _check_numbers(journal, stored)
+    _check_stamps(found, stored, say)
+    if journal.root.is_local:
+        shutil.rmtree(journal.root.local / "parts", ignore_errors=True)
+        folders = [journal.root.local, journal.root.local / "done"]
+        if journal.destination.local.is_dir():
+            folders.append(journal.destination.local)
+        for part in (p for folder in folders for p in folder.glob(".*.part")):
+            part.unlink(missing_ok=True)  # half-written beside: what fct.atomic_files renames when whole
+    where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
+    moved = replace(stored, **where)
+    if moved != stored:  # so that whoever verifies looks in the right place; the cut into shards stays
+        journal.start(moved)
+    return replace(moved, backend=found.job.backend)
+
+
+def _with_what_came(stored: Job, now: Job, journal: Journal) -> Job:
+    """The stored job with the files behind it that it lacks, written down; it as it is where there are none."""
+    new, side = (_lacking(getattr(stored, name), getattr(now, name)) for name in ("pieces", "side_pieces"))
+    longer = replace(stored, pieces=stored.pieces + new, side_pieces=stored.side_pieces + side)
+    if not new or longer.differences(now):
+        return stored
+    if now.side_pieces and sum(p.rows for p in new) != sum(p.rows for p in side):
+        raise BackfillError(
+            f"side_source: expected {sum(p.rows for p in new)} new rows to match the new files of the source, got "
+            f"{sum(p.rows for p in side)}"
+        )
+    begun = (len(stored.pieces), len(stored.side_pieces))
+    longer = replace(longer, passes=(*stored.passes, begun), begun_as="")
+    if stored.begun_as:
+        raise BackfillError("source: a backfill that was begun by an older version cannot be followed: finish it first")
+    journal.unfinish()
+    journal.start(longer)
+    return longer
+
+
+def _lacking(have: Sequence[Piece], now: Sequence[Piece]) -> tuple[Piece, ...]:
+    names = {p.name for p in have}
+    return tuple(p for p in now if p.name not in names)
+
+
+def _check_numbers(journal: Journal, job: Job) -> None:
+    """Raises BackfillError where the journal names shards that the job does not have: its cut was changed."""
+    strange = [number for number in journal.marked() if number >= len(job.shards)]
+    if strange:
+        raise BackfillError(
+            f"destination: {journal.root / f'done/{strange[0]:08d}.json'} names shard {strange[0]}, and the job in "
+            f"{journal.root / 'job.json'} has {len(job.shards)}: one of them was changed. Restore it from a copy, or "
+            "start over in another destination"
+        )
+
+
+def _check_stamps(found: Resolved, stored: Job, say: Callable[[str], None]) -> None:
+    """An input with another time stamp may be the same file restored: what was done from it is read again and compared.
+    So it is where markers of version 0.1 do not say which rows they are of, and the row groups are others now.
+
+    Raises BackfillError when it is not the same.
+    """
+    for name, what in (("pieces", "source"), ("side_pieces", "side-information")):
+        old, now = getattr(stored, name), {p.name: p for p in getattr(found.job, name)}
+        changed = {i for i, a in enumerate(old) if a.stamp != now[a.name].stamp}
+        regrouped = {i for i, a in enumerate(old) if a.groups != now[a.name].groups}
+        if changed:
+            names = ", ".join(old[i].name for i in sorted(changed)[:3])
+            say(f"{what}: {names} has another time stamp; comparing its rows with what was done from it")
+        if changed or regrouped:
+            _compare_input(found, stored, what, changed, regrouped)
+
+
+def _compare_input(found: Resolved, stored: Job, what: str, changed: set[int], regrouped: set[int]) -> None:
+    mapper = found.mapper(stored)
+    for number in found.journal.marked():
+        marker, shard = found.journal.marker(number), stored.shards[number]
+        if marker is None:
+            continue
+        again = changed | regrouped if marker.piece is None else changed
+        touched = {shard.piece} if what == "source" else _side_touched(stored, shard)
+        if touched & again and input_checksum(found, stored, shard, mapper, marker.digest) != marker.input:
+            files = stored.pieces if what == "source" else stored.side_pieces
+            names = ", ".join(files[i].name for i in sorted(touched & again)[:3])
+            raise BackfillError(
+                f"{what}: {names} changed since this backfill began, and old and new rows are not mixed: restore "
+                f"the file, or start over in another destination"
+            )
+
+
+def _side_touched(job: Job, shard: Shard) -> set[int]:
+    touched, first = set(), 0
+    for i, piece in enumerate(job.side_pieces):
+        if first < shard.first + shard.rows and first + piece.rows > shard.first:
+            touched.add(i)
+        first += piece.rows
+    return touched
+
+
+def input_checksum(found: Resolved, job: Job, shard: Shard, mapper: RowMapper, version: int) -> str:
+    """XXH64 of a shard's rows as they are in the source now. version: of :class:`InputDigest`."""
+    digest = InputDigest(version)
+    for batch, side in found.reader(job).batches(shard, bound=version > 1):
+        mapper.digest(batch, side, digest)
+    return digest.hexdigest()
+
+
+def kept_shards(journal: Journal, job: Job, *, content: bool, bar: Bar) -> dict[int, Marker]:
+    """The shards that are proven done."""
+    kept = {}
+    numbers = [n for n in journal.marked() if n < len(job.shards)]
+    for number in bar.track(numbers, "checking what is done"):
+        marker = journal.marker(number)
+        shard = job.shards[number]
+        why = journal.trouble(marker, shard, job.fingerprints(shard), content=content)
+        if why is None and marker is not None:
+            kept[number] = marker
+        else:
+            bar.say(f"shard {number} {why}: doing it again")
+    return kept
+
+
+def finish(found: Resolved, job: Job, markers: dict[int, Marker], *, follow: bool = False) -> bool:
+    """Counts everything once more, commits the destination, and writes the manifest: last, and atomically.
+
+    follow: where files came meanwhile, nothing is committed, and False is returned: they are to be mapped first.
+    """
+    rows_in = sum(m.rows_in for m in markers.values())
+    rows_out = sum(m.rows_out for m in markers.values())
+    rejects = sum(m.rejects for m in markers.values())
+    if rows_in != job.rows or rows_out + rejects != rows_in or len(markers) != len(job.shards):
+        raise BackfillError(
+            f"backfill: expected {job.rows} rows, counted {rows_in} in, {rows_out} out and {rejects} rejected"
+        )
+    grown = _require_unchanged(found.source, found.job.pieces, "source", follow)
+    if found.side is not None:
+        grown = _require_unchanged(found.side, found.job.side_pieces, "side_source", follow) or grown
+    if grown:
+        return False
+    ordered = [markers[number] for number in range(len(markers))]
+    with system_errors("the new gallery could not be finished", found.destination.url):
+        found.destination.finish([m.extra for m in ordered], output_schema(job, found.source.schema), job.new_space)
+    found.journal.keep_transformation(found.h)
+    found.journal.finish(
+        {
+            "format": job.format,
+            "fingerprint": job.fingerprint,
+            "source": job.source,
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "rejects": rejects,
+            "shards": len(ordered),
+            "old_space": job.old_space.to_dict(),
+            "new_space": job.new_space.to_dict(),
+            "transformation": job.transformation,
+            "precision": job.precision,
+        }
+    )
+    return True
+
+
+def _require_unchanged(source: Source, then: Sequence[Piece], what: str, follow: bool) -> bool:
+    """Whether files came since this run began, which only ``follow`` admits.
+
+    Raises:
+        BackfillError: the input is not what it was.
+    """
+    source.refresh()
+    now, before = {p.name: p for p in source.pieces()}, {p.name: p for p in then}
+    changed = [name for name in sorted(now.keys() | before.keys()) if now.get(name) != before.get(name)]
+    if follow and changed and not before.keys() & set(changed):
+        return True
+    if changed:
+        how = ("is new", "is gone", "changed")[0 if changed[0] not in before else 1 if changed[0] not in now else 2]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise BackfillError(
+            f"{what}: {changed[0]} {how}{more}, while the gallery was read: put it back as it was and start again, "
+            + ("map it too with --follow (follow=True), or " if how == "is new" else "or ")
+            + "start over in another destination"
+        )
+    return False

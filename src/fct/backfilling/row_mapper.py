@@ -1,0 +1,145 @@
+"""RowMapper: one batch through h, bad rows aside, every other column as it came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fct.artifact.transformation import Transformation
+from fct.backfilling.input_digest import InputDigest
+from fct.backfilling.job import Job
+from fct.gallery.interfaces import JOB_KEY, VECTOR_KEY
+from fct.gallery.matrix_files import ROW
+from fct.gallery.recycler import Recycler
+from fct.gallery.space_tags import SPACE_KEY, with_space
+from fct.gallery.vectors import VectorBlock, column_type, vector_array, vector_block
+from fct.rows import nonfinite_rows, rows_of
+from fct.transform import transform_finite
+
+__all__ = ["RowMapper", "output_schema"]
+
+
+def output_schema(job: Job, schema: pa.Schema) -> pa.Schema:
+    """The source's columns in their order, the vectors replaced; a row number where there is no other column."""
+    d, kind = job.new_space.dim, job.vector_format
+    fields = []
+    for entry in schema:
+        if entry.name == job.vector:
+            fields.append(pa.field(job.vector, column_type(d, job.dtype, kind), nullable=False))
+        elif not job.side_column or entry.name != job.side_column or job.keep_side:  # a column may be named ""
+            fields.append(entry)
+    if len(fields) == 1:
+        fields.insert(0, pa.field(ROW, pa.int64(), nullable=False))
+    metadata = {k: v for k, v in (schema.metadata or {}).items() if k not in (b"huggingface", SPACE_KEY)}
+    metadata |= {VECTOR_KEY: job.vector.encode(), JOB_KEY: job.fingerprint.encode()}
+    return with_space(pa.schema(fields, metadata=metadata), job.new_space)
+
+
+class RowMapper:
+    """Maps one batch: vectors out, bad rows aside, h, the new column in. Used by the pipeline and by whoever needs
+    the same rows without writing them."""
+
+    def __init__(self, job: Job, schema: pa.Schema, h: Transformation, *, threads: int | None, device: str) -> None:
+        self.job, self.h, self.threads, self.device = job, h, threads, device
+        self.schema = output_schema(job, schema)
+        self._memory = Recycler()
+
+    def __call__(
+        self, batch: pa.RecordBatch, side: pa.RecordBatch | None, first: int, digest: InputDigest | None = None
+    ) -> tuple[pa.RecordBatch, list[dict[str, Any]]]:
+        """(mapped rows, rejects). first: the number of the batch's first row in the gallery."""
+        job = self.job
+        old, other = self._blocks(batch, side)
+        bad = {row: f"{job.vector}: {why}" for row, why in old.bad.items()}
+        if other is not None:
+            for row, why in other.bad.items():
+                bad.setdefault(row, f"side-information: {why}")
+        n = batch.num_rows
+        blocks = [(old, job.vector, job.scale)] + ([(other, "side-information", 1.0)] if other else [])
+        arrays = []
+        for i, (block, name, scale) in enumerate(blocks):
+            values, rows = block.values, block.rows
+            stream = None if digest is None else digest.block(i, block, n)
+            wild = nonfinite_rows(rows_of(values, name, finite=False), stream)
+            if scale != 1.0:
+                with np.errstate(over="ignore"):
+                    values = values * np.float32(scale)
+                wild |= nonfinite_rows(rows_of(values, name, finite=False))
+            for row in np.flatnonzero(wild).tolist():
+                bad.setdefault(int(row if rows is None else rows[row]), f"{name}: not finite")
+            arrays.append((values, rows))
+        if digest is not None:
+            digest.rest(self._rest(batch))
+        keep = None
+        if bad:
+            keep = np.ones(n, dtype=bool)
+            keep[list(bad)] = False
+            arrays = [(a[keep if rows is None else keep[rows]], None) for a, rows in arrays]
+        out = self._memory.empty((len(arrays[0][0]), job.new_space.dim), job.dtype)
+        with np.errstate(over="ignore"):
+            self._map(arrays[0][0], arrays[1][0] if len(arrays) > 1 else None, out)
+        wild = nonfinite_rows(rows_of(out, "output", finite=False))
+        if wild.any():
+            where = np.arange(n) if keep is None else np.flatnonzero(keep)
+            bad |= dict.fromkeys(where[wild].tolist(), f"h's output is not finite in {job.dtype}")
+            keep = np.ones(n, dtype=bool)
+            keep[list(bad)] = False
+            out = out[~wild]
+        columns: list[Any] = []
+        mask = None if keep is None else pa.array(keep)
+        for entry in self.schema:
+            if entry.name == job.vector:
+                columns.append(vector_array(out, job.vector_format))
+            elif entry.name == ROW and ROW not in batch.schema.names:
+                numbers = np.arange(first, first + n, dtype=np.int64)
+                columns.append(pa.array(numbers if keep is None else numbers[keep]))
+            else:
+                column = batch.column(entry.name)
+                columns.append(column if mask is None else column.filter(mask))
+        ids = batch.column(job.id_column) if job.id_column else None
+        rejects = [
+            {"id": _plain(ids[row]) if ids is not None else first + row, "row": first + row, "reason": why}
+            for row, why in sorted(bad.items())
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema), rejects
+
+    def _map(self, old: Any, side: Any, out: Any) -> None:
+        job = self.job
+        transform_finite(
+            old, side, self.h, out=out, device=self.device, precision=job.precision, backend=job.backend,
+            threads=self.threads,
+        )  # fmt: skip
+
+    def _blocks(self, batch: pa.RecordBatch, side: pa.RecordBatch | None) -> tuple[VectorBlock, VectorBlock | None]:
+        job = self.job
+        old = vector_block(batch.column(job.vector), job.old_space.dim, job.binary_dtype)
+        if side is not None:
+            return old, vector_block(side.column(job.side_vector), self.h.d_side, job.binary_dtype)
+        if job.side_column:
+            return old, vector_block(batch.column(job.side_column), self.h.d_side, job.binary_dtype)
+        return old, None
+
+    def digest(self, batch: pa.RecordBatch, side: pa.RecordBatch | None, digest: InputDigest) -> None:
+        """Adds what was read to a checksum: the vectors and every other column."""
+        for i, block in enumerate(b for b in self._blocks(batch, side) if b is not None):
+            stream = digest.block(i, block, batch.num_rows)
+            if block.values.size:
+                values = np.ascontiguousarray(block.values)
+                stream.update(int(values.ctypes.data), values.nbytes)
+        digest.rest(self._rest(batch))
+
+    def _rest(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        return batch.drop_columns([n for n in (self.job.vector, self.job.side_column) if n])
+
+
+def _plain(scalar: pa.Scalar) -> Any:
+    """An id as it stands in rejects/: Arrow holds dates and time zones that Python has no objects for."""
+    try:
+        value = scalar.as_py()
+    except (ValueError, OverflowError, pa.ArrowException, KeyError, UnicodeDecodeError):
+        return f"{getattr(scalar, 'value', scalar.type)} ({scalar.type})"
+    plain = isinstance(value, (str, int, bool, type(None))) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else str(value)  # JSON has no NaN
