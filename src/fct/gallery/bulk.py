@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +18,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fct.atomic_files import refuse_existing
-from fct.checks import check_choice, check_text
-from fct.gallery.interfaces import VECTOR_KEY, Piece, Source
+from fct.checks import check_choice, check_flag, check_text
+from fct.errors import FctWarning
+from fct.gallery.bulk_files import WRITERS, BulkWriter, Names
+from fct.gallery.columns import pick_column, pick_id_column
+from fct.gallery.export_ids import RULES, IdCheck, id_kind
+from fct.gallery.interfaces import Piece, Source
 from fct.gallery.location import Location, Patience
-from fct.gallery.matrix_files import ROW, BinSource, NpySource, npy_header
+from fct.gallery.matrix_files import ROW, BinSource, NpySource
 from fct.gallery.stores import open_source
-from fct.gallery.vectors import vector_array, vector_block
+from fct.gallery.vectors import vector_block, vector_dim
+from fct.progress import LongCall, Report
 
 __all__ = ["BULK_FORMATS", "export_bulk"]
 
-BULK_FORMATS = ("milvus", "qdrant", "pgvector")
+BULK_FORMATS = tuple(WRITERS)
 _BATCH = 16384
-_MILVUS_ROWS = 1 << 20
+_VECTOR_NAMES = ("vector", "embedding", "emb", "features", "new", "old")
 
 
 def export_bulk(
@@ -33,25 +43,49 @@ def export_bulk(
     to: str,
     *,
     id_column: str = "auto",
+    vector_column: str = "auto",
+    columns: Sequence[str] | None = None,
+    id_field: str = "id",
+    vector_field: str = "auto",
+    table: str = "items",
+    halfvec: bool = False,
     filesystem: Any = None,
     storage_options: Mapping[str, Any] | None = None,
     retries: int = 6,
     timeout: float = 60.0,
+    progress: bool = True,
 ) -> list[Path]:
-    """Writes a gallery as the files that a database imports in bulk; ids must be integers or strings (see below).
+    """Writes a gallery as the files that a database imports in bulk. docs/export.md shows what loads them.
+
+    All of it is there at the end, or nothing: files grow in a hidden folder beside ``out``, which gets its name last.
 
     Args:
-        gallery: a gallery of files, as :func:`fct.gallery.open_source` takes it. out: an empty folder.
-        to: "milvus": ``*.parquet`` with id, vector (list<float>) and the other columns, a million rows a file, for
-            ``utility.do_bulk_insert``; "qdrant": ``vectors.npy`` and ``payload.jsonl`` (id and payload of row i in line
-            i), for ``QdrantClient.upload_collection(vectors=numpy.load(..., mmap_mode="r"))``; "pgvector": ``rows.bin``
-            with (id bigint, embedding vector), for ``COPY items (id, embedding) FROM ... WITH (FORMAT binary)``.
-        id_column: which column is the id; "auto": ``id`` or ``row``, else the row number. What a backfill to ``.npy``
-            or ``.fbin`` put into ``_rows/`` counts as columns, and rows keep their numbers where others were rejected.
+        gallery: a gallery, as :func:`fct.gallery.open_source` takes it. out: a folder that is empty or not there.
+        to: "milvus": ``part-….parquet`` with id, vector (list<float>) and the other columns, a million rows a file;
+            "qdrant": ``vectors.npy`` and ``payload.jsonl``, whose line i is ``{"id": ..., "payload": {...}}`` of row i;
+            "pgvector": ``rows.bin`` for binary ``\\copy`` and ``table.sql``, which makes the table and loads it.
+        id_column: which column is the id; "auto": the one that a backfill takes (``id``, ``_id``, ``pk``, ``key`` or
+            ``uid``), else the row's number in the old gallery; "": that number whatever columns there are. Milvus takes
+            integers of 64 bits and text, Qdrant unsigned integers and UUIDs, pgvector integers, text and UUIDs.
+        vector_column: as :func:`fct.plan_backfill` has it.
+        columns: the payload columns that go along; None for all, () for none. What ``.npy`` and ``.fbin`` galleries
+            keep in ``_rows/`` counts as columns.
+        id_field, vector_field: their names at the other end (Milvus, pgvector), which no payload column may have;
+            "auto": ``vector`` for Milvus and Qdrant, ``embedding`` for pgvector. table: pgvector's, in ``table.sql``.
+        halfvec: for pgvector, vectors of float16.
         filesystem, storage_options, retries, timeout: of the gallery, as :func:`fct.plan_backfill` has them.
+        progress: show a bar on stderr for an export that lasts more than two seconds.
 
     Returns:
         The files.
+
+    Raises:
+        ValueError: ids that the database cannot take (null, twice, negative, no UUID, past 2^63, of another type), a row
+        without a vector, a payload that the files cannot hold; the message names column and row, and nothing is left.
+        FileExistsError: ``out`` holds something.
+
+    Warns:
+        FctWarning: NaN or infinities in a payload became null, since JSON has neither; they are counted.
 
     Example:
         >>> import numpy as np, tempfile
@@ -59,10 +93,19 @@ def export_bulk(
         >>> folder = tempfile.mkdtemp()
         >>> np.save(folder + "/a.npy", np.zeros((3, 8), np.float32))
         >>> [f.name for f in export_bulk(folder, folder + "/out", "pgvector")]
-        ['rows.bin']
+        ['rows.bin', 'table.sql']
     """
     check_choice(to, "to", BULK_FORMATS)
     check_text(id_column, "id_column", "the name of a column")
+    names = Names(
+        check_text(id_field, "id_field", "a name"),
+        ("embedding" if to == "pgvector" else "vector") if vector_field == "auto" else vector_field,
+        check_text(table, "table", "a name"),
+    )
+    if check_flag(halfvec, "halfvec") and to != "pgvector":
+        raise ValueError(f"halfvec: expected False for {to}: it is a type of pgvector")
+    if names.id == names.vector:
+        raise ValueError(f"vector_field: expected another name than id_field, got {names.vector!r} twice")
     source = open_source(
         gallery,
         filesystem=filesystem,
@@ -70,39 +113,143 @@ def export_bulk(
         patience=Patience(retries, timeout),
         name="gallery",
     )
-    pieces = source.pieces()
-    beside = _Beside(source, pieces)
-    names = source.schema.names + beside.names
-    vector = (source.schema.metadata or {}).get(VECTOR_KEY, b"vector").decode()
-    if vector not in names:
-        raise ValueError(
-            f"gallery: expected one that fct wrote, which says where its vectors are, or a column {vector!r}, got "
-            f"{', '.join(names)}"
+    target = refuse_existing(out, overwrite=None, name="out")
+    rows = _Rows.of(source, vector_column, id_column, columns)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(target) as folder, LongCall(progress) as call:
+        check = IdCheck(RULES[to], rows.id_column or ROW, rows.id_type, folder)
+        writer = WRITERS[to](folder, names, id_kind(rows.id_type), halfvec)
+        try:
+            _fill(writer, rows, check, call.stage("exporting"))
+        except BaseException:
+            writer.abandon()
+            raise
+        if rows.id_column:
+            check.close(rows.ids)
+        _publish(folder, target)
+    for name, count in sorted(writer.hollow.items()):
+        warnings.warn(
+            f"payload: {count} {'value' if count == 1 else 'values'} of {name!r} that are NaN or infinite became null: "
+            "JSON has no number for them",
+            FctWarning,
+            stacklevel=2,
         )
-    if id_column == "auto":
-        id_column = next((n for n in ("id", ROW) if n in names), "")
-    elif id_column not in names:
-        raise ValueError(f"id_column: expected one of {', '.join(names)}, got {id_column!r}")
-    folder = refuse_existing(out, overwrite=None, name="out")
-    folder.mkdir(parents=True, exist_ok=True)
+    return [target / name for name in writer.files]
 
-    def rows() -> Iterator[tuple[Any, Any, pa.RecordBatch]]:
-        """(ids, (n, d) float32, the other columns)"""
-        for piece, first in zip(pieces, beside.first, strict=True):
-            at, more = 0, beside.table(piece)
-            for batch in source.read(piece, 0, piece.rows, _BATCH):
-                column = batch.column(vector)
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target``, gone at the end whatever happens."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """The whole folder under its name, once its files are on the disk."""
+    for file in folder.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    os.replace(folder, target)  # over an empty folder, too
+
+
+def _fill(writer: BulkWriter, rows: _Rows, check: IdCheck, report: Report | None) -> None:
+    done = 0
+    for ids, values, rest in rows:
+        writer.add(check(ids, done), values, rest, done)
+        done += len(values)
+        if report is not None:
+            report(done / rows.total)
+    if not done:
+        raise ValueError("gallery: expected at least one row, it has none")
+    writer.close()
+
+
+@dataclass
+class _Rows:
+    """A gallery's rows as (ids, (n, d) float32, other columns), row by row the same items.
+
+    id_column: "" for the rows' numbers. payload: the other columns' names, in order.
+    """
+
+    source: Source
+    pieces: Sequence[Piece]
+    beside: _Beside
+    vector: str
+    id_column: str
+    id_type: pa.DataType
+    payload: list[str]
+
+    @classmethod
+    def of(cls, source: Source, vector_column: str, id_column: str, columns: Sequence[str] | None) -> _Rows:
+        pieces = source.pieces()
+        beside = _Beside(source, pieces)
+        schema = source.schema
+        for entry in beside.schema:
+            schema = schema.append(entry)
+        double = sorted({n for n in schema.names if schema.names.count(n) > 1})
+        if double:
+            raise ValueError(f"gallery: expected each column once, got {', '.join(map(repr, double))} twice")
+        vector = pick_column(source.schema, vector_column, _VECTOR_NAMES, "vector_column")
+        ids = pick_id_column(schema, id_column)
+        if not ids and id_column == "auto" and ROW in schema.names:
+            ids = ROW
+        others = [n for n in schema.names if n not in (vector, ids)]
+        if columns is not None:
+            unknown = [n for n in columns if n not in others]
+            if isinstance(columns, str) or unknown:
+                raise ValueError(f"columns: expected some of {', '.join(others)}, got {unknown or columns!r}")
+            others = [n for n in others if n in columns]
+        elif not ids and ROW in others:
+            others.remove(ROW)
+        kind = schema.field(ids).type if ids else pa.int64()
+        return cls(source, pieces, beside, vector, ids, kind, others)
+
+    @property
+    def total(self) -> int:
+        return sum(piece.rows for piece in self.pieces)
+
+    def __iter__(self) -> Iterator[tuple[pa.Array, Any, pa.RecordBatch]]:
+        d = self.source.space.dim if self.source.space else None
+        done = 0
+        for batch, numbers in self._batches():
+            column = batch.column(self.vector)
+            d = d or vector_dim(column)
+            if d is None:
+                raise ValueError(f"gallery: row {done} has no vector: null")
+            block = vector_block(column, d)
+            if block.bad:  # a row left out here would shift those behind it
+                row, why = min(block.bad.items())
+                more = f" (and {len(block.bad) - 1} more)" if len(block.bad) > 1 else ""
+                raise ValueError(f"gallery: row {done + row} has no vector: {why}{more}; take such rows out before")
+            values = block.values.astype(np.float32, copy=False)
+            wild = ~np.isfinite(values).all(axis=1)
+            if wild.any():
+                raise ValueError(f"gallery: row {done + int(wild.argmax())} has no vector: NaN or infinity")
+            ids = batch.column(self.id_column) if self.id_column else numbers
+            yield ids, values, batch.select(self.payload)
+            done += batch.num_rows
+
+    def ids(self) -> Iterator[pa.Array]:
+        for batch, _ in self._batches():
+            yield batch.column(self.id_column)
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
+        """(all columns, the rows' numbers in the old gallery)"""
+        for piece, first in zip(self.pieces, self.beside.first, strict=True):
+            at, more = 0, self.beside.table(piece)
+            for batch in self.source.read(piece, 0, piece.rows, _BATCH):
                 numbers = pa.array(np.arange(first + at, first + at + batch.num_rows))
-                for name in beside.names:  # a shard without rejected rows has no file for its numbers
-                    part = numbers if more is None else more[name].slice(at, batch.num_rows).combine_chunks()
-                    batch = batch.append_column(name, part)
+                for entry in self.beside.schema:  # a shard without rejected rows has no file for its numbers
+                    part = numbers if more is None else more[entry.name].slice(at, batch.num_rows).combine_chunks()
+                    batch = batch.append_column(entry, part)
                 at += batch.num_rows
-                d = source.space.dim if source.space else None
-                values = vector_block(column, d or _dim(column)).values.astype(np.float32, copy=False)
-                ids = batch.column(id_column) if id_column else numbers
-                yield ids, values, batch.drop_columns([n for n in (vector, id_column) if n])
-
-    return {"milvus": _milvus, "qdrant": _qdrant, "pgvector": _pgvector}[to](folder, rows())
+                yield batch, numbers
 
 
 class _Beside:
@@ -113,7 +260,7 @@ class _Beside:
 
     def __init__(self, source: Source, pieces: Sequence[Piece]) -> None:
         self._files: dict[str, Location] = {}
-        self.names: list[str] = []
+        self.schema = pa.schema([])
         self.first = [0, *np.cumsum([p.rows for p in pieces])[:-1].tolist()]
         if not isinstance(source, (NpySource, BinSource)) or not (source.where / "_fct/manifest.json").exists():
             return
@@ -129,80 +276,10 @@ class _Beside:
             self.first[i], first = first, first + int(json.loads(marker["marker"])["rows_in"])
         if self._files:
             with next(iter(self._files.values())).open() as file:
-                self.names = pq.read_schema(file).names
+                self.schema = pq.read_schema(file).remove_metadata()
 
     def table(self, piece: Piece) -> pa.Table | None:
         if piece.name not in self._files:
             return None
         with self._files[piece.name].open() as file:
             return pq.read_table(file)
-
-
-def _dim(column: pa.Array) -> int:
-    from fct.gallery.vectors import vector_dim
-
-    d = vector_dim(column)
-    if d is None:
-        raise ValueError("gallery: expected vectors, got nulls only")
-    return d
-
-
-def _milvus(folder: Path, rows: Iterator[Any]) -> list[Path]:
-    files: list[Path] = []
-    writer: pq.ParquetWriter | None = None
-    count = 0
-    try:
-        for ids, values, rest in rows:
-            columns = {"id": ids, "vector": vector_array(values, "list")} | dict(
-                zip(rest.schema.names, rest.columns, strict=True)
-            )
-            table = pa.table(columns)
-            if writer is None or count >= _MILVUS_ROWS:
-                if writer is not None:
-                    writer.close()
-                files.append(folder / f"part-{len(files):05d}.parquet")
-                writer, count = pq.ParquetWriter(files[-1], table.schema), 0
-            writer.write_table(table)
-            count += len(ids)
-    finally:
-        if writer is not None:
-            writer.close()
-    return files
-
-
-def _qdrant(folder: Path, rows: Iterator[Any]) -> list[Path]:
-    vectors, payload = folder / "vectors.npy", folder / "payload.jsonl"
-    n, d = 0, 0
-    with open(vectors, "wb") as matrix, open(payload, "w") as lines:
-        matrix.write(bytes(128))
-        for ids, values, rest in rows:
-            n, d = n + len(values), values.shape[1]
-            matrix.write(np.ascontiguousarray(values).data.cast("B"))
-            for key, row in zip(ids.to_pylist(), rest.to_pylist() or [{}] * len(ids), strict=True):
-                lines.write(json.dumps({"id": key, "payload": row}, default=str) + "\n")
-        matrix.seek(0)
-        matrix.write(npy_header((n, d), np.dtype(np.float32)))
-    return [vectors, payload]
-
-
-def _pgvector(folder: Path, rows: Iterator[Any]) -> list[Path]:
-    """PostgreSQL's binary COPY; a vector is int16 dim, int16 0 and big-endian float4s (pgvector's vector_send)."""
-    file = folder / "rows.bin"
-    with open(file, "wb") as out:
-        out.write(b"PGCOPY\n\xff\r\n\x00" + bytes(8))
-        for ids, values, _ in rows:
-            if not pa.types.is_integer(ids.type):
-                raise ValueError(f"id_column: expected integers for pgvector's bigint, got {ids.type}")
-            d = values.shape[1]
-            if d > 16000:
-                raise ValueError(f"gallery: expected at most 16000 dimensions for pgvector, got {d}")
-            record = np.zeros(
-                len(values),
-                [("fields", ">i2"), ("id_size", ">i4"), ("id", ">i8"), ("size", ">i4"), ("dim", ">i2"), ("zero", ">i2")]
-                + [("v", ">f4", (d,))],
-            )
-            record["fields"], record["id_size"], record["size"], record["dim"] = 2, 8, 4 + 4 * d, d
-            record["id"], record["v"] = ids.to_numpy(), values
-            out.write(record.tobytes())
-        out.write(b"\xff\xff")
-    return [file]
