@@ -80,7 +80,7 @@ def export_bulk(
         The files.
 
     Raises:
-        ValueError: ids that the database cannot take (null, twice, negative, no UUID, past 2^63, of another type), a row
+        ValueError: ids that the database cannot take (null, twice, negative, no UUID, past 2^63, another type), a row
         without a vector, a payload that the files cannot hold; the message names column and row, and nothing is left.
         FileExistsError: ``out`` holds something.
 

@@ -165,7 +165,9 @@ def vectors_encoded(values: Any, *, half: bool) -> Any:
     n, d = values.shape
     size = 2 if half else 4
     record = np.zeros(n, [("size", ">i4"), ("dim", ">i2"), ("zero", ">i2"), ("v", f">f{size}", (d,))])
-    record["size"], record["dim"], record["v"] = 4 + size * d, d, values
+    record["size"], record["dim"] = 4 + size * d, d
+    with np.errstate(over="ignore"):  # the caller looks for infinities
+        record["v"] = values
     return record
 
 

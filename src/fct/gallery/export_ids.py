@@ -65,10 +65,9 @@ class IdCheck:
     def __init__(self, rule: IdRule, column: str, kind: pa.DataType, scratch: Path) -> None:
         self.rule, self.column = rule, column
         self.kind = id_kind(kind)
-        if not self.kind or (self.kind == "text" and not rule.text and rule.low < 0):
+        if not self.kind:
             raise ValueError(
-                f"id_column: expected {rule.takes}, column {column!r} is {kind}; name another one, or '' for the row's "
-                "of the rows"
+                f"id_column: expected {rule.takes}, column {column!r} is {kind}; name another, or '' for row numbers"
             )
         self._keys: list[Any] = []
         self._held = 0

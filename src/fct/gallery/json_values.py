@@ -79,13 +79,13 @@ def text_of_times(column: pa.Array, name: str, first: int) -> pa.Array:
     text = column.cast(pa.string())
     if pa.types.is_timestamp(column.type):
         text = pc.replace_substring_regex(pc.replace_substring(text, " ", "T"), r"([+-]\d\d)(\d\d)$", r"\1:\2")
-    wrong = pc.fill_null(pc.match_substring(text, "out of range"), False)
-    early = pc.fill_null(pc.match_substring_regex(text, r"^(-|0000)"), False)
+    wrong = pc.fill_null(pc.match_substring(text, "<value"), False)
+    early = pc.fill_null(pc.match_substring_regex(text, r"^(-|0000|\d{5})"), False)
     both = pc.or_(wrong, early)
     if pc.any(both).as_py():
         row = pc.index(both, True).as_py()
         raise ValueError(
-            f"payload: column {name!r}: row {first + row} holds a time outside the years 1 to 32767 "
+            f"payload: column {name!r}: row {first + row} holds a time outside the years 1 to 9999 "
             f"({column.cast(pa.int64() if column.type.bit_width == 64 else pa.int32())[row].as_py()} {column.type}), "
             "which ISO 8601 has no text for"
         )
