@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "fct"
 FLOORS = [
     {"cli", "__main__"},
     {"life", "doctor"},
-    {"backfilling", "report", "bench"},
+    {"backfilling", "report", "bench", "arrow_mapper"},
     {"gallery"},
     {"baselines"},
     {"fit", "transform", "search", "metrics", "data", "info"},

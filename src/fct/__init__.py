@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fct.errors import FctError, FctWarning, SpaceMismatchError
 
 if TYPE_CHECKING:
+    from fct.arrow_mapper import ArrowMapper
     from fct.artifact.transformation import Transformation
     from fct.backfilling.plan import BackfillPlan, plan_backfill
     from fct.backfilling.run import BackfillReport, backfill
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 # name -> the module that defines it
 _PUBLIC = {
+    "ArrowMapper": "fct.arrow_mapper",
     "BackfillPlan": "fct.backfilling.plan",
     "BackfillReport": "fct.backfilling.run",
     "UpgradingGallery": "fct.backfilling.upgrading",
@@ -53,6 +55,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ArrowMapper",
     "BackfillPlan",
     "BackfillReport",
     "EmbeddingSpace",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from fct.artifact.tolerance import PrecisionEffect, Tolerance
 from fct.checks import check_flag, check_positive, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.spaces import EmbeddingSpace
+
+if TYPE_CHECKING:
+    from fct.arrow_mapper import ArrowMapper
 
 __all__ = [
     "BRANCHES",
@@ -298,6 +301,70 @@ class Transformation:
             raise
         except ValueError as error:
             raise ArtifactError(f"path: the layers in {path} do not fit together: {error}") from error
+
+    def arrow_mapper(
+        self,
+        *,
+        vector: str,
+        side: str | None = None,
+        out: str = "embedding_v2",
+        on_bad: str = "null",
+        why: str | None = None,
+        vector_format: str = "auto",
+        dtype: str = "float32",
+        binary_dtype: str = "float32",
+        scale: float = 1.0,
+        precision: str = "auto",
+        backend: str | None = None,
+        threads: int = 1,
+    ) -> ArrowMapper:
+        """h as one picklable callable over Arrow batches, for Spark, Ray Data, daft, Dask and pandas.
+
+        docs/engines.md has a line for each, and what is lost against :func:`fct.backfill`.
+
+        Args:
+            vector, side: columns of the old vectors (d_old a row) and of the side-information (d_side a row; None for
+                an h without). Lists or binary, as a gallery's columns.
+            out: the column to add; the name of ``vector`` to put the new vectors in its place.
+            on_bad: what becomes of a null, NaN or otherwise unusable row: "null" leaves a null and counts it
+                (``mapper.bad``, by reason, in that process); "raise" raises ValueError.
+            why: a column to add that says of each null why; None for none.
+            vector_format: "fixed_size_list", "list", "binary"; "auto": as the old vectors'. dtype: float32 or float16.
+            binary_dtype: what binary columns hold. scale: the old vectors are multiplied by this.
+            precision, backend: as :func:`fct.transform_batch` has them.
+            threads: of one call; engines start a process for each processor, so one.
+
+        Returns:
+            fct.ArrowMapper: takes a RecordBatch, a Table or an iterable of RecordBatches, and gives the same.
+
+        Raises:
+            ValueError: side missing or too many; when called, a missing column or one of another length.
+
+        Example:
+            >>> import fct, pyarrow as pa
+            >>> h = fct.Transformation.random(2, 2, 3, inner=4, side_info=False)
+            >>> table = pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32()))})
+            >>> mapped = h.arrow_mapper(vector="v")(table)
+            >>> mapped.schema.field("embedding_v2").type, mapped["embedding_v2"].null_count
+            (ListType(list<item: float>), 1)
+        """
+        from fct import ArrowMapper
+
+        return ArrowMapper(
+            self,
+            vector=vector,
+            side=side,
+            out=out,
+            on_bad=on_bad,
+            why=why,
+            vector_format=vector_format,
+            dtype=dtype,
+            binary_dtype=binary_dtype,
+            scale=scale,
+            precision=precision,
+            backend=backend,
+            threads=threads,
+        )
 
     def to_onnx(self, path: str | os.PathLike[str]) -> Path:
         """Exports to ONNX; see :mod:`fct.artifact.onnx_export`. Needs ``pip install 'fct-embeddings[onnx]'``."""
