@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from fct.bench.measure import interleave, timing_fields
+from fct.fit.auto_plan import plan_fit
 from fct.fit.module import TransformationModule
+from fct.fit.pair_training import PairTraining, scalings_of
 from fct.fit.pairs import check_pairs
-from fct.fit.recipes import auto_config, paper_config
-from fct.fit.transformation_fit import _Fit, fit_transformation
+from fct.fit.recipes import FitConfig, paper_config
+from fct.fit.transformation_fit import fit_transformation
 
 N, HELD, DIM = 20_000, 2_000, 128
 
@@ -56,15 +58,20 @@ def test_epoch(rows: int, record: Callable[..., None], threads: int) -> None:
     held = pairs.sample(512, 0)
     data = pairs.loaded()
     cpu = torch.device("cpu")
+    plan = plan_fit(rows, (DIM, DIM, DIM), two_inputs=True, own_validation=True, seconds=None)
+
+    def training(config: FitConfig) -> PairTraining:
+        return PairTraining(pairs, held, config, 0, cpu, scalings_of(pairs, config.standardise, 0))
+
     fits = {
-        "fct, paper recipe (fp32)": _Fit(pairs, held, replace(paper_config(), freeze_norm_at=1.0), 0, cpu, data),
-        "fct, auto recipe": _Fit(pairs, held, auto_config(), 0, cpu, data),
+        "fct, paper recipe (fp32)": training(replace(paper_config(), freeze_norm_at=1.0)),
+        **{f"fct, auto's shape {c.branch}, {c.inner}": training(c) for c in plan.rungs},
     }
     # Peers: torch's own Adam at its best setting (fused), fp32 and bf16 autocast.
     tensors = tuple(torch.from_numpy(a) for a in data)
-    plain = TransformationModule(DIM, DIM, DIM, 2048)
+    plain = TransformationModule(DIM, DIM, DIM, paper_config())
     adam = torch.optim.Adam(plain.parameters(), lr=5e-4, weight_decay=3e-5, fused=True)
-    calls: dict[str, Callable[[], Any]] = {name: fit._one_epoch for name, fit in fits.items()}
+    calls: dict[str, Callable[[], Any]] = {name: fit.one_epoch for name, fit in fits.items()}
     calls["plain torch loop (fp32)"] = lambda: plain_epoch(plain, adam, tensors, 1024)
     before = [p.clone() for p in plain.parameters()]
     timings = interleave(calls, rounds=3, seconds=1)
@@ -82,7 +89,7 @@ def test_recipes(deviation: float, record: Callable[..., None], threads: int, fu
     old, side, new = make_pairs(N + HELD, deviation)
     held = (old[N:], side[N:], new[N:])
     paper = paper_config() if full else replace(paper_config(), epochs=8)
-    for name, config in (("auto", auto_config()), (f"paper, {paper.epochs} epochs", paper)):
+    for name, config in (("auto", "auto"), (f"paper, {paper.epochs} epochs", paper)):
         begun = time.perf_counter()
         reached: list[float] = []
         h = fit_transformation(

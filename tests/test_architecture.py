@@ -20,7 +20,7 @@ FLOORS = [
     {"backfilling", "report", "bench", "arrow_mapper"},
     {"gallery"},
     {"baselines"},
-    {"fit", "transform", "search", "metrics", "data", "info"},
+    {"fit", "transform", "search", "metrics", "mixed_gallery", "data", "info"},
     {"ops"},
     {"rows", "artifact"},
     {"spaces", "atomic_files", "progress", "terminal", "kernels", "_C"},

@@ -183,9 +183,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "got 'abacus'",
     ),
     "fit: config": (
-        lambda: fct.fit_transformation(rows(6, 8), None, rows(6, 5), config="best", progress=False),
+        lambda: fct.fit_transformation(rows(6, 8), None, rows(6, 5), config="good", progress=False),
         ValueError,
-        "config: expected 'auto', 'paper' or a fct.fit.recipes.FitConfig, got 'best'",
+        "config: expected 'auto', 'best', 'paper' or a fct.fit.recipes.FitConfig, got 'good'",
     ),
     # k > n
     "topk: k": (

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fct.fit.transformation_fit import fit_transformation
     from fct.info import build_info
     from fct.metrics import RetrievalMetrics, evaluate
+    from fct.mixed_gallery import evaluate_mixed
     from fct.rows import ScaledInt8
     from fct.search import PreparedGallery, TopK, prepare_gallery, topk
     from fct.spaces import EmbeddingSpace
@@ -47,6 +48,7 @@ _PUBLIC = {
     "Transformation": "fct.artifact.transformation",
     "build_info": "fct.info",
     "evaluate": "fct.metrics",
+    "evaluate_mixed": "fct.mixed_gallery",
     "fit_transformation": "fct.fit.transformation_fit",
     "prepare_gallery": "fct.search",
     "train_side_info": "fct.fit.side_info",
@@ -72,6 +74,7 @@ __all__ = [
     "backfill",
     "build_info",
     "evaluate",
+    "evaluate_mixed",
     "fit_transformation",
     "plan_backfill",
     "prepare_gallery",

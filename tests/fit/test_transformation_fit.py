@@ -13,8 +13,8 @@ import fct
 import fct.fit.pairs as pairs_module
 from fct import ref
 from fct.errors import ArtifactError
-from fct.fit.recipes import FitConfig, auto_config, paper_config
-from fct.fit.transformation_fit import EpochReport
+from fct.fit.pair_training import EpochReport, PairTraining, scalings_of
+from fct.fit.recipes import FitConfig, paper_config
 
 QUICK = FitConfig(inner=32, epochs=4, batch_size=64, lr=4e-3, standardise=True, average=0.9)
 
@@ -140,21 +140,20 @@ def test_paper_recipe_is_the_papers() -> None:
     paper = paper_config()
     assert (paper.inner, paper.epochs, paper.batch_size, paper.lr, paper.weight_decay) == (2048, 80, 1024, 5e-4, 3e-5)
     assert (paper.warmup_epochs, paper.freeze_norm_at, paper.standardise, paper.average) == (5, 0.5, False, 0)
-    assert auto_config().epochs * 4 < paper.epochs
+    assert (paper.branch, paper.mixer_blocks, paper.skip, paper.mixup) == (0, 2, "none", 0)
 
 
 def test_norm_is_frozen_in_the_second_half(pairs: tuple[Any, Any, Any]) -> None:
     import torch
 
-    from fct.fit.transformation_fit import _Fit
-
     checked = pairs_module.check_pairs(*pairs)
     train, held = pairs_module.split_pairs(checked, 0.1, 0)
-    fit = _Fit(train, held, replace(paper_config(), inner=16, epochs=4), 0, torch.device("cpu"), train.loaded())
+    config = replace(paper_config(), inner=16, epochs=4)
+    training = PairTraining(train, held, config, 0, torch.device("cpu"), scalings_of(train, False, 0))
     means = []
     for _ in range(4):
-        fit._one_epoch()
-        means.append(fit.module.mixer[0].norm.running_mean.clone())  # type: ignore[union-attr]
+        training.one_epoch()
+        means.append(training.module.mixer[0].norm.running_mean.clone())  # type: ignore[union-attr]
     assert not torch.equal(means[0], means[1])
     assert torch.equal(means[1], means[2])
     assert torch.equal(means[2], means[3])
@@ -170,7 +169,14 @@ def test_norm_is_frozen_in_the_second_half(pairs: tuple[Any, Any, Any]) -> None:
         ({"old": np.zeros((900, 4))}, "old: expected dtype float32, .* got float64"),
         ({"validation": 1.5}, "validation: expected a share between 0 and 1"),
         ({"validation": "x"}, "validation: expected a share or a tuple"),
-        ({"config": "best"}, "config: expected 'auto', 'paper' or a"),
+        ({"config": "good"}, "config: expected 'auto', 'best', 'paper' or a"),
+        ({"unpaired": (np.zeros((3, 10), np.float32), None)}, "unpaired: expected None unless config='best'"),
+        ({"config": "best", "unpaired": 3}, r"unpaired: expected a tuple \(old, side_info\), got int"),
+        (
+            {"config": "best", "unpaired": (np.zeros((3, 10), np.float32), None)},
+            "unpaired: expected side_info in both or in neither",
+        ),
+        ({"seconds": 0}, "seconds: expected a positive number or None, got 0"),
         ({"device": "abacus"}, "device: expected 'auto', 'cpu' or 'cuda', got 'abacus'"),
         ({"new_space": fct.EmbeddingSpace("m", 3)}, "new_space: expected dim 10 to match the rows"),
     ],

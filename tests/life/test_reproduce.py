@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import fct
+from fct.fit.recipes import paper_config
 from fct.life import Experiment, experiment_names, load_experiment, run_experiment
 
 ROWS = [
@@ -36,7 +37,7 @@ def shrunk(experiment: Experiment, classes: int) -> Experiment:
         old=replace(small.old, **size),
         new=replace(small.new, **size),
         side_info=replace(small.side_info, **size),
-        h={**small.fit_config.to_dict(), "inner": 16, "batch_size": 8},
+        h={**paper_config().to_dict(), "inner": 16, "batch_size": 8},
     )
 
 
@@ -82,7 +83,7 @@ def test_the_large_experiments_run_an_epoch(tmp_path: Path, name: str) -> None:
 
 def tiny() -> Experiment:
     small = load_experiment("fashion-mnist-arcface").with_epochs(1)
-    return replace(small, h={**small.fit_config.to_dict(), "inner": 16, "batch_size": 32})
+    return replace(small, h={**paper_config().to_dict(), "inner": 16, "batch_size": 32})
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fct.artifact.transformation import Layer, Transformation
+from fct.artifact.transformation import Transformation
+from fct.fit.linear_artifact import linear_transformation
+from fct.fit.linear_map import LinearMap, nearest_rotation
 from fct.fit.pairs import check_pairs
 from fct.spaces import EmbeddingSpace
 
@@ -33,8 +35,7 @@ def fit_procrustes(
         4
     """
     x, y, mean_x, mean_y = _centred(old, new)
-    u, _, vt = np.linalg.svd(y.T @ x, full_matrices=False)
-    return _linear(u @ vt, mean_x, mean_y, "procrustes", old_space, new_space)
+    return _linear(nearest_rotation(y.T @ x), mean_x, mean_y, "procrustes", old_space, new_space)
 
 
 def fit_ridge(
@@ -75,13 +76,11 @@ def _centred(old: Any, new: Any) -> tuple[Any, Any, Any, Any]:
 def _linear(
     weight: Any, mean_x: Any, mean_y: Any, name: str, old_space: EmbeddingSpace | None, new_space: EmbeddingSpace | None
 ) -> Transformation:
-    """y = weight (x - mean_x) + mean_y in h's form: the two branches pass x on, the mixer reads the first only."""
+    """y = weight (x - mean_x) + mean_y in h's form."""
     d_new, d_old = weight.shape
-    through = Layer(np.eye(d_old), np.zeros(d_old), relu=False)
-    return Transformation(
-        old=(through,),
-        side=(Layer(np.zeros((1, d_old)), np.zeros(1), relu=False),),
-        mixer=(Layer(np.concatenate([weight, np.zeros((d_new, 1))], axis=1), mean_y - weight @ mean_x, relu=False),),
+    return linear_transformation(
+        LinearMap(name, weight, mean_y - weight @ mean_x),
+        d_old=d_old,
         old_space=old_space or EmbeddingSpace("old", d_old),
         new_space=new_space or EmbeddingSpace("new", d_new),
         normalise=new_space is not None and new_space.normalised,

@@ -69,13 +69,14 @@ def fit_residual(
             schedule.step()
     w1, b1, w2, b2 = (p.detach().double().numpy() for p in model.parameters())
     w1 = w1 / scale
-    return Transformation(
-        old=linear.old,
-        side=(Layer(w1, b1 - w1 @ mean, relu=True),),
+    none = Layer(np.zeros((1, x.shape[1])), np.zeros(1))
+    return linear.with_(
+        old=(Layer(w1, b1 - w1 @ mean, relu=True),),
+        side=(none,),
         mixer=(
             Layer(
-                np.concatenate([linear.mixer[0].weight[:, : x.shape[1]], w2 * unit], axis=1),
-                linear.mixer[0].bias + b2 * unit,
+                np.concatenate([w2 * unit, np.zeros((len(b2), 1))], axis=1),
+                linear.mixer[-1].bias + b2 * unit,
                 relu=False,
             ),
         ),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fct.artifact.transformation import Layer, Transformation, fold_norm, fold_scaling
+from fct.fit.recipes import FitConfig
 from fct.spaces import EmbeddingSpace
 
 __all__ = ["Block", "Scaling", "TransformationModule", "to_transformation"]
@@ -32,18 +33,36 @@ class Block(nn.Module):
 class TransformationModule(nn.Module):
     """(n, d_old), (n, d_side) -> (n, d_new).
 
-    Branches d -> 2d -> 2 d_new, mixer 4 d_new -> inner -> inner -> d_new; batch norm and ReLU after all but the last
-    layer, which has a bias. Source: Ramanujan et al., CVPR 2022, arXiv:2112.02805, section 3.3.
+    The paper's: branches d -> 2d -> 2 d_new, mixer 4 d_new -> inner -> inner -> d_new; batch norm and ReLU after all
+    but the last layer, which has a bias. ``config`` may ask for one block a branch, other mixers, and a linear path
+    from [old, side] (old alone where it takes the side-information's place) beside all of it.
+    Source: Ramanujan et al., CVPR 2022, arXiv:2112.02805, section 3.3.
+
+    two_inputs: False where the old embedding takes the side-information's place.
     """
 
-    def __init__(self, d_old: int, d_side: int, d_new: int, inner: int) -> None:
+    def __init__(self, d_old: int, d_side: int, d_new: int, config: FitConfig, *, two_inputs: bool = True) -> None:
         super().__init__()
-        self.old = nn.Sequential(Block(d_old, 2 * d_old), Block(2 * d_old, 2 * d_new))
-        self.side = nn.Sequential(Block(d_side, 2 * d_side), Block(2 * d_side, 2 * d_new))
-        self.mixer = nn.Sequential(Block(4 * d_new, inner), Block(inner, inner), nn.Linear(inner, d_new))
+        self.two_inputs = two_inputs
+        self.d_inputs = (d_old, d_side)
+        wide = config.branch or 2 * d_new
+        self.old, self.side = (
+            nn.Sequential(Block(d, config.branch))
+            if config.branch
+            else nn.Sequential(Block(d, 2 * d), Block(2 * d, 2 * d_new))
+            for d in (d_old, d_side)
+        )
+        widths = [2 * wide] + [config.inner] * config.mixer_blocks
+        self.mixer = nn.Sequential(*map(Block, widths, widths[1:]), nn.Linear(config.inner, d_new))
+        self.skip: nn.Linear | None = None
+        if config.skip != "none":
+            self.skip = nn.Linear(d_old + (d_side if two_inputs else 0), d_new, bias=False)
+            self.skip.weight.requires_grad_(config.skip == "learned")
 
     def forward(self, old: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.mixer(torch.cat([self.old(old), self.side(side)], dim=1))
+        if self.skip is not None:
+            out = out + self.skip(torch.cat([old, side], dim=1) if self.two_inputs else old)
         return out
 
     def freeze_norm(self) -> None:
@@ -63,6 +82,7 @@ def to_transformation(
     new_space: EmbeddingSpace,
     side_model: str | None,
     normalise: bool,
+    length: float = 1.0,
     info: dict[str, Any],
 ) -> Transformation:
     """Folds batch norm, input scaling and target scaling into float32 layers; the arithmetic is float64."""
@@ -87,6 +107,17 @@ def to_transformation(
     mean, scale = (np.asarray(part, np.float64) for part in new_scaling)
     gain = np.broadcast_to(scale, mixer[-1][1].shape)
     mixer[-1] = (mixer[-1][0] * gain[:, None], mixer[-1][1] * gain + mean, False)
+    skip = None
+    if module.skip is not None:
+        two = module.two_inputs
+        widths = module.d_inputs[: 1 + two]
+        ends = [
+            [np.broadcast_to(np.asarray(x, np.float64), width) for x in scaling]
+            for scaling, width in zip((old_scaling, side_scaling), widths, strict=False)
+        ]
+        centre, spread = (np.concatenate(parts) for parts in zip(*ends, strict=True))
+        weight = numpy(module.skip.weight).astype(np.float64) * gain[:, None] / spread
+        skip = Layer(weight, -weight @ centre, relu=False)
     return Transformation(
         old=tuple(Layer(*layer) for layer in old),
         side=tuple(Layer(*layer) for layer in side),
@@ -95,5 +126,7 @@ def to_transformation(
         new_space=new_space,
         side_model=side_model,
         normalise=normalise,
+        length=length,
+        skip=skip,
         info=info,
     )

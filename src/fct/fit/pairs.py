@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from fct.rows import Rows, rows_of
 
-__all__ = ["Pairs", "check_pairs", "split_pairs"]
+__all__ = ["Pairs", "check_pairs", "fold_pairs", "split_pairs"]
 
 # Pairs that take more float32 bytes than this stay where they are (a mapped file, float16 rows) and are read in
 # runs of neighbouring rows; smaller sets are brought to memory once.
@@ -43,6 +44,11 @@ class Pairs:
         width = self.old.d + (self.side.d if self.side else 0) + self.new.d
         return len(self) * width * 4 <= IN_MEMORY_BYTES
 
+    @property
+    def mapped(self) -> bool:
+        """Whether some rows lie in a mapped file."""
+        return any(_is_mapped(rows.values) for rows in (self.old, self.side, self.new) if rows is not None)
+
     def take(self, positions: Any) -> tuple[Any, Any, Any]:
         """(old, side, new) float32 rows at positions of this set; side is None where there is none."""
         where = self.index[positions]
@@ -51,12 +57,15 @@ class Pairs:
     def loaded(self) -> tuple[Any, Any, Any]:
         return self.take(slice(None))
 
+    def part(self, positions: Any) -> Pairs:
+        """The pairs at positions of this set, in ascending order."""
+        return Pairs(self.old, self.side, self.new, np.sort(self.index[positions]))
+
     def sample(self, most: int, seed: int) -> Pairs:
         """At most ``most`` of these pairs, chosen by seed."""
         if len(self) <= most:
             return self
-        chosen = np.random.default_rng([seed, 7]).choice(len(self), most, replace=False)
-        return Pairs(self.old, self.side, self.new, np.sort(self.index[chosen]))
+        return self.part(np.random.default_rng([seed, 7]).choice(len(self), most, replace=False))
 
     def order(self, seed: int, epoch: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """Positions of one epoch, in pools of rows to be read together; the same for the same seed and epoch."""
@@ -68,6 +77,12 @@ class Pairs:
         for begin in range(0, len(starts), _POOL_ROWS // _RUN):
             runs = [np.arange(s, min(s + _RUN, len(self))) for s in np.sort(starts[begin : begin + _POOL_ROWS // _RUN])]
             yield rng.permutation(np.concatenate(runs))
+
+
+def _is_mapped(values: Any) -> bool:
+    while isinstance(values, (np.ndarray, memoryview)):
+        values = values.obj if isinstance(values, memoryview) else values.base
+    return isinstance(values, mmap.mmap)
 
 
 def _gather(rows: Rows, where: Any) -> Any:
@@ -101,7 +116,10 @@ def split_pairs(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     held = min(max(1, round(len(pairs) * share)), 20_000, len(pairs) - 2)
     mask = np.zeros(len(pairs), bool)
     mask[np.random.default_rng([seed, 11]).choice(len(pairs), held, replace=False)] = True
-    return (
-        Pairs(pairs.old, pairs.side, pairs.new, pairs.index[~mask]),
-        Pairs(pairs.old, pairs.side, pairs.new, pairs.index[mask]),
-    )
+    return pairs.part(~mask), pairs.part(mask)
+
+
+def fold_pairs(pairs: Pairs, folds: int, seed: int) -> list[tuple[Pairs, Pairs]]:
+    """(training, held out) for each of ``folds`` random parts, which together hold every pair once."""
+    parts = np.array_split(np.random.default_rng([seed, 13]).permutation(len(pairs)), folds)
+    return [(pairs.part(np.setdiff1d(np.arange(len(pairs)), held)), pairs.part(held)) for held in parts]

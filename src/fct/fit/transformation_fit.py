@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,34 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fct.artifact.transformation import Tolerance, Transformation
-from fct.atomic_files import atomic_path
-from fct.checks import check_flag, check_number, check_path, check_seed
-from fct.errors import ArtifactError
-from fct.fit.module import Scaling, TransformationModule, to_transformation
+from fct.checks import check_flag, check_number, check_path, check_positive, check_seed
+from fct.errors import FctWarning
+from fct.fit.auto_fit import AutoFit, climb, judge
+from fct.fit.auto_plan import plan_fit
+from fct.fit.distil import distil
+from fct.fit.linear_artifact import blend_linear, linear_transformation
+from fct.fit.mixed_length import calibrate_length
+from fct.fit.module import to_transformation
+from fct.fit.neighbours import NeighbourTest
+from fct.fit.pair_training import EpochReport, PairTraining, scalings_of
 from fct.fit.pairs import Pairs, check_pairs, split_pairs
 from fct.fit.recipes import FitConfig, resolve_config
+from fct.fit.repeated_pairs import find_repeated
 from fct.fit.training_device import training_device
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace, check_space
 
 __all__ = ["EpochReport", "fit_transformation"]
 
-_SCALING_SAMPLE = 200_000  # rows that the mean and the scale are taken from
-_MEASURED_PAIRS = 4_096  # validation rows that the precisions are measured on
-
-
-@dataclass(frozen=True, slots=True)
-class EpochReport:
-    """One epoch: mean squared errors per element, in the new space's own units."""
-
-    epoch: int
-    train_mse: float
-    validation_mse: float
-    seconds: float
+_LOG = logging.getLogger("fct.fit")
+_NORM_SAMPLE = 20_000  # rows that are looked at for a common length
+_MEASURED_PAIRS = 4_096  # validation rows that the precisions and the length are measured on
 
 
 def fit_transformation(
@@ -51,6 +46,8 @@ def fit_transformation(
     *,
     validation: float | tuple[Any, Any, Any] | None = None,
     config: str | FitConfig = "auto",
+    unpaired: tuple[Any, Any] | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
@@ -69,25 +66,38 @@ def fit_transformation(
             float16, bfloat16 or :class:`fct.ScaledInt8`; numpy (mapped files too: the pairs need not fit in memory),
             torch or DLPack.
         side_info: (n, d_side) side-information of the same items, or None: the old embedding takes its place.
-        validation: a share to hold out (None: 5 %, at most 20,000 rows), or a tuple (old, side_info, new) of its own.
-        config: "auto" (our default), "paper" (Ramanujan et al. to the letter), or a
+        validation: a share to hold out, or a tuple (old, side_info, new) of its own. None: for "auto" and "best" what
+            suits the number of pairs (few are cross-fitted, so that none is lost), else 5 %, at most 20,000 rows.
+        config: "auto" (our default, for 100 to 10,000,000 pairs), "best" (several h averaged and distilled into one,
+            takes some five times longer), "paper" (Ramanujan et al. to the letter), or a
             :class:`fct.fit.recipes.FitConfig`.
+        unpaired: (old, side_info) arrays of gallery rows that have no new embedding, for "best": what the averaged h
+            says of them is learnt too. side_info is None where the pairs have none.
+        seconds: time to plan for, for "auto" and "best": seconds of two cores with AVX-512; by default 40 and more.
+            It is a plan, not a deadline: a slow or busy machine takes longer, and ends with the same h.
         seed: same seed, same data and same machine give the same h.
         device: "auto" (a GPU where torch sees one), "cpu", "cuda", ...
-        progress: show a bar on stderr, where that is a terminal or a notebook.
+        progress: show a bar on stderr, where that is a terminal or a notebook, and say each choice in a line.
         old_space, new_space: whose vectors these are; by default named "old" and "new", normalised where every row
             given is of unit length. h's output is normalised where the new space is.
         side_model: the id of the model that made side_info.
         tolerance: what ``precision="auto"`` may cost later.
         checkpoint: a file to write the state to every ``checkpoint_seconds`` and to go on from; removed when done.
+            "auto" and "best", which train several h, write the later ones' to files beside it, NAME.1, NAME.2, ...
         on_epoch: called after each epoch.
 
     Returns:
-        The h of the epoch with the lowest validation error; its ``info`` holds the figures, its ``precisions`` the
+        h. For "auto" and "best" never one that finds less than ridge regression and Procrustes do on the held-out
+        pairs: else that map is what is returned, and ``info["choices"]`` says so. For the others the h of the epoch
+        with the lowest validation error. ``info`` holds the figures and every choice in a line, and under "mixed" the
+        length for mapped rows that will stand among true ones (:func:`fct.evaluate_mixed`); ``precisions`` the
         measured effect of bf16 and int8 on retrieval among the validation pairs.
 
     Raises:
-        TypeError, ValueError: bad arrays or settings. ArtifactError: the checkpoint belongs to another fit.
+        TypeError, ValueError: bad arrays or settings. ArtifactError: the checkpoint is damaged or of another fit.
+
+    Warns:
+        FctWarning: some inputs stand there with more than one new embedding.
 
     Source: Ramanujan et al., "Forward Compatible Training for Large-Scale Embedding Retrieval Systems", CVPR 2022,
     arXiv:2112.02805.
@@ -106,61 +116,50 @@ def fit_transformation(
     check_seed(seed)
     check_flag(progress, "progress")
     check_number(checkpoint_seconds, "checkpoint_seconds", 0)
+    if seconds is not None:
+        check_positive(seconds, "seconds", "a positive number or None")
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(f"tolerance: expected a Tolerance or None, got {type(tolerance).__name__}")
     state = None if checkpoint is None else check_path(checkpoint, "checkpoint", "a path or None")
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch: expected a function or None, got {type(on_epoch).__name__}")
+    if unpaired is not None and config != "best":
+        raise ValueError("unpaired: expected None unless config='best', which alone learns from such rows")
     pairs = check_pairs(old, side_info, new)
-    train, held = _split(pairs, validation, seed)
-    _check_space(old_space, train.old.d, "old_space")
-    _check_space(new_space, train.new.d, "new_space")
+    extra = None if unpaired is None else _check_unpaired(unpaired, pairs)
+    given = _check_validation(validation, pairs)
+    _check_space(old_space, pairs.old.d, "old_space")
+    _check_space(new_space, pairs.new.d, "new_space")
     target = training_device(device)
-    sample = train.sample(_SCALING_SAMPLE, seed).loaded()
-    old_space = old_space or _guess_space("old", sample[0])
-    new_space = new_space or _guess_space("new", sample[2])
-
-    fit = _Fit(train, held, settings, seed, target, sample)
-    if state is not None:
-        fit.resume(state)
+    sample = pairs.sample(_NORM_SAMPLE, seed).loaded()
+    spaces = old_space or _guess_space("old", sample[0]), new_space or _guess_space("new", sample[2])
     begun = time.monotonic()
-    fit.run(progress, state, checkpoint_seconds, on_epoch)
-    best = fit.best
-    variance = fit.held_variance
-    h = to_transformation(
-        fit.best_module(),
-        old_scaling=fit.scalings[0],
-        side_scaling=fit.scalings[1],
-        new_scaling=fit.scalings[2],
-        old_space=old_space,
-        new_space=new_space,
-        side_model=None if train.side is None else side_model,
-        normalise=new_space.normalised,
-        info={
-            "config": settings.to_dict(),
-            "recipe": config if isinstance(config, str) else "custom",
-            "seed": seed,
-            "pairs": len(train),
-            "validation_pairs": len(held),
-            "best_epoch": best["epoch"],
-            "validation": {"mse": best["mse"], "r2": 1 - best["mse"] / variance if variance > 0 else 0.0},
-            "history": fit.history,
-            "seconds": round(time.monotonic() - begun, 3),
-            "device": str(target),
-            "torch": torch.__version__,
-        },
-    )
-    h = _measure(h.with_(tolerance=tolerance or Tolerance()), train, held, seed, progress)
-    if state is not None:
-        state.unlink(missing_ok=True)
+    with step_bar(progress) as bar:
+        run = _Run(
+            pairs, given, validation, seed, target, spaces, None if side_info is None else side_model, bar, state,
+            checkpoint_seconds, on_epoch,
+        )  # fmt: skip
+        if settings is None:
+            length = _common_length(sample[2]) if not spaces[1].normalised else 1.0
+            h, held = run.auto(length, seconds, extra if config == "best" else None, best=config == "best")
+        else:
+            h, held = run.single(settings)
+    info = {
+        "recipe": config if isinstance(config, str) else "custom",
+        "seed": seed,
+        **h.info,
+        "seconds": round(time.monotonic() - begun, 3),
+        "device": str(target),
+        "torch": torch.__version__,
+    }
+    h = _measure(h.with_(tolerance=tolerance or Tolerance(), info=info), run.train, held, seed, progress)
+    run.forget()
     return h
 
 
-def _split(pairs: Pairs, validation: Any, seed: int) -> tuple[Pairs, Pairs]:
-    if validation is None:
-        return split_pairs(pairs, 0.05, seed)
-    if isinstance(validation, float):
-        return split_pairs(pairs, validation, seed)
+def _check_validation(validation: Any, pairs: Pairs) -> Pairs | None:
+    if validation is None or isinstance(validation, float):
+        return None
     if not isinstance(validation, tuple) or len(validation) != 3:
         raise ValueError(
             f"validation: expected a share or a tuple (old, side_info, new), got {type(validation).__name__}"
@@ -172,7 +171,19 @@ def _split(pairs: Pairs, validation: Any, seed: int) -> tuple[Pairs, Pairs]:
         raise ValueError(f"validation: expected dims {pairs.dims} to match the training pairs, got {held.dims}")
     if len(pairs) < 2:
         raise ValueError(f"old: expected at least 2 rows to train on, got {len(pairs)}")
-    return pairs, held
+    return held
+
+
+def _check_unpaired(unpaired: Any, pairs: Pairs) -> tuple[Any, Any]:
+    """(old, side_info) float32; the gallery's rows stand in for a new embedding only to be checked alike."""
+    if not isinstance(unpaired, tuple) or len(unpaired) != 2:
+        raise ValueError(f"unpaired: expected a tuple (old, side_info), got {type(unpaired).__name__}")
+    rows = check_pairs(unpaired[0], unpaired[1], unpaired[0], prefix="unpaired ")
+    if (rows.side is None) != (pairs.side is None):
+        raise ValueError("unpaired: expected side_info in both or in neither of the pairs and the unpaired rows")
+    if rows.dims[:2] != pairs.dims[:2]:
+        raise ValueError(f"unpaired: expected dims {pairs.dims[:2]} to match the pairs, got {rows.dims[:2]}")
+    return rows.loaded()[:2]
 
 
 def _check_space(space: EmbeddingSpace | None, d: int, name: str) -> None:
@@ -186,12 +197,11 @@ def _guess_space(model_id: str, rows: Any) -> EmbeddingSpace:
     return EmbeddingSpace(model_id, int(rows.shape[1]), normalised=unit)
 
 
-def _has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Where an older torch does not tell, fp32.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+def _common_length(rows: Any) -> float | None:
+    """The one length that all rows have (a unit-length space in other units), or None."""
+    norms = np.linalg.norm(rows, axis=1)
+    mean = float(norms.mean())
+    return mean if mean > 0 and bool(np.all(np.abs(norms - mean) < 1e-2 * mean)) else None
 
 
 def _measure(h: Transformation, train: Pairs, held: Pairs, seed: int, progress: bool) -> Transformation:
@@ -204,226 +214,183 @@ def _measure(h: Transformation, train: Pairs, held: Pairs, seed: int, progress: 
     return measure_precisions(h, old, side, new, progress=progress)
 
 
-class _Fit:
-    """The state of one fit: module, optimiser, average, best checkpoint, history; and its loop."""
+@dataclass(eq=False)
+class _Run:
+    """One call: the pairs and settings that all its trainings share."""
 
-    def __init__(
-        self,
-        train: Pairs,
-        held: Pairs,
-        config: FitConfig,
-        seed: int,
-        device: torch.device,
-        sample: tuple[Any, Any, Any],
-    ) -> None:
-        self.train, self.held, self.config, self.seed, self.device = train, held, config, seed, device
-        d_old, d_side, d_new = train.dims
-        self.scalings = _scalings(sample, config.standardise)
-        self.held_data = self._to_device(held.loaded())
-        scale = torch.as_tensor(self.scalings[2][1], device=device)
-        self._unit = float(scale) ** 2  # from the loss's units to the new space's
-        self.held_variance = float(self.held_data[2].var(dim=0, unbiased=False).mean()) * self._unit
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.module = TransformationModule(d_old, d_side, d_new, config.inner)
-        self.module.to(device)
-        adam = torch.optim.AdamW if config.decoupled_decay else torch.optim.Adam
-        self.optimiser = adam(self.module.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        self.averaged: AveragedModel | None = None
-        if config.average:
-            decay = get_ema_multi_avg_fn(config.average)
-            self.averaged = AveragedModel(self.module, multi_avg_fn=decay, use_buffers=True)
-        self.epoch = 0
-        self.step = 0
-        self.best: dict[str, Any] = {"epoch": 0, "mse": math.inf, "state": {}}
-        self.history: list[dict[str, float]] = []
-        self._bf16 = config.mixed_precision and _has_fast_bf16(device)
-        self._cached = self._to_device(train.loaded()) if train.fits_in_memory else None
+    train: Pairs
+    given: Pairs | None
+    share: Any
+    seed: int
+    device: torch.device
+    spaces: tuple[EmbeddingSpace, EmbeddingSpace]
+    side_model: str | None
+    bar: Any
+    state: Path | None
+    checkpoint_seconds: float
+    on_epoch: Callable[[EpochReport], None] | None
 
-    # ---- data ----
-    def _to_device(self, arrays: tuple[Any, Any, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        def scaled(array: Any, scaling: Scaling) -> torch.Tensor:
-            mean, scale = scaling
-            if not self.config.standardise:
-                return torch.from_numpy(array).to(self.device)
-            return torch.from_numpy((array - mean) / scale).to(self.device)
+    def __post_init__(self) -> None:
+        self._task: Any = None
+        self._states: list[Path] = []
+        self.choices: list[str] = []
 
-        old, new = scaled(arrays[0], self.scalings[0]), scaled(arrays[2], self.scalings[2])
-        return old, old if arrays[1] is None else scaled(arrays[1], self.scalings[1]), new
+    # ---- telling ----
+    def _tell(self, line: str) -> None:
+        self.choices.append(line)
+        _LOG.info(line)
+        if not self.bar.disable:
+            self.bar.console.print(line, highlight=False, markup=False)
 
-    # ---- the loop ----
-    def run(
-        self,
-        progress: bool,
-        checkpoint: Path | None,
-        checkpoint_seconds: float,
-        on_epoch: Callable[[EpochReport], None] | None,
-    ) -> None:
-        saved = time.monotonic()
-        with step_bar(progress) as bar:
-            task = bar.add_task("fitting h", total=self.config.epochs, completed=self.epoch)
-            while self.epoch < self.config.epochs:
-                report = self._one_epoch()
-                if on_epoch is not None:
-                    on_epoch(report)
-                if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
-                    self.save(checkpoint)
-                    saved = time.monotonic()
-                text = f"fitting h (validation mse {self.best['mse']:.3g})"
-                bar.update(task, completed=self.epoch, description=text)
-
-    def _one_epoch(self) -> EpochReport:
-        begun = time.monotonic()
-        config = self.config
-        self.module.train()
-        if self.epoch >= round(config.freeze_norm_at * config.epochs):
-            self.module.freeze_norm()
-        total, rows = torch.zeros((), device=self.device), 0
-        for pool in self.train.order(self.seed, self.epoch):
-            if self._cached is not None:
-                data, order = self._cached, torch.from_numpy(pool).to(self.device)
-            else:
-                data, order = self._to_device(self.train.take(pool)), torch.arange(len(pool), device=self.device)
-            for index in order.split(config.batch_size):
-                if len(index) < 2:  # batch norm has no variance of one row; the next epoch's order differs
-                    continue
-                total += self._one_step(*(part.index_select(0, index) for part in data)) * len(index)
-                rows += len(index)
-        self.epoch += 1
-        validation = math.nan
-        if self.epoch % config.validate_every == 0 or self.epoch == config.epochs:
-            validation = self._validate()
-        report = EpochReport(self.epoch, float(total) / max(rows, 1) * self._unit, validation, time.monotonic() - begun)
-        self.history.append({"epoch": self.epoch, "train_mse": report.train_mse, "validation_mse": validation})
-        return report
-
-    def _one_step(self, old: torch.Tensor, side: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.config.lr * self._schedule()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            out = self.module(old, side)
-        loss = functional.mse_loss(out.float(), new)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        self.step += 1
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.module)
-        return loss.detach()
-
-    def _schedule(self) -> float:
-        """Share of the peak learning rate at this step: a linear rise, then half a cosine."""
-        per_epoch = max(1, math.ceil(len(self.train) / self.config.batch_size))
-        at, warm, end = (self.step + 1) / per_epoch, self.config.warmup_epochs, float(self.config.epochs)
-        if at < warm:
-            return at / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (at - warm) / max(end - warm, 1e-9))))
-
-    def _candidate(self) -> TransformationModule:
-        module = self.averaged.module if self.averaged is not None else self.module
-        assert isinstance(module, TransformationModule)
-        return module
-
-    @torch.inference_mode()
-    def _validate(self) -> float:
-        module = self._candidate().eval()
-        old, side, new = self.held_data
-        total = 0.0
-        for part in torch.arange(len(new), device=self.device).split(4096):
-            total += float(functional.mse_loss(module(old[part], side[part]), new[part], reduction="sum"))
-        mse = total / new.numel() * self._unit
-        if not math.isfinite(mse):
-            raise FloatingPointError(
-                f"fit: the validation error became {mse} in epoch {self.epoch}; a smaller lr than {self.config.lr} "
-                "or config='auto' usually helps"
-            )
-        if mse < self.best["mse"]:
-            state = {name: value.detach().clone() for name, value in module.state_dict().items()}
-            self.best = {"epoch": self.epoch, "mse": mse, "state": state}
-        return mse
-
-    def best_module(self) -> TransformationModule:
-        module = TransformationModule(*self.train.dims, self.config.inner)
-        module.load_state_dict(self.best["state"])
-        return module.eval()
-
-    # ---- checkpoints: tensors in a .safetensors file, nothing pickled ----
-    def _identity(self) -> str:
-        """What a checkpoint must agree with: settings, seed, sizes and a sample of the data itself."""
-        digest = hashlib.sha256(
-            json.dumps([self.config.to_dict(), self.seed, self.train.dims, len(self.train)]).encode()
+    def _hear(self, report: EpochReport) -> None:
+        if self.on_epoch is not None:
+            self.on_epoch(report)
+        text = (
+            "fitting h" if np.isnan(report.validation_mse) else f"fitting h (held-out mse {report.validation_mse:.3g})"
         )
-        for array in self.train.sample(256, self.seed).loaded():
-            if array is not None:
-                digest.update(array.tobytes())
-        return digest.hexdigest()
+        self.bar.update(self._task, advance=1, description=text)
 
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
+    def _state_of(self, number: int) -> Path | None:
+        if self.state is None:
+            return None
+        path = self.state if number == 0 else self.state.with_name(f"{self.state.name}.{number}")
+        self._states.append(path)
+        return path
 
-        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
-        if self.averaged is not None:
-            tensors |= {f"averaged.{k}": v for k, v in self.averaged.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best["state"].items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        header = {
-            "identity": self._identity(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": {k: v for k, v in self.best.items() if k != "state"},
-            "history": self.history,
+    def forget(self) -> None:
+        """Removes the checkpoints of what is done."""
+        for path in self._states:
+            path.unlink(missing_ok=True)
+
+    # ---- one training, by numbers that were given ----
+    def single(self, config: FitConfig) -> tuple[Transformation, Pairs]:
+        held = self.given
+        if held is None:
+            self.train, held = split_pairs(self.train, 0.05 if self.share is None else self.share, self.seed)
+        self._task = self.bar.add_task("fitting h", total=config.epochs)
+        scalings = scalings_of(self.train, config.standardise, self.seed)
+        linear = None
+        if config.skip == "ridge":
+            from fct.fit.linear_map import RidgePath
+
+            linear = RidgePath(self.train, self.seed).at(1e-2)
+        training = PairTraining(self.train, held, config, self.seed, self.device, scalings, linear)
+        training.run(self._state_of(0), self.checkpoint_seconds, self._hear)
+        best = training.best
+        info = {
+            "config": config.to_dict(),
+            "pairs": len(self.train),
+            "validation_pairs": len(held),
+            "best_epoch": best["epoch"],
+            "validation": _figures(best["mse"], held),
+            "history": training.history,
         }
-        with atomic_path(path) as part:
-            owned = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-            save_file(owned, str(part), metadata={"fct-fit": json.dumps(header)})
+        return self._artifact(training, self.spaces[1].normalised, 1.0, info), held
 
-    def resume(self, path: Path) -> None:
-        """Goes on from ``path`` where it exists; refuses the checkpoint of another fit."""
-        from safetensors import SafetensorError, safe_open
+    def _artifact(self, training: PairTraining, normalise: bool, length: float, info: dict[str, Any]) -> Transformation:
+        old_scaling, side_scaling, new_scaling = training.scalings
+        return to_transformation(
+            training.best_module(),
+            old_scaling=old_scaling,
+            side_scaling=side_scaling,
+            new_scaling=new_scaling,
+            old_space=self.spaces[0],
+            new_space=self.spaces[1],
+            side_model=self.side_model,
+            normalise=normalise,
+            length=length,
+            info=info,
+        )
 
-        if not path.exists():
-            return
-        try:
-            with safe_open(str(path), framework="pt", device=str(self.device)) as file:
-                header = json.loads((file.metadata() or {}).get("fct-fit", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(f"checkpoint: expected a whole .safetensors file, {path} is not: {error}") from error
-        if not isinstance(header, dict) or header["identity"] != self._identity():
-            raise ArtifactError(
-                f"checkpoint: {path} belongs to another fit (other pairs, settings or seed); remove it or name another"
+    # ---- the recipe for any number of pairs ----
+    def auto(
+        self, length: float | None, seconds: float | None, extra: tuple[Any, Any] | None, *, best: bool
+    ) -> tuple[Transformation, Pairs]:
+        repeated = self._set_repeated_aside()
+        own = self.given is not None
+        plan = plan_fit(
+            len(self.train),
+            self.train.dims,
+            two_inputs=self.train.side is not None,
+            own_validation=own or self.share is not None,
+            seconds=seconds,
+        )
+        held = self.given
+        if held is None and not plan.folds:
+            share = plan.held_share if self.share is None else self.share
+            self.train, held = split_pairs(self.train, share, self.seed)
+        for line in plan.why:
+            self._tell(line)
+        metric, normalise = self.spaces[1].metric, length is not None
+        epochs = sum(c.epochs for c in plan.rungs)
+        self._task = self.bar.add_task("fitting h", total=epochs * max(1, plan.folds) + plan.rungs[-1].epochs)
+        fit = AutoFit(
+            self.train, held, plan, seed=self.seed, device=self.device,
+            make_test=lambda new: NeighbourTest.of(new, metric, normalise=normalise, length=length or 1.0),
+            tell=self._tell, state=self._state_of, checkpoint_seconds=self.checkpoint_seconds, on_epoch=self._hear,
+        )  # fmt: skip
+        found = climb(fit)
+        if best:
+            found = distil(fit, found, extra)
+        judged = judge(found, self._tell)
+        training, test = found.training, found.test
+        mse = float(np.mean((judged.raw - test.new) ** 2, dtype=np.float64))
+        info = {
+            "config": found.config.to_dict(),
+            "choices": self.choices,
+            "pairs": len(self.train),
+            "repeated_pairs": repeated.repeated if repeated else None,
+            "conflicting_pairs": repeated.conflicting if repeated else None,
+            "validation_pairs": len(found.judged),
+            "cross_fitted": plan.folds > 0,
+            "best_epoch": training.best["epoch"],
+            "validation": {**_figures(mse, found.judged), "recall_at_10": judged.recall},
+            "share_of_h": judged.share,
+            "shapes": [{"shape": words, "mflop": m, "recall_at_10": r} for words, m, r in found.recalls],
+            "history": training.history,
+            "mixed": calibrate_length(test, judged.raw, self.seed, self._tell),
+        }
+        return self._returned(training, judged.share, judged.linear, normalise, length or 1.0, info), found.judged
+
+    def _returned(
+        self, training: PairTraining, share: float, linear: Any, normalise: bool, length: float, info: dict[str, Any]
+    ) -> Transformation:
+        if share == 0:
+            return linear_transformation(
+                linear,
+                d_old=self.train.dims[0],
+                d_side=self.train.dims[1],
+                old_space=self.spaces[0],
+                new_space=self.spaces[1],
+                side_model=self.side_model,
+                normalise=normalise,
+                length=length,
+                info=info,
             )
+        h = self._artifact(training, normalise, length, info)
+        return h if share == 1 else blend_linear(h, linear, share)
 
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    def _set_repeated_aside(self) -> Any:
+        if not self.train.fits_in_memory:
+            self._tell("pairs that stand there more than once were not looked for: the set does not fit in memory")
+            return None
+        found = find_repeated(self.train, self.seed)
+        if found.repeated:
+            self._tell(f"{found.repeated:,} pairs stood there more than once and were set aside")
+            if len(found.first) < 3:
+                raise ValueError(f"old: expected at least 3 different pairs, got {len(found.first)}")
+            self.train = self.train.part(found.first)
+        if found.conflicting:
+            line = (
+                f"pairs: {found.conflicting:,} of {len(self.train):,} have inputs that stand there with another new "
+                "embedding too; h learns their mean"
+            )
+            self._tell(line)
+            warnings.warn(line, FctWarning, stacklevel=4)
+        return found
 
-        self.module.load_state_dict(part("module."))
-        if self.averaged is not None:
-            self.averaged.load_state_dict(part("averaged."))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in part("optimiser.").items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        self.epoch, self.step, self.history = header["epoch"], header["step"], header["history"]
-        self.best = {**header["best"], "state": part("best.")}
 
-
-def _scalings(sample: tuple[Any, Any, Any], standardise: bool) -> tuple[Scaling, Scaling, Scaling]:
-    """(mean, scale) of old, side and new: each input dimension its own scale, the target one for all of them."""
-    if not standardise:
-        plain = (np.float32(0), np.float32(1))
-        return plain, plain, plain
-
-    def per_dimension(rows: Any) -> Scaling:
-        deviation = rows.std(axis=0)
-        floor = max(float(deviation.max()) * 1e-3, np.finfo(np.float32).tiny)  # a constant dimension says nothing
-        scale = np.where(deviation > floor, deviation, max(float(deviation.max()), 1e-12))
-        return rows.mean(axis=0).astype(np.float32), scale.astype(np.float32)
-
-    old, side, new = sample
-    mean = new.mean(axis=0)
-    spread = float(np.sqrt(((new - mean) ** 2).mean()))
-    target = (mean.astype(np.float32), np.float32(spread if spread > 0 else 1.0))
-    return per_dimension(old), per_dimension(old if side is None else side), target
+def _figures(mse: float, held: Pairs) -> dict[str, float]:
+    """Error and R² of the held-out pairs."""
+    variance = float(held.sample(_NORM_SAMPLE, 0).loaded()[2].var(axis=0).mean())
+    return {"mse": mse, "r2": 1 - mse / variance if variance > 0 else 0.0}

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fct.checks import check_choice, check_positive
 from fct.fit.loop import TrainConfig
-from fct.fit.recipes import FitConfig, resolve_config
+from fct.fit.recipes import FitConfig, paper_config, resolve_config
 from fct.fit.side_info import METHODS
 from fct.fit.supervised import LOSSES
 
@@ -125,13 +125,18 @@ class Experiment:
         return _build(ModelPlan, {**asdict(self.new), **self.bct, "dim": self.old.dim}, "bct")
 
     @property
-    def fit_config(self) -> FitConfig:
-        return resolve_config(self.h) if isinstance(self.h, str) else _build(FitConfig, self.h, "h")
+    def fit_config(self) -> str | FitConfig:
+        """What fct.fit_transformation takes as ``config``."""
+        if isinstance(self.h, str):
+            resolve_config(self.h)
+            return self.h
+        return _build(FitConfig, self.h, "h")
 
     def with_epochs(self, epochs: int) -> Experiment:
         """The same with so many epochs everywhere: a rehearsal."""
         _positive("epochs", epochs)
-        fit = replace(self.fit_config, epochs=epochs, warmup_epochs=min(self.fit_config.warmup_epochs, epochs / 2))
+        fit = paper_config() if isinstance(self.fit_config, str) else self.fit_config
+        fit = replace(fit, epochs=epochs, warmup_epochs=min(fit.warmup_epochs, epochs / 2))
         return replace(
             self,
             old=replace(self.old, epochs=epochs),

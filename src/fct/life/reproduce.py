@@ -24,6 +24,7 @@ from fct.errors import ArtifactError
 from fct.fit.backbones import EmbeddingModel, embedding_model
 from fct.fit.bct import train_bct
 from fct.fit.images import Images, embed
+from fct.fit.recipes import FitConfig
 from fct.fit.side_info import train_side_info
 from fct.fit.supervised import ArcFaceHead, SoftmaxHead, make_head, train_supervised
 from fct.fit.transformation_fit import fit_transformation
@@ -118,7 +119,7 @@ class _Run:
         )
         self._stage("new", {**asdict(e.new), "seed": seed["new"], **common}, ["data"], self._new)
         self._stage("bct", {**asdict(e.bct_plan), "seed": seed["bct"], **common}, ["data", "old"], self._bct)
-        self._stage("h", {**e.fit_config.to_dict(), "seed": seed["h"], **common}, ["old", "side-info", "new"], self._h)
+        self._stage("h", {**_recipe(e.fit_config), "seed": seed["h"], **common}, ["old", "side-info", "new"], self._h)
         self._stage("evaluation", {"title": e.title}, ["old", "new", "bct", "h"], self._evaluation)
         return ResultTable.from_dict(json.loads((self.folder / "evaluation" / "table.json").read_text()))
 
@@ -356,6 +357,10 @@ class _Run:
         except Exception as error:  # safetensors and torch each have their own
             raise ArtifactError(f"stage old: expected its model in {path}: {error}") from error
         return model, head
+
+
+def _recipe(config: str | FitConfig) -> dict[str, Any]:
+    return {"recipe": config} if isinstance(config, str) else config.to_dict()
 
 
 def _load(experiment: Experiment, root: Any) -> tuple[ImageSet | ImageFolder, ImageSet | ImageFolder]:

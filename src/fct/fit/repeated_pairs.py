@@ -1,0 +1,48 @@
+"""Pairs that stand in the set more than once, and pairs that contradict each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fct.fit.pairs import Pairs
+
+__all__ = ["RepeatedPairs", "find_repeated"]
+
+_CHUNK = 8_192
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RepeatedPairs:
+    """first: positions of the pairs, each different pair once. repeated: how many more stood there.
+    conflicting: pairs whose inputs stand there with another new embedding too."""
+
+    first: Any
+    repeated: int
+    conflicting: int
+
+
+def find_repeated(pairs: Pairs, seed: int) -> RepeatedPairs:
+    """Compares 64-bit hashes of the rows' bits: equal rows have equal ones; others by chance once in 2^64 / n^2."""
+    inputs, wholes = np.empty(len(pairs), np.uint64), np.empty(len(pairs), np.uint64)
+    rng = np.random.default_rng([seed, 17])
+    factors: list[Any] = [None, None, None]
+    for begin in range(0, len(pairs), _CHUNK):
+        parts = pairs.take(slice(begin, begin + _CHUNK))
+        sums = []
+        for i, rows in enumerate(parts):
+            if rows is None:
+                continue
+            if factors[i] is None:
+                factors[i] = rng.integers(1, 2**63, rows.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+            bits = (rows + np.float32(0)).view(np.uint32).astype(np.uint64)  # -0.0 is 0.0
+            bits ^= bits >> np.uint64(15)
+            sums.append((bits * factors[i]).sum(axis=1, dtype=np.uint64))
+        span = slice(begin, begin + len(parts[0]))
+        inputs[span] = sums[0] if len(sums) == 2 else sums[0] + sums[1] * np.uint64(0x9E3779B97F4A7C15)
+        wholes[span] = inputs[span] + sums[-1] * np.uint64(0xD1B54A32D192ED03)
+    first = np.sort(np.unique(wholes, return_index=True)[1])
+    _, where, counts = np.unique(inputs[first], return_inverse=True, return_counts=True)
+    return RepeatedPairs(first, len(pairs) - len(first), int((counts[where] > 1).sum()))
