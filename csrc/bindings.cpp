@@ -138,13 +138,16 @@ void bind_transform(py::module_& m) {
     using fct::cpu::PackedTransform;
     py::class_<PackedTransform>(m, "PackedTransform")
         .def(py::init([](const std::vector<LayerTuple>& old, const std::vector<LayerTuple>& side,
-                         const std::vector<LayerTuple>& mixer, bool normalise, int isa) {
+                         const std::vector<LayerTuple>& mixer, const std::vector<LayerTuple>& skip, bool side_is_old,
+                         float length, int isa) {
                  const fct::cpu::Isa level = isa_of(isa);
+                 const fct::cpu::NetworkSpec spec{layers_of(old),  layers_of(side), layers_of(mixer),
+                                                  layers_of(skip), side_is_old,     length};
                  WithoutGil without_gil;
-                 return std::make_unique<PackedTransform>(layers_of(old), layers_of(side), layers_of(mixer), normalise,
-                                                          level);
+                 return std::make_unique<PackedTransform>(spec, level);
              }),
-             py::arg("old"), py::arg("side"), py::arg("mixer"), py::arg("normalise"), py::arg("isa"))
+             py::arg("old"), py::arg("side"), py::arg("mixer"), py::arg("skip"), py::arg("side_is_old"),
+             py::arg("length"), py::arg("isa"))
         .def(
             "run",
             [](const PackedTransform& self, const RowsTuple& old, const RowsTuple& side, const RowsTuple& out,

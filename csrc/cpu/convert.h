@@ -60,45 +60,52 @@ inline uint16_t load_u16(const void* from, int64_t i) {
 
 inline void store_u16(void* to, int64_t i, uint16_t h) { std::memcpy(static_cast<char*>(to) + 2 * i, &h, 2); }
 
-inline void load_row(const RowsView& from, int64_t row, float* to) {
-    const int64_t offset = row * from.stride;
+// Columns [column, column + count) of a row.
+inline void load_part(const RowsView& from, int64_t row, int64_t column, int64_t count, float* to) {
+    const int64_t offset = row * from.stride + column;
+    const void* const data = from.data;
     switch (from.dtype) {
         case DType::f32:
-            std::memcpy(to, static_cast<const float*>(from.data) + offset, static_cast<size_t>(from.d) * 4);
+            std::memcpy(to, static_cast<const float*>(data) + offset, static_cast<size_t>(count) * 4);
             break;
         case DType::f16:
-            for (int64_t j = 0; j < from.d; ++j) to[j] = from_f16(load_u16(from.data, offset + j));
+            for (int64_t j = 0; j < count; ++j) to[j] = from_f16(load_u16(data, offset + j));
             break;
         case DType::bf16:
-            for (int64_t j = 0; j < from.d; ++j) to[j] = from_bf16(load_u16(from.data, offset + j));
+            for (int64_t j = 0; j < count; ++j) to[j] = from_bf16(load_u16(data, offset + j));
             break;
         case DType::i8: {
-            const int8_t* x = static_cast<const int8_t*>(from.data) + offset;
-            const float* scale = from.scale + row * from.scale_row;
-            for (int64_t j = 0; j < from.d; ++j) to[j] = static_cast<float>(x[j]) * scale[j * from.scale_column];
+            const int8_t* x = static_cast<const int8_t*>(data) + offset;
+            const int64_t step = from.scale_column;
+            const float* scale = from.scale + row * from.scale_row + column * step;
+            for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(x[j]) * scale[j * step];
             break;
         }
     }
 }
 
-inline void store_row(const float* from, const RowsView& to, int64_t row) {
-    const int64_t offset = row * to.stride, d = to.d;
+inline void load_row(const RowsView& from, int64_t row, float* to) { load_part(from, row, 0, from.d, to); }
+
+// The same back.
+inline void store_part(const float* from, const RowsView& to, int64_t row, int64_t column, int64_t count) {
+    const int64_t offset = row * to.stride + column;
     void* const data = to.data;  // copies, since a store through memcpy could change `to` for all the compiler knows
     switch (to.dtype) {
         case DType::f32:
-            std::memcpy(static_cast<float*>(to.data) + offset, from, static_cast<size_t>(to.d) * 4);
+            std::memcpy(static_cast<float*>(data) + offset, from, static_cast<size_t>(count) * 4);
             break;
         case DType::f16:
-            for (int64_t j = 0; j < d; ++j) store_u16(data, offset + j, to_f16(from[j]));
+            for (int64_t j = 0; j < count; ++j) store_u16(data, offset + j, to_f16(from[j]));
             break;
         case DType::bf16:
-            for (int64_t j = 0; j < d; ++j) store_u16(data, offset + j, to_bf16(from[j]));
+            for (int64_t j = 0; j < count; ++j) store_u16(data, offset + j, to_bf16(from[j]));
             break;
         case DType::i8: {
-            int8_t* y = static_cast<int8_t*>(to.data) + offset;
-            const float* scale = to.scale + row * to.scale_row;
-            for (int64_t j = 0; j < to.d; ++j) {
-                float v = from[j] / scale[j * to.scale_column];
+            int8_t* y = static_cast<int8_t*>(data) + offset;
+            const int64_t step = to.scale_column;
+            const float* scale = to.scale + row * to.scale_row + column * step;
+            for (int64_t j = 0; j < count; ++j) {
+                float v = from[j] / scale[j * step];
                 v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
                 // 1.5 * 2^23: in its binade floats are whole numbers, so the sum is rounded to nearest even.
                 y[j] = static_cast<int8_t>(static_cast<int32_t>(bits_of(v + 12582912.0f) - 0x4b400000u));
@@ -108,17 +115,21 @@ inline void store_row(const float* from, const RowsView& to, int64_t row) {
     }
 }
 
-// Brings a row to unit length; a row of zeros stays. The squares are summed in double: no overflow, no underflow.
-inline void normalise_row(float* x, int64_t d) {
-    double sum[8] = {};
+inline void store_row(const float* from, const RowsView& to, int64_t row) { store_part(from, to, row, 0, to.d); }
+
+// The squares of a row's values are summed in double, eight sums by column modulo eight: no overflow, no underflow.
+// Called for pieces of a row, each but the last a multiple of eight long.
+inline void add_squares(const float* x, int64_t count, double (&sums)[8]) {
     int64_t j = 0;
-    for (; j + 8 <= d; j += 8)
-        for (int i = 0; i < 8; ++i) sum[i] += static_cast<double>(x[j + i]) * x[j + i];
-    for (int i = 0; j < d; ++j, ++i) sum[i] += static_cast<double>(x[j]) * x[j];
-    const double total = ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
-    if (total <= 0.0) return;
-    const double inverse = 1.0 / __builtin_sqrt(total);
-    for (int64_t i = 0; i < d; ++i) x[i] = static_cast<float>(x[i] * inverse);
+    for (; j + 8 <= count; j += 8)
+        for (int i = 0; i < 8; ++i) sums[i] += static_cast<double>(x[j + i]) * x[j + i];
+    for (int i = 0; j < count; ++j, ++i) sums[i] += static_cast<double>(x[j]) * x[j];
+}
+
+// What brings a row to the length; 1 for a row of zeros.
+inline double factor_to(float length, const double (&sums)[8]) {
+    const double total = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+    return total > 0.0 ? length / __builtin_sqrt(total) : 1.0;
 }
 
 }  // namespace

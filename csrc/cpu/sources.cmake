@@ -5,6 +5,7 @@ set(FCT_CPU_SOURCES
     csrc/cpu/threads.cpp
     csrc/cpu/peaks.cpp
     csrc/cpu/transform.cpp
+    csrc/cpu/transform_pack.cpp
     csrc/cpu/transform_portable.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(FCT_AVX2_FLAGS "-mavx2;-mfma;-mf16c")

@@ -35,6 +35,13 @@ struct Avx2 {
         const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
         _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(h, h));
     }
+    static void store_s16(void* p, f x) {
+        const __m256 most = _mm256_set1_ps(kMostInt16);
+        const __m256 cut = _mm256_max_ps(_mm256_min_ps(x, most), _mm256_sub_ps(_mm256_setzero_ps(), most));
+        const __m256i q = _mm256_cvtps_epi32(cut);
+        _mm_storeu_si128(static_cast<__m128i*>(p),
+                         _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1)));
+    }
 };
 
 struct Fp32 {
@@ -90,6 +97,11 @@ struct Int8 : Words {
     static __m256 to_float(acc c) { return _mm256_cvtepi32_ps(c); }
 };
 
+struct Int16 : Int8 {
+    static constexpr int kGroup = 2;
+    static acc fma(acc c, operand w, operand a) { return _mm256_add_epi32(c, _mm256_madd_epi16(w, a)); }
+};
+
 }  // namespace
 
 void add_avx2_kernels(Kernels& kernels) {
@@ -97,6 +109,7 @@ void add_avx2_kernels(Kernels& kernels) {
     fill_precision<Avx2, Fp32>(kernels, Precision::fp32);
     fill_precision<Avx2, Bf16>(kernels, Precision::bf16);
     fill_precision<Avx2, Int8>(kernels, Precision::int8);
+    fill_precision<Avx2, Int16>(kernels, Precision::int16);
 }
 
 }  // namespace fct::cpu

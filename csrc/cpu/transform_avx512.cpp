@@ -33,6 +33,11 @@ struct Int8 : Avx512Integer {
     }
 };
 
+struct Int16 : Avx512Integer {
+    static constexpr int kGroup = 2;
+    static acc fma(acc c, operand w, operand a) { return _mm512_add_epi32(c, _mm512_madd_epi16(w, a)); }
+};
+
 }  // namespace
 
 void add_avx512_kernels(Kernels& kernels) {
@@ -40,6 +45,7 @@ void add_avx512_kernels(Kernels& kernels) {
     fill_precision<Avx512, Avx512Fp32>(kernels, Precision::fp32);
     fill_precision<Avx512, Bf16>(kernels, Precision::bf16);
     fill_precision<Avx512, Int8>(kernels, Precision::int8);
+    fill_precision<Avx512, Int16>(kernels, Precision::int16);
 }
 
 }  // namespace fct::cpu

@@ -39,6 +39,11 @@ struct Avx512 {
         const __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(x, _mm512_set1_ps(255.0f)));
         _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(q));
     }
+    static void store_s16(void* p, f x) {
+        const __m512 most = _mm512_set1_ps(kMostInt16);
+        const __m512 cut = _mm512_max_ps(_mm512_min_ps(x, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+        _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(cut)));
+    }
 };
 
 struct Avx512Fp32 {
@@ -77,6 +82,15 @@ struct Avx512Integer {
 struct Avx512Vnni : Avx512Integer {
     static acc fma(acc c, operand w, operand a) {
         asm("vpdpbusd %1, %2, %0" : "+v"(c) : "v"(w), "v"(a));
+        return c;
+    }
+};
+
+// Two s16 x s16 products a lane and instruction, as fast as bf16's and with twice its bits.
+struct Avx512Vnni16 : Avx512Integer {
+    static constexpr int kGroup = 2;
+    static acc fma(acc c, operand w, operand a) {
+        asm("vpdpwssd %1, %2, %0" : "+v"(c) : "v"(w), "v"(a));
         return c;
     }
 };

@@ -27,6 +27,7 @@ void add_avx512_bf16_kernels(Kernels& kernels) {
     fill_precision<Avx512, Avx512Fp32>(kernels, Precision::fp32);
     fill_precision<Avx512, Bf16>(kernels, Precision::bf16);
     fill_precision<Avx512, Avx512Vnni>(kernels, Precision::int8);
+    fill_precision<Avx512, Avx512Vnni16>(kernels, Precision::int16);
 }
 
 }  // namespace fct::cpu

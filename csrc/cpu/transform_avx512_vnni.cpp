@@ -2,6 +2,10 @@
 #include "cpu/transform_avx512.h"
 
 namespace fct::cpu {
-void add_avx512_vnni_kernels(Kernels& kernels) { fill_precision<Avx512, Avx512Vnni>(kernels, Precision::int8); }
+
+void add_avx512_vnni_kernels(Kernels& kernels) {
+    fill_precision<Avx512, Avx512Vnni>(kernels, Precision::int8);
+    fill_precision<Avx512, Avx512Vnni16>(kernels, Precision::int16);
+}
 
 }  // namespace fct::cpu

@@ -6,9 +6,9 @@
 // of 4 bytes along the inputs (1 float, 2 bf16, 4 s8), kCols x 4 bytes. Both are read front to back, once.
 // Numerics. Each output element is one accumulator (fp32, or int32 for int8), summed over the inputs in ascending
 // order whatever the tile's size, so an element's bits depend on its row and the weights alone. fp32 sums are kept in
-// two levels, runs of kFlush chunks (256 floats, 512 bf16) and the sum of the runs, which keeps the error of long
+// two levels, runs of kRun chunks (256 floats, 512 bf16) and the sum of the runs, which keeps the error of long
 // rows at the square root of the run's length rather than of the row's. int32 cannot overflow below 2^31 / (255 * 127)
-// = 66,311 inputs; packing refuses more.
+// = 66,311 inputs of 8 bits, nor where 16-bit weights add up to less than 2^31 / 4,095; packing refuses others.
 //
 // A set supplies: struct V (float vectors of V::W lanes and stores) and one struct per precision (K::load, K::bcast,
 // K::fma, K::to_float, K::zero).
@@ -25,7 +25,7 @@ namespace {
 // Where row 0 of a column lies in a tile of activations; row r is r * 64 bytes on.
 template <class V, Store kStore>
 inline uint8_t* column_of(uint8_t* tile, uint64_t column) {
-    constexpr uint64_t kSize = kStore == Store::f32 ? 4 : kStore == Store::bf16 ? 2 : 1;
+    constexpr uint64_t kSize = kStore == Store::f32 ? 4 : kStore == Store::u8 ? 1 : 2;
     constexpr uint64_t kPerChunk = 64 / kSize;
     return tile + column / kPerChunk * (V::kRows * 64) + column % kPerChunk * kSize;
 }
@@ -35,6 +35,7 @@ inline void store_activation(uint8_t* to, typename V::f value) {
     if constexpr (kStore == Store::f32) V::store_f32(to, value);
     if constexpr (kStore == Store::bf16) V::store_bf16(to, value);
     if constexpr (kStore == Store::u8) V::store_u8(to, value);
+    if constexpr (kStore == Store::s16) V::store_s16(to, value);
 }
 
 // Sums of two parts: float lanes, or the 32-bit lanes of an integer vector.
@@ -118,6 +119,10 @@ void tile(const TileArgs& args) {
     for (int v = 0; v < P * NV; ++v) {
         const int column = v * V::W;
         uint8_t* const out = column_of<V, kStore>(t.out, static_cast<uint64_t>(t.column + column));
+        const uint8_t* added = nullptr;
+        if constexpr (kStore == Store::f32) {
+            if (t.added != nullptr) added = t.added + (out - t.out);
+        }
         const typename V::f bias = V::load(t.bias + column);
         typename V::f scale;
         if constexpr (kScaled) scale = V::load(t.scale + column);
@@ -129,53 +134,87 @@ void tile(const TileArgs& args) {
             } else {
                 value = V::add(value, bias);
             }
-            store_activation<V, kStore>(out + r * 64, V::max_keeping_nan(value, lowest));
+            value = V::max_keeping_nan(value, lowest);
+            if constexpr (kStore == Store::f32) {
+                if (added != nullptr) value = V::add(value, V::load(reinterpret_cast<const float*>(added + r * 64)));
+            }
+            store_activation<V, kStore>(out + r * 64, value);
         }
     }
 }
 
-// float values of one row (padded to whole vectors) -> activations of row r of a tile; scale and bias for u8 only.
+// float values of one row, from column on, in whole vectors -> activations of row r of a tile. scale and bias, by
+// column, for integers only.
 template <class V, Store kStore>
-void put_row(const float* values, int64_t padded, const float* scale, const float* bias, uint8_t* out, int row) {
-    for (int64_t j = 0; j < padded; j += V::W) {
+void put_row(const float* values, int64_t column, int64_t count, const float* scale, const float* bias, uint8_t* out,
+             int row) {
+    for (int64_t j = 0; j < count; j += V::W) {
         typename V::f value = V::load(values + j);
-        if constexpr (kStore == Store::u8)
-            value = V::max_keeping_nan(V::fma(value, V::load(scale + j), V::load(bias + j)), V::set(0.0f));
-        store_activation<V, kStore>(column_of<V, kStore>(out, static_cast<uint64_t>(j)) + row * 64, value);
+        if constexpr (kStore == Store::u8 || kStore == Store::s16)
+            value = V::fma(value, V::load(scale + column + j), V::load(bias + column + j));
+        if constexpr (kStore == Store::u8) value = V::max_keeping_nan(value, V::set(0.0f));
+        store_activation<V, kStore>(column_of<V, kStore>(out, static_cast<uint64_t>(column + j)) + row * 64, value);
     }
 }
 
-// Rows [0, rows) of the caller's matrix -> one tile of activations. scratch: padded floats.
-template <class V>
-void pack_tile(const RowsView& from, int64_t first, int rows, Store store, int64_t padded, const float* scale,
-               const float* bias, uint8_t* out, float* scratch) {
+// Rows [first, first + rows) of the caller's matrix -> columns [column, column + padded) of one tile. A row passes
+// through a piece of the stack; float rows go straight there as far as whole vectors reach.
+template <class V, Store kStore>
+void pack_rows_as(const RowsView& from, int64_t first, int rows, int64_t column, int64_t padded, const float* scale,
+                  const float* bias, uint8_t* out) {
+    constexpr int64_t kPiece = 256;
+    alignas(64) float piece[kPiece];
+    const int64_t straight = from.dtype == DType::f32 ? from.d / V::W * V::W : 0;
     for (int r = 0; r < rows; ++r) {
-        load_row(from, first + r, scratch);
-        for (int64_t j = from.d; j < padded; ++j) scratch[j] = 0.0f;
-        switch (store) {
-            case Store::f32:
-                put_row<V, Store::f32>(scratch, padded, scale, bias, out, r);
-                break;
-            case Store::bf16:
-                put_row<V, Store::bf16>(scratch, padded, scale, bias, out, r);
-                break;
-            case Store::u8:
-                put_row<V, Store::u8>(scratch, padded, scale, bias, out, r);
-                break;
+        if (straight > 0)
+            put_row<V, kStore>(static_cast<const float*>(from.data) + (first + r) * from.stride, column, straight,
+                               scale, bias, out, r);
+        for (int64_t done = straight; done < padded; done += kPiece) {
+            const int64_t count = padded - done < kPiece ? padded - done : kPiece;
+            const int64_t filled = from.d - done < 0 ? 0 : from.d - done < count ? from.d - done : count;
+            load_part(from, first + r, done, filled, piece);
+            for (int64_t j = filled; j < count; ++j) piece[j] = 0.0f;
+            put_row<V, kStore>(piece, column + done, count, scale, bias, out, r);
         }
     }
 }
 
-// One tile of f32 activations -> rows of the caller's matrix, normalised where asked. scratch: d floats.
 template <class V>
-void finish_tile(const uint8_t* tile, const RowsView& to, int64_t first, int rows, bool normalise, float* scratch) {
+void pack_tile(const RowsView& from, int64_t first, int rows, Store store, int64_t column, int64_t padded,
+               const float* scale, const float* bias, uint8_t* out) {
+    switch (store) {
+        case Store::f32:
+            return pack_rows_as<V, Store::f32>(from, first, rows, column, padded, scale, bias, out);
+        case Store::bf16:
+            return pack_rows_as<V, Store::bf16>(from, first, rows, column, padded, scale, bias, out);
+        case Store::u8:
+            return pack_rows_as<V, Store::u8>(from, first, rows, column, padded, scale, bias, out);
+        case Store::s16:
+            return pack_rows_as<V, Store::s16>(from, first, rows, column, padded, scale, bias, out);
+    }
+}
+
+// One tile of f32 activations -> rows of the caller's matrix, brought to `length` where that is not 0. A row of a tile
+// is pieces of 16 floats, kRows * 64 bytes apart.
+template <class V>
+void finish_tile(const uint8_t* tile, const RowsView& to, int64_t first, int rows, float length) {
     for (int r = 0; r < rows; ++r) {
+        const uint8_t* const row = tile + r * 64;
+        const auto piece = [&](int64_t j) { return reinterpret_cast<const float*>(row + j / 16 * (V::kRows * 64)); };
+        double factor = 1.0;
+        if (length != 0.0f) {
+            double sums[8] = {};
+            for (int64_t j = 0; j < to.d; j += 16) add_squares(piece(j), to.d - j < 16 ? to.d - j : 16, sums);
+            factor = factor_to(length, sums);
+        }
         for (int64_t j = 0; j < to.d; j += 16) {
             const int64_t count = to.d - j < 16 ? to.d - j : 16;
-            std::memcpy(scratch + j, tile + ((j / 16) * V::kRows + r) * 64, static_cast<size_t>(count) * 4);
+            float values[16];
+            std::memcpy(values, piece(j), 64);
+            if (length != 0.0f)
+                for (float& x : values) x = static_cast<float>(x * factor);
+            store_part(values, to, first + r, j, count);
         }
-        if (normalise) normalise_row(scratch, to.d);
-        store_row(scratch, to, first + r);
     }
 }
 
@@ -238,7 +277,7 @@ void fill_precision(Kernels& kernels, Precision precision) {
     const int p = static_cast<int>(precision);
     fill_sizes<V, K, Store::f32>(kernels.tile[p][0], kernels.wide[p][0]);
     fill_sizes<V, K, Store::bf16>(kernels.tile[p][1], kernels.wide[p][1]);
-    fill_sizes<V, K, Store::u8>(kernels.tile[p][2], kernels.wide[p][2]);
+    fill_sizes<V, K, Store::u8>(kernels.tile[p][2], kernels.wide[p][2]);  // no layer writes s16
     kernels.peak[p] = peak_loop<V, K>;
 }
 

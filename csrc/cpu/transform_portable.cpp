@@ -59,6 +59,15 @@ struct Portable {
         for (int i = 0; i < 4; ++i) out[i] = static_cast<uint8_t>(q[i]);
         std::memcpy(p, out, 4);
     }
+    // 1.5 * 2^23, likewise for either sign.
+    static void store_s16(void* p, f x) {
+        const f4 most = set(kMostInt16), least = set(-kMostInt16);
+        const f4 cut = x > most ? most : x < least ? least : x;
+        const u4 q = cast<u4>(cut + set(12582912.0f)) - 0x4b400000u;
+        int16_t out[4];
+        for (int i = 0; i < 4; ++i) out[i] = static_cast<int16_t>(q[i]);
+        std::memcpy(p, out, 8);
+    }
 };
 
 struct Fp32 {
@@ -114,6 +123,15 @@ struct Int8 : Words {
     static f4 to_float(acc c) { return __builtin_convertvector(c, f4); }
 };
 
+struct Int16 : Int8 {
+    static constexpr int kGroup = 2;
+    static acc fma(acc c, operand w, operand a) {
+        c += (cast<i4>(w << 16) >> 16) * (cast<i4>(a << 16) >> 16);
+        c += (cast<i4>(w) >> 16) * (cast<i4>(a) >> 16);
+        return c;
+    }
+};
+
 }  // namespace
 
 void add_portable_kernels(Kernels& kernels) {
@@ -121,6 +139,7 @@ void add_portable_kernels(Kernels& kernels) {
     fill_precision<Portable, Fp32>(kernels, Precision::fp32);
     fill_precision<Portable, Bf16>(kernels, Precision::bf16);
     fill_precision<Portable, Int8>(kernels, Precision::int8);
+    fill_precision<Portable, Int16>(kernels, Precision::int16);
 }
 
 }  // namespace fct::cpu

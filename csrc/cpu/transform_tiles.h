@@ -6,12 +6,13 @@
 
 namespace fct::cpu {
 
-enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2 };
-constexpr int kPrecisions = 3;
+enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2, int16 = 3 };
+constexpr int kPrecisions = 4;
 
-// What activations are kept as: the next layer's operand type.
-enum class Store : int { f32 = 0, bf16 = 1, u8 = 2 };
-constexpr int kStores = 3;
+// What activations are kept as: the next layer's operand type. s16 comes from rows alone, never from a layer.
+enum class Store : int { f32 = 0, bf16 = 1, u8 = 2, s16 = 3 };
+constexpr int kStores = 4;
+constexpr int kMostInt16 = 4095;  // the largest s16 operand, so that sums of products fit int32
 constexpr int kTileSizes = 5;
 
 // fp32 sums are kept in two levels: runs of so many chunks of 64 bytes (256 floats, 512 bf16), and the sum of the
@@ -36,11 +37,12 @@ struct TileArgs {
     const uint8_t* weights;  // first panel
     const float* scale;      // per column of the first panel on; null where nothing is scaled
     const float* bias;
-    uint8_t* out;    // the row tile written
-    uint8_t* sums;   // of this tile and panel, from one call to the next; unused where one call takes all chunks
-    int64_t chunks;  // of this call; a multiple of kRun but in the last call
-    bool begins;     // the first call for this tile and panel
-    bool ends;       // the last one: the epilogue follows
+    const uint8_t* added;  // f32 tile of the same columns that is added to the output; null for none
+    uint8_t* out;          // the row tile written
+    uint8_t* sums;         // of this tile and panel, from one call to the next; unused where one call takes all chunks
+    int64_t chunks;        // of this call; a multiple of kRun but in the last call
+    bool begins;           // the first call for this tile and panel
+    bool ends;             // the last one: the epilogue follows
     int64_t panel_bytes;
     int64_t column;       // where in the tile written the first column goes
     float lowest;         // 0 for a ReLU and for u8, else -infinity
@@ -57,10 +59,9 @@ struct Kernels {
     int size_panels[kTileSizes] = {};
     TileFn tile[kPrecisions][kStores][kTileSizes] = {};  // one panel
     TileFn wide[kPrecisions][kStores][kTileSizes] = {};  // size_panels panels at once
-    void (*pack_tile)(const RowsView& from, int64_t first, int rows, Store store, int64_t padded, const float* scale,
-                      const float* bias, uint8_t* out, float* scratch) = nullptr;
-    void (*finish_tile)(const uint8_t* tile, const RowsView& to, int64_t first, int rows, bool normalise,
-                        float* scratch) = nullptr;
+    void (*pack_tile)(const RowsView& from, int64_t first, int rows, Store store, int64_t column, int64_t padded,
+                      const float* scale, const float* bias, uint8_t* out) = nullptr;
+    void (*finish_tile)(const uint8_t* tile, const RowsView& to, int64_t first, int rows, float length) = nullptr;
     double (*peak[kPrecisions])(int64_t rounds) = {};  // returns operations done
 };
 

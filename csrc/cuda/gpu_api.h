@@ -1,6 +1,7 @@
 // The only header a kernel file includes: one source, two back ends.
 //   nvcc              real CUDA and the few inline-PTX wrappers below
-//   g++ -DFCT_SIMT    tests/emulators/simt/simt.h, which runs every GPU thread as a fiber on the CPU and checks what it does
+//   g++ -DFCT_SIMT    tests/emulators/simt/simt.h, which runs every GPU thread as a fiber on the CPU and checks what it
+//   does
 // Rules for kernel files: all shared memory through GPU_DYN_SMEM and SmemCarver; launches through GPU_LAUNCH; no asm,
 // no <<<>>>, no cuda_bf16.h. docs/build.md and tests/emulators/simt/README.md say what each rule buys.
 #pragma once

@@ -30,7 +30,14 @@ _Rows = tuple[int, int, int, int, int, int, int]
 
 class PackedTransform:
     def __init__(
-        self, old: list[_Layer], side: list[_Layer], mixer: list[_Layer], normalise: bool, isa: int
+        self,
+        old: list[_Layer],
+        side: list[_Layer],
+        mixer: list[_Layer],
+        skip: list[_Layer],  # none or one
+        side_is_old: bool,
+        length: float,  # what outputs are brought to; 0 where they are left as they are
+        isa: int,
     ) -> None: ...
     def run(
         self, old: _Rows, side: _Rows, out: _Rows, n: int, threads: int, report: Callable[[float], None] | None = None

@@ -22,10 +22,13 @@ __all__ = [
     "ALPHA",
     "EXACT_SHARE",
     "FINE_SHARE",
+    "FP32_SHARE",
+    "MOST_INT16",
     "LayerPlan",
     "exact_first",
     "fine_layers",
     "int8_plan",
+    "int16_plan",
     "layer_plans",
     "why_not_int8",
 ]
@@ -37,13 +40,18 @@ ALPHA = 0.75
 # next ones stay in bf16, in this order, while the branches' layers so far are at most FINE_SHARE (on a GPU always).
 EXACT_SHARE = 0.08
 FINE_SHARE = 0.15
+# In "int8" on a CPU what reads the rows is fp32 up to this share only, and int16 beyond: rows in steps of 1/2,047 of
+# their calibrated half range (with as much room again for rows outside it) cost retrieval nothing that can be
+# measured, and half the time of int8's own steps more.
+FP32_SHARE = 0.02
+MOST_INT16 = 4095  # csrc's kMostInt16
 # int32 sums cannot overflow below 2^31 / (255 * 127) inputs.
 _MOST_INPUTS = 66311
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A layer as the kernels take it: float32 weight for fp32 and bf16, int8 with scales for int8."""
+    """A layer as the kernels take it: float32 weight for fp32 and bf16, int8 or int16 with scales for those."""
 
     weight: Any
     bias: Any
@@ -94,7 +102,9 @@ def fine_layers(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
     for i in range(max(len(h.old), len(h.side)) if precision in ("bf16", "int8") else 0):
         step = _step(h, i)
         share += _share(h, i)
-        if i == 0 and exact_first(h):
+        if i == 0 and precision == "int8" and share > FP32_SHARE:
+            found |= dict.fromkeys(step, "int16")
+        elif i == 0 and exact_first(h):
             found |= dict.fromkeys(step, "fp32")
         elif precision == "int8" and share <= FINE_SHARE:
             found |= dict.fromkeys(step, fine)
@@ -109,13 +119,51 @@ def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
     kept = fine_layers(h, precision, fine=fine)
     for name, layer in h.layers():
         of_layer = kept.get(name, precision)
-        plan = (
-            int8_plan(layer, h.calibration[name])
-            if of_layer == "int8"
-            else LayerPlan(layer.weight, layer.bias, layer.relu, of_layer)
-        )
+        if of_layer == "int8":
+            plan = int8_plan(layer, h.calibration[name])
+        elif of_layer == "int16":
+            plan = int16_plan(layer, _ranges_of_rows(h, name))
+        else:
+            plan = LayerPlan(layer.weight, layer.bias, layer.relu, of_layer)
         plans[name.partition(".")[0]].append(plan)
     return plans
+
+
+def _ranges_of_rows(h: Transformation, name: str) -> Any:
+    """Calibrated ranges of what a first layer or the skip reads; the same rows have the same ranges for all of them."""
+    old = h.calibration["old.0"]
+    if not h.uses_side_info:
+        return old
+    if name == SKIP:
+        return np.concatenate([old, h.calibration["side.0"]], axis=1)
+    return old if name == "old.0" else h.calibration[name]
+
+
+def int16_plan(layer: Layer, ranges: Any) -> LayerPlan:
+    """A layer on rows in int16: q_x = round(x * mul + add) in [-4095, 4095], the calibrated range in its middle half.
+
+    Weights have what bits int32 sums leave them: sum_k |q_w[n, k]| * 4095 < 2^31 for every output n.
+    """
+    low, high = np.asarray(ranges, np.float64)
+    half = np.maximum((high - low) / 2, 1e-30)
+    half = np.maximum(half, half.max() * 1e-2)  # a dimension that calibration saw nearly constant may wake
+    mul = (MOST_INT16 // 2 / half).astype(np.float32)
+    add = (-(low + high) / 2 * mul).astype(np.float32)
+    moved = layer.weight.astype(np.float64) / mul
+    room = 2**31 / MOST_INT16 - moved.shape[1]  # rounding adds up to a half for each input
+    scale = np.maximum(np.abs(moved).max(axis=1) / 32767, np.abs(moved).sum(axis=1) / room)
+    scale = np.maximum(scale, 1e-30).astype(np.float32)
+    quantised = np.rint(moved / scale[:, None])
+    bias = layer.bias - (quantised * scale[:, None].astype(np.float64)) @ add
+    return LayerPlan(
+        np.ascontiguousarray(quantised.astype(np.int16)),
+        np.ascontiguousarray(bias, np.float32),
+        layer.relu,
+        "int16",
+        scale,
+        mul,
+        add,
+    )
 
 
 def int8_plan(layer: Layer, ranges: Any) -> LayerPlan:

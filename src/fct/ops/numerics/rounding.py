@@ -16,7 +16,7 @@ import numpy as np
 
 from fct.artifact.layers import SKIP, Layer
 from fct.artifact.transformation import Transformation
-from fct.ops.numerics.quantise import exact_first, int8_plan, layer_plans
+from fct.ops.numerics.quantise import MOST_INT16, exact_first, int8_plan, layer_plans
 
 __all__ = ["SIGMAS", "deviation", "rounding_variance"]
 
@@ -68,14 +68,16 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
         for i, layer in enumerate(getattr(h, branch) if branch != SKIP else (h.skip,)):
             weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
             plan = plans[branch][i] if branch in plans else None
-            if exact and i == 0 and branch != "mixer":
+            if plan is not None and plan.precision != "fp32":
+                computed = plan.precision
+            elif exact and i == 0 and branch != "mixer":
                 computed = "exact"
             elif plan is not None:
                 computed = plan.precision
             else:
                 computed = "bf16" if precision in ("int8", "fp8") and branch != "mixer" else precision
-            if computed == "int8":
-                of_x, of_w = _int8(plan, x)
+            if computed in ("int8", "int16"):
+                of_x, of_w = _integer(plan, x)
             elif computed == "fp8":
                 of_x, of_w = _fp8(layer, h.calibration[SKIP if branch == SKIP else f"{branch}.{i}"], x)
             else:
@@ -85,7 +87,7 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
             terms = (x**2) @ (weight**2).T + bias**2
             sums = (weight.shape[1] + 1) * 2.0**-48 * terms  # every partial sum in float32
             variance = into @ (weight**2).T + (x**2) @ of_w.T + sums
-            if computed not in ("int8", "fp8"):  # libraries round the bias and the result too
+            if computed not in ("int8", "int16", "fp8"):  # libraries round the bias and the result too
                 of_bias = "bf16" if (computed, backend) == ("exact", "cuda") else computed
                 variance = variance + _rounded(bias, of_bias) + _rounded(z, computed)
             x = np.maximum(z, 0) if layer.relu else z
@@ -111,11 +113,12 @@ def _normal_cdf(x: Any) -> Any:
     return 1 / (1 + np.exp(np.clip(-1.702 * x, -60, 60)))
 
 
-def _int8(plan: Any, x: Any) -> tuple[Any, Any]:
+def _integer(plan: Any, x: Any) -> tuple[Any, Any]:
     """Variances of the operands as numerics.quantise plans them: of (n, d_in) activations, of (d_out, d_in) weights."""
     step = 1 / plan.in_mul.astype(np.float64)
-    low = -plan.in_add.astype(np.float64) * step
-    over = np.maximum(np.maximum(low - x, x - (low + 255 * step)), 0) ** 2  # what is clipped
+    zero = -plan.in_add.astype(np.float64) * step
+    least, most = (0, 255) if plan.precision == "int8" else (-MOST_INT16, MOST_INT16)
+    over = np.maximum(np.maximum(zero + least * step - x, x - (zero + most * step)), 0) ** 2  # what is clipped
     of_w = (plan.scale.astype(np.float64)[:, None] / step) ** 2 / 12
     return step**2 / 12 + over, np.broadcast_to(of_w, plan.weight.shape)
 

@@ -6,13 +6,17 @@ import os
 from typing import Any
 
 from fct import _C
+from fct.artifact.layers import SKIP
 from fct.artifact.transformation import Transformation
-from fct.ops.backend import PRECISIONS, why_not_plain
+from fct.ops.backend import PRECISIONS
 from fct.ops.numerics.quantise import LayerPlan, layer_plans, why_not_int8
 from fct.progress import Report
 from fct.rows import Rows
 
 __all__ = ["CpuTransform", "Packed", "isa"]
+
+
+_CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int16": 3}  # csrc's Precision
 
 
 def isa() -> int:
@@ -33,7 +37,7 @@ def _layer(plan: LayerPlan) -> tuple[int, int, int, int, int, int, int, bool, in
     d_out, d_in = plan.weight.shape
     parts = (plan.weight, plan.scale, plan.bias, plan.in_mul, plan.in_add)
     weight, scale, bias, in_mul, in_add = (address(part) for part in parts)
-    return weight, scale, bias, in_mul, in_add, d_in, d_out, plan.relu, PRECISIONS.index(plan.precision)
+    return weight, scale, bias, in_mul, in_add, d_in, d_out, plan.relu, _CODES[plan.precision]
 
 
 class Packed:
@@ -46,7 +50,9 @@ class Packed:
             [_layer(p) for p in plans["old"]],
             [_layer(p) for p in plans["side"]],
             [_layer(p) for p in plans["mixer"]],
-            h.normalise,
+            [_layer(p) for p in plans[SKIP]],
+            not h.uses_side_info,
+            h.length if h.normalise else 0.0,
             level,
         )
 
@@ -74,7 +80,6 @@ class CpuTransform:
     def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
         why = [] if device == "cpu" else [f"runs on cpu only, got {device}"]
         why += [] if precision in PRECISIONS else [f"has no {precision}"]
-        why += why_not_plain(h)
         return why + (why_not_int8(h) if precision == "int8" else [])
 
     def fastest_first(self, device: str) -> tuple[str, ...]:
