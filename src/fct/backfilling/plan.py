@@ -38,7 +38,7 @@ from fct.gallery.interfaces import VECTOR_KEY, Destination, Shard
 from fct.gallery.location import Patience
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS
-from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_type
+from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform, threads_of
 
@@ -330,8 +330,7 @@ def resolve(
     if vector_format == "auto":
         vector_format = known if known and form in ("parquet", "arrow") else "fixed_size_list"
     if dtype == "auto":
-        stored = schema.field(vector).type
-        half = stored.value_type == pa.float16() if known != "binary" else binary_dtype == "float16"
+        half = vector_dtype(schema.field(vector).type, binary_dtype) == "float16"
         dtype = "float16" if half and form != "bin" else "float32"
     ids = id_column
     if ids == "auto":

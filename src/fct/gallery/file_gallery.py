@@ -1,12 +1,10 @@
-"""Galleries that are files: which files a path, a folder or a glob means, and what all file formats share."""
+"""Galleries that are files: what all file formats share."""
 
 from __future__ import annotations
 
-import os
-import re
-import stat
+import contextlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,71 +12,29 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from fct.errors import FctError
+from fct.gallery.discovery import find_files, natural, partition_columns, root_of
 from fct.gallery.interfaces import Batches, Destination, Piece, Shard, Source
 from fct.gallery.location import Location
+from fct.gallery.schemas import RULE, conform, difference, readable, unify
 from fct.gallery.space_tags import SIDE_FILE, side_file_space, space_of_schema, write_side_file
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["FileDestination", "FileSource", "find_files", "natural"]
-
-
-def natural(name: str) -> tuple[Any, ...]:
-    """Sorts part-2 before part-10."""
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
-
-
-def find_files(where: Location, name: str = "source") -> list[Location]:
-    """The data files of a folder (at any depth), a glob or a single file, in natural order.
-
-    Names and folders that start with ``_`` or ``.`` are not data; neither are side files.
-    """
-    if where.is_pattern:
-        files = where.find()
-        root = where.path[: re.search(r"[*?[]", where.path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-    elif where.is_folder():
-        files, root = where.find(), where.path.rstrip("/")
-    elif where.exists():
-        return [where]
-    else:
-        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {where}")
-    found = []
-    for file in files:
-        parts = file.path[len(root) :].strip("/").split("/")
-        if not any(p.startswith(("_", ".")) for p in parts) and not file.path.endswith(".json"):
-            _check_readable(file)
-            found.append(file)
-    if not found:
-        raise FileNotFoundError(f"{name}: expected a gallery, found no data files at {where}")
-    return sorted(found, key=lambda f: natural(f.path))
-
-
-def _check_readable(file: Location) -> None:
-    """Raises FctError for what stands among the files and is none: it may mean rows, so it is not passed over."""
-    if not file.is_local:
-        return
-    try:
-        kind = os.stat(file.path).st_mode
-        file.path.encode()
-    except FileNotFoundError:
-        raise FctError(f"source: {file} is a link to nothing") from None
-    except UnicodeEncodeError:
-        raise FctError(f"source: expected file names in UTF-8, got {file.path!a}") from None
-    if stat.S_ISDIR(kind):
-        raise FctError(
-            f"source: {file} is a link to a folder, which is not followed: put the files or links to them here"
-        )
-    if not stat.S_ISREG(kind):
-        raise FctError(f"source: expected files, {file} is none (a pipe, a socket or a device)")
+__all__ = ["FileDestination", "FileSource", "find_files", "named_errors", "natural"]
 
 
 class FileSource(Source):
-    """Files of one format, read in natural order of their names. A subclass reads one file's facts and its rows."""
+    """Files of one format, read in natural order of their names. A subclass reads one file's facts and its rows.
+
+    Files that spell their columns differently are read as one (:mod:`fct.gallery.schemas`); columns that stand in the
+    names of folders come behind the files' own.
+    """
 
     suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self, where: Location, files: Sequence[Location]) -> None:
         self.where = where
         self._files = list(files)
+        self._schema: pa.Schema | None = None  # once known it stays: files that come later must fit it
 
     @property
     def url(self) -> str:
@@ -88,14 +44,24 @@ class FileSource(Source):
     def files(self) -> list[Location]:
         return self._files
 
+    @cached_property
+    def _root(self) -> str:
+        return root_of(self.where).rstrip("/")
+
     def name_of(self, file: Location) -> str:
-        """The piece's name: its path below the gallery."""
-        root = self.where.path.rstrip("/")
-        return file.path[len(root) + 1 :] if file.path.startswith(root + "/") else file.name
+        """The piece's name and identity: its path below the gallery, or below a pattern's fixed part."""
+        return file.path[len(self._root) :].lstrip("/") if file.path.startswith(self._root + "/") else file.name
+
+    def find(self) -> list[Location]:
+        """The files as they are now."""
+        return find_files(self.where)
 
     def refresh(self) -> None:
-        self._files = find_files(self.where)
-        self.__dict__.pop("_by_name", None)
+        if self._schema is None:
+            _ = self.schema
+        self._files = self.find()
+        for name in ("_by_name", "_schemas", "_folders"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def _by_name(self) -> dict[str, Location]:
@@ -105,8 +71,57 @@ class FileSource(Source):
         return self._by_name[piece.name]
 
     @cached_property
+    def _schemas(self) -> dict[str, pa.Schema]:
+        """The columns in each file, by its path. Raises FctError that names every file that is not whole."""
+        found: dict[str, pa.Schema] = {}
+        kinds: list[pa.Schema] = []  # the same for all files that spell it the same: compared once, not for each batch
+        broken = []
+        for file in self._files:
+            try:
+                schema = self.file_schema(file)
+            except FctError as error:
+                broken.append(str(error))
+                continue
+            same = next((s for s in kinds if s.equals(schema, check_metadata=True)), None)
+            if same is None:
+                kinds.append(schema)
+            found[file.path] = schema if same is None else same
+        if broken:
+            more = "" if len(broken) == 1 else "; " + "; ".join(b.removeprefix("source: ") for b in broken[1:])
+            raise FctError(f"{broken[0]}{more}")
+        return found
+
+    @cached_property
+    def _folders(self) -> tuple[pa.Schema, dict[str, dict[str, Any]]]:
+        """(columns in folders' names, their values by file)."""
+        schema, values = partition_columns([self.name_of(file) for file in self._files])
+        return schema, {file.path: row for file, row in zip(self._files, values, strict=True)}
+
+    @property
     def schema(self) -> pa.Schema:
-        return self.file_schema(self._files[0])
+        if self._schema is None:
+            self._schema = self._unified()
+        return self._schema
+
+    def _unified(self) -> pa.Schema:
+        schemas = {id(s): (s, path) for path, s in reversed(self._schemas.items())}
+        ordered = list(reversed(list(schemas.values())))
+        whole = readable(unify([s for s, _ in ordered], [str(self.where.at(path)) for _, path in ordered]))
+        for field in self._folders[0]:
+            if field.name not in whole.names:
+                whole = whole.append(field)
+        return whole
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        spelled = len({id(s) for s in self._schemas.values()}) > 1 and any(
+            not s.equals(next(iter(self._schemas.values()))) for s in self._schemas.values()
+        )
+        added = [f.name for f in self._folders[0] if f.name in self.schema.names]
+        return (
+            *((f"source: {RULE}",) if spelled else ()),
+            *((f"source: columns from folder names: {', '.join(added)}",) if added else ()),
+        )
 
     @property
     def space(self) -> EmbeddingSpace | None:
@@ -119,20 +134,28 @@ class FileSource(Source):
         return written or beside
 
     def pieces(self) -> list[Piece]:
-        pieces = []
-        for file in self._files:
-            schema = self.file_schema(file)
-            if not schema.equals(self.schema):
-                raise FctError(
-                    f"source: expected the same columns in every file, {file} has {_columns(schema)}, "
-                    f"{self._files[0]} has {_columns(self.schema)}"
-                )
-            space, first = space_of_schema(schema, str(file)), space_of_schema(self.schema, self.url)
+        names = [self.name_of(file) for file in self._files]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            which = ", ".join(str(f) for f, name in zip(self._files, names, strict=True) if name == twice)
+            raise FctError(f"source: expected each file once, {which} are all named {twice!r} below {self._root}")
+        if not self._unified().equals(self.schema):
+            lines = "; ".join(difference(self.schema, self._unified()))
+            raise FctError(f"source: {self.url} has files whose columns differ from those it began with: {lines}")
+        pieces, broken = [], []
+        for file, name in zip(self._files, names, strict=True):
+            space, first = space_of_schema(self._schemas[file.path], str(file)), space_of_schema(self.schema, self.url)
             if space is not None and first is not None:
                 first.require_same(space, f"source: {file}")
             version = file.version()
-            groups = self.groups(file)
-            pieces.append(Piece(self.name_of(file), sum(groups), version.bytes, version.stamp, tuple(groups)))
+            try:
+                groups = self.groups(file)
+            except FctError as error:
+                broken.append(str(error))
+                continue
+            pieces.append(Piece(name, sum(groups), version.bytes, version.stamp, tuple(groups)))
+        if broken:
+            raise FctError("; ".join([broken[0], *(b.removeprefix("source: ") for b in broken[1:])]))
         return pieces
 
     @abstractmethod
@@ -157,19 +180,35 @@ class FileSource(Source):
                 f"source: {file} changed: it had {piece.bytes} bytes when the backfill was planned "
                 f"and has {version.bytes}"
             )
-        try:
-            yield from self.read_file(file, piece, start, rows, batch_rows)
-        except (pa.ArrowInvalid, EOFError) as error:
+        with named_errors(file, remote=not self.where.is_local):
+            for batch in self.read_file(file, piece, start, rows, batch_rows):
+                yield self._whole(batch, file)
+
+    def _whole(self, batch: pa.RecordBatch, file: Location) -> pa.RecordBatch:
+        """A file's batch under the gallery's schema, the columns of its folders' names added."""
+        schema, values = self.schema, self._folders[1][file.path]
+        for name, value in values.items():
+            if name not in batch.schema.names:
+                kind = schema.field(name).type
+                column = pa.repeat(pa.scalar(value, kind), batch.num_rows)
+                batch = batch.append_column(pa.field(name, kind), column)
+        return conform(batch, schema)
+
+
+@contextlib.contextmanager
+def named_errors(file: Location, *, remote: bool = False) -> Iterator[None]:
+    """Whatever a library says of a file's content comes out as an FctError that names the file."""
+    try:
+        yield
+    except (FctError, FileNotFoundError):
+        raise
+    except (pa.ArrowException, EOFError, UnicodeDecodeError) as error:
+        raise FctError(f"source: {file} is damaged: {error}") from error
+    except OSError as error:
+        # Arrow says OSError for a bad page; the system's own errors carry an errno.
+        if error.errno is None and not remote:
             raise FctError(f"source: {file} is damaged: {error}") from error
-        except OSError as error:
-            # Arrow says OSError for a bad page; the system's own errors carry an errno.
-            if error.errno is None and self.where.is_local:
-                raise FctError(f"source: {file} is damaged: {error}") from error
-            raise
-
-
-def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{f.name}: {f.type}" for f in schema)
+        raise
 
 
 class FileDestination(Destination):

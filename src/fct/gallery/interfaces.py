@@ -78,6 +78,11 @@ class Source(ABC):
         """Which model's vectors these are, where the store says so."""
         return None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever reads a plan should know: what is read otherwise than it is stored."""
+        return ()
+
     def refresh(self) -> None:  # noqa: B027 (a dataset of one version has nothing to do)
         """Looks again at which pieces there are, for the next :meth:`pieces`."""
 

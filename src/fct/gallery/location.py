@@ -178,9 +178,11 @@ class Location:
         pattern = self.is_pattern
 
         def paths() -> list[str]:
-            if pattern:
-                return [str(p) for p in self.fs.glob(self.path) if not self.fs.isdir(p)]
-            return [str(p) for p in self.fs.find(self.path)]
+            if self.is_local:
+                found = self.fs.glob(self.path) if pattern else self.fs.find(self.path)
+                return [str(p) for p in found if not pattern or not self.fs.isdir(p)]
+            infos = (self.fs.glob if pattern else self.fs.find)(self.path, detail=True)
+            return [p for p in _without_markers(infos, self.path) if not pattern or infos[p]["type"] != "directory"]
 
         return [self.at(path) for path in self._look(paths)]
 
@@ -230,6 +232,20 @@ class Location:
     def remove(self) -> None:
         if self.exists():
             self._ask("removing", lambda: self.fs.rm(self.path, recursive=True))
+
+
+def _without_markers(infos: Mapping[str, Mapping[str, Any]], root: str) -> list[str]:
+    """Paths of a store's objects, the empty ones left out that consoles and tools make for folders: ``gallery/``, a
+    name that other objects lie below, Hadoop's ``gallery_$folder$``."""
+    above = {root.rstrip("/")}
+    for path in infos:
+        while (path := path.rpartition("/")[0]) and path not in above:
+            above.add(path)
+
+    def marks(path: str) -> bool:
+        return path.endswith(("/", "_$folder$")) or path.rstrip("/") in above
+
+    return [str(path) for path, info in infos.items() if info.get("size") or not marks(str(path))]
 
 
 class _Remote(io.RawIOBase):

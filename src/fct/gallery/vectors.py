@@ -9,11 +9,26 @@ import numpy as np
 import pyarrow as pa
 
 from fct.gallery.interfaces import Batches
+from fct.gallery.vector_types import is_tensor, plain_type, plain_vectors
 
-__all__ = ["VECTOR_FORMATS", "VectorBlock", "rebatch", "vector_array", "vector_block", "vector_dim", "vector_type"]
+__all__ = [
+    "VECTOR_FORMATS",
+    "VectorBlock",
+    "column_type",
+    "rebatch",
+    "vector_array",
+    "vector_block",
+    "vector_dim",
+    "vector_dtype",
+    "vector_type",
+]
 
-VECTOR_FORMATS = ("fixed_size_list", "list", "binary")
-_DTYPES = {pa.float32(): np.float32, pa.float16(): np.float16, pa.uint8(): np.uint8, pa.int8(): np.int8}
+VECTOR_FORMATS = ("fixed_size_list", "list", "binary", "tensor")
+_CACHED = 1 << 15  # values rounded at a time
+_DTYPES = {
+    pa.float32(): np.float32, pa.float64(): np.float64, pa.float16(): np.float16, pa.uint8(): np.uint8,
+    pa.int8(): np.int8,
+}  # fmt: skip
 Array = np.ndarray[Any, Any]
 
 
@@ -36,7 +51,15 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def vector_type(kind: pa.DataType) -> str | None:
-    """Which of VECTOR_FORMATS a column type is, or None when it cannot hold vectors."""
+    """Which of VECTOR_FORMATS a column type is, or None when it cannot hold vectors.
+
+    A tensor column (Arrow's fixed_shape_tensor, Ray's) is "tensor"; of what other types can be read as vectors
+    (:mod:`fct.gallery.vector_types`), the list or bytes that they are read as.
+    """
+    if is_tensor(kind):
+        plain = plain_type(kind)
+        return None if plain.equals(kind) or vector_type(plain) is None else "tensor"
+    kind = plain_type(kind)
     if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
         return "fixed_size_list"
     if _is_list(kind) and kind.value_type in _DTYPES:
@@ -44,8 +67,23 @@ def vector_type(kind: pa.DataType) -> str | None:
     return "binary" if _is_binary(kind) else None
 
 
+def vector_dtype(kind: pa.DataType, binary_dtype: str = "float32") -> str:
+    """What a column's vectors are read as: float16 where that is stored, else float32.
+
+    Raises:
+        ValueError: the type cannot hold vectors.
+    """
+    form = vector_type(kind)
+    if form is None:
+        raise ValueError(f"vectors: expected a list or binary column, got {kind}")
+    if form == "binary":
+        return binary_dtype
+    return "float16" if plain_type(kind).value_type == pa.float16() else "float32"
+
+
 def vector_dim(column: pa.Array, binary_dtype: str = "float32") -> int | None:
     """Length of the column's vectors: its type's, else its first non-null row's; None when there is no such row."""
+    column, _ = plain_vectors(column)
     kind = column.type
     if pa.types.is_fixed_size_list(kind):
         return int(kind.list_size)
@@ -62,11 +100,13 @@ def vector_block(column: pa.Array, d: int, binary_dtype: str = "float32") -> Vec
     """The column's rows as an (n, d) block, without a copy when every row is whole.
 
     Rows that are null, hold a null or have another length are left out and named with the reason; whether values are
-    finite is the caller's to check. 8-bit integers become float32.
+    finite is the caller's to check. 8-bit integers become float32; float64 is rounded to it once, and a row with a
+    value beyond its range is left out and named too.
 
     Raises:
         ValueError: the column's type cannot hold vectors of d elements.
     """
+    column, odd = plain_vectors(column)
     kind, n = column.type, len(column)
     if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
         if kind.list_size != d:
@@ -100,7 +140,7 @@ def vector_block(column: pa.Array, d: int, binary_dtype: str = "float32") -> Vec
     bad: dict[int, str] = {}
     if column.null_count:
         null = np.asarray(column.is_null())
-        bad |= dict.fromkeys(np.flatnonzero(null).tolist(), "null")
+        bad |= dict.fromkeys(np.flatnonzero(null).tolist(), "null") | odd
         good &= ~null
     if sizes is not None:
         wrong = good & (sizes != d * width)
@@ -138,11 +178,33 @@ def vector_block(column: pa.Array, d: int, binary_dtype: str = "float32") -> Vec
         values = values.view(dtype)
     if values.dtype in (np.uint8, np.int8):
         values = values.astype(np.float32)
+    if values.dtype == np.float64:
+        values, beyond = _rounded(values)
+        if len(beyond):
+            rows = np.arange(n) if rows is None else rows
+            bad |= dict.fromkeys(rows[beyond].tolist(), "beyond float32's range")
+            rows, values = np.delete(rows, beyond), np.delete(values, beyond, axis=0)
     return VectorBlock(values, rows, bad)
+
+
+def _rounded(values: Array) -> tuple[Array, Array]:
+    """(float32, the rows in which a finite value became infinite), in blocks that stay in the cache."""
+    out = np.empty(values.shape, np.float32)
+    step, wide = max(1, _CACHED // max(1, values.shape[1])), []
+    with np.errstate(over="ignore"):
+        for start in range(0, len(values), step):
+            block, made = values[start : start + step], out[start : start + step]
+            made[...] = block
+            # The largest magnitude settles it for a block; NaN compares false and is the caller's.
+            if np.isinf(made.max(initial=0.0)) or np.isinf(made.min(initial=0.0)) or np.isnan(made.sum()):
+                wide.append(start + np.flatnonzero((np.isinf(made) & np.isfinite(block)).any(axis=1)))
+    return out, np.concatenate(wide) if wide else np.empty(0, np.int64)
 
 
 def column_type(d: int, dtype: str, form: str) -> pa.DataType:
     value = pa.float16() if dtype == "float16" else pa.float32()
+    if form == "tensor":
+        return pa.fixed_shape_tensor(value, (d,))
     if form == "fixed_size_list":
         return pa.list_(value, d)
     return pa.list_(value) if form == "list" else pa.binary(d * np.dtype(dtype).itemsize)
@@ -156,6 +218,9 @@ def vector_array(values: Array, form: str = "fixed_size_list") -> pa.Array:
     if form == "binary":
         return pa.FixedSizeBinaryArray.from_buffers(kind, n, [None, pa.py_buffer(values)])
     child = pa.Array.from_buffers(kind.value_type, n * d, [None, pa.py_buffer(values)])
+    if form == "tensor":
+        storage = pa.FixedSizeListArray.from_arrays(child, type=kind.storage_type)
+        return pa.ExtensionArray.from_storage(kind, storage)
     if form == "fixed_size_list":
         return pa.FixedSizeListArray.from_arrays(child, type=kind)
     offsets = pa.py_buffer(np.arange(0, (n + 1) * d, d, dtype=np.int32)[: n + 1])

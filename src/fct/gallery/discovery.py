@@ -1,0 +1,118 @@
+"""Which files a path, a folder or a glob means, what each is called below it, and the columns in folders' names.
+
+A file's identity is its path below the folder, or below the part of a pattern that is fixed: ``g/*/emb.npy`` means
+``d1/emb.npy``, ``d2/emb.npy``. Names and folders that start with ``_`` or ``.`` are no data, except that a folder like
+``_lang=de`` is a partition.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from fct.errors import FctError
+from fct.gallery.location import Location
+
+__all__ = ["find_files", "natural", "partition_columns", "root_of"]
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Sorts part-2 before part-10. Digits are what ``int`` reads: ``10²`` is 10 and a sign."""
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
+
+
+def root_of(where: Location) -> str:
+    """The folder below which files are named: the folder itself, a pattern's fixed part, or the folder of a file."""
+    if where.is_pattern:
+        magic = re.search(r"[*?[]", where.path)
+        return where.path[: magic.start()].rpartition("/")[0] if magic else where.path
+    return where.path.rstrip("/") if where.is_folder() else where.parent.path
+
+
+def find_files(where: Location, name: str = "source") -> list[Location]:
+    """The data files of a folder (at any depth), a glob or a single file, in natural order; side files left out.
+
+    Raises:
+        FileNotFoundError: nothing there. FctError: what may stand for rows and cannot be read (a link to a folder).
+    """
+    if not where.is_pattern and not where.is_folder():
+        if where.exists():
+            return [where]
+        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {where}")
+    root, found = root_of(where), []
+    for file in where.find():
+        parts = file.path[len(root) :].strip("/").split("/")
+        if _is_hidden(parts) or file.path.endswith(".json"):
+            continue
+        _check_readable(file)
+        found.append(file)
+    if not found:
+        raise FileNotFoundError(f"{name}: expected a gallery, found no data files at {where}")
+    return sorted(found, key=lambda f: natural(f.path))
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    *folders, file = parts
+    if file.startswith(("_", ".")) or any(f.startswith(".") for f in folders):
+        return True
+    return any(f.startswith("_") and "=" not in f for f in folders)
+
+
+def _check_readable(file: Location) -> None:
+    """Raises FctError for what stands among the files and is none: it may mean rows, so it is not passed over."""
+    if not file.is_local:
+        return
+    try:
+        kind = os.stat(file.path).st_mode
+        file.path.encode()
+    except FileNotFoundError:
+        raise FctError(f"source: {file} is a link to nothing") from None
+    except UnicodeEncodeError:
+        raise FctError(f"source: expected file names in UTF-8, got {file.path!a}") from None
+    if stat.S_ISDIR(kind):
+        raise FctError(
+            f"source: {file} is a link to a folder, which is not followed: put the files or links to them here"
+        )
+    if not stat.S_ISREG(kind):
+        raise FctError(f"source: expected files, {file} is none (a pipe, a socket or a device)")
+
+
+def partition_columns(names: Sequence[str]) -> tuple[pa.Schema, list[dict[str, Any]]]:
+    """The columns that folders' names hold (``year=2024/lang=de/a.parquet``), typed as pyarrow's hive partitioning
+    types them: int32 where every value is one, else strings; percent-decoded; ``__HIVE_DEFAULT_PARTITION__`` is null.
+
+    Args:
+        names: of the files, below the gallery.
+
+    Returns:
+        (their schema, the values of each file, None for null).
+    """
+    folders = [[part for part in name.split("/")[:-1] if _is_partition(part)] for name in names]
+    keys = list(dict.fromkeys(unquote(part.partition("=")[0]) for parts in folders for part in parts))
+    if not keys:
+        return pa.schema([]), [{} for _ in names]
+    text = ds.HivePartitioning(pa.schema([(key, pa.string()) for key in keys]))
+    try:
+        rows = [ds.get_partition_keys(text.parse("/".join([*parts, ""]))) if parts else {} for parts in folders]
+    except pa.ArrowInvalid as error:
+        raise FctError(f"source: expected folder names like key=value, percent-encoded in UTF-8: {error}") from error
+    values = {key: pa.array([row.get(key) for row in rows], pa.string()) for key in keys}
+    for key, column in values.items():
+        try:
+            values[key] = column.cast(pa.int32())
+        except pa.ArrowInvalid:
+            continue
+    schema = pa.schema([(key, column.type) for key, column in values.items()])
+    return schema, [{key: values[key][i].as_py() for key in keys} for i in range(len(names))]
+
+
+def _is_partition(folder: str) -> bool:
+    key, equals, _ = folder.partition("=")
+    return bool(key and equals)
