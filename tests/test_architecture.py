@@ -19,7 +19,7 @@ FLOORS = [
     {"life", "doctor"},
     {"backfilling", "report", "bench", "arrow_mapper"},
     {"gallery"},
-    {"baselines"},
+    {"baselines", "judging"},
     {"fit", "transform", "search", "metrics", "mixed_gallery", "data", "info"},
     {"ops"},
     {"rows", "artifact"},

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fct.fit.side_info import train_side_info
     from fct.fit.transformation_fit import fit_transformation
     from fct.info import build_info
+    from fct.judging.judgements import Judgements, read_qrels
+    from fct.judging.upgrade_systems import UpgradeQueries, judge_upgrade
+    from fct.judging.upgrade_verdict import UpgradeVerdict
     from fct.metrics import RetrievalMetrics, evaluate
     from fct.mixed_gallery import evaluate_mixed
     from fct.rows import ScaledInt8
@@ -46,9 +49,14 @@ _PUBLIC = {
     "RetrievalMetrics": "fct.metrics",
     "TopK": "fct.search",
     "Transformation": "fct.artifact.transformation",
+    "Judgements": "fct.judging.judgements",
+    "UpgradeQueries": "fct.judging.upgrade_systems",
+    "UpgradeVerdict": "fct.judging.upgrade_verdict",
     "build_info": "fct.info",
     "evaluate": "fct.metrics",
     "evaluate_mixed": "fct.mixed_gallery",
+    "judge_upgrade": "fct.judging.upgrade_systems",
+    "read_qrels": "fct.judging.judgements",
     "fit_transformation": "fct.fit.transformation_fit",
     "prepare_gallery": "fct.search",
     "train_side_info": "fct.fit.side_info",
@@ -63,12 +71,15 @@ __all__ = [
     "EmbeddingSpace",
     "FctError",
     "FctWarning",
+    "Judgements",
     "PreparedGallery",
     "RetrievalMetrics",
     "ScaledInt8",
     "SpaceMismatchError",
     "TopK",
     "Transformation",
+    "UpgradeQueries",
+    "UpgradeVerdict",
     "UpgradingGallery",
     "VerifyReport",
     "backfill",
@@ -76,8 +87,10 @@ __all__ = [
     "evaluate",
     "evaluate_mixed",
     "fit_transformation",
+    "judge_upgrade",
     "plan_backfill",
     "prepare_gallery",
+    "read_qrels",
     "topk",
     "train_side_info",
     "transform_batch",

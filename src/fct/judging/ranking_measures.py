@@ -1,0 +1,111 @@
+"""nDCG@k, MRR and recall@k of rankings against judgements, as trec_eval defines them, and their paired bootstrap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fct.checks import check_seed, check_whole
+
+__all__ = ["QueryMeasures", "measure_rankings", "paired_interval"]
+
+Floats = npt.NDArray[np.float64]
+MEASURES = ("ndcg", "mrr", "recall")
+
+
+@dataclass(frozen=True, slots=True)
+class QueryMeasures:
+    """Measures of each query, in [0, 1]; the means are :meth:`mean`.
+
+    ndcg: discounted gain of the k first, over that of the best order. mrr: 1 / rank of the first relevant among the k
+    first, 0 where there is none. recall: share of the relevant items among the k first. Each (n,) float64.
+    """
+
+    k: int
+    ndcg: Floats
+    mrr: Floats
+    recall: Floats
+
+    def mean(self, name: str = "ndcg") -> float:
+        """Mean over queries of "ndcg", "mrr" or "recall"; NaN without a query."""
+        values: Floats = getattr(self, name)
+        return float(values.mean()) if len(values) else float("nan")
+
+
+def measure_rankings(
+    rankings: Sequence[Sequence[str]], relevant: Sequence[Mapping[str, int]], *, k: int = 10
+) -> QueryMeasures:
+    """Measures of rankings against what is relevant.
+
+    Args:
+        rankings: for each query the ids of the items found, best first; at least k of them where the gallery has k.
+        relevant: for each query the relevant items and their grades, above 0; none may be empty.
+        k: how many of the first count.
+
+    Returns:
+        QueryMeasures. The gain of an item is its grade and the discount 1 / log2(rank + 1), as in trec_eval's ndcg_cut
+        and in ranx's ndcg; the ideal counts every relevant item, in the gallery or not.
+
+    Raises:
+        ValueError: lists of different lengths, a query without a relevant item, an item found twice.
+
+    Source: Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 20(4), 2002.
+
+    Example:
+        >>> from fct.judging import measure_rankings
+        >>> found = measure_rankings([["a", "b", "c"]], [{"b": 1}])
+        >>> found.mean("mrr"), round(found.mean("ndcg"), 3)
+        (0.5, 0.631)
+    """
+    check_whole(k, "k", 1)
+    if len(rankings) != len(relevant):
+        raise ValueError(f"relevant: expected one entry for each of {len(rankings)} rankings, got {len(relevant)}")
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    rows = np.zeros((len(rankings), 3))
+    for i, (ranking, wanted) in enumerate(zip(rankings, relevant, strict=True)):
+        if not wanted or min(wanted.values()) <= 0:
+            raise ValueError(f"relevant: expected items with grades above 0 for query {i}, got {dict(wanted)}")
+        first = list(ranking[:k])
+        if len(set(first)) < len(first):
+            raise ValueError(f"rankings: expected each item once, query {i} has some twice")
+        gains = np.array([wanted.get(item, 0) for item in first], dtype=np.float64)
+        best = np.sort(np.fromiter(wanted.values(), np.float64))[::-1][:k]
+        hits = np.flatnonzero(gains)
+        rows[i, 0] = gains @ discount[: len(gains)] / (best @ discount[: len(best)])
+        rows[i, 1] = 1 / (hits[0] + 1) if len(hits) else 0.0
+        rows[i, 2] = len(hits) / len(wanted)
+    return QueryMeasures(k, *np.ascontiguousarray(rows.T))
+
+
+def paired_interval(
+    values: Floats, others: Floats, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of mean(values - others) over the same queries, resampled in pairs.
+
+    Raises:
+        ValueError: arrays of different lengths, or empty.
+
+    Example:
+        >>> import numpy as np
+        >>> from fct.judging import paired_interval
+        >>> paired_interval(np.ones(30), np.zeros(30))
+        (1.0, 1.0)
+    """
+    if values.shape != others.shape or values.ndim != 1 or not len(values):
+        raise ValueError(f"others: expected {values.shape}, at least one query, got {others.shape}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    check_whole(resamples, "resamples", 1)
+    rng = np.random.default_rng(check_seed(seed))
+    difference, n = values - others, len(values)
+    # Multinomial counts are the resamples; in blocks, so that memory stays small with many queries.
+    means = np.empty(resamples)
+    block = max(1, 4_000_000 // n)
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        means[start : start + count] = rng.multinomial(n, np.full(n, 1 / n), size=count) @ difference / n
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
