@@ -277,10 +277,14 @@ class Job:
 
     def _without_secrets(self) -> Job:
         """This job as it would be begun today: names and URLs of older ones may hold passwords and signatures."""
+
+        def cleaned(pieces: tuple[Piece, ...], url: str) -> tuple[Piece, ...]:
+            return tuple(replace(p, name=redacted(p.name)) for p in pieces) if "://" in url else pieces
+
         clean = replace(
             self,
-            pieces=tuple(replace(p, name=redacted(p.name)) for p in self.pieces),
-            side_pieces=tuple(replace(p, name=redacted(p.name)) for p in self.side_pieces),
+            pieces=cleaned(self.pieces, self.source),
+            side_pieces=cleaned(self.side_pieces, self.side),
             source=redacted(self.source),
             destination=redacted(self.destination),
             side=redacted(self.side),

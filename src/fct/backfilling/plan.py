@@ -38,6 +38,7 @@ from fct.gallery.interfaces import VECTOR_KEY, Destination, Shard
 from fct.gallery.location import Patience
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS
+from fct.gallery.urls import redacted
 from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform, threads_of
@@ -48,6 +49,7 @@ _OLD_NAMES = ("old", "vector", "embedding", "emb", "features")
 _SIDE_NAMES = ("side", "side_info", "side_information")
 _DTYPES = ("float32", "float16")
 _SHARD_BYTES = 128 << 20
+_WRITE_BYTES = 512 << 20  # at most, to measure writing
 SAMPLE_ROWS = 4096
 
 
@@ -479,7 +481,7 @@ def plan_backfill(
     try:
         found = resolve(source, destination, h, **options)
     except FctError as error:
-        return _refused(str(source), str(destination), (str(error),), gate, quality)
+        return _refused(redacted(str(source)), redacted(str(destination)), (str(error),), gate, quality)
     job = found.job
     refusals = list(gate)
     stored = found.journal.job()
@@ -603,8 +605,10 @@ def _measure_writing(pace: _Pace, found: Resolved, mapped: list[pa.RecordBatch])
         return
     job = found.job
     once = pa.Table.from_batches(mapped)
-    full = pa.concat_tables([once] * max(1, job.batch_rows // rows)).combine_chunks().to_batches()[0]
+    again = min(job.batch_rows // rows, BATCH_BYTES // max(1, once.nbytes))  # whatever a row's payload is
+    full = pa.concat_tables([once] * max(1, again)).combine_chunks().to_batches()[0]
     times = max(1, min(job.shard_rows, job.rows) // full.num_rows)
+    times = min(times, max(1, _WRITE_BYTES // max(1, full.nbytes)))
     with tempfile.TemporaryDirectory(prefix="fct-plan-") as folder:
         part = Path(folder) / "part"
         wall, cpu = time.perf_counter(), time.process_time()

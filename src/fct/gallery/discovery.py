@@ -44,6 +44,7 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
     """
     if not where.is_pattern and not where.is_folder():
         if where.exists():
+            _check_readable(where)
             return [where]
         raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {where}")
     root, found = root_of(where), []

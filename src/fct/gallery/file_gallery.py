@@ -17,6 +17,7 @@ from fct.gallery.interfaces import Batches, Destination, Piece, Shard, Source
 from fct.gallery.location import Location
 from fct.gallery.schemas import RULE, conform, difference, readable, unify
 from fct.gallery.space_tags import SIDE_FILE, side_file_space, space_of_schema, write_side_file
+from fct.gallery.urls import redacted
 from fct.spaces import EmbeddingSpace
 
 __all__ = ["FileDestination", "FileSource", "find_files", "named_errors", "natural"]
@@ -50,7 +51,8 @@ class FileSource(Source):
 
     def name_of(self, file: Location) -> str:
         """The piece's name and identity: its path below the gallery, or below a pattern's fixed part."""
-        return file.path[len(self._root) :].lstrip("/") if file.path.startswith(self._root + "/") else file.name
+        name = file.path[len(self._root) :].lstrip("/") if file.path.startswith(self._root + "/") else file.name
+        return name if file.is_local else redacted(name)
 
     def find(self) -> list[Location]:
         """The files as they are now."""

@@ -14,6 +14,7 @@ from fct.extras import need
 from fct.gallery.interfaces import JOB_KEY, Batches, Destination, Output, Piece, Shard, Source
 from fct.gallery.location import location_of
 from fct.gallery.space_tags import side_file_space, space_of_schema
+from fct.gallery.urls import redacted
 from fct.spaces import EmbeddingSpace
 
 __all__ = ["LanceDestination", "LanceSource"]
@@ -62,11 +63,11 @@ class LanceSource(Source):
         try:
             return _lance().dataset(self._url, version=version, storage_options=lance_options(self._options))
         except ValueError as error:
-            raise FileNotFoundError(f"source: expected a Lance dataset at {self._url}: {error}") from error
+            raise FileNotFoundError(f"source: expected a Lance dataset at {self.url}: {error}") from error
 
     @property
     def url(self) -> str:
-        return self._url
+        return redacted(self._url)
 
     @property
     def schema(self) -> pa.Schema:
@@ -103,7 +104,7 @@ class LanceDestination(Destination):
 
     @property
     def url(self) -> str:
-        return self._url
+        return redacted(self._url)
 
     def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], Any]:
         first = next(batches)

@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fct.atomic_files import checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError
+from fct.gallery.urls import check_scheme, redacted, without_secrets
 from fct.terminal import printable
 
 __all__ = ["Location", "Patience", "StoreError", "Version", "location_of", "with_retries"]
@@ -104,14 +105,14 @@ class Location:
         return self.at(self.path.rstrip("/").rpartition("/")[0])
 
     def __str__(self) -> str:
-        return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
+        return self.path if self.is_local else redacted(str(self.fs.unstrip_protocol(self.path)))
 
     # ---- looking ----
     def _ask(self, what: str, do: Callable[[], T], *, moves: int = 0) -> T:
         if self.is_local:
             return do()
         try:
-            return self.patience.ask(do, f"{what} {self}", moves=moves)
+            return self.patience.ask(discreet(do, self.path), f"{what} {self}", moves=moves)
         except TypeError as error:  # some filesystems look at their options only now
             if not self.fs.storage_options:
                 raise
@@ -328,15 +329,30 @@ def location_of(
                 raise TypeError(f"filesystem: expected fsspec's or pyarrow's or None, got {shown(filesystem)}")
             filesystem = ArrowFSWrapper(filesystem)
         return Location(filesystem, str(filesystem._strip_protocol(text)), patience)
-    scheme = text.partition("://")[0] if "://" in text else ""
-    if scheme and scheme.partition("::")[0] not in {*fsspec.available_protocols(), *fsspec.registry}:
-        raise ValueError(f"{name}: expected a path or the URL of a filesystem that fsspec knows, got {text}")
-    if not scheme:  # fsspec would take "::" in a name for a chain of filesystems
+    if not check_scheme(text, name):  # fsspec would take "::" in a name for a chain of filesystems
         fs = LocalFileSystem()
         path = str(fs._strip_protocol(text))
     else:  # some filesystems ask their store for a token or a region when they are made
-        fs, path = patience.ask(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), f"opening {text}")
+        opened = discreet(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), text)
+        fs, path = patience.ask(opened, f"opening {redacted(text)}")
     return Location(fs, path.rstrip("/") or "/", patience)
+
+
+def discreet(do: Callable[[], T], url: str) -> Callable[[], T]:
+    """``do``, whose errors do not repeat the secrets of ``url``: libraries name the URL that they failed with."""
+
+    def careful() -> T:
+        try:
+            return do()
+        except Exception as error:
+            text = str(error)
+            clean = without_secrets(text, url)
+            if clean == text:
+                raise
+            kind = type(error) if isinstance(error, _FINAL) and not isinstance(error, FctError) else OSError
+        raise kind(clean)
+
+    return careful
 
 
 def with_retries(
