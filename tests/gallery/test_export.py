@@ -71,7 +71,7 @@ def test_every_spelling_of_text_is_the_same_id_and_payload(tmp_path: Path, kind:
     table = pa.table({"id": column, "name": column, "embedding": flat})
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    ids, _, rest = exported(file, "milvus")
+    ids, _, rest = exported(file, "milvus", vector_column="embedding")
     assert ids == TEXT
     assert [r["name"] for r in rest] == TEXT
 

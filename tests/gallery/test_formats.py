@@ -356,18 +356,20 @@ def test_bulk_files_hold_every_row(tmp_path: Path, rng: np.random.Generator) -> 
     vectors, payload = export_bulk(folder, tmp_path / "q", "qdrant")
     np.testing.assert_array_equal(np.load(vectors), values)
     assert payload.read_text().splitlines()[0] == '{"id": 7, "payload": {"tag": "x"}}'
-    (file,) = export_bulk(folder, tmp_path / "p", "pgvector")
+    file, table_sql = export_bulk(folder, tmp_path / "p", "pgvector")
+    assert '"tag" text' in table_sql.read_text()
     data = file.read_bytes()
     assert data[:11] == b"PGCOPY\n\xff\r\n\0"
     assert data[-2:] == b"\xff\xff"
     fields, size, key, length, dim, zero = struct.unpack(">hiqihh", data[19 : 19 + 22])
-    assert (fields, size, key, length, dim, zero) == (2, 8, 7, 24, 5, 0)
+    assert (fields, size, key, length, dim, zero) == (3, 8, 7, 24, 5, 0)
     np.testing.assert_array_equal(np.frombuffer(data[41:61], ">f4"), values[0])
-    assert len(data) == 19 + 50 * (22 + 20) + 2
+    assert data[61:66] == b"\0\0\0\x01x"
+    assert len(data) == 19 + 50 * (22 + 20 + 5) + 2
     with pytest.raises(FileExistsError, match=r"p exists; choose another place$"):  # there is no overwriting here
         export_bulk(folder, tmp_path / "p", "pgvector")
     pq.write_table(table.rename_columns(["id", "old", "tag"]), folder / "a.parquet")
-    with pytest.raises(ValueError, match=r"expected one that fct wrote, .* or a column 'vector', got id, old, tag"):
+    with pytest.raises(ValueError, match=r"expected one that fct wrote, .* or a column 'vector', got id, old, tag;"):
         export_bulk(folder, tmp_path / "other", "pgvector")
 
 

@@ -23,7 +23,7 @@ from fct.errors import FctWarning
 from fct.gallery.bulk_files import WRITERS, BulkWriter, Names
 from fct.gallery.columns import pick_column, pick_id_column
 from fct.gallery.export_ids import RULES, IdCheck, id_kind
-from fct.gallery.interfaces import Piece, Source
+from fct.gallery.interfaces import VECTOR_KEY, Piece, Source
 from fct.gallery.location import Location, Patience
 from fct.gallery.matrix_files import ROW, BinSource, NpySource
 from fct.gallery.stores import open_source
@@ -195,6 +195,7 @@ class _Rows:
         double = sorted({n for n in schema.names if schema.names.count(n) > 1})
         if double:
             raise ValueError(f"gallery: expected each column once, got {', '.join(map(repr, double))} twice")
+        _require_new(source, vector_column)
         vector = pick_column(source.schema, vector_column, _VECTOR_NAMES, "vector_column")
         ids = pick_id_column(schema, id_column)
         if not ids and id_column == "auto" and ROW in schema.names:
@@ -250,6 +251,16 @@ class _Rows:
                     batch = batch.append_column(entry, part)
                 at += batch.num_rows
                 yield batch, numbers
+
+
+def _require_new(source: Source, vector_column: str) -> None:
+    """An old gallery looks the same: the new one says whose vectors it holds, or its user names the column."""
+    marked = VECTOR_KEY in (source.schema.metadata or {})
+    if vector_column == "auto" and not marked and source.space is None and "vector" not in source.schema.names:
+        raise ValueError(
+            "gallery: expected one that fct wrote, which says where its vectors are, a tagged one (see tag_space), "
+            f"or a column 'vector', got {', '.join(source.schema.names)}; or name its vector_column"
+        )
 
 
 class _Beside:
