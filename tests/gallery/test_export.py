@@ -318,3 +318,19 @@ def test_rows_of_pgvector_without_payload_are_as_with_it(tmp_path: Path) -> None
         assert struct.unpack(">hiqihh4f", row) == (2, 8, key, 4 + 4 * D, D, 0, *ROWS[i])
         longer = a[19 + i * (step + 4) : 19 + (i + 1) * (step + 4)]
         assert longer == b"\x00\x03" + row[2:] + b"\xff\xff\xff\xff"
+
+
+def test_the_command_takes_the_same_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fct.cli import main
+
+    where = gallery(tmp_path / "g", pk=range(5), x=range(5), y=range(5))
+    words = ["export", str(where), str(tmp_path / "out"), "--to", "qdrant"]
+    for more, payload in (([], {"x": 0, "y": 0}), (["--column", "y"], {"y": 0}), (["--no-payload"], {})):
+        with pytest.raises(SystemExit) as left:
+            main([*words, *more])
+        assert left.value.code == 0
+        assert capsys.readouterr().out.split() == [str(tmp_path / "out" / n) for n in ("vectors.npy", "payload.jsonl")]
+        first = (tmp_path / "out" / "payload.jsonl").read_text().splitlines()[0]
+        assert json.loads(first) == {"id": 0, "payload": payload}
+        for file in (tmp_path / "out").iterdir():
+            file.unlink()

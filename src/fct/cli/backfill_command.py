@@ -434,34 +434,3 @@ def transform(
         overwrite=overwrite,
     )
     console.print(f"{rows:,} rows -> {out}", soft_wrap=True)
-
-
-@app.command()
-def export(
-    gallery: Annotated[str, typer.Argument(help="A gallery of files that a backfill wrote.")],
-    out: Annotated[str, typer.Argument(help="Folder for the files, on this machine; must be empty.")],
-    to: Annotated[str, typer.Option(help="milvus, qdrant or pgvector.")],
-    id_column: Annotated[str, typer.Option(help="Column of the ids; auto: id, else the rows' numbers.")] = "auto",
-    storage_option: _StorageOption = None,
-    retries: _Retries = 6,
-    timeout: _Timeout = 60.0,
-) -> None:
-    """Write the bulk-import files of a vector database, for an index that is built anew.
-
-    Never overwrite vectors inside a built HNSW or IVF index: it stays silently worse.
-
-    Example: fct export new-gallery/ for-milvus/ --to milvus
-    """
-    from fct.gallery.bulk import export_bulk
-
-    files = export_bulk(
-        gallery,
-        out,
-        to,
-        id_column=id_column,
-        storage_options=storage_options(storage_option),
-        retries=retries,
-        timeout=timeout,
-    )
-    for file in files:
-        console.print(str(file), soft_wrap=True)

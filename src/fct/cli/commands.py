@@ -7,6 +7,7 @@ from fct.cli import side_info_command as side_info_command
 from fct.cli import fit_command as fit_command
 from fct.cli import evaluate_command as evaluate_command
 from fct.cli import backfill_command as backfill_command
+from fct.cli import export_command as export_command
 from fct.cli import reproduce_command as reproduce_command
 from fct.cli import info_command as info_command
 from fct.cli import doctor_command as doctor_command
