@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fct.artifact.transformation import Transformation
 from fct.atomic_files import checksum_file
+from fct.backfilling.database_job import database_journal, join_databases
 from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.job import BackfillError, Job
 from fct.backfilling.journal import Journal
@@ -33,6 +34,7 @@ from fct.checks import (
 )
 from fct.errors import FctError, SpaceMismatchError
 from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
+from fct.gallery.databases import DatabaseDestination, DatabaseSource, database_destination, is_database
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import VECTOR_KEY, Destination, Shard
 from fct.gallery.location import Patience
@@ -245,6 +247,9 @@ def resolve(
     storage_options: Mapping[str, Any] | None = None,
     retries: int = 6,
     timeout: float = 60.0,
+    journal: Any = None,
+    max_rows_per_s: float | None = None,
+    switch_alias: bool = False,
 ) -> Resolved:
     """Opens everything and settles every "auto"; raises for what can never run. See :func:`plan_backfill`."""
     h = load_transformation(transformation)
@@ -269,6 +274,8 @@ def resolve(
     patience = Patience(retries, timeout)
     access: dict[str, Any] = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
     reader = open_source(source, **access)
+    if isinstance(reader, DatabaseSource) and side_column == "auto":
+        side_column = reader.address.options.get("side", "auto")
     schema = reader.schema
     _require_names(reader, "source")
     vector = _pick_column(schema, vector_column, _OLD_NAMES, "vector_column")
@@ -301,6 +308,38 @@ def resolve(
         kind = side.schema.field(side_vector).type if side else schema.field(side_name).type
         _require_dim(kind, binary_dtype, h.d_side, f"side_source: expected {h.d_side}-d vectors of {h.side_model!r}")
 
+    form = format
+    if form == "auto":
+        form = _format_of(destination, reader)
+    given = isinstance(destination, Destination) or is_database(destination)
+    where = destination if given else location_of(destination, name="destination", **access)
+    if form == "lance" and isinstance(where, Location):
+        table = reader.url.rstrip("/").rpartition("/")[2].removesuffix(".lance")
+        where = lance_in(where, table=table if reader.kind == "lance" else "gallery")
+    writer = open_destination(where, form, storage_options=storage_options, patience=patience)
+    if isinstance(where, Location):
+        place = where
+    elif isinstance(writer, DatabaseDestination):
+        place = database_journal(journal).destination
+    else:
+        place = location_of(writer.url, **{**access, "filesystem": None})
+    if isinstance(where, Location):
+        for gallery, what in ((reader, "source"), *(((side, "side_source"),) if side is not None else ())):
+            _require_apart(where, gallery, what)
+        _require_folder(where)
+    log = Journal(journal_location(place, form), place)
+    if isinstance(writer, DatabaseDestination):
+        log = database_journal(journal)
+    ids = id_column
+    if ids == "auto":
+        usual = (reader.id_column,) if isinstance(reader, DatabaseSource) else ("id", "_id", "pk", "key", "uid")
+        ids = next((n for n in usual if n in schema.names), "")
+    elif ids and ids not in schema.names:
+        raise ValueError(f"id_column: expected a column of the gallery ({', '.join(schema.names)}), got {ids!r}")
+    join_databases(
+        reader, side, writer, ids, log, journal, needed=(vector, side_name), rate=max_rows_per_s, switch=switch_alias
+    )
+
     pieces = tuple(reader.pieces())
     side_pieces = tuple(side.pieces()) if side else ()
     rows = sum(p.rows for p in pieces)
@@ -311,41 +350,18 @@ def resolve(
             f"side_source: expected {rows} rows to match the source, got {sum(p.rows for p in side_pieces)}"
         )
 
-    form = format
-    if form == "auto":
-        form = _format_of(destination, reader)
-    where = (
-        destination if isinstance(destination, Destination) else location_of(destination, name="destination", **access)
-    )
-    if form == "lance" and isinstance(where, Location):
-        table = reader.url.rstrip("/").rpartition("/")[2].removesuffix(".lance")
-        where = lance_in(where, table=table if reader.kind == "lance" else "gallery")
-    writer = open_destination(where, form, storage_options=storage_options)
-    place = where if isinstance(where, Location) else location_of(writer.url, **{**access, "filesystem": None})
-    if isinstance(where, Location):
-        for gallery, what in ((reader, "source"), *(((side, "side_source"),) if side is not None else ())):
-            _require_apart(where, gallery, what)
-        _require_folder(where)
-    journal = Journal(journal_location(place, form), place)
-
     known = vector_type(schema.field(vector).type)
     if vector_format == "auto":
         vector_format = known if known and form in ("parquet", "arrow") else "fixed_size_list"
     if dtype == "auto":
         half = vector_dtype(schema.field(vector).type, binary_dtype) == "float16"
         dtype = "float16" if half and form != "bin" else "float32"
-    ids = id_column
-    if ids == "auto":
-        ids = next((n for n in ("id", "_id", "pk", "key", "uid") if n in schema.names), "")
-    elif ids and ids not in schema.names:
-        raise ValueError(f"id_column: expected a column of the gallery ({', '.join(schema.names)}), got {ids!r}")
-
-    stored_job = journal.job()
+    stored_job = log.job()
     chosen, chosen_precision = _pick(h, precision, device, backend, stored_job)
     width = 4 * (h.d_old + (h.d_side if h.uses_side_info else 0) + h.d_new)
     job = Job(
         source=reader.url,
-        destination=str(place),
+        destination=writer.url if isinstance(writer, DatabaseDestination) else str(place),
         format=form,
         pieces=pieces,
         vector=vector,
@@ -367,7 +383,7 @@ def resolve(
         shard_rows=shard_rows or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
         batch_rows=batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
     )
-    return Resolved(job, reader, side, writer, journal, h, device, patience)
+    return Resolved(job, reader, side, writer, log, h, device, patience)
 
 
 def _pick(h: Transformation, precision: str, device: str, backend: str | None, stored: Job | None) -> tuple[str, str]:
@@ -386,6 +402,8 @@ def _pick(h: Transformation, precision: str, device: str, backend: str | None, s
 def _format_of(destination: Any, source: Source) -> str:
     if isinstance(destination, Destination):
         return destination.kind
+    if is_database(destination):
+        return database_destination(destination, Patience()).kind
     if str(destination).rstrip("/").endswith(".lance"):
         return "lance"
     return source.kind if source.kind in FORMATS else "parquet"
@@ -491,7 +509,8 @@ def plan_backfill(
         refusals.append(f"destination: {job.destination} already holds other files")
     bytes_in = sum(p.bytes for p in (*job.pieces, *job.side_pieces))
     bytes_out = job.rows * h.d_new * np.dtype(job.dtype).itemsize
-    free = found.journal.destination.free_bytes()
+    files = not isinstance(found.destination, DatabaseDestination)
+    free = found.journal.destination.free_bytes() if files else None
     if free is not None and free < bytes_out:
         refusals.append(f"destination: {bytes_out} bytes are needed, {free} are free")
 

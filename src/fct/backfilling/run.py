@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fct.backfilling.backfill_bar import Bar, backfill_bar
+from fct.backfilling.database_job import require_journal
 from fct.backfilling.growth import Growth
 from fct.backfilling.job import BackfillError, Job, QualityGateError, RejectLimitError
 from fct.backfilling.journal import Journal, system_errors
@@ -20,7 +21,9 @@ from fct.backfilling.quality import check_quality
 from fct.backfilling.resume import begin, finish, kept_shards
 from fct.backfilling.row_mapper import output_schema
 from fct.checks import check_flag, check_text, check_whole
+from fct.gallery.databases import DatabaseSource, is_database
 from fct.gallery.interfaces import Shard, Source
+from fct.gallery.urls import redacted
 
 __all__ = ["BackfillReport", "backfill"]
 
@@ -33,7 +36,8 @@ class BackfillReport:
     """What :func:`backfill` did. rows_in = rows_out + rejects, or it would have raised.
 
     shards_done: of them, in this run; shards_kept: proven done before. seconds, rows_per_second: of this run alone.
-    rejects_folder: where the rejected rows' ids and reasons are.
+    rejects_folder: where the rejected rows' ids and reasons are. left_to_do: of a database, what was made and what its
+    owner runs now: an index, an alias.
     """
 
     destination: str
@@ -49,6 +53,7 @@ class BackfillReport:
     rows_per_second: float
     precision: str
     backend: str
+    left_to_do: tuple[str, ...] = ()
 
 
 def backfill(
@@ -111,20 +116,25 @@ def backfill(
     check_flag(trust_sizes, "trust_sizes")
     check_flag(follow, "follow")
     check_flag(progress, "progress")
+    if is_database(destination):
+        require_journal(redacted(destination), options.get("journal"))
     found = resolve(source, destination, transformation, **options)
     if not follow:
         require_rows(found.job.rows, expect_rows)
     quality = check_quality(found.h, pairs, min_gap_closed, min_recall)
     if quality is not None and quality.refusals:
         raise QualityGateError("; ".join(quality.refusals))
+    live = isinstance(found.source, DatabaseSource)
     journal = found.journal
     if not journal.marked():  # else it was looked at when it was begun
         refuse_misfit(found, threads=threads)
-    how = _How(ray, ray_cpus, threads, max_rejects, trust_sizes, follow)
+    how = _How(ray, ray_cpus, threads, max_rejects, trust_sizes, follow or live)
     kept: int | None = None
     done = rows = 0
     with journal.lock(), backfill_bar(progress) as bar:
         while True:
+            if isinstance(found.source, DatabaseSource):
+                found.source.follow = follow
             one = _run_pass(found, how, bar)
             kept, done, rows = one.kept if kept is None else kept, done + one.done, rows + one.rows_done
             if one.finished:
@@ -148,6 +158,7 @@ def backfill(
         rows_per_second=rows / seconds,
         precision=one.job.precision,
         backend=one.job.backend,
+        left_to_do=tuple(found.destination.after(one.job.new_space)),
     )
 
 
@@ -186,6 +197,7 @@ class _Pass:
 
 def _run_pass(found: Resolved, how: _How, bar: Bar) -> _Pass:
     journal = found.journal
+    found.source.settle()
     job = begin(found, bar.say, follow=how.follow)
     markers = kept_shards(journal, job, content=not how.trust_sizes, bar=bar)
     kept, todo = len(markers), [shard for shard in job.shards if shard.number not in markers]

@@ -86,6 +86,9 @@ class Source(ABC):
     def refresh(self) -> None:  # noqa: B027 (a dataset of one version has nothing to do)
         """Looks again at which pieces there are, for the next :meth:`pieces`."""
 
+    def settle(self) -> None:  # noqa: B027 (files say themselves what is in them)
+        """Called when a run begins, its journal held: what the pieces are is written down now."""
+
     @abstractmethod
     def pieces(self) -> Sequence[Piece]:
         """Every piece, in the gallery's order, as it is now."""
@@ -130,6 +133,10 @@ class Destination(ABC):
             Finished local files to be published under these names (none for a store with a protocol of its own), and
             anything JSON can hold that :meth:`finish` needs.
         """
+
+    def after(self, space: EmbeddingSpace) -> list[str]:
+        """What is left to the owner when all is done, a line each: an index to build, an alias to switch."""
+        return []
 
     def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:  # noqa: B027
         """Called once, when every shard is done, with what :meth:`write` returned for each, in order.

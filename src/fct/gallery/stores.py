@@ -8,6 +8,7 @@ from typing import Any
 from fct.checks import check_choice
 from fct.errors import FctError
 from fct.gallery.arrow_files import ArrowDestination, ArrowSource
+from fct.gallery.databases import database_destination, database_source, is_database
 from fct.gallery.file_gallery import FileDestination, FileSource, find_files
 from fct.gallery.interfaces import Destination, Source
 from fct.gallery.location import Location, Patience, location_of
@@ -51,6 +52,8 @@ def open_source(
     """
     if isinstance(where, Source):
         return where
+    if is_database(where):
+        return database_source(where, patience or Patience(), name=name)
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
     )  # fmt: skip
@@ -83,6 +86,8 @@ def open_destination(
     """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, or a Destination, as it is."""
     if isinstance(where, Destination):
         return where
+    if is_database(where):
+        return database_destination(where, patience or Patience())
     check_choice(format, "format", FORMATS)
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name="destination"

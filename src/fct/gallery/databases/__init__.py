@@ -1,0 +1,40 @@
+"""Vector databases as galleries, by URL: PostgreSQL with pgvector, Qdrant, Milvus, Chroma.
+
+One small base (:mod:`fct.gallery.databases.database_gallery`) has what they share; a file a store has the rest.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
+
+from fct.gallery.databases.address import Address, is_database
+from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseSource
+from fct.gallery.location import Patience
+
+__all__ = ["DatabaseDestination", "DatabaseSource", "database_destination", "database_source", "is_database"]
+
+# kind -> the modules of its source and of its destination
+_STORES = {
+    "postgresql": ("postgres_source.PostgresSource", "postgres_destination.PostgresDestination"),
+    "qdrant": ("qdrant_collection.QdrantSource", "qdrant_collection.QdrantDestination"),
+    "milvus": ("milvus_collection.MilvusSource", "milvus_collection.MilvusDestination"),
+    "chroma": ("chroma_collection.ChromaSource", "chroma_collection.ChromaDestination"),
+}
+
+
+def _class(name: str) -> object:
+    module, _, found = name.partition(".")
+    return getattr(import_module(f"fct.gallery.databases.{module}"), found)
+
+
+def database_source(url: str, patience: Patience, *, name: str = "source") -> DatabaseSource:
+    """The source behind a database's URL. Raises ValueError for a URL that names no table or collection."""
+    address = Address.parse(url, name)
+    return cast("type[DatabaseSource]", _class(_STORES[address.kind][0]))(address, patience)
+
+
+def database_destination(url: str, patience: Patience) -> DatabaseDestination:
+    """The destination behind a database's URL."""
+    address = Address.parse(url, "destination")
+    return cast("type[DatabaseDestination]", _class(_STORES[address.kind][1]))(address, patience)
