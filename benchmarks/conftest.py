@@ -15,7 +15,7 @@ import pytest
 import reporting
 
 from fct.bench.measure import Peaks, measure_peaks
-from fct.ops.registry import default_threads
+from fct.ops.processors import default_threads
 
 REPORT = Path(__file__).parent / "report"
 

@@ -123,15 +123,22 @@ std::vector<fct::cpu::LayerSpec> layers_of(const std::vector<LayerTuple>& from) 
     return layers;
 }
 
-fct::cpu::RowsView rows_of(const RowsTuple& from) {
-    const auto& [data, dtype, d, stride, scale, scale_row, scale_column] = from;
+// The same, and (offset, offset_row, offset_column)
+using CodesTuple =
+    std::tuple<uintptr_t, int, int64_t, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t>;
+
+fct::cpu::RowsView rows_of(const CodesTuple& from) {
+    const auto& [data, dtype, d, stride, scale, scale_row, scale_column, offset, offset_row, offset_column] = from;
     return {reinterpret_cast<void*>(data),
             static_cast<DType>(dtype),
             d,
             stride,
             reinterpret_cast<const float*>(scale),
             scale_row,
-            scale_column};
+            scale_column,
+            reinterpret_cast<const float*>(offset),
+            offset_row,
+            offset_column};
 }
 
 void bind_transform(py::module_& m) {
@@ -150,7 +157,7 @@ void bind_transform(py::module_& m) {
              py::arg("length"), py::arg("isa"))
         .def(
             "run",
-            [](const PackedTransform& self, const RowsTuple& old, const RowsTuple& side, const RowsTuple& out,
+            [](const PackedTransform& self, const CodesTuple& old, const CodesTuple& side, const CodesTuple& out,
                int64_t n, int threads, const py::object& report) {
                 const fct::cpu::KeepGoing going = keep_going(report);
                 bool done;

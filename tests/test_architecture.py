@@ -23,7 +23,7 @@ FLOORS = [
     {"fit", "transform", "search", "metrics", "mixed_gallery", "data", "info"},
     {"ops"},
     {"rows", "artifact"},
-    {"spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C"},
+    {"codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C"},
     {"errors", "extras", "ref", "checks"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

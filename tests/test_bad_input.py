@@ -651,7 +651,7 @@ def changed_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None
 
 def test_an_artifact_of_another_version(artifact: Path) -> None:
     changed_header(artifact, lambda h: h.update(version=99))
-    with pytest.raises(ArtifactError, match=r"expected fct-transformation version 1, .* version 99"):
+    with pytest.raises(ArtifactError, match=r"expected fct-transformation version 1 to 2, .* version 99"):
         fct.Transformation.load(artifact)
 
 

@@ -79,6 +79,11 @@ inline void load_part(const RowsView& from, int64_t row, int64_t column, int64_t
             const int64_t step = from.scale_column;
             const float* scale = from.scale + row * from.scale_row + column * step;
             for (int64_t j = 0; j < count; ++j) to[j] = static_cast<float>(x[j]) * scale[j * step];
+            if (from.offset != nullptr) {
+                const int64_t next = from.offset_column;
+                const float* offset = from.offset + row * from.offset_row + column * next;
+                for (int64_t j = 0; j < count; ++j) to[j] += offset[j * next];
+            }
             break;
         }
     }
@@ -104,8 +109,10 @@ inline void store_part(const float* from, const RowsView& to, int64_t row, int64
             int8_t* y = static_cast<int8_t*>(data) + offset;
             const int64_t step = to.scale_column;
             const float* scale = to.scale + row * to.scale_row + column * step;
+            const int64_t next = to.offset_column;
+            const float* offset = to.offset ? to.offset + row * to.offset_row + column * next : nullptr;
             for (int64_t j = 0; j < count; ++j) {
-                float v = from[j] / scale[j * step];
+                float v = (offset ? from[j] - offset[j * next] : from[j]) / scale[j * step];
                 v = v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v;
                 // 1.5 * 2^23: in its binade floats are whole numbers, so the sum is rounded to nearest even.
                 y[j] = static_cast<int8_t>(static_cast<int32_t>(bits_of(v + 12582912.0f) - 0x4b400000u));

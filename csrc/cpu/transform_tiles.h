@@ -30,6 +30,9 @@ struct RowsView {
     const float* scale = nullptr;
     int64_t scale_row = 0;
     int64_t scale_column = 0;
+    const float* offset = nullptr;  // added to i8 times scale, indexed likewise; null for nothing
+    int64_t offset_row = 0;
+    int64_t offset_column = 0;
 };
 
 struct TileArgs {

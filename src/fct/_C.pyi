@@ -27,6 +27,8 @@ def read_bandwidth(bytes: int, threads: int, seconds: float) -> float: ...
 _Layer = tuple[int, int, int, int, int, int, int, bool, int]
 # (data, dtype, d, row_stride, scale, scale_row, scale_column)
 _Rows = tuple[int, int, int, int, int, int, int]
+# the same, and (offset, offset_row, offset_column)
+_Codes = tuple[int, int, int, int, int, int, int, int, int, int]
 
 class PackedTransform:
     def __init__(
@@ -40,7 +42,13 @@ class PackedTransform:
         isa: int,
     ) -> None: ...
     def run(
-        self, old: _Rows, side: _Rows, out: _Rows, n: int, threads: int, report: Callable[[float], None] | None = None
+        self,
+        old: _Codes,
+        side: _Codes,
+        out: _Codes,
+        n: int,
+        threads: int,
+        report: Callable[[float], None] | None = None,
     ) -> None: ...
     def read_weights(self, threads: int) -> int: ...
     @property

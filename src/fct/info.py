@@ -13,7 +13,8 @@ def build_info() -> dict[str, Any]:
     """What was built and what runs on this machine.
 
     Returns:
-        A dict of plain values: "version", "python", "platform", "backends" (name -> {"runs": bool, "why_not":
+        A dict of plain values: "version", "python", "platform", "threads" (how many a call takes by default) and
+        "threads_from" (why as many), "backends" (name -> {"runs": bool, "why_not":
         [str, ...]} for the paper's h on this machine's devices), "searches" (likewise for fct.topk; "proved": what
         the self-proof found on the GPU so far, "metric kind" -> "" where right, else what was wrong), "cuda_build" (""
         or why it was not built), "verdicts" (the file of the self-proof's verdicts and of what fct doctor timed).
@@ -25,9 +26,11 @@ def build_info() -> dict[str, Any]:
     """
     import fct
     from fct import _C
+    from fct.ops.processors import threads_and_why
     from fct.ops.proof import verdict_file
-    from fct.ops.registry import default_threads, transform_backends
+    from fct.ops.registry import transform_backends
 
+    threads, threads_from = threads_and_why()
     h = fct.Transformation.random(8, 8, 8, inner=8)
     backends = {}
     for backend in transform_backends():
@@ -40,7 +43,8 @@ def build_info() -> dict[str, Any]:
         "version": fct.__version__,
         "python": sys.version.split()[0],
         "platform": f"{platform.system()} {platform.machine()}",
-        "threads": default_threads(),
+        "threads": threads,
+        "threads_from": threads_from,
         "cuda_build": _C.cuda_why_not,
         "backends": backends,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fct.checks import check_seed, check_whole
-from fct.ops.registry import threads_of
+from fct.ops.processors import threads_of
 from fct.ops.search.cpu_search import ranks_cpu
 from fct.ops.search.gpu_search import ranks_gpu
 from fct.progress import LongCall, Report

@@ -17,6 +17,7 @@ import numpy as np
 
 from fct import _C
 from fct.checks import check_choice
+from fct.codes import ScaledInt8, check_per_row, is_torch, signed
 from fct.extras import need
 
 __all__ = [
@@ -42,31 +43,6 @@ _CHECKED_AT_ONCE = 1 << 26  # values of one compiled call
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledInt8:
-    """int8 rows and the scale that brings them back: row = values * scale.
-
-    Args:
-        values: (n, d) int8, numpy or torch.
-        scale: a positive float; or (n,) / (n, 1), one per row; or (1, d), one per dimension. float32.
-
-    Example:
-        >>> import numpy as np, fct
-        >>> fct.ScaledInt8(np.ones((2, 3), np.int8), 0.5).shape
-        (2, 3)
-    """
-
-    values: Any
-    scale: Any = 1.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
-
-    def __len__(self) -> int:
-        return int(self.values.shape[0])
-
-
-@dataclass(frozen=True, slots=True)
 class Rows:
     """A checked block of rows, ready for a backend.
 
@@ -74,6 +50,8 @@ class Rows:
         uint16 bits); on a GPU the torch tensor.
     dtype: one of DTYPES, what the values mean.
     scale: None, or float32 of shape (1, 1), (n, 1) or (1, d) for int8; numpy on the CPU, a tensor on a GPU.
+    offset: the same for what is added to int8 values times scale; None for nothing. Only :func:`rows_of` with
+        ``codes=True`` leaves one.
     device: "cpu" or "cuda:0", ...
     kind: what came in and goes out: "numpy", "torch", or the name of another library that speaks DLPack.
     """
@@ -83,6 +61,7 @@ class Rows:
     scale: Any
     device: str
     kind: str
+    offset: Any = None
 
     @property
     def n(self) -> int:
@@ -113,10 +92,10 @@ class Rows:
         return _CODES[self.dtype]
 
     def __getitem__(self, part: slice) -> Rows:
-        scale = self.scale
-        if scale is not None and scale.shape[0] == self.n and self.n != 1:
-            scale = scale[part]
-        return Rows(self.values[part], self.dtype, scale, self.device, self.kind)
+        scale, offset = (
+            x[part] if x is not None and x.shape[0] == self.n and self.n != 1 else x for x in (self.scale, self.offset)
+        )
+        return Rows(self.values[part], self.dtype, scale, self.device, self.kind, offset)
 
     @property
     def itemsize(self) -> int:
@@ -144,16 +123,16 @@ class Rows:
             out = (self.values.astype(np.uint32) << 16).view(np.float32)
         else:
             out = self.values.astype(np.float32, copy=False)
-        return out if self.scale is None else out * self.scale
+        out = out if self.scale is None else out * self.scale
+        return out if self.offset is None else out + self.offset
+
+    def without_offset(self) -> Rows:
+        """These rows, or a float32 copy of codes that have an offset, for those that know a scale alone."""
+        return self if self.offset is None else Rows(self.float32(), "float32", None, self.device, self.kind)
 
 
 def check_dtype(dtype: str, name: str = "dtype") -> str:
     return check_choice(dtype, name, DTYPES)
-
-
-def _is_torch(x: Any) -> bool:
-    torch = sys.modules.get("torch")  # a tensor can only exist once torch is imported
-    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def rows_of(
@@ -167,6 +146,7 @@ def rows_of(
     finite: bool = True,
     allow_empty: bool = True,
     write: bool = False,
+    codes: bool = False,
     report: Callable[[float], None] | None = None,
 ) -> Rows:
     """Checks ``x`` and brings it to :class:`Rows`; copies only where the last axis is not contiguous.
@@ -179,13 +159,19 @@ def rows_of(
         allow_empty: whether zero rows are fine.
         write: what is written there must arrive in ``x``: refuse what would be copied, is read-only or records
             gradients.
+        codes: leave 8-bit codes with an offset as they are; else they become float32 rows, a copy.
         report: told the share of the rows that have been looked at, which a memory map may take long for.
 
     Raises:
         TypeError: not an array. ValueError: wrong rank, size, dtype or a non-finite value.
     """
-    values, scale = (x.values, x.scale) if isinstance(x, ScaledInt8) else (x, None)
+    values, scale, offset = (x.values, x.scale, x.offset) if isinstance(x, ScaledInt8) else (x, None, None)
     kind, device, array, dtype = _unwrap(values, name)
+    unsigned = isinstance(x, ScaledInt8) and dtype == "uint8"
+    if unsigned:
+        if write:
+            raise ValueError(f"{name}: expected int8 values to write to, got uint8; wrap int8 ones in fct.ScaledInt8")
+        array, dtype = signed(array), "int8"
     shape = tuple(int(s) for s in array.shape)
     want = f"({n if n is not None else 'n'}, {d if d is not None else 'd'})"
     if len(shape) != 2:
@@ -206,14 +192,20 @@ def rows_of(
             f"{name}: expected int8 rows with a scale, got bare int8; wrap them in fct.ScaledInt8(values, scale)"
         )
     if dtype != "int8" and isinstance(x, ScaledInt8):
-        raise ValueError(f"{name}: expected int8 values in ScaledInt8, got {dtype}")
+        raise ValueError(f"{name}: expected int8 or uint8 values in ScaledInt8, got {dtype}")
     tidy = _inner_contiguous(array)
     if write:
         _check_writable(values, array, tidy, name)
     array = tidy
     if scale is not None:
-        scale = _check_scale(scale, shape, array, name)
-    rows = Rows(array, dtype, scale, device, kind)
+        scale = check_per_row(scale, "scale", shape, array, name)
+        offset = check_per_row(offset, "offset", shape, array, name)
+        if unsigned:
+            offset = offset + 128 * scale
+        offset = offset if bool((offset != 0).any()) else None
+    rows = Rows(array, dtype, scale, device, kind, offset)
+    if not (codes or write):
+        rows = rows.without_offset()
     if finite:
         bad = _first_nonfinite(rows, report)
         if bad >= 0:
@@ -225,7 +217,7 @@ def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
     """(kind, device, array, dtype): numpy on the CPU, a torch tensor elsewhere."""
     if isinstance(x, np.ndarray):
         return _numpy(x, "numpy", name)
-    if _is_torch(x):
+    if is_torch(x):
         return _torch(x, "torch", name)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         kind = type(x).__module__.partition(".")[0]
@@ -244,13 +236,15 @@ def _numpy(x: np.ndarray[Any, Any], kind: str, name: str) -> tuple[str, str, Any
         masked = np.count_nonzero(x.mask)
         raise ValueError(f"{name}: expected values without a mask, got {masked} masked; use .filled(...)")
     check_backed(x, name)
+    if type(x) is not np.ndarray:  # a subclass may say what it likes; what its memory is, numpy itself knows
+        x = np.ndarray.view(x, np.ndarray)
     dtype = _NAMES.get(x.dtype) or x.dtype.name
     if not x.dtype.isnative:
         x = x.astype(x.dtype.newbyteorder("="))
         dtype = x.dtype.name
     if dtype == "bfloat16":
         x = x.view(np.uint16)
-    return kind, "cpu", x if type(x) is np.ndarray else x.view(np.ndarray), dtype
+    return kind, "cpu", x, dtype
 
 
 def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
@@ -258,9 +252,12 @@ def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
 
     if x.is_nested or x.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+    if type(x) is not torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            x = torch.Tensor.as_subclass(x, torch.Tensor)
     x = x.detach().resolve_neg()
     dtype = str(x.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, "uint8"):
         return kind, str(x.device), x, dtype  # refused by name; numpy does not know them all
     if x.device.type == "cpu":
         array = x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
@@ -281,32 +278,6 @@ def _inner_contiguous(x: Any) -> Any:
         return x if plain and aligned else np.ascontiguousarray(x)
     plain = (d <= 1 or x.stride(1) == 1) and (n <= 1 or x.stride(0) >= d)
     return x if plain else x.contiguous()
-
-
-def _check_scale(scale: Any, shape: tuple[int, int], like: Any, name: str) -> Any:
-    n, d = shape
-    try:
-        host = np.asarray(scale.detach().cpu().float() if _is_torch(scale) else scale)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected a scale of positive floats, got {type(scale).__name__}: {error}") from error
-    if host.dtype.kind not in "fiu":
-        raise ValueError(f"{name}: expected a scale of positive floats, got {host.dtype} ({scale!r})")
-    with np.errstate(over="ignore"):
-        host = host.astype(np.float32, copy=False)
-    if host.ndim == 0:
-        host = host.reshape(1, 1)
-    elif host.shape == (n,):
-        host = host.reshape(n, 1)
-    if host.shape not in ((1, 1), (n, 1), (1, d)):
-        raise ValueError(f"{name}: expected a scale of shape (), ({n},) or (1, {d}), got {host.shape}")
-    if host.size and not (np.isfinite(host).all() and (host > 0).all()):
-        raise ValueError(f"{name}: expected positive finite scales, got values from {host.min()} to {host.max()}")
-    host = np.ascontiguousarray(host)
-    if isinstance(like, np.ndarray):
-        return host
-    import torch
-
-    return torch.from_numpy(host).to(like.device)
 
 
 def check_backed(array: np.ndarray[Any, Any], name: str) -> None:
@@ -335,11 +306,11 @@ def check_backed(array: np.ndarray[Any, Any], name: str) -> None:
 
 
 def _check_writable(given: Any, array: Any, tidy: Any, name: str) -> None:
-    if isinstance(given, np.ndarray) and not given.dtype.isnative:
+    if isinstance(given, np.ndarray) and not np.ndarray.view(given, np.ndarray).dtype.isnative:
         raise ValueError(f"{name}: expected values in this machine's byte order, got {given.dtype.str}")
-    if _is_torch(given) and given.requires_grad:
+    if is_torch(given) and given.requires_grad:
         raise ValueError(f"{name}: expected a tensor that records no gradients, got requires_grad=True; .detach() it")
-    if tidy is not array or (_is_torch(given) and given.is_neg()):
+    if tidy is not array or (is_torch(given) and given.is_neg()):
         raise ValueError(f"{name}: expected rows whose elements are contiguous, got a layout that would need a copy")
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
@@ -424,7 +395,7 @@ def _as_kind(tensor: Any, kind: str) -> Any:
 
 def check_labels(labels: Any, name: str, n: int) -> np.ndarray[Any, Any]:
     """Labels as an (n,) numpy array of integers (or strings); raises ValueError on another length or rank."""
-    if _is_torch(labels):
+    if is_torch(labels):
         dtype = str(labels.dtype).removeprefix("torch.")
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"{name}: expected integer or string labels, got dtype {dtype}")

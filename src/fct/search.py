@@ -14,7 +14,7 @@ from fct.atomic_files import atomic_path
 from fct.checks import check_flag, check_path
 from fct.errors import ArtifactError, BackendError
 from fct.ops.backend import GpuShadow, check_precision
-from fct.ops.registry import threads_of
+from fct.ops.processors import threads_of
 from fct.ops.search.cpu_search import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
 from fct.ops.search.gpu_search import extend_gpu, prepare_gpu, topk_gpu
 from fct.progress import LongCall, Report

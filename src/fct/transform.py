@@ -7,11 +7,15 @@ from typing import Any
 from fct.artifact.transformation import Transformation
 from fct.ops.backend import check_precision
 from fct.ops.device.state import numbered
-from fct.ops.registry import packed, pick_transform, threads_of
+from fct.ops.processors import threads_of
+from fct.ops.registry import packed, pick_transform
 from fct.progress import LongCall, Report
-from fct.rows import Rows, empty_like_kind, rows_of
+from fct.rows import Rows, empty_like_kind, nonfinite_rows, rows_of
 
 __all__ = ["check_inputs", "transform_batch", "transform_finite"]
+
+
+_NO_OFFSET = ("cuda", "triton")  # backends that read scaled int8 without an offset: codes become float32 first
 
 
 def check_inputs(old: Any, side_info: Any, transformation: Transformation, *, finite: bool = True) -> tuple[Rows, Rows]:
@@ -23,7 +27,7 @@ def check_inputs(old: Any, side_info: Any, transformation: Transformation, *, fi
         raise TypeError(f"transformation: expected an fct.Transformation, got {type(transformation).__name__}")
     h = transformation
     why = "to match the transformation"
-    old_rows = rows_of(old, "old", d=h.d_old, d_why=why, finite=finite)
+    old_rows = rows_of(old, "old", d=h.d_old, d_why=why, finite=finite, codes=True)
     if side_info is None:
         if h.uses_side_info:
             raise ValueError(
@@ -34,7 +38,7 @@ def check_inputs(old: Any, side_info: Any, transformation: Transformation, *, fi
     if not h.uses_side_info:
         raise ValueError("side_info: expected None, since this transformation was fitted without, got an array")
     side_rows = rows_of(
-        side_info, "side_info", d=h.d_side, d_why=why, n=old_rows.n, n_why="to match old", finite=finite
+        side_info, "side_info", d=h.d_side, d_why=why, n=old_rows.n, n_why="to match old", finite=finite, codes=True
     )
     if side_rows.device != old_rows.device:
         raise ValueError(f"side_info: expected an array on {old_rows.device} like old, got one on {side_rows.device}")
@@ -59,12 +63,13 @@ def transform_batch(
         old: (n, d_old) float32, float16, bfloat16 or :class:`fct.ScaledInt8`; numpy, torch or DLPack.
         side_info: (n, d_side), or None for a transformation fitted without side-information.
         transformation: h.
-        out: (n, d_new) buffer to fill, of any of the dtypes; by default a new float32 array of old's kind.
+        out: (n, d_new) buffer to fill, of any of the dtypes; by default a new float32 array of old's kind. Values that
+            float16 does not hold are an error, with int8 they are cut to the scale's range.
         precision: "fp32", "bf16", "int8", or "auto": the fastest whose measured effect on retrieval, stored in h,
             is inside h's tolerance. On a GPU also "fp16" and "fp8".
         device: where to compute; by default where the rows lie. Rows in host memory are streamed through "cuda".
         backend: force one ("cpu", "torch", "triton", "cuda", "ref"); it runs or raises. Also FCT_BACKEND.
-        threads: CPU threads; by default FCT_NUM_THREADS or all.
+        threads: CPU threads; by default FCT_NUM_THREADS, or the processors that the process may use.
         progress: show a bar on stderr, where that is a terminal and the call lasts more than two seconds.
 
     Returns:
@@ -86,14 +91,17 @@ def transform_batch(
     with LongCall(progress) as call:
         inputs = check_inputs(old, side_info, transformation)
         report = call.stage("transforming")
-        return _transform(inputs, transformation, out, precision, device, backend, threads, report)
+        result, rows = _transform(inputs, transformation, out, precision, device, backend, threads, report)
+    _check_range(rows)
+    return result
 
 
 def transform_finite(
     old: Any, side_info: Any, transformation: Transformation, *, out: Any, precision: str, device: str,
     backend: str | None, threads: int | None,
 ) -> None:  # fmt: skip
-    """:func:`transform_batch` for rows that are known to be finite: one pass less over them."""
+    """:func:`transform_batch` for rows that are known to be finite: one pass less over them, and none over ``out``,
+    where values beyond its dtype are infinite and the caller's to set aside."""
     rows = check_inputs(old, side_info, transformation, finite=False)
     _transform(rows, transformation, out, precision, device, backend, threads)
 
@@ -101,7 +109,8 @@ def transform_finite(
 def _transform(
     inputs: tuple[Rows, Rows], transformation: Transformation, out: Any, precision: str, device: str | None,
     backend: str | None, threads: int | None, report: Report | None = None,
-) -> Any:  # fmt: skip
+) -> tuple[Any, Rows]:  # fmt: skip
+    """(what the caller gets, the same as Rows)."""
     old_rows, side_rows = inputs
     if device is not None and not isinstance(device, str):
         raise ValueError(f"device: expected a name like 'cuda:0' or None, got {device!r}")
@@ -117,6 +126,10 @@ def _transform(
     else:
         result, out_rows = out, _check_out(out, old_rows, side_rows, transformation.d_new)
     chosen, chosen_precision = pick_transform(transformation, precision, target, backend, rows=old_rows.n)
+    if chosen.name in _NO_OFFSET:
+        if out_rows.offset is not None:
+            raise ValueError(f"out: expected a scale without an offset on {chosen.name}, got one with an offset")
+        old_rows, side_rows = old_rows.without_offset(), side_rows.without_offset()
     if old_rows.n:
         weights = packed(chosen, transformation, chosen_precision, target)
         if streamed:
@@ -132,7 +145,24 @@ def _transform(
             )
         else:
             chosen.run(weights, old_rows, side_rows, out_rows, threads=count, report=report)
-    return result
+    return result, out_rows
+
+
+def _check_range(out: Rows) -> None:
+    """Raises ValueError where h's values do not fit float16, whose largest is 65,504."""
+    if out.dtype != "float16" or not out.n:
+        return
+    if out.kind_is_numpy:
+        wild = nonfinite_rows(out)
+        count, first = int(wild.sum()), int(wild.argmax())
+    else:
+        lost = ~out.values.isfinite().all(dim=1)
+        count, first = int(lost.sum()), int(lost.int().argmax())
+    if count:
+        raise ValueError(
+            f"out: expected values that float16 holds (up to 65,504), got larger ones in {count} of {out.n} rows, the "
+            f"first in row {first}; use a float32 or bfloat16 out"
+        )
 
 
 def _check_out(out: Any, old: Rows, side: Rows, d_new: int) -> Rows:

@@ -43,7 +43,8 @@ from fct.gallery.stores import FORMATS
 from fct.gallery.urls import redacted
 from fct.gallery.vectors import VECTOR_FORMATS, vector_dim, vector_dtype, vector_type
 from fct.ops.backend import check_precision
-from fct.ops.registry import pick_transform, threads_of
+from fct.ops.processors import threads_of
+from fct.ops.registry import pick_transform
 
 __all__ = ["BackfillPlan", "Resolved", "plan_backfill", "refuse_misfit", "resolve"]
 

@@ -20,7 +20,8 @@ from fct.bench.measure import Timing, interleave, measure_peaks
 from fct.bench.peers import best_setting, faiss_worker, openblas_times, transform_peers
 from fct.extras import why_missing
 from fct.ops.backend import PRECISIONS
-from fct.ops.registry import pick_transform, threads_of
+from fct.ops.processors import threads_of
+from fct.ops.registry import pick_transform
 from fct.ops.transform.cpu_backend import CpuTransform, Packed, isa
 from fct.rows import rows_of
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fct.cli.app import app, console, error_console
+from fct.cli.reasons import Reasons
 
 __all__ = ["doctor"]
 
@@ -41,13 +42,15 @@ def _show(report: dict[str, Any]) -> None:
 
     for name, what in report["devices"].items():
         console.print(f"{name}: {what}", highlight=False)
-    table = Table("what", "backend", "precision", "device", "verdict", "worst error", "")
+    reasons = Reasons()
+    table = Table("what", "backend", "precision", "device", "verdict", "worst error")
     for f in report["findings"]:
         colour = {"right": "green", "wrong": "bold red"}.get(f["verdict"], "dim")
         error = "" if f["worst_error"] is None else f"{f['worst_error']:.1e}"
-        verdict = Text(f["verdict"], colour)
-        table.add_row(f["op"], f["backend"], f["precision"], f["device"], verdict, error, f["detail"])
+        verdict = Text(f"{f['verdict']} {reasons.of(f['detail'].split('; '))}".rstrip(), colour)
+        table.add_row(f["op"], f["backend"], f["precision"], f["device"], verdict, error)
     console.print(table)
+    reasons.show()
     table = Table("what", "rows or queries", "precision", "device", "fastest", "a second")
     for t in sorted(report["fastest"], key=lambda t: (t["op"], t["device"], t["precision"], t["rows"])):
         speed = f"{t['rows'] / t['seconds']:,.0f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fct.cli.app import app, console
+from fct.cli.reasons import Reasons
 
 __all__ = ["info"]
 
@@ -18,16 +19,16 @@ def info() -> None:
     from fct.info import build_info
 
     facts = build_info()
-    console.print(f"fct {facts['version']}, Python {facts['python']}, {facts['platform']}, {facts['threads']} threads")
-    table = Table("backend", "device", "runs", "why not")
+    console.print(f"fct {facts['version']}, Python {facts['python']}, {facts['platform']}")
+    console.print(f"{facts['threads']} threads by default: {facts['threads_from']}")
+    notes = Reasons()
+    table = Table("backend", "device", "runs")
     for name, state in facts["backends"].items():
-        table.add_row(name, state["device"], "yes" if state["runs"] else "no", "; ".join(state["why_not"]))
+        table.add_row(name, state["device"], "yes" if state["runs"] else notes.no(state["why_not"]))
     console.print(table)
-    table = Table("search", "device", "runs", "why not", "proved there")
+    table = Table("search", "device", "runs", "proved there")
     for name, state in facts["searches"].items():
         proved = "; ".join(f"{what}: {verdict or 'right'}" for what, verdict in state["proved"].items())
-        why = "; ".join(state["why_not"])
-        table.add_row(name, state["device"], "yes" if state["runs"] else "no", why, proved)
+        table.add_row(name, state["device"], "yes" if state["runs"] else notes.no(state["why_not"]), proved)
     console.print(table)
-    if facts["cuda_build"]:
-        console.print(f"CUDA kernels: {facts['cuda_build']}")
+    notes.show()

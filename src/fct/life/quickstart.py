@@ -32,7 +32,7 @@ from fct.fit.side_info import train_side_info
 from fct.fit.supervised import train_supervised
 from fct.fit.transformation_fit import fit_transformation
 from fct.metrics import RetrievalMetrics, evaluate, recall_at_k
-from fct.ops.registry import default_threads
+from fct.ops.processors import default_threads
 from fct.report import Example, ResultTable, Row, Verdict, judge, write_html, write_picture
 from fct.search import topk
 from fct.spaces import EmbeddingSpace

@@ -8,13 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from fct.artifact.transformation import Transformation
-from fct.checks import check_whole
 from fct.errors import BackendError
 from fct.ops.backend import PRECISIONS, TransformBackend, check_precision
 
-__all__ = ["default_threads", "forced_backend", "packed", "pick_transform", "threads_of", "transform_backends"]
+__all__ = ["forced_backend", "packed", "pick_transform", "transform_backends"]
 
-_MOST_THREADS = 4096  # more than machines have processors
 _PROVE_ON_DEVICE = ("cuda", "triton")  # kernels of ours that no GPU ran before the user's
 
 
@@ -28,23 +26,6 @@ def transform_backends() -> tuple[TransformBackend, ...]:
     from fct.ops.transform.triton_backend import TritonTransform
 
     return CpuTransform(), CudaTransform(), TritonTransform(), TorchTransform(), RefTransform()
-
-
-def default_threads() -> int:
-    """FCT_NUM_THREADS, or the processors this process may run on."""
-    value = os.environ.get("FCT_NUM_THREADS")
-    if value:
-        if not value.isdigit() or int(value) < 1:
-            raise ValueError(f"FCT_NUM_THREADS: expected a positive number, got {value!r}")
-        return int(value)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def threads_of(threads: int | None) -> int:
-    """The caller's choice of CPU threads, checked; None: :func:`default_threads`."""
-    return default_threads() if threads is None else check_whole(threads, "threads", 1, _MOST_THREADS)
 
 
 def forced_backend(backend: str | None) -> str | None:

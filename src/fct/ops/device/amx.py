@@ -35,7 +35,8 @@ def torch_is_faster(ours: TransformBackend, h: Transformation, precision: str, t
 
 
 def _seconds(backend: TransformBackend, h: Transformation, precision: str) -> float:
-    from fct.ops.registry import default_threads, packed
+    from fct.ops.processors import default_threads
+    from fct.ops.registry import packed
 
     rng = np.random.default_rng(0)
     old = rows_of(rng.standard_normal((_ROWS, h.d_old), dtype=np.float32), "old")

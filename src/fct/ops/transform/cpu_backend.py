@@ -57,15 +57,23 @@ class Packed:
         )
 
     def run(self, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
-        self.handle.run(_rows(old), _rows(side), _rows(out), out.n, threads, report)
+        self.handle.run(_codes(old), _codes(side), _codes(out), out.n, threads, report)
 
 
 def _rows(rows: Rows) -> tuple[int, int, int, int, int, int, int]:
-    scale, per_row, per_column = 0, 0, 0
-    if rows.scale is not None:
-        scale = _C.array_address(rows.scale)
-        per_row, per_column = (int(size > 1) for size in rows.scale.shape)
-    return rows.address, rows.dtype_code, rows.d, rows.row_stride, scale, per_row, per_column
+    return rows.address, rows.dtype_code, rows.d, rows.row_stride, *_per(rows.scale)
+
+
+def _codes(rows: Rows) -> tuple[int, int, int, int, int, int, int, int, int, int]:
+    return *_rows(rows), *_per(rows.offset)
+
+
+def _per(values: Any) -> tuple[int, int, int]:
+    """(address, step from row to row, from column to column) of a scale or an offset; zeros for none."""
+    if values is None:
+        return 0, 0, 0
+    rows, columns = values.shape
+    return _C.array_address(values), int(rows > 1), int(columns > 1)
 
 
 class CpuTransform:

@@ -22,9 +22,11 @@ def store(values: Any, out: Rows) -> None:
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         out.values[...] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # ties to even
     elif out.dtype == "int8":
+        values = values if out.offset is None else values - out.offset
         out.values[...] = np.clip(np.rint(values / out.scale), -127, 127).astype(np.int8)
     else:
-        out.values[...] = values
+        with np.errstate(over="ignore"):  # what float16 does not hold is infinite, for the caller to find
+            out.values[...] = values
 
 
 class RefTransform:

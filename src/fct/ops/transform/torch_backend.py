@@ -81,6 +81,7 @@ class TorchTransform:
                     if block.kind_is_numpy:
                         store(y.numpy(), block)
                     elif block.dtype == "int8":
+                        y = y if block.offset is None else y - block.offset
                         block.values.copy_((y / block.scale).round_().clamp_(-127, 127))
                     else:
                         block.values.copy_(y)
