@@ -23,8 +23,8 @@ FLOORS = [
     {"fit", "transform", "search", "metrics", "mixed_gallery", "data", "info"},
     {"ops"},
     {"rows", "artifact"},
-    {"codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C"},
-    {"errors", "extras", "ref", "checks"},
+    {"codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C", "options"},
+    {"errors", "extras", "ref", "checks", "types"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

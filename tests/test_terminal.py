@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 import fct
-from fct.gallery.location import StoreError, with_retries
+from fct.errors import StoreError
+from fct.gallery.location import with_retries
 from fct.terminal import PlainConsole, printable
 
 SOURCE = Path(fct.__file__).parent

@@ -9,7 +9,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fct.errors import FctError, FctWarning, SpaceMismatchError
+from fct.errors import (
+    ArtifactError,
+    BackendError,
+    BackfillError,
+    DeviceLostError,
+    FctError,
+    FctWarning,
+    InUseError,
+    MissingExtraError,
+    QualityGateError,
+    RejectLimitError,
+    SpaceMismatchError,
+    StoreError,
+)
 
 if TYPE_CHECKING:
     from fct.arrow_mapper import ArrowMapper
@@ -66,16 +79,25 @@ _PUBLIC = {
 
 __all__ = [
     "ArrowMapper",
+    "ArtifactError",
+    "BackendError",
+    "BackfillError",
     "BackfillPlan",
     "BackfillReport",
+    "DeviceLostError",
     "EmbeddingSpace",
     "FctError",
     "FctWarning",
+    "InUseError",
     "Judgements",
+    "MissingExtraError",
     "PreparedGallery",
+    "QualityGateError",
+    "RejectLimitError",
     "RetrievalMetrics",
     "ScaledInt8",
     "SpaceMismatchError",
+    "StoreError",
     "TopK",
     "Transformation",
     "UpgradeQueries",

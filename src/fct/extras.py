@@ -7,9 +7,9 @@ import importlib
 from importlib.util import find_spec
 from types import ModuleType
 
-from fct.errors import FctError
+from fct.errors import MissingExtraError
 
-__all__ = ["MissingExtraError", "explained", "need", "why_missing"]
+__all__ = ["explained", "need", "why_missing"]
 
 # module -> the extra that brings it (pyproject.toml)
 EXTRAS = {
@@ -36,10 +36,6 @@ EXTRAS = {
 }
 # module -> its distribution, where the two names differ
 _DISTRIBUTIONS = {"yaml": "pyyaml", "lance": "pylance", "faiss": "faiss-cpu"}
-
-
-class MissingExtraError(FctError, ImportError):
-    """A package that the base install leaves out is needed and not there; the message names the extra."""
 
 
 def _sentence(module: str) -> str:

@@ -19,10 +19,10 @@ import pytest
 
 import fct
 from fct import ref
-from fct.backfilling.job import BackfillError, InUseError, QualityGateError, RejectLimitError, cut_shards
+from fct.backfilling.job import cut_shards
 from fct.backfilling.marker import Marker
 from fct.backfilling.run import _UNDER_WAY
-from fct.errors import FctError
+from fct.errors import BackfillError, FctError, InUseError, QualityGateError, RejectLimitError
 from fct.gallery import Piece, open_source, tag_space, vector_array
 from fct.gallery.parquet_files import ParquetDestination
 from tests.backfilling.conftest import D_NEW, D_OLD, D_SIDE, QUICK, contents

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pytest
 
 import fct
-from fct.backfilling.job import BackfillError
 from fct.backfilling.single import transform_file
+from fct.errors import BackfillError
 from fct.gallery.interfaces import Piece, Source
 from tests.backfilling.conftest import D_NEW, D_OLD, QUICK, contents
 
@@ -245,7 +245,8 @@ def test_a_store_that_never_answers(
     """It takes every request and is silent; the client itself would wait for minutes."""
     import s3fs
 
-    from fct.gallery.location import Location, StoreError
+    from fct.errors import StoreError
+    from fct.gallery.location import Location
     from fct.gallery.parquet_files import ParquetSource
 
     application, options = unwell

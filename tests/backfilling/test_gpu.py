@@ -13,10 +13,10 @@ from fake_device import FakeDevice
 
 import fct
 from fct import ref
+from fct.errors import DeviceLostError
 from fct.ops import proof as selfproof
 from fct.ops.device import state as device_module
 from fct.ops.device import streaming
-from fct.ops.device.state import DeviceLostError
 from fct.ops.transform import triton_backend as backend
 from tests.backfilling.conftest import QUICK, contents
 

@@ -18,9 +18,9 @@ import pytest
 
 import fct
 from fct.atomic_files import checksum_bytes
-from fct.backfilling.job import BackfillError, InUseError
 from fct.backfilling.marker import Marker
 from fct.backfilling.run import backfill
+from fct.errors import BackfillError, InUseError
 from tests.backfilling.conftest import QUICK, contents
 
 Make = Callable[..., Path]

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import fct
-from fct.gallery.location import StoreError, location_of, with_retries
+from fct.errors import StoreError
+from fct.gallery.location import location_of, with_retries
 from tests.backfilling.conftest import D_NEW, QUICK, contents
 
 pytest.importorskip("s3fs")
@@ -217,8 +218,8 @@ def test_ray_workers_get_the_options_and_no_log_does(
 
 
 def test_a_lock_on_a_store_names_its_holder(h: fct.Transformation, store: dict[str, Any]) -> None:
-    from fct.backfilling.job import InUseError
     from fct.backfilling.journal import Journal
+    from fct.errors import InUseError
 
     place = location_of("s3://bucket/new", storage_options=store)
     import time

@@ -18,8 +18,7 @@ import pytest
 
 import fct
 from fct.backfilling import run
-from fct.backfilling.job import BackfillError
-from fct.errors import FctError
+from fct.errors import BackfillError, FctError
 from fct.gallery import open_source, vector_array
 from tests.backfilling.conftest import D_NEW, D_OLD, D_SIDE
 

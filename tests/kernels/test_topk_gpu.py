@@ -18,12 +18,11 @@ from fake_device import FakeDevice, GpuTensor
 
 import fct
 from fct import ref
-from fct.errors import BackendError, FctWarning
+from fct.errors import BackendError, DeviceLostError, FctWarning
 from fct.kernels import search_kernels as kernels
 from fct.ops import cuda_kernels as cuda
 from fct.ops import proof as selfproof
 from fct.ops.device import state as devices
-from fct.ops.device.state import DeviceLostError
 from fct.ops.search import gpu_search as topk_gpu
 from fct.ops.search import triton_search as topk_triton
 

@@ -12,9 +12,8 @@ from fake_device import FakeDevice, plain
 import fct
 from fct import ref
 from fct.artifact.transformation import Layer, Transformation
-from fct.errors import BackendError
+from fct.errors import BackendError, DeviceLostError
 from fct.ops.device import state as device_module
-from fct.ops.device.state import DeviceLostError
 from fct.ops.transform import triton_backend as backend
 from fct.ref import chain
 

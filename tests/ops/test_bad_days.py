@@ -15,11 +15,11 @@ from fake_device import FakeDevice, plain
 
 import fct
 from fct import doctor, ref
-from fct.errors import BackendError
+from fct.errors import BackendError, DeviceLostError
 from fct.info import build_info
 from fct.ops import proof as selfproof
 from fct.ops.device import state as devices
-from fct.ops.device.state import Device, DeviceLostError, numbered, why_no_cuda, why_no_gpu
+from fct.ops.device.state import Device, numbered, why_no_cuda, why_no_gpu
 
 OLD_DRIVER = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "

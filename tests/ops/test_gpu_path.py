@@ -13,12 +13,11 @@ from fake_device import FakeDevice
 import fct
 from fct import doctor, ref
 from fct.artifact.transformation import Transformation
-from fct.errors import BackendError, FctWarning
+from fct.errors import BackendError, DeviceLostError, FctWarning
 from fct.ops import proof as selfproof
 from fct.ops import registry as dispatch
 from fct.ops.device import state as device_module
 from fct.ops.device import streaming
-from fct.ops.device.state import DeviceLostError
 from fct.ops.transform import triton_backend as backend
 from fct.rows import Rows, rows_of
 

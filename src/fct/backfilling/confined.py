@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path, PurePosixPath
 
-from fct.backfilling.job import BackfillError
+from fct.errors import BackfillError
 
 __all__ = ["open_confined", "read_confined", "refuse_links"]
 

@@ -24,18 +24,14 @@ from fct.backfilling.checked_json import (
     unsealed,
     whole,
 )
-from fct.errors import FctError
+from fct.errors import BackfillError
 from fct.gallery.interfaces import Piece, Shard
 from fct.gallery.urls import redacted
 from fct.gallery.vectors import VECTOR_FORMATS
 from fct.spaces import METRICS, EmbeddingSpace
 
 __all__ = [
-    "BackfillError",
-    "InUseError",
     "Job",
-    "QualityGateError",
-    "RejectLimitError",
     "cut_shards",
     "since",
 ]
@@ -45,22 +41,6 @@ JOB_BYTES = 128 << 20  # of job.json: a million files
 _SHARDS, _ROWS = 2_000_000, 1 << 60
 _PAIR = listed(whole(0, _ROWS), 2)
 _NAME, _URL, _WORD = text(65536), text(65536), text(200)
-
-
-class BackfillError(FctError):
-    """The backfill cannot go on, or must not: the message says why and what to do."""
-
-
-class InUseError(BackfillError):
-    """Another process is writing to the destination."""
-
-
-class QualityGateError(BackfillError):
-    """The expected retrieval quality is below what was asked for."""
-
-
-class RejectLimitError(BackfillError):
-    """More rows were rejected than ``max_rejects`` allows."""
 
 
 def cut_shards(pieces: Sequence[Piece], shard_rows: int) -> list[Shard]:

@@ -23,9 +23,10 @@ from fct.backfilling.checked_json import (
     whole,
 )
 from fct.backfilling.confined import open_confined, read_confined, refuse_links
-from fct.backfilling.job import JOB_BYTES, BackfillError, Job
+from fct.backfilling.job import JOB_BYTES, Job
 from fct.backfilling.lock import hold
 from fct.backfilling.marker import MARKER_BYTES, REJECT_BYTES, Marker, rejected_of
+from fct.errors import BackfillError
 from fct.gallery.interfaces import Output, Shard
 from fct.gallery.location import Location
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from fct.backfilling.checked_json import SchemaError, number, parse, record, sealed, text, unsealed
 from fct.backfilling.confined import open_confined, read_confined
-from fct.backfilling.job import BackfillError, InUseError
 from fct.checks import shown
+from fct.errors import BackfillError, InUseError
 from fct.gallery.location import Location, Patience
 
 __all__ = ["hold"]

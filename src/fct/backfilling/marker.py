@@ -19,7 +19,7 @@ from fct.backfilling.checked_json import (
     text,
     whole,
 )
-from fct.backfilling.job import BackfillError
+from fct.errors import BackfillError
 from fct.gallery.interfaces import Output, Shard
 
 __all__ = ["MARKER_BYTES", "REJECT_BYTES", "Marker", "rejected_of"]

@@ -25,13 +25,14 @@ import pyarrow as pa
 from fct.artifact.transformation import Transformation
 from fct.atomic_files import checksum_file
 from fct.backfilling.input_digest import InputDigest
-from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.marker import Marker
 from fct.backfilling.row_mapper import RowMapper, output_schema
 from fct.backfilling.shard_reader import BATCH_BYTES, ShardReader
+from fct.errors import BackfillError, StoreError
 from fct.gallery.interfaces import Destination, Output, Shard, Source
-from fct.gallery.location import Patience, StoreError
+from fct.gallery.location import Patience
 
 __all__ = ["BATCH_BYTES", "RowMapper", "ShardPipeline", "ShardReader", "output_schema"]
 

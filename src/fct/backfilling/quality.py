@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
+from fct.backfilling.job import Job
+from fct.backfilling.row_mapper import RowMapper
 from fct.checks import check_path, shown
+from fct.gallery.vectors import vector_block
 from fct.metrics import evaluate, gap_closed, recall_at_k
+from fct.options.groups import Gate, JobOptions
 from fct.search import topk
 from fct.transform import transform_batch
 
-__all__ = ["Quality", "ScoreShift", "check_quality", "map_threshold", "score_shift"]
+__all__ = ["Quality", "ScoreShift", "Writing", "check_quality", "held_out_pairs", "map_threshold", "score_shift"]
 
+Array: TypeAlias = np.ndarray[Any, Any]
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -70,6 +76,18 @@ def map_threshold(old_scores: Any, new_scores: Any, threshold: float, *, flipped
     return float(np.interp(1 - share if flipped else share, np.linspace(0, 1, len(new)), new))
 
 
+def held_out_pairs(gate: Gate, h: Transformation) -> dict[str, Any] | None:
+    """The gate's pairs, looked at before anything else is opened; None where there are neither pairs nor limits."""
+    if gate.pairs is None:
+        if gate.min_gap_closed is not None or gate.min_recall is not None:
+            raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
+        return None
+    data = _pairs(gate.pairs, h)
+    if gate.min_gap_closed is not None and "labels" not in data:
+        raise ValueError("pairs: expected labels as well, which min_gap_closed is measured with")
+    return data
+
+
 def _pairs(pairs: Any, h: Transformation) -> dict[str, Any]:
     if isinstance(pairs, (str, os.PathLike)):
         path = check_path(pairs, "pairs", "the path of an .npz")
@@ -90,57 +108,85 @@ def _pairs(pairs: Any, h: Transformation) -> dict[str, Any]:
     return dict(pairs)
 
 
-def check_quality(
-    h: Transformation, pairs: Any, min_gap_closed: float | None, min_recall: float | None
-) -> Quality | None:
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a job's rows are made, and so what its quality is measured on."""
+
+    precision: str
+    dtype: str
+    backend: str | None
+    device: str
+    threads: int | None
+
+    @classmethod
+    def of_job(cls, job: Job, device: str, threads: int | None) -> Writing:
+        """As the job will map and store its rows."""
+        return cls(job.precision, job.dtype, job.backend, device, threads)
+
+    @classmethod
+    def asked_for(cls, options: JobOptions) -> Writing:
+        """As the options say, for a job that cannot be made."""
+        run, dtype = options.execution, options.output.dtype
+        return cls(run.precision, "float32" if dtype == "auto" else dtype, run.backend, run.device, run.threads)
+
+    def map(self, old: Array, side: Array | None, h: Transformation) -> Array:
+        """(n, d_new) float32: the values that the new gallery would hold."""
+        out = np.empty((len(old), h.d_new), self.dtype)
+        with np.errstate(over="ignore"):
+            transform_batch(
+                old, side, h, out=out, precision=self.precision, device=self.device, backend=self.backend,
+                threads=self.threads, progress=False,
+            )  # fmt: skip
+        return out.astype(np.float32)
+
+
+def check_quality(h: Transformation, gate: Gate, data: dict[str, Any] | None, writing: Writing) -> Quality | None:
     """Measures h on held-out pairs and compares with the limits; ``refusals`` says which it misses. None where there
-    are neither pairs nor limits."""
-    for limit, name in ((min_gap_closed, "min_gap_closed"), (min_recall, "min_recall")):
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float, np.floating))):
-            raise ValueError(f"{name}: expected a share or None, got {shown(limit)}")
-    if pairs is None:
-        if min_gap_closed is not None or min_recall is not None:
-            raise ValueError("pairs: expected held-out pairs to check min_gap_closed or min_recall on, got None")
+    are neither pairs nor limits.
+
+    data: the :func:`held_out_pairs`. writing: as the job will map and store the gallery's rows; the pairs are mapped
+    alike.
+    """
+    if data is None:
         return None
-    data = _pairs(pairs, h)
     old, new = np.asarray(data["old"], np.float32), np.asarray(data["new"], np.float32)
-    mapped = transform_batch(old, data.get("side") if h.uses_side_info else None, h, progress=False)
+    mapped = writing.map(old, np.asarray(data["side"], np.float32) if h.uses_side_info else None, h)
+    lost = int((~np.isfinite(mapped).all(axis=1)).sum())
+    if lost:  # the backfill would set such rows aside, and a gallery without them is not what the limits are about
+        why = f"quality gate: h's output is not finite in {writing.dtype} for {lost} of {len(old)} pairs"
+        return Quality(len(old), float("nan"), None, (why,))
     metric = h.new_space.metric
     best = topk(new, new, 10, metric=metric, same_items=True, progress=False).indices
     recall = recall_at_k(topk(new, mapped, 10, metric=metric, same_items=True, progress=False).indices, best, 10)
     closed = None
     if "labels" in data:
-        labels = data["labels"]
         scores = [
-            evaluate(q, g, labels, metric=m, same_items=True, bootstrap=0, progress=False).map
+            evaluate(q, g, data["labels"], metric=m, same_items=True, bootstrap=0, progress=False).map
             for q, g, m in ((new, mapped, metric), (old, old, h.old_space.metric), (new, new, metric))
         ]
         closed = gap_closed(*scores)
-    refusals = []
-    if min_recall is not None and not recall >= min_recall:
-        refusals.append(f"quality gate: recall@10 is {recall:.3f} on {len(old)} pairs, below {min_recall}")
-    if min_gap_closed is not None:
-        if closed is None:
-            raise ValueError("pairs: expected labels as well, which min_gap_closed is measured with")
-        if not closed >= min_gap_closed:
-            refusals.append(
-                f"quality gate: {closed:.3f} of the mAP gap is closed on {len(old)} pairs, below {min_gap_closed}"
-            )
-    return Quality(len(old), recall, closed, tuple(refusals))
+    return Quality(len(old), recall, closed, _missed(gate, len(old), recall, closed))
 
 
-def score_shift(mapper: Any, sample: Any) -> ScoreShift | None:
+def _missed(gate: Gate, pairs: int, recall: float, closed: float | None) -> tuple[str, ...]:
+    missed = []
+    if gate.min_recall is not None and not recall >= gate.min_recall:
+        missed.append(f"quality gate: recall@10 is {recall:.3f} on {pairs} pairs, below {gate.min_recall}")
+    if gate.min_gap_closed is not None and closed is not None and not closed >= gate.min_gap_closed:
+        missed.append(
+            f"quality gate: {closed:.3f} of the mAP gap is closed on {pairs} pairs, below {gate.min_gap_closed}"
+        )
+    return tuple(missed)
+
+
+def score_shift(mapper: RowMapper, sample: Sequence[tuple[pa.RecordBatch, pa.RecordBatch | None]]) -> ScoreShift | None:
     """Quantiles of nearest-neighbour scores among the sample's rows, in the old and in the new space."""
-    from fct.gallery.vectors import vector_block
-
     job = mapper.job
     olds, news = [], []
     for batch, side in sample:
         mapped, rejects = mapper(batch, side, 0)
         keep = np.ones(batch.num_rows, bool)
         keep[[r["row"] for r in rejects]] = False
-        import pyarrow as pa
-
         column = batch.column(job.vector).filter(pa.array(keep))
         olds.append(vector_block(column, job.old_space.dim, job.binary_dtype).values)
         news.append(vector_block(mapped.column(job.vector), job.new_space.dim, job.dtype).values)

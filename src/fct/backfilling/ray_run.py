@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.job import Job
 from fct.backfilling.marker import Marker
-from fct.backfilling.plan import Resolved
+from fct.backfilling.resolve import Resolved
+from fct.errors import BackfillError
 from fct.extras import need
 from fct.gallery.interfaces import Shard
 

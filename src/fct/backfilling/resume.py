@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from fct.backfilling.backfill_bar import Bar
 from fct.backfilling.input_digest import InputDigest
-from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, system_errors
 from fct.backfilling.marker import Marker
-from fct.backfilling.plan import Resolved, occupied
+from fct.backfilling.resolve import Resolved, occupied
 from fct.backfilling.row_mapper import RowMapper, output_schema
+from fct.errors import BackfillError
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Piece, Shard, Source
 

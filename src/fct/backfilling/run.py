@@ -8,22 +8,28 @@ from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+
+from typing_extensions import Unpack
 
 from fct.backfilling.backfill_bar import Bar, backfill_bar
 from fct.backfilling.database_job import require_journal
 from fct.backfilling.growth import Growth
-from fct.backfilling.job import BackfillError, Job, QualityGateError, RejectLimitError
+from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, system_errors
 from fct.backfilling.marker import Marker
-from fct.backfilling.plan import Resolved, refuse_misfit, resolve
-from fct.backfilling.quality import check_quality
+from fct.backfilling.quality import Writing, check_quality, held_out_pairs
+from fct.backfilling.resolve import Resolved, load_transformation, resolve
 from fct.backfilling.resume import begin, finish, kept_shards
 from fct.backfilling.row_mapper import output_schema
-from fct.checks import check_flag, check_text, check_whole
+from fct.backfilling.sample import refuse_misfit
+from fct.errors import BackfillError, QualityGateError, RejectLimitError
 from fct.gallery.databases import DatabaseSource, is_database
-from fct.gallery.interfaces import Shard, Source
+from fct.gallery.interfaces import Destination, Shard, Source
 from fct.gallery.urls import redacted
+from fct.options.declare import takes
+from fct.options.groups import BackfillOptions
+from fct.options.keywords import BackfillKeywords
+from fct.types import GalleryLike, TransformationLike
 
 __all__ = ["BackfillReport", "backfill"]
 
@@ -56,37 +62,18 @@ class BackfillReport:
     left_to_do: tuple[str, ...] = ()
 
 
+@takes(BackfillOptions)
 def backfill(
-    source: Any,
-    destination: Any,
-    transformation: Any,
-    *,
-    max_rejects: int | None = None,
-    pairs: Any = None,
-    min_gap_closed: float | None = None,
-    min_recall: float | None = None,
-    ray: str | None = None,
-    ray_cpus: int = 1,
-    threads: int | None = None,
-    trust_sizes: bool = False,
-    expect_rows: int | None = None,
-    follow: bool = False,
-    progress: bool = True,
-    **options: Any,
+    source: GalleryLike,
+    destination: GalleryLike | Destination,
+    transformation: TransformationLike,
+    **options: Unpack[BackfillKeywords],
 ) -> BackfillReport:
     """Maps every row of ``source`` by h into ``destination``; started again, redoes only what is not proven done.
 
     Args:
-        source, destination, transformation, pairs, min_gap_closed, min_recall, options: as
-            :func:`fct.plan_backfill` has them.
-        max_rejects: stop once more rows than this were rejected; None for no limit.
-        ray: None to run here; "auto" for the running Ray cluster, or its address. ray_cpus: CPUs of each actor.
-        threads: CPU threads of the kernel (of each actor); by default all (``ray_cpus``).
-        trust_sizes: on a restart believe files that have the right size, without reading them for their checksums.
-        expect_rows: how many rows the source must have, from your own table: another number is refused before anything
-            is written (with ``follow``: at the end).
-        follow: files that come while the gallery is read are mapped in a second pass, and so on until none is left.
-        progress: show a bar on stderr.
+        source, destination, transformation: as :func:`fct.plan_backfill` has them.
+        options: listed below; pairs as :func:`fct.plan_backfill` has them.
 
     Returns:
         BackfillReport.
@@ -106,43 +93,36 @@ def backfill(
         (100, 100, 0)
     """
     began = time.perf_counter()
-    if max_rejects is not None:
-        check_whole(max_rejects, "max_rejects", 0)
-    if expect_rows is not None:
-        check_whole(expect_rows, "expect_rows", 0)
-    check_whole(ray_cpus, "ray_cpus", 1)
-    if ray is not None:
-        check_text(ray, "ray", "auto, local, a cluster's address or None")
-    check_flag(trust_sizes, "trust_sizes")
-    check_flag(follow, "follow")
-    check_flag(progress, "progress")
+    given = BackfillOptions.split(options)
+    how, threads = given.running, given.execution.threads
+    h = load_transformation(transformation)
+    pairs = held_out_pairs(given.gate, h)
     if is_database(destination):
-        require_journal(redacted(destination), options.get("journal"))
-    found = resolve(source, destination, transformation, **options)
-    if not follow:
-        require_rows(found.job.rows, expect_rows)
-    quality = check_quality(found.h, pairs, min_gap_closed, min_recall)
+        require_journal(redacted(str(destination)), given.database.journal)
+    found = resolve(source, destination, h, given)
+    if not how.follow:
+        require_rows(found.job.rows, how.expect_rows)
+    quality = check_quality(h, given.gate, pairs, Writing.of_job(found.job, found.device, threads))
     if quality is not None and quality.refusals:
         raise QualityGateError("; ".join(quality.refusals))
     live = isinstance(found.source, DatabaseSource)
     journal = found.journal
     if not journal.marked():  # else it was looked at when it was begun
         refuse_misfit(found, threads=threads)
-    how = _How(ray, ray_cpus, threads, max_rejects, trust_sizes, follow or live)
     kept: int | None = None
     done = rows = 0
-    with journal.lock(), backfill_bar(progress) as bar:
+    with journal.lock(), backfill_bar(how.progress) as bar:
         while True:
             if isinstance(found.source, DatabaseSource):
-                found.source.follow = follow
-            one = _run_pass(found, how, bar)
+                found.source.follow = how.follow
+            one = _run_pass(found, given, bar, follow=how.follow or live)
             kept, done, rows = one.kept if kept is None else kept, done + one.done, rows + one.rows_done
             if one.finished:
                 break
             if isinstance(source, Source):
                 source.refresh()
-            found = resolve(source, destination, transformation, **options)
-        require_rows(one.job.rows, expect_rows)
+            found = resolve(source, destination, h, given)
+        require_rows(one.job.rows, how.expect_rows)
     seconds = time.perf_counter() - began
     return BackfillReport(
         destination=one.job.destination,
@@ -172,18 +152,6 @@ def require_rows(rows: int, expected: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class _How:
-    """How a pass runs; see :func:`backfill`."""
-
-    ray: str | None
-    ray_cpus: int
-    threads: int | None
-    max_rejects: int | None
-    trust_sizes: bool
-    follow: bool
-
-
-@dataclass(frozen=True)
 class _Pass:
     """What one pass over the source did. finished: no files came meanwhile that are to follow."""
 
@@ -195,20 +163,20 @@ class _Pass:
     finished: bool
 
 
-def _run_pass(found: Resolved, how: _How, bar: Bar) -> _Pass:
-    journal = found.journal
+def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool) -> _Pass:
+    journal, how = found.journal, given.running
     found.source.settle()
-    job = begin(found, bar.say, follow=how.follow)
+    job = begin(found, bar.say, follow=follow)
     markers = kept_shards(journal, job, content=not how.trust_sizes, bar=bar)
     kept, todo = len(markers), [shard for shard in job.shards if shard.number not in markers]
     rejects = sum(m.rejects for m in markers.values())
     _check_rejects(rejects, how.max_rejects, journal)
     bar.start(job.rows, sum(m.rows_in for m in markers.values()))
     if todo:
-        growth = Growth(found.source, how.follow)
+        growth = Growth(found.source, follow)
         with system_errors("the new gallery could not be begun", found.destination.url):
             found.destination.begin(output_schema(job, found.source.schema), job.new_space)
-        with closing(_run(found, job, todo, how, bar)) as done:
+        with closing(_run(found, job, todo, given, bar)) as done:
             for marker in done:
                 markers[marker.shard] = marker
                 rejects += marker.rejects
@@ -221,16 +189,19 @@ def _run_pass(found: Resolved, how: _How, bar: Bar) -> _Pass:
         finished = None
     whole = True
     if todo or finished is None or finished.get("fingerprint") != job.fingerprint:
-        whole = finish(found, job, markers, follow=how.follow)
+        whole = finish(found, job, markers, follow=follow)
     return _Pass(job, markers, kept, len(todo), sum(shard.rows for shard in todo), whole)
 
 
-def _run(found: Resolved, job: Job, todo: list[Shard], how: _How, bar: Bar) -> Generator[Marker, None, None]:
+def _run(
+    found: Resolved, job: Job, todo: list[Shard], given: BackfillOptions, bar: Bar
+) -> Generator[Marker, None, None]:
+    how, threads = given.running, given.execution.threads
     if how.ray is None:
-        return _run_here(found, job, todo, threads=how.threads, bar=bar)
+        return _run_here(found, job, todo, threads=threads, bar=bar)
     from fct.backfilling.ray_run import run_on_ray
 
-    return run_on_ray(found, job, todo, address=how.ray, cpus=how.ray_cpus, threads=how.threads, bar=bar)
+    return run_on_ray(found, job, todo, address=how.ray, cpus=how.ray_cpus, threads=threads, bar=bar)
 
 
 def _check_rejects(rejects: int, limit: int | None, journal: Journal) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fct.backfilling.job import BackfillError, Job
-from fct.errors import FctError
+from fct.backfilling.job import Job
+from fct.errors import BackfillError, FctError
 from fct.gallery.column_checksum import row_sizes
 from fct.gallery.interfaces import Shard, Source
 from fct.gallery.location import Patience

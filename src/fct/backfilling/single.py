@@ -5,43 +5,69 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import Unpack
 
 from fct.atomic_files import refuse_existing
-from fct.backfilling.job import BackfillError, cut_shards
-from fct.backfilling.plan import resolve
+from fct.backfilling.job import cut_shards
+from fct.backfilling.resolve import resolve
 from fct.checks import check_flag
+from fct.errors import BackfillError
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Batches, Shard
 from fct.gallery.location import Location, location_of
+from fct.options.declare import takes
+from fct.options.groups import Cut, JobOptions, TransformFileOptions
+from fct.options.keywords import TransformFileKeywords
+from fct.types import Format, GalleryLike, TransformationLike
 
 __all__ = ["transform_file"]
 
-_FORMATS = {".npy": "npy", ".fbin": "bin", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow"}
+_FORMATS: dict[str, Format] = {
+    ".npy": "npy",
+    ".fbin": "bin",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+}
 
 
+@takes(TransformFileOptions)
 def transform_file(
-    old: Any, out: Any, transformation: Any, *, threads: int | None = None, overwrite: bool = False, **options: Any
+    old: GalleryLike,
+    out: str | os.PathLike[str],
+    transformation: TransformationLike,
+    *,
+    overwrite: bool = False,
+    **options: Unpack[TransformFileKeywords],
 ) -> int:
     """Maps the rows of ``old`` into the one file ``out``, which appears whole or not at all. Returns the row count.
 
     Args:
         old: a file or a gallery; ``out``: .npy, .fbin, .parquet or .arrow. Other columns go along into .parquet and
             .arrow, and are left behind by the others.
-        options: as :func:`fct.plan_backfill` has them.
+        overwrite: replace ``out``. options: listed below.
 
     Raises:
         BackfillError: a bad row; it is named and nothing is written. FileExistsError: ``out`` is there.
     """
     check_flag(overwrite, "overwrite")
+    given = TransformFileOptions.split(options)
     target = refuse_existing(out, overwrite=overwrite, name="out").absolute()
     if target.suffix not in _FORMATS:
         raise ValueError(f"out: expected a name ending in {', '.join(_FORMATS)}, got {os.fspath(out)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        found = resolve(old, folder, transformation, format=_FORMATS[target.suffix], **options)
+        job_options = JobOptions(
+            access=given.access,
+            columns=given.columns,
+            output=given.output,
+            execution=given.execution,
+            cut=Cut(format=_FORMATS[target.suffix]),
+        )
+        found = resolve(old, folder, transformation, job_options)
         job = found.job
-        mapper, reader = found.mapper(job, threads=threads), found.reader(job)
+        mapper, reader = found.mapper(job, threads=given.execution.threads), found.reader(job)
 
         def rows() -> Batches:
             for shard in cut_shards(job.pieces, job.shard_rows):

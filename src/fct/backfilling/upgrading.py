@@ -6,17 +6,22 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 from fct.backfilling.journal import rejected_rows
-from fct.backfilling.plan import resolve
+from fct.backfilling.resolve import resolve
 from fct.checks import check_whole
 from fct.errors import FctError
 from fct.gallery import open_source
 from fct.gallery.file_gallery import FileDestination
-from fct.gallery.interfaces import Shard
+from fct.gallery.interfaces import Destination, Shard
 from fct.gallery.vectors import vector_block
+from fct.options.declare import takes
+from fct.options.groups import JobOptions
+from fct.options.keywords import JobKeywords
 from fct.search import TopK, topk
 from fct.spaces import EmbeddingSpace, check_space
+from fct.types import GalleryLike, TransformationLike
 
 __all__ = ["UpgradingGallery"]
 
@@ -45,18 +50,19 @@ class UpgradingGallery:
         True
     """
 
+    @takes(JobOptions)
     def __init__(
         self,
-        source: Any,
-        destination: Any,
-        transformation: Any,
+        source: GalleryLike,
+        destination: GalleryLike | Destination,
+        transformation: TransformationLike,
         *,
-        threads: int | None = None,
         cache_bytes: int = 1 << 30,
-        **options: Any,
+        **options: Unpack[JobKeywords],
     ) -> None:
         check_whole(cache_bytes, "cache_bytes", 0)
-        found = resolve(source, destination, transformation, **options)
+        given = JobOptions.split(options)
+        found = resolve(source, destination, transformation, given)
         if not isinstance(found.destination, FileDestination):
             raise ValueError(
                 f"destination: expected a folder of {', '.join(('npy', 'bin', 'parquet', 'arrow'))} files, "
@@ -68,7 +74,7 @@ class UpgradingGallery:
                 f"destination: {found.job.destination} holds another backfill: {stored.differences(found.job)[0]}"
             )
         self._found, self._job = found, stored or found.job
-        self._mapper, self._reader = found.mapper(self._job, threads=threads), found.reader(self._job)
+        self._mapper, self._reader = found.mapper(self._job, threads=given.execution.threads), found.reader(self._job)
         self._writer = found.destination
         self._cache: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
         self._cache_bytes = cache_bytes

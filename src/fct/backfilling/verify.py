@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import Unpack
 
-from fct.backfilling.job import BackfillError, Job
+from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, rejected_rows, shard_marker
 from fct.backfilling.pipeline import RowMapper
-from fct.backfilling.plan import load_transformation
-from fct.checks import check_seed, check_whole
-from fct.errors import FctError
+from fct.backfilling.resolve import load_transformation
+from fct.errors import BackfillError, FctError
 from fct.gallery import journal_location, lance_in, location_of, open_source
 from fct.gallery.interfaces import rows_at
-from fct.gallery.location import Patience
+from fct.gallery.stores import Opening, opening
 from fct.gallery.vectors import vector_block
+from fct.options.declare import takes
+from fct.options.groups import SpotCheck, VerifyOptions
+from fct.options.keywords import VerifyKeywords
+from fct.types import GalleryLike
 
 __all__ = ["VerifyReport", "gallery_journal", "verify_gallery"]
 
@@ -60,28 +63,13 @@ def gallery_journal(path: Any, **access: Any) -> tuple[Journal, Job]:
     return journal, job
 
 
-def verify_gallery(
-    path: Any,
-    *,
-    source: Any = None,
-    side_source: Any = None,
-    transformation: Any = None,
-    spot_check: int = 256,
-    seed: int = 0,
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
-    retries: int = 6,
-    timeout: float = 60.0,
-) -> VerifyReport:
+@takes(VerifyOptions)
+def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> VerifyReport:
     """Checks a finished backfill: nothing missing, nothing twice, nothing changed, one space, right values.
 
     Args:
         path: the new gallery.
-        source, side_source: the old gallery for the spot check; by default where the job says it was.
-        transformation: h for the spot check; by default the copy in the gallery's ``_fct`` folder.
-        spot_check: how many rows are mapped again by the float64 reference; 0 for none.
-        seed: of the choice of rows. filesystem, storage_options, retries, timeout: as :func:`fct.plan_backfill` has
-            them.
+        options: listed below.
 
     Returns:
         VerifyReport with every problem found, each in a sentence.
@@ -98,13 +86,8 @@ def verify_gallery(
         >>> fct.verify_gallery(folder + "-new").ok
         True
     """
-    check_whole(spot_check, "spot_check", 0)
-    check_seed(seed)
-    access: dict[str, Any] = {
-        "filesystem": filesystem,
-        "storage_options": storage_options,
-        "patience": Patience(retries, timeout),
-    }
+    given = VerifyOptions.split(options)
+    access = opening(given.access)
     journal, job = gallery_journal(path, **access)
     problems: list[str] = []
     try:
@@ -141,17 +124,15 @@ def verify_gallery(
     if manifest is not None and not problems:
         problems += _content(path, access, job, known, rows_out)
     checked, worst, skipped = 0, 0.0, ""
-    if spot_check and not problems:
-        checked, worst, skipped, wrong = _spot_check(
-            journal, job, source, side_source, transformation, spot_check, seed, access, path
-        )
+    if given.spot.spot_check and not problems:
+        checked, worst, skipped, wrong = _spot_check(journal, job, given.spot, access, path)
         problems += wrong
     return VerifyReport(
         job.destination, rows_in, rows_out, rejects, len(job.shards), size, checked, worst, skipped, tuple(problems)
     )
 
 
-def _content(path: Any, access: dict[str, Any], job: Job, known: set[str], rows: int) -> list[str]:
+def _content(path: GalleryLike, access: Opening, job: Job, known: set[str], rows: int) -> list[str]:
     """The gallery as any reader sees it: its space, its rows, no file that no shard made."""
     try:
         gallery = open_source(path, **access)
@@ -169,29 +150,21 @@ def _content(path: Any, access: dict[str, Any], job: Job, known: set[str], rows:
 
 
 def _spot_check(
-    journal: Journal,
-    job: Job,
-    source: Any,
-    side_source: Any,
-    transformation: Any,
-    count: int,
-    seed: int,
-    access: dict[str, Any],
-    path: Any,
+    journal: Journal, job: Job, spot: SpotCheck, access: Opening, path: GalleryLike
 ) -> tuple[int, float, str, list[str]]:
     """(rows compared, worst relative error, why nothing was compared, problems)."""
     try:
-        old = open_source(source if source is not None else job.source, **access)
-        beside = side_source if side_source is not None else job.side
+        old = open_source(spot.source if spot.source is not None else job.source, **access)
+        beside = spot.side_source if spot.side_source is not None else job.side
         side = open_source(beside, **access, name="side_source") if job.side else None
-        h = load_transformation(transformation) if transformation is not None else journal.transformation()
+        h = load_transformation(spot.transformation) if spot.transformation is not None else journal.transformation()
     except (FctError, OSError) as error:
         return 0, 0.0, str(error), []
     if h.fingerprint != job.transformation:
         return 0, 0.0, "", ["the transformation is not the one that this gallery was made with"]
-    rng = np.random.default_rng(seed)
-    numbers = sorted({int(x) for x in rng.integers(0, len(job.shards), min(16, count))})
-    each = -(-count // len(numbers))
+    rng = np.random.default_rng(spot.seed)
+    numbers = sorted({int(x) for x in rng.integers(0, len(job.shards), min(16, spot.spot_check))})
+    each = -(-spot.spot_check // len(numbers))
     new = open_source(path, **access)
     pieces = new.pieces()
     column = job.vector if job.vector in new.schema.names else "vector"
@@ -203,9 +176,9 @@ def _spot_check(
         take = min(each, shard.rows)
         start = int(rng.integers(0, shard.rows - take + 1))
         batch = pa.concat_batches(list(old.read(job.pieces[shard.piece], shard.start + start, take, take)))
-        beside = pa.concat_batches(list(rows_at(side, job.side_pieces, shard.first + start, take))) if side else None
+        other = pa.concat_batches(list(rows_at(side, job.side_pieces, shard.first + start, take))) if side else None
         gone = rejected_rows(journal, job.shards[number])
-        mapped, rejects = mapper(batch, beside, shard.first + start)
+        mapped, rejects = mapper(batch, other, shard.first + start)
         inside = {row for row in gone if shard.first + start <= row < shard.first + start + take}
         if {r["row"] for r in rejects} != inside:
             problems.append(f"shard {number} rejected other rows than the source holds now")

@@ -13,11 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from fct.cli.commands import COMMANDS
+from fct.cli.console import console, error_console
 from fct.errors import FctError, FctWarning
 from fct.extras import explained
-from fct.terminal import PlainConsole, printable
+from fct.terminal import printable
 
-__all__ = ["app", "console", "error_console", "main"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="fct",
@@ -27,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = PlainConsole()
-error_console = PlainConsole(stderr=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -52,13 +52,15 @@ def _root(
     """
 
 
+for _command in COMMANDS:
+    app.command()(_command)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs a command and leaves with its exit code; errors are one line on stderr, a traceback only with --debug.
 
     ``--debug`` may stand anywhere on the line.
     """
-    from fct.cli import commands  # noqa: F401 (registers them)
-
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]

@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from fct.cli.app import app, console, error_console
+from fct.cli.console import console, error_console
 
 __all__ = ["bench"]
 
 
-@app.command()
 def bench(
     transformation: Annotated[
         Path | None, typer.Option(help="h, a .safetensors file; without: an untrained one of the sizes below.")

@@ -1,14 +1,37 @@
-"""Imports every module that registers commands on :data:`fct.cli.app.app`, one line each, in the order of
-``fct --help``: that of an upgrade, then what looks at the machine."""
+"""Every command, in the order of ``fct --help``: that of an upgrade, then what looks at the machine."""
 
-# isort: off
-from fct.cli import quickstart_command as quickstart_command
-from fct.cli import side_info_command as side_info_command
-from fct.cli import fit_command as fit_command
-from fct.cli import evaluate_command as evaluate_command
-from fct.cli import backfill_command as backfill_command
-from fct.cli import export_command as export_command
-from fct.cli import reproduce_command as reproduce_command
-from fct.cli import info_command as info_command
-from fct.cli import doctor_command as doctor_command
-from fct.cli import bench_command as bench_command
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fct.cli.backfill_command import backfill
+from fct.cli.bench_command import bench
+from fct.cli.doctor_command import doctor
+from fct.cli.evaluate_command import evaluate
+from fct.cli.export_command import export
+from fct.cli.fit_command import fit
+from fct.cli.info_command import info
+from fct.cli.plan_command import plan
+from fct.cli.quickstart_command import quickstart
+from fct.cli.reproduce_command import reproduce
+from fct.cli.side_info_command import train_side_info
+from fct.cli.transform_command import transform
+from fct.cli.verify_command import verify
+
+__all__ = ["COMMANDS"]
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    quickstart,
+    train_side_info,
+    fit,
+    evaluate,
+    plan,
+    backfill,
+    verify,
+    transform,
+    export,
+    reproduce,
+    info,
+    doctor,
+    bench,
+)

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fct.cli.app import app, console, error_console
+from fct.cli.console import console, error_console
 from fct.cli.reasons import Reasons
 
 __all__ = ["doctor"]
 
 
-@app.command()
 def doctor(
     full: Annotated[bool, typer.Option("--full", help="The paper's shape too, and up to a million rows.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON report on stdout, made to be mailed in.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fct.cli.app import app, console
+from fct.cli.console import console
 from fct.cli.npy_argument import load_npy
 
 __all__ = ["evaluate", "load_column"]
@@ -55,7 +55,6 @@ def _load(where: str, option: str) -> Any:
     return load_column(Path(file + ".parquet"), column, option) if column else load_column(Path(where), None, option)
 
 
-@app.command()
 def evaluate(
     queries: Annotated[str, typer.Option(help="(n, d): FILE.npy or FILE.parquet:COLUMN.")],
     query_labels: Annotated[str, typer.Option(help="(n,): FILE.npy or FILE.parquet:COLUMN.")],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fct.cli.app import app, console
+from fct.cli.console import console
 from fct.cli.npy_argument import load_npy
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fct.spaces import EmbeddingSpace
 
 
-@app.command()
 def fit(
     old: Annotated[Path, typer.Option(help="Old embeddings of a sample of items, (n, d_old) .npy.")],
     new: Annotated[Path, typer.Option(help="New embeddings of the same items in the same order, (n, d_new) .npy.")],

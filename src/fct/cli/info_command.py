@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from fct.cli.app import app, console
+from fct.cli.console import console
 from fct.cli.reasons import Reasons
 
 __all__ = ["info"]
 
 
-@app.command()
 def info() -> None:
     """Show what was built, what runs here, and why not.
 

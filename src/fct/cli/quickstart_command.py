@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fct.cli.app import app, console
+from fct.cli.console import console
 
 
-@app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("fct-quickstart"),
     data_root: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fct.cli.app import console
+from fct.cli.console import console
 
 __all__ = ["Reasons"]
 

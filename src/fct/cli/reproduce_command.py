@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fct.cli.app import app, console
+from fct.cli.console import console
 
 
-@app.command()
 def reproduce(
     experiment: Annotated[
         str | None, typer.Argument(help="A YAML file, or the name of one that comes with fct.", show_default=False)

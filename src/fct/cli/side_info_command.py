@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fct.cli.app import app, console
+from fct.cli.console import console
 from fct.cli.npy_argument import load_npy
 
 
-@app.command()
 def train_side_info(
     images: Annotated[Path, typer.Argument(help="A folder of images, or a .npy of (n, h, w) or (n, c, h, w) uint8.")],
     out: Annotated[Path, typer.Option(help="Where the model goes, a .safetensors file.")],

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import Unpack
 
 from fct.atomic_files import refuse_existing
-from fct.checks import check_choice, check_flag, check_text
+from fct.checks import check_choice
 from fct.errors import FctWarning
 from fct.gallery.bulk_files import WRITERS, BulkWriter, Names
 from fct.gallery.columns import pick_column, pick_id_column
 from fct.gallery.export_ids import RULES, IdCheck, id_kind
 from fct.gallery.interfaces import VECTOR_KEY, Piece, Source
-from fct.gallery.location import Location, Patience
+from fct.gallery.location import Location
 from fct.gallery.matrix_files import ROW, BinSource, NpySource
-from fct.gallery.stores import open_source
+from fct.gallery.stores import open_source, opening
 from fct.gallery.vectors import vector_block, vector_dim
+from fct.options.declare import takes
+from fct.options.groups import ExportOptions
+from fct.options.keywords import ExportKeywords
 from fct.progress import LongCall, Report
+from fct.types import GalleryLike
 
 __all__ = ["BULK_FORMATS", "export_bulk"]
 
@@ -37,23 +42,9 @@ _BATCH = 16384
 _VECTOR_NAMES = ("vector", "embedding", "emb", "features", "new", "old")
 
 
+@takes(ExportOptions)
 def export_bulk(
-    gallery: Any,
-    out: str | os.PathLike[str],
-    to: str,
-    *,
-    id_column: str = "auto",
-    vector_column: str = "auto",
-    columns: Sequence[str] | None = None,
-    id_field: str = "id",
-    vector_field: str = "auto",
-    table: str = "items",
-    halfvec: bool = False,
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
-    retries: int = 6,
-    timeout: float = 60.0,
-    progress: bool = True,
+    gallery: GalleryLike, out: str | os.PathLike[str], to: str, **options: Unpack[ExportKeywords]
 ) -> list[Path]:
     """Writes a gallery as the files that a database imports in bulk. docs/export.md shows what loads them.
 
@@ -73,8 +64,6 @@ def export_bulk(
         id_field, vector_field: their names at the other end (Milvus, pgvector), which no payload column may have;
             "auto": ``vector`` for Milvus and Qdrant, ``embedding`` for pgvector. table: pgvector's, in ``table.sql``.
         halfvec: for pgvector, vectors of float16.
-        filesystem, storage_options, retries, timeout: of the gallery, as :func:`fct.plan_backfill` has them.
-        progress: show a bar on stderr for an export that lasts more than two seconds.
 
     Returns:
         The files.
@@ -95,30 +84,22 @@ def export_bulk(
         >>> [f.name for f in export_bulk(folder, folder + "/out", "pgvector")]
         ['rows.bin', 'table.sql']
     """
+    given = ExportOptions.split(options)
     check_choice(to, "to", BULK_FORMATS)
-    check_text(id_column, "id_column", "the name of a column")
-    names = Names(
-        check_text(id_field, "id_field", "a name"),
-        ("embedding" if to == "pgvector" else "vector") if vector_field == "auto" else vector_field,
-        check_text(table, "table", "a name"),
-    )
-    if check_flag(halfvec, "halfvec") and to != "pgvector":
+    files = given.files
+    vectors = ("embedding" if to == "pgvector" else "vector") if files.vector_field == "auto" else files.vector_field
+    names = Names(files.id_field, vectors, files.table)
+    if files.halfvec and to != "pgvector":
         raise ValueError(f"halfvec: expected False for {to}: it is a type of pgvector")
     if names.id == names.vector:
         raise ValueError(f"vector_field: expected another name than id_field, got {names.vector!r} twice")
-    source = open_source(
-        gallery,
-        filesystem=filesystem,
-        storage_options=storage_options,
-        patience=Patience(retries, timeout),
-        name="gallery",
-    )
+    source = open_source(gallery, **opening(given.access), name="gallery")
     target = refuse_existing(out, overwrite=None, name="out")
-    rows = _Rows.of(source, vector_column, id_column, columns)
+    rows = _Rows.of(source, files.vector_column, files.id_column, files.columns)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target) as folder, LongCall(progress) as call:
+    with _beside(target) as folder, LongCall(files.progress) as call:
         check = IdCheck(RULES[to], rows.id_column or ROW, rows.id_type, folder)
-        writer = WRITERS[to](folder, names, id_kind(rows.id_type), halfvec)
+        writer = WRITERS[to](folder, names, id_kind(rows.id_type), files.halfvec)
         try:
             _fill(writer, rows, check, call.stage("exporting"))
         except BaseException:

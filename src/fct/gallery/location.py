@@ -19,11 +19,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fct.atomic_files import checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
-from fct.errors import FctError
+from fct.errors import FctError, StoreError
 from fct.gallery.urls import check_scheme, redacted, without_secrets
 from fct.terminal import printable
 
-__all__ = ["Location", "Patience", "StoreError", "Version", "location_of", "with_retries"]
+__all__ = ["Location", "Patience", "Version", "location_of", "with_retries"]
 
 T = TypeVar("T")
 _log = logging.getLogger("fct.gallery")
@@ -41,10 +41,6 @@ class Version:
 
     bytes: int
     stamp: str
-
-
-class StoreError(FctError, OSError):
-    """A store kept failing, or did not answer, for as long as it was to be waited for."""
 
 
 @dataclass(frozen=True, slots=True)

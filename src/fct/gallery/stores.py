@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from fct.checks import check_choice
 from fct.errors import FctError
@@ -14,14 +14,33 @@ from fct.gallery.interfaces import Destination, Source
 from fct.gallery.location import Location, Patience, location_of
 from fct.gallery.matrix_files import BinDestination, BinSource, NpyDestination, NpySource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
+from fct.options.groups import StoreAccess
+from fct.types import FileSystem
 
-__all__ = ["FORMATS", "journal_location", "lance_in", "open_destination", "open_source"]
+__all__ = ["FORMATS", "Opening", "journal_location", "lance_in", "open_destination", "open_source", "opening"]
 
 _SOURCES: tuple[type[FileSource], ...] = (NpySource, BinSource, ParquetSource, ArrowSource)
 _DESTINATIONS: dict[str, type[FileDestination]] = {
     c.kind: c for c in (NpyDestination, BinDestination, ParquetDestination, ArrowDestination)
 }
 FORMATS = (*_DESTINATIONS, "lance")
+
+
+class Opening(TypedDict):
+    """What :func:`open_source` and :func:`location_of` are told of a store."""
+
+    filesystem: FileSystem | None
+    storage_options: Mapping[str, Any] | None
+    patience: Patience
+
+
+def opening(access: StoreAccess) -> Opening:
+    """A public function's options, as the keywords that open its stores."""
+    return {
+        "filesystem": access.filesystem,
+        "storage_options": access.storage_options,
+        "patience": Patience(access.retries, access.timeout),
+    }
 
 
 def open_source(

@@ -207,7 +207,8 @@ def fastest_first(op: str, device: str, names: list[str], rows: int | None) -> l
 
 def _verdict(device: str, check: Callable[[], str]) -> str:
     """What ``check`` found; a kernel that does not run is wrong, a device without memory or one that is lost is not."""
-    from fct.ops.device.state import DeviceLostError, device_of
+    from fct.errors import DeviceLostError
+    from fct.ops.device.state import device_of
 
     try:
         return check()

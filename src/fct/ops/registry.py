@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fct.artifact.transformation import Transformation
-from fct.errors import BackendError
+from fct.errors import BackendError, DeviceLostError
 from fct.ops.backend import PRECISIONS, TransformBackend, check_precision
 
 __all__ = ["forced_backend", "packed", "pick_transform", "transform_backends"]
@@ -58,7 +58,7 @@ def pick_transform(
         from fct.ops.proof import fastest_first
 
         if device in devices._lost:
-            raise devices.DeviceLostError(f"{device} failed earlier in this process; start a new one")
+            raise DeviceLostError(f"{device} failed earlier in this process; start a new one")
         if not devices.why_no_gpu(device):
             pairs = {f"{b.name} {p}": (b, p) for b, p in asked}
             asked = (pairs[name] for name in fastest_first("transform", device, list(pairs), rows))

@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fct.errors import BackendError
+from fct.errors import BackendError, DeviceLostError
 from fct.extras import why_missing
 
 __all__ = [
     "MIN_CHUNK",
     "Device",
-    "DeviceLostError",
     "chunk_rows",
     "device_of",
     "numbered",
@@ -33,10 +32,6 @@ _FATAL = re.compile(
     r"LaunchTimeout|Assert|IllegalInstruction|MisalignedAddress|InvalidAddressSpace|InvalidPc|HardwareStackError|"
     r"ECCUncorrectable|NvlinkUncorrectable|Contained|DevicesUnavailable|SystemNotReady|Unknown)\b"
 )
-
-
-class DeviceLostError(BackendError):
-    """The device failed in the middle of the work (removed, illegal access): nothing after it can be trusted."""
 
 
 def why_no_gpu(device: str) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fct.errors import BackendError
-from fct.ops.device.state import Device, DeviceLostError, device_of
+from fct.errors import BackendError, DeviceLostError
+from fct.ops.device.state import Device, device_of
 from fct.rows import Rows
 
 __all__ = ["MIN_BLOCK", "block_rows", "stream_transform"]

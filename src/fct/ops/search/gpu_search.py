@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fct.errors import BackendError
+from fct.errors import BackendError, DeviceLostError
 from fct.ops.backend import GpuShadow, SearchBackend, drop_own_rows
 from fct.ops.cuda_kernels import CudaSearch
 from fct.ops.device import state as devices
-from fct.ops.device.state import DeviceLostError
 from fct.ops.registry import forced_backend
 from fct.ops.search.float64 import ranks_on_device, topk_blocked
 from fct.ops.search.triton_search import TritonSearch

@@ -1,0 +1,340 @@
+"""From a call's arguments to a job: every store opened, every "auto" settled, and what can never run refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from fct.artifact.transformation import Transformation
+from fct.backfilling.database_job import database_journal, join_databases
+from fct.backfilling.job import Job
+from fct.backfilling.journal import Journal
+from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
+from fct.checks import check_path, shown
+from fct.errors import BackfillError, FctError, SpaceMismatchError
+from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
+from fct.gallery.columns import SIDE_NAMES, VECTOR_NAMES, pick_column, pick_id_column
+from fct.gallery.databases import DatabaseDestination, DatabaseSource, database_destination, is_database
+from fct.gallery.interfaces import Destination
+from fct.gallery.location import Patience
+from fct.gallery.space_tags import SIDE_FILE
+from fct.gallery.stores import FORMATS, Opening, opening
+from fct.gallery.vectors import vector_dtype, vector_type
+from fct.ops.backend import check_precision
+from fct.ops.registry import pick_transform
+from fct.options.groups import Columns, Database, JobOptions
+from fct.types import GalleryLike, TransformationLike
+
+__all__ = ["Resolved", "load_transformation", "occupied", "resolve"]
+
+_SHARD_BYTES = 128 << 20
+
+
+@dataclass
+class Resolved:
+    """A job and the open stores it is about."""
+
+    job: Job
+    source: Source
+    side: Source | None
+    destination: Destination
+    journal: Journal
+    h: Transformation
+    device: str
+    patience: Patience
+
+    def mapper(self, job: Job, *, threads: int | None = None) -> RowMapper:
+        """What maps the rows of ``job``: this one, or one that was cut, or stored, otherwise."""
+        return RowMapper(job, self.source.schema, self.h, threads=threads, device=self.device)
+
+    def reader(self, job: Job) -> ShardReader:
+        """What reads the rows of ``job``, a store over a network as patiently as was asked for."""
+        return ShardReader(job, self.source, self.side, self.patience)
+
+    def pipeline(self, job: Job, *, threads: int | None, on_rows: Callable[[int], None] | None = None) -> ShardPipeline:
+        """What takes the shards of ``job`` from the source to the destination."""
+        return ShardPipeline(
+            job,
+            self.source,
+            self.side,
+            self.destination,
+            self.journal,
+            self.h,
+            threads=threads,
+            device=self.device,
+            patience=self.patience,
+            on_rows=on_rows,
+        )
+
+
+def load_transformation(transformation: TransformationLike) -> Transformation:
+    if isinstance(transformation, (str, os.PathLike)):
+        return Transformation.load(check_path(transformation, "transformation"))
+    if not isinstance(transformation, Transformation):
+        raise TypeError(
+            f"transformation: expected an fct.Transformation or the path of one, got {shown(transformation)}"
+        )
+    return transformation
+
+
+def resolve(
+    source: GalleryLike,
+    destination: GalleryLike | Destination,
+    transformation: TransformationLike,
+    options: JobOptions,
+) -> Resolved:
+    """Opens everything and settles every "auto"; raises for what can never run. See :func:`fct.plan_backfill`."""
+    h = load_transformation(transformation)
+    check_precision(options.execution.precision, gpu=True)
+    access = opening(options.access)
+    gallery = _open_gallery(source, h, options.columns, access)
+    form = _format_of(destination, gallery.source) if options.cut.format == "auto" else options.cut.format
+    writer, journal = _open_new(destination, form, gallery, options.database, access)
+    join_databases(
+        gallery.source, gallery.side, writer, gallery.ids, journal, options.database.journal,
+        needed=(gallery.vector, gallery.side_column), rate=options.database.max_rows_per_s,
+        switch=options.database.switch_alias,
+    )  # fmt: skip
+    backend, precision = _pick(h, options, journal.job())
+    dtype, vector_format = _row_of(gallery, form, options)
+    width = 4 * (h.d_old + (h.d_side if h.uses_side_info else 0) + h.d_new)
+    job = Job(
+        source=gallery.source.url,
+        destination=writer.url if isinstance(writer, DatabaseDestination) else str(journal.destination),
+        format=form,
+        pieces=tuple(gallery.source.pieces()),
+        vector=gallery.vector,
+        id_column=gallery.ids,
+        side=gallery.side.url if gallery.side else "",
+        side_pieces=tuple(gallery.side.pieces()) if gallery.side else (),
+        side_vector=gallery.side_vector,
+        side_column=gallery.side_column,
+        keep_side=options.output.keep_side_info,
+        transformation=h.fingerprint,
+        old_space=h.old_space,
+        new_space=h.new_space,
+        precision=precision,
+        backend=backend,
+        dtype=dtype,
+        vector_format=vector_format,
+        binary_dtype=options.columns.binary_dtype,
+        scale=options.columns.scale,
+        shard_rows=options.cut.shard_rows or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
+        batch_rows=options.cut.batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
+    )
+    _require_rows(job)
+    patience = access["patience"]
+    return Resolved(job, gallery.source, gallery.side, writer, journal, h, options.execution.device, patience)
+
+
+@dataclass(frozen=True)
+class _OldGallery:
+    """The old gallery, opened, and its columns: "" where there is none."""
+
+    source: Source
+    vector: str
+    ids: str
+    side: Source | None
+    side_vector: str
+    side_column: str
+
+
+def _open_gallery(where: GalleryLike, h: Transformation, columns: Columns, access: Opening) -> _OldGallery:
+    source = open_source(where, **access)
+    if isinstance(source, DatabaseSource) and columns.side_column == "auto":
+        columns = replace(columns, side_column=source.address.options.get("side", "auto"))
+    _require_names(source, "source")
+    vector = pick_column(source.schema, columns.vector_column, VECTOR_NAMES, "vector_column")
+    _require_space(source, h, columns.old_model)
+    side, side_vector, side_column = _open_side(source, vector, h, columns, access)
+    _require_dims(source, vector, side, side_vector or side_column, h, columns.binary_dtype)
+    ids = _pick_ids(source, columns.id_column)
+    return _OldGallery(source, vector, ids, side, side_vector, side_column)
+
+
+def _pick_ids(source: Source, wanted: str) -> str:
+    if wanted == "auto" and isinstance(source, DatabaseSource):
+        return source.id_column if source.id_column in source.schema.names else ""
+    return pick_id_column(source.schema, wanted)
+
+
+def _open_side(
+    source: Source, vector: str, h: Transformation, columns: Columns, access: Opening
+) -> tuple[Source | None, str, str]:
+    """(the gallery of the side-information, its column, the column of the source): one of the two columns, or none."""
+    if not h.uses_side_info:
+        if columns.side_source is not None or columns.side_column != "auto":
+            raise ValueError(
+                "side_source: expected none, since this transformation was fitted without side-information"
+            )
+        return None, "", ""
+    if columns.side_source is not None:
+        side = open_source(columns.side_source, **access, name="side_source")
+        _require_names(side, "side_source")
+        column = pick_column(side.schema, "auto", VECTOR_NAMES + SIDE_NAMES, "side_column")
+        if side.space is not None and side.space.model_id != h.side_model:
+            raise SpaceMismatchError(f"side_source: expected vectors of {h.side_model!r}, got vectors of {side.space}")
+        return side, column, ""
+    column = pick_column(source.schema, columns.side_column, SIDE_NAMES, "side_column", without=vector)
+    if not column:
+        raise BackfillError(
+            f"side_source: expected side-information of {h.side_model!r}, which this transformation was fitted with, "
+            f"as a column (side_column) or a gallery of its own (side_source); {source.url} has "
+            f"{', '.join(source.schema.names)}"
+        )
+    return None, "", column
+
+
+def _require_dims(
+    source: Source, vector: str, side: Source | None, side_column: str, h: Transformation, binary_dtype: str
+) -> None:
+    kind = source.schema.field(vector).type
+    _require_dim(kind, binary_dtype, h.old_space.dim, f"source: expected vectors of {h.old_space}")
+    if side_column:
+        kind = (side or source).schema.field(side_column).type
+        _require_dim(kind, binary_dtype, h.d_side, f"side_source: expected {h.d_side}-d vectors of {h.side_model!r}")
+
+
+def _require_rows(job: Job) -> None:
+    if job.rows == 0:
+        raise BackfillError(f"source: expected at least one row, {job.source} has none")
+    beside = sum(p.rows for p in job.side_pieces)
+    if job.side and beside != job.rows:
+        raise BackfillError(f"side_source: expected {job.rows} rows to match the source, got {beside}")
+
+
+def _open_new(
+    destination: GalleryLike | Destination, form: str, gallery: _OldGallery, database: Database, access: Opening
+) -> tuple[Destination, Journal]:
+    """The writer of the new gallery and its journal, in a place that touches no old one."""
+    store, patience = access["storage_options"], access["patience"]
+    if isinstance(destination, Destination) or is_database(destination):
+        writer = open_destination(destination, form, storage_options=store, patience=patience)
+        if isinstance(writer, DatabaseDestination):
+            return writer, database_journal(database.journal)
+        place = location_of(writer.url, storage_options=store, patience=patience)
+        return writer, Journal(journal_location(place, form), place)
+    place = location_of(destination, name="destination", **access)
+    if form == "lance":
+        table = gallery.source.url.rstrip("/").rpartition("/")[2].removesuffix(".lance")
+        place = lance_in(place, table=table if gallery.source.kind == "lance" else "gallery")
+    writer = open_destination(place, form, storage_options=store, patience=patience)
+    for old, what in ((gallery.source, "source"), (gallery.side, "side_source")):
+        if old is not None:
+            _require_apart(place, old, what)
+    _require_folder(place)
+    return writer, Journal(journal_location(place, form), place)
+
+
+def _row_of(gallery: _OldGallery, form: str, options: JobOptions) -> tuple[str, str]:
+    """(dtype, vector_format) of the new rows: as asked for, else as the old ones are."""
+    kind = gallery.source.schema.field(gallery.vector).type
+    known = vector_type(kind)
+    vector_format: str = options.output.vector_format
+    if vector_format == "auto":
+        vector_format = known if known and form in ("parquet", "arrow") else "fixed_size_list"
+    dtype: str = options.output.dtype
+    if dtype == "auto":
+        half = vector_dtype(kind, options.columns.binary_dtype) == "float16"
+        dtype = "float16" if half and form != "bin" else "float32"
+    return dtype, vector_format
+
+
+def _pick(h: Transformation, options: JobOptions, stored: Job | None) -> tuple[str, str]:
+    """(backend, precision); "auto" means what the job in the destination was begun with, where there is one."""
+    precision: str = options.execution.precision
+    device, backend = options.execution.device, options.execution.backend
+    if stored is not None and stored.transformation == h.fingerprint and precision == "auto":
+        precision = stored.precision
+        if backend is None and device == "cpu":
+            try:
+                return pick_transform(h, precision, device, stored.backend)[0].name, precision
+            except (FctError, ValueError):
+                pass  # another machine: any backend computes the same function at this precision
+    picked, chosen = pick_transform(h, precision, device, backend)
+    return picked.name, chosen
+
+
+def _format_of(destination: GalleryLike | Destination, source: Source) -> str:
+    if isinstance(destination, Destination):
+        return destination.kind
+    if is_database(destination):
+        return database_destination(str(destination), Patience()).kind
+    if str(destination).rstrip("/").endswith(".lance"):
+        return "lance"
+    return source.kind if source.kind in FORMATS else "parquet"
+
+
+def _require_names(source: Source, what: str) -> None:
+    """Columns are found by their names: two of one name would be mistaken for each other."""
+    names = source.schema.names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BackfillError(f"{what}: expected columns with names of their own, {source.url} has {twice[0]!r} twice")
+
+
+def _require_space(source: Source, h: Transformation, old_model: str | None) -> None:
+    space = source.space
+    if space is None:
+        if old_model == h.old_space.model_id:
+            return
+        if old_model is not None:
+            raise SpaceMismatchError(
+                f"source: expected vectors of {h.old_space}, which this transformation was fitted for, got vectors of "
+                f"{old_model!r}"
+            )
+        raise SpaceMismatchError(
+            f"source: {source.url} does not say which model made its vectors; if it was {h.old_space}, pass "
+            f"old_model={h.old_space.model_id!r} (--old-model) or write it down once with fct.gallery.tag_space"
+        )
+    if old_model is not None and old_model != space.model_id:
+        raise SpaceMismatchError(f"old_model: expected {space.model_id!r}, which {source.url} says, got {old_model!r}")
+    if space == h.new_space and space != h.old_space:
+        raise SpaceMismatchError(
+            f"source: {source.url} already holds vectors of {space}, the new space: the map would run in the wrong "
+            f"direction; it goes from {h.old_space}"
+        )
+    h.old_space.require_same(space, f"source: {source.url}")
+
+
+def _require_dim(kind: pa.DataType, binary_dtype: str, d: int, expected: str) -> None:
+    """Refuses a column whose type alone says that its vectors have another length; rows of the others are looked at."""
+    if pa.types.is_fixed_size_list(kind):
+        found = int(kind.list_size)
+    elif pa.types.is_fixed_size_binary(kind):
+        found = kind.byte_width / np.dtype(binary_dtype).itemsize
+    else:
+        return
+    if found != d:
+        raise BackfillError(f"{expected}, got {found:g}-d vectors")
+
+
+def _require_apart(where: Location, source: Source, what: str) -> None:
+    """A source is never written to: the new gallery lies neither in it nor around it, whatever the two are called."""
+    mine = getattr(source, "where", None)
+    if not isinstance(mine, Location) or mine.fs != where.fs or (mine.is_pattern and "**" not in mine.path):
+        return
+    root = mine.path.partition("**")[0].rstrip("/") if mine.is_pattern else mine.path.rstrip("/")
+    old, new = ((os.path.realpath(p) if where.is_local else p) + "/" for p in (root, where.path.rstrip("/")))
+    if old == new:
+        raise ValueError(f"destination: expected another place than the {what}, which is never written to")
+    if new.startswith(old) or old.startswith(new):
+        inside = f"inside the {what}" if new.startswith(old) else f"around the {what}"
+        raise ValueError(f"destination: expected a place apart from the {what} {mine}, got {where} {inside}")
+
+
+def _require_folder(where: Location) -> None:
+    """Raises NotADirectoryError where a file stands in the destination's way."""
+    if where.is_local:
+        way = next((p for p in (where.local, *where.local.parents) if p.exists()), None)
+        if way is not None and not way.is_dir():
+            raise NotADirectoryError(f"destination: expected a folder, or a place for a new one, {way} is a file")
+
+
+def occupied(place: Location) -> list[str]:
+    """Names in a destination that no backfill of ours began."""
+    return [n for n in place.files() if n != SIDE_FILE]

@@ -1,0 +1,344 @@
+"""Every option of the backfill, its checks and its prediction, in groups, and which function takes which groups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+
+from fct.checks import check_number, check_positive, check_seed, check_text, check_whole, shown
+from fct.options.declare import Check, Flag, Group, OptionSet, option, optional
+from fct.types import DType, FileSystem, Format, GalleryLike, Precision, TransformationLike, VectorFormat
+
+__all__ = [
+    "BackfillOptions",
+    "BulkFiles",
+    "Columns",
+    "Cut",
+    "Database",
+    "Execution",
+    "ExportOptions",
+    "Gate",
+    "JobOptions",
+    "Output",
+    "PlanOptions",
+    "Prediction",
+    "Running",
+    "SpotCheck",
+    "StoreAccess",
+    "TransformFileOptions",
+    "VerifyOptions",
+    "storage_options",
+]
+
+
+def whole(least: int) -> Check:
+    """A whole number of at least ``least``."""
+    return lambda value, name: check_whole(value, name, least)
+
+
+def text(what: str) -> Check:
+    """A string that is ``what``."""
+    return lambda value, name: check_text(value, name, what)
+
+
+def at_least(least: float) -> Check:
+    """A finite number of at least ``least``."""
+    return lambda value, name: check_number(value, name, least)
+
+
+def positive(what: str = "a positive number") -> Check:
+    """A finite number above 0."""
+    return lambda value, name: check_positive(value, name, what)
+
+
+def _attempts(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}: expected a number of further attempts, got {shown(value)}")
+    return value
+
+
+def _share(value: Any, name: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+        raise ValueError(f"{name}: expected a share or None, got {shown(value)}")
+    return value
+
+
+def storage_options(given: Sequence[str] | None) -> dict[str, Any] | None:
+    """``KEY=VALUE`` as fsspec takes them. VALUE is JSON where it can be read as such (true, 60, {...}), else a string.
+
+    They may hold keys: no message repeats a value.
+    """
+    if not given:
+        return None
+    options: dict[str, Any] = {}
+    for number, pair in enumerate(given, 1):
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--storage-option: expected KEY=VALUE, got no {'=' if key else 'KEY'} in number {number}")
+        if key in options:
+            raise ValueError(f"--storage-option: expected each KEY once, got {key} twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+_A_PATH = Flag(type=str | None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreAccess(Group):
+    """How the stores behind paths and URLs are opened and waited for."""
+
+    filesystem: FileSystem | None = option(
+        None, "An fsspec or pyarrow filesystem that the paths are on; None for what a URL names.", flag=False
+    )
+    storage_options: Mapping[str, Any] | None = option(
+        None,
+        "For the store behind a URL, as fsspec names it; may be repeated.",
+        flag=Flag(name="--storage-option", type=list[str] | None, metavar="KEY=VALUE", parse=storage_options),
+    )
+    retries: int = option(6, "Further attempts, with back-off, where a store may have failed.", check=_attempts)
+    timeout: float = option(
+        60.0,
+        "Seconds to wait for a store's answer, and 1 more per MB moved.",
+        check=positive("a positive number of seconds"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(Group):
+    """Where in the old gallery the vectors, the side-information and the ids are, and how to read them."""
+
+    side_source: GalleryLike | None = option(
+        None, "Gallery of the side-information, where it is no column: its rows in the same order.", flag=_A_PATH
+    )
+    vector_column: str = option(
+        "auto",
+        "Column of the old vectors; auto: the only one, or the one named as docs/galleries.md says.",
+        check=text("the name of a column"),
+    )
+    side_column: str = option(
+        "auto", "Column of the side-information; auto: side, side_info, ...", check=text("the name of a column")
+    )
+    id_column: str = option(
+        "auto", "Column of the ids, which rejects/ names; auto: id, _id, pk, key or uid.",
+        check=text("the name of a column"),
+    )  # fmt: skip
+    old_model: str | None = option(
+        None,
+        "Id of the model that made the old vectors, where the gallery does not say it.",
+        check=optional(text("the id of a model or None")),
+    )
+    binary_dtype: DType = option("float32", "What binary columns hold: float32 or float16.")
+    scale: float = option(
+        1.0, "Old vectors are multiplied by this: the step of an 8-bit gallery.", check=positive()
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Group):
+    """What a new row looks like."""
+
+    vector_format: Literal["auto"] | VectorFormat = option(
+        "auto", "Parquet and Arrow: fixed_size_list, list or binary."
+    )
+    dtype: Literal["auto"] | DType = option("auto", "float32 or float16; auto: the source's.")
+    keep_side_info: bool = option(False, "Keep the side-information column.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution(Group):
+    """What h runs on."""
+
+    precision: Precision = option(
+        "auto", "fp32, bf16, int8, on a GPU fp16 and fp8 besides, or auto: the fastest that h allows."
+    )
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...", check=text("a name like 'cpu' or 'cuda:0'"))
+    backend: str | None = option(
+        None, "Force one: cpu, torch, triton, cuda, ref; it runs or says why not. triton, cuda: with --device cuda."
+    )
+    threads: int | None = option(None, "CPU threads; by default all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Group):
+    """The new gallery's files: their format, and how it is cut into shards."""
+
+    format: Literal["auto"] | Format = option("auto", "npy, bin, parquet, arrow or lance; auto: the source's.")
+    shard_rows: int | None = option(
+        None, "Rows of a shard; by default as many as take about 128 MB.", check=optional(whole(1))
+    )
+    batch_rows: int | None = option(
+        None, "Rows mapped at once; by default as many as take about 64 MB.", check=optional(whole(1))
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Database(Group):
+    """What a database needs beside its address."""
+
+    journal: str | PathLike[str] | None = option(
+        None, "Folder for the journal of a backfill into a database: it has no place for files.", flag=_A_PATH
+    )
+    max_rows_per_s: float | None = option(
+        None, "Rows a second at most, so that a live database keeps answering.", check=optional(positive())
+    )
+    switch_alias: bool = option(False, "Point the collection's alias at the new one when all rows are there.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Group):
+    """What retrieval quality on held-out pairs a backfill must promise."""
+
+    pairs: str | PathLike[str] | Mapping[str, Any] | None = option(
+        None, "Held-out pairs, .npz with old, side, new and perhaps labels.", flag=_A_PATH
+    )
+    min_gap_closed: float | None = option(
+        None, "Refuse (exit code 3) below this share of the mAP gap closed.", check=optional(_share)
+    )
+    min_recall: float | None = option(None, "Refuse (exit code 3) below this recall@10.", check=optional(_share))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Group):
+    """What a plan measures, and what it is told for its prediction."""
+
+    workers: int = option(1, "Machines like this one, for the prediction.", check=whole(1))
+    price_per_hour: float | None = option(
+        None, "What one machine costs, in your currency.", check=optional(at_least(0))
+    )
+    upload_mb_per_s: float | None = option(
+        None,
+        "10^6 bytes a second that one machine uploads; a plan cannot measure it.",
+        check=optional(positive("a positive number of MB a second or None")),
+    )
+    sample_rows: int = option(4096, "Rows of the sample that is looked at.", check=whole(1))
+    measure_seconds: float = option(
+        1.0, "How long h is measured, and reading and writing together.", check=at_least(0)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Group):
+    """How a backfill runs, and when it stops."""
+
+    max_rejects: int | None = option(
+        None, "Stop once more rows than this were rejected; by default no limit.", check=optional(whole(0))
+    )
+    ray: str | None = option(
+        None,
+        "Run on Ray: auto, local, or a cluster's address.",
+        check=optional(text("auto, local, a cluster's address or None")),
+    )
+    ray_cpus: int = option(1, "CPUs of each Ray worker.", check=whole(1))
+    trust_sizes: bool = option(False, "On a restart, believe sizes without reading checksums.")
+    expect_rows: int | None = option(
+        None,
+        "Rows that the source must have, from your own table: another number is refused before anything is written "
+        "(with --follow: at the end).",
+        check=optional(whole(0)),
+    )
+    follow: bool = option(
+        False, "Map files that come while the gallery is read in a second pass, and so on until none is left."
+    )
+    progress: bool = option(True, "Show a progress bar.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpotCheck(Group):
+    """Against what a finished gallery is checked."""
+
+    source: GalleryLike | None = option(None, "The old gallery, where it has been moved.", flag=_A_PATH)
+    side_source: GalleryLike | None = option(
+        None, "Gallery of the side-information, where it has been moved.", flag=_A_PATH
+    )
+    transformation: TransformationLike | None = option(
+        None, "h; by default the copy in the gallery.", flag=Flag(name="--transformation/-t", type=str | None)
+    )
+    spot_check: int = option(256, "Rows to map again by the float64 reference.", check=whole(0))
+    seed: int = option(0, "Of the choice of rows for the spot check.", check=check_seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkFiles(Group):
+    """What goes into the files of another database, and what it is called there."""
+
+    id_column: str = option(
+        "auto",
+        "Column of the ids; auto: id, _id, pk, key or uid, else the rows' numbers; '': those numbers.",
+        check=text("the name of a column"),
+    )
+    vector_column: str = option(
+        "auto",
+        "Column of the vectors; auto: the one that fct wrote, or one of a usual name.",
+        check=text("the name of a column"),
+    )
+    columns: Sequence[str] | None = option(
+        None,
+        "A payload column that goes along; may be repeated; by default all.",
+        flag=Flag(name="--column", type=list[str] | None, parse=lambda given: given or None),
+    )
+    id_field: str = option("id", "Milvus, pgvector: what the ids are called there.", check=text("a name"))
+    vector_field: str = option(
+        "auto", "What the vectors are called there; auto: embedding for pgvector, else vector.", check=text("a name")
+    )
+    table: str = option("items", "pgvector: the table in table.sql.", check=text("a name"))
+    halfvec: bool = option(False, "pgvector: vectors of float16.")
+    progress: bool = option(True, "Show a bar for an export that lasts more than two seconds.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformFileOptions(OptionSet):
+    """What mapping rows needs to know."""
+
+    access: StoreAccess = field(default_factory=StoreAccess)
+    columns: Columns = field(default_factory=Columns)
+    output: Output = field(default_factory=Output)
+    execution: Execution = field(default_factory=Execution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(TransformFileOptions):
+    """What a backfill's job is made of."""
+
+    cut: Cut = field(default_factory=Cut)
+    database: Database = field(default_factory=Database)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(JobOptions):
+    """What :func:`fct.plan_backfill` takes."""
+
+    gate: Gate = field(default_factory=Gate)
+    prediction: Prediction = field(default_factory=Prediction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackfillOptions(JobOptions):
+    """What :func:`fct.backfill` takes."""
+
+    gate: Gate = field(default_factory=Gate)
+    running: Running = field(default_factory=Running)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(OptionSet):
+    """What :func:`fct.verify_gallery` takes."""
+
+    spot: SpotCheck = field(default_factory=SpotCheck)
+    access: StoreAccess = field(default_factory=StoreAccess)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(OptionSet):
+    """What :func:`fct.gallery.export_bulk` takes."""
+
+    files: BulkFiles = field(default_factory=BulkFiles)
+    access: StoreAccess = field(default_factory=StoreAccess)

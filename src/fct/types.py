@@ -1,0 +1,28 @@
+"""The names that arguments are chosen by, and what may stand where a gallery, a transformation or a filesystem does."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+__all__ = ["DType", "FileSystem", "Format", "GalleryLike", "Metric", "Precision", "TransformationLike", "VectorFormat"]
+
+Metric: TypeAlias = Literal["l2", "ip", "cosine"]
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "int8", "fp16", "fp8"]
+DType: TypeAlias = Literal["float32", "float16"]
+Format: TypeAlias = Literal["npy", "bin", "parquet", "arrow", "lance"]
+VectorFormat: TypeAlias = Literal["fixed_size_list", "list", "binary"]
+
+if TYPE_CHECKING:
+    import fsspec
+    import pyarrow.fs
+
+    from fct.artifact.transformation import Transformation
+    from fct.gallery.interfaces import Source
+    from fct.gallery.location import Location
+
+    GalleryLike: TypeAlias = str | os.PathLike[str] | Source | Location
+    TransformationLike: TypeAlias = str | os.PathLike[str] | Transformation
+    FileSystem: TypeAlias = fsspec.AbstractFileSystem | pyarrow.fs.FileSystem
+else:  # at run time an argument's check says what it expected; nothing heavy is loaded for a name
+    GalleryLike = TransformationLike = FileSystem = Any
