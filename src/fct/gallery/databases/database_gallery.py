@@ -251,7 +251,12 @@ class DatabaseDestination(Destination):
 
 
 def json_rows(rest: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Each row's payload as an object for JSON: from the one column that holds it already, or the columns by name."""
-    if rest.num_columns == 1 and (rest.schema.field(0).metadata or {}).get(b"fct.json"):
-        return [json.loads(text) if text else {} for text in rest.column(0).to_pylist()]
-    return [json.loads(json.dumps(row, default=str)) for row in rest.to_pylist()]
+    """Each row's payload as an object for JSON: what a column of such objects has, the other columns by name."""
+    whole = [f.name for f in rest.schema if (f.metadata or {}).get(b"fct.json")]
+    named = rest.drop_columns(whole)
+    rows = [json.loads(json.dumps(row, default=str)) for row in named.to_pylist()] if named.num_columns else []
+    rows = rows or [{} for _ in range(rest.num_rows)]
+    for name in whole:
+        for row, text in zip(rows, rest.column(name).to_pylist(), strict=True):
+            row.update(json.loads(text) if text else {})
+    return rows

@@ -1,0 +1,112 @@
+"""Stores that hold points: an id, vectors and one object of payload. Their payload travels as a column of JSON."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fct.errors import FctError
+from fct.gallery.databases.address import Address
+from fct.gallery.databases.database_gallery import JSON_KEY, DatabaseDestination, DatabaseError, DatabaseSource
+from fct.gallery.interfaces import VECTOR_KEY
+from fct.gallery.location import Patience
+
+__all__ = ["PAYLOAD", "CollectionSource", "asked", "clients", "points_of", "rows_of_points", "vectors_of"]
+
+PAYLOAD = "payload"
+Point = tuple[Any, Mapping[str, Any], Mapping[str, Any] | None]  # id, vectors by name, payload
+clients: dict[tuple[str, str, int, str], Any] = {}
+"""One client for each server or folder in this process: a store in a folder can be opened once."""
+
+_REFUSED = ("Unauthorized", "401", "403", "Forbidden", "authentication", "auth check failure", "API key", "permission")
+
+
+def asked(address: Address, do: Any) -> Any:
+    """``do()``; a refusal becomes a DatabaseError without the address's secrets, the rest an error that may pass."""
+    try:
+        return do()
+    except (FctError, NotImplementedError):
+        raise
+    except Exception as error:
+        said = address.hidden(f"{type(error).__name__}: {error}")[:500]
+        if any(word.lower() in said.lower() for word in _REFUSED):
+            raise DatabaseError(f"{address.shown}: the server refuses: {said}") from None
+        if isinstance(error, (ValueError, TypeError)) and not isinstance(error, OSError):
+            raise DatabaseError(f"{address.shown}: {said}") from None
+        raise ConnectionError(said) from None
+
+
+def rows_of_points(points: Sequence[Point], schema: pa.Schema, id_column: str) -> pa.RecordBatch:
+    """Points in the schema's columns; a vector or a payload that is missing is null."""
+    columns = []
+    for entry in schema:
+        if entry.name == id_column:
+            columns.append(pa.array([key for key, _, _ in points], entry.type))
+        elif entry.name == PAYLOAD and (entry.metadata or {}).get(b"fct.json"):
+            texts = [None if p is None else json.dumps(p, default=str) for _, _, p in points]
+            columns.append(pa.array(texts, pa.string()))
+        else:
+            rows = [v.get(entry.name) for _, v, _ in points]
+            whole = [None if row is None else np.asarray(row, np.float32) for row in rows]
+            columns.append(pa.array(whole, pa.list_(pa.float32())))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def points_of(
+    destination: DatabaseDestination, batch: pa.RecordBatch, payload: Any
+) -> tuple[list[Any], Any, list[dict[str, Any]]]:
+    """(ids, (n, d) float32, payload objects) of a batch. payload: what makes objects of the other columns."""
+    ids, vectors, rest = destination.split(batch)
+    return ids.to_pylist(), vectors_of(vectors), payload(rest) if rest.num_columns else [{}] * len(ids)
+
+
+def vectors_of(column: pa.Array) -> Any:
+    """A whole column of fixed-size lists as (n, d) float32."""
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32, copy=False)
+
+
+class CollectionSource(DatabaseSource):
+    """What the sources of such stores share: the schema, and rows asked for by their ids."""
+
+    def __init__(self, address: Address, patience: Patience) -> None:
+        super().__init__(address, patience)
+        self._facts: tuple[str, pa.DataType, tuple[str, ...]] | None = None
+
+    @abstractmethod
+    def look(self) -> tuple[str, pa.DataType, tuple[str, ...]]:
+        """(name of the ids, their type, names of the vectors). Raises DatabaseError where there is no collection."""
+
+    @abstractmethod
+    def points(self, ids: list[Any]) -> list[Point]:
+        """The points of these ids that are there."""
+
+    @property
+    def facts(self) -> tuple[str, pa.DataType, tuple[str, ...]]:
+        if self._facts is None:
+            self._facts = self.patience.ask(lambda: asked(self.address, self.look), f"opening {self.url}", moves=0)
+            wanted, names = self.address.vector, self._facts[2]
+            if wanted and wanted not in names:
+                known = ", ".join(names)
+                raise DatabaseError(f"source: expected a vector of {self.address.table} ({known}), got {wanted!r}")
+            self.id_column = self._facts[0]
+        return self._facts
+
+    @property
+    def schema(self) -> pa.Schema:
+        key, kind, names = self.facts
+        wanted = (self.address.vector, self.address.options.get("side", ""))
+        kept = [n for n in names if not self.address.vector or n in wanted or n in self.needed]
+        fields = [pa.field(key, kind), *(pa.field(n, pa.list_(pa.float32())) for n in kept)]
+        if self.payload:
+            fields.append(pa.field(PAYLOAD, pa.string(), metadata=JSON_KEY))
+        metadata = {VECTOR_KEY: self.address.vector.encode()} if self.address.vector else None
+        return pa.schema(fields, metadata)
+
+    def fetch(self, ids: pa.Array, between: bool) -> pa.RecordBatch:
+        points = asked(self.address, lambda: self.points(ids.to_pylist()))
+        return rows_of_points(points, self.schema, self.facts[0])
