@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fct.backfilling.run import BackfillReport, backfill
     from fct.backfilling.upgrading import UpgradingGallery
     from fct.backfilling.verify import VerifyReport, verify_gallery
+    from fct.fit.layer_side_info import side_info_from
     from fct.fit.side_info import train_side_info
     from fct.fit.transformation_fit import fit_transformation
     from fct.info import build_info
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fct.judging.upgrade_verdict import UpgradeVerdict
     from fct.metrics import RetrievalMetrics, evaluate
     from fct.mixed_gallery import evaluate_mixed
+    from fct.packed_int4 import PackedInt4
     from fct.rows import ScaledInt8
     from fct.search import PreparedGallery, TopK, prepare_gallery, topk
     from fct.spaces import EmbeddingSpace
@@ -57,6 +59,7 @@ _PUBLIC = {
     "plan_backfill": "fct.backfilling.plan",
     "verify_gallery": "fct.backfilling.verify",
     "EmbeddingSpace": "fct.spaces",
+    "PackedInt4": "fct.packed_int4",
     "ScaledInt8": "fct.rows",
     "PreparedGallery": "fct.search",
     "RetrievalMetrics": "fct.metrics",
@@ -72,6 +75,7 @@ _PUBLIC = {
     "read_qrels": "fct.judging.judgements",
     "fit_transformation": "fct.fit.transformation_fit",
     "prepare_gallery": "fct.search",
+    "side_info_from": "fct.fit.layer_side_info",
     "train_side_info": "fct.fit.side_info",
     "topk": "fct.search",
     "transform_batch": "fct.transform",
@@ -91,6 +95,7 @@ __all__ = [
     "InUseError",
     "Judgements",
     "MissingExtraError",
+    "PackedInt4",
     "PreparedGallery",
     "QualityGateError",
     "RejectLimitError",
@@ -113,6 +118,7 @@ __all__ = [
     "plan_backfill",
     "prepare_gallery",
     "read_qrels",
+    "side_info_from",
     "topk",
     "train_side_info",
     "transform_batch",

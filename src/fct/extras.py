@@ -19,6 +19,7 @@ EXTRAS = {
     "matplotlib": "train",
     "yaml": "train",
     "timm": "timm",
+    "sentence_transformers": "sentence-transformers",
     "triton": "gpu",
     "onnx": "onnx",
     "onnxruntime": "onnx",

@@ -19,6 +19,7 @@ from fct import _C
 from fct.checks import check_choice
 from fct.codes import ScaledInt8, check_per_row, is_torch, signed
 from fct.extras import need
+from fct.packed_int4 import PackedInt4
 
 __all__ = [
     "DTYPES",
@@ -152,7 +153,7 @@ def rows_of(
     """Checks ``x`` and brings it to :class:`Rows`; copies only where the last axis is not contiguous.
 
     Args:
-        x: (n, d) array, tensor, DLPack object or ScaledInt8.
+        x: (n, d) array, tensor, DLPack object, ScaledInt8 or PackedInt4.
         name: the argument's name, for messages.
         d, n: expected sizes, with ``d_why``/``n_why`` appended to the message ("to match the transformation").
         finite: refuse NaN and infinities (integer dtypes have none).
@@ -165,6 +166,8 @@ def rows_of(
     Raises:
         TypeError: not an array. ValueError: wrong rank, size, dtype or a non-finite value.
     """
+    if isinstance(x, PackedInt4):
+        x = ScaledInt8(x.codes(name))
     values, scale, offset = (x.values, x.scale, x.offset) if isinstance(x, ScaledInt8) else (x, None, None)
     kind, device, array, dtype = _unwrap(values, name)
     unsigned = isinstance(x, ScaledInt8) and dtype == "uint8"

@@ -177,7 +177,7 @@ new: {backbone: small_cnn, image_size: 28, epochs: 1}
         ("{set: folder}", "3", r"data: expected a mapping, got 3"),
         ("title: X", "title: X\nbct: {dim: 3}", r"bct.dim: expected none"),
         ("title: X", "title: X\nbct: {los: 3}", r"bct: expected some of .*, got los"),
-        ("title: X", "title: X\nh: best", r"config: expected 'auto', 'paper'"),
+        ("title: X", "title: X\nh: good", r"config: expected 'auto', 'best', 'paper'"),
         ("epochs: 1}\nside", "epochs: 1, lr: 1e-3}\nside", r"old: lr: expected a positive number .* got '1e-3'"),
         ("title: X", "title: [", r"expected YAML in"),
     ],

@@ -23,7 +23,7 @@ from fct.gallery.interfaces import Destination
 from fct.gallery.location import Patience
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
-from fct.gallery.vectors import vector_dtype, vector_type
+from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
 from fct.options.groups import Columns, Database, JobOptions
@@ -305,6 +305,8 @@ def _require_dim(kind: pa.DataType, binary_dtype: str, d: int, expected: str) ->
     """Refuses a column whose type alone says that its vectors have another length; rows of the others are looked at."""
     if pa.types.is_fixed_size_list(kind):
         found = int(kind.list_size)
+    elif is_packed_int4(kind, d, binary_dtype):
+        return
     elif pa.types.is_fixed_size_binary(kind):
         found = kind.byte_width / np.dtype(binary_dtype).itemsize
     else:

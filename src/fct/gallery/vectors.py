@@ -10,11 +10,13 @@ import pyarrow as pa
 
 from fct.gallery.interfaces import Batches
 from fct.gallery.vector_types import is_tensor, plain_type, plain_vectors
+from fct.packed_int4 import PackedInt4
 
 __all__ = [
     "VECTOR_FORMATS",
     "VectorBlock",
     "column_type",
+    "is_packed_int4",
     "rebatch",
     "vector_array",
     "vector_block",
@@ -81,6 +83,12 @@ def vector_dtype(kind: pa.DataType, binary_dtype: str = "float32") -> str:
     return "float16" if plain_type(kind).value_type == pa.float16() else "float32"
 
 
+def is_packed_int4(kind: pa.DataType, d: int, binary_dtype: str = "float32") -> bool:
+    """Whether a column of this type can only hold d 4-bit codes a row."""
+    width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else 0
+    return bool(width == (d + 1) // 2 and width != d * np.dtype(binary_dtype).itemsize)
+
+
 def vector_dim(column: pa.Array, binary_dtype: str = "float32") -> int | None:
     """Length of the column's vectors: its type's, else its first non-null row's; None when there is no such row."""
     column, _ = plain_vectors(column)
@@ -100,14 +108,19 @@ def vector_block(column: pa.Array, d: int, binary_dtype: str = "float32") -> Vec
     """The column's rows as an (n, d) block, without a copy when every row is whole.
 
     Rows that are null, hold a null or have another length are left out and named with the reason; whether values are
-    finite is the caller's to check. 8-bit integers become float32; float64 is rounded to it once, and a row with a
-    value beyond its range is left out and named too.
+    finite is the caller's to check. 8-bit integers become float32, and so do 4-bit codes: a fixed-size binary column of
+    ceil(d / 2) bytes (:class:`fct.PackedInt4`). float64 is rounded to it once, and a row with a value beyond its range
+    is left out and named too.
 
     Raises:
         ValueError: the column's type cannot hold vectors of d elements.
     """
     column, odd = plain_vectors(column)
     kind, n = column.type, len(column)
+    if is_packed_int4(kind, d, binary_dtype):
+        packed = vector_block(column, kind.byte_width, "uint8")
+        codes = PackedInt4(packed.values.astype(np.uint8), d).codes("vectors")
+        return VectorBlock(codes.astype(np.float32), packed.rows, packed.bad)
     if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
         if kind.list_size != d:
             raise ValueError(f"vectors: expected {d} elements a row, got a column of {kind}")

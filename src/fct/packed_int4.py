@@ -1,0 +1,79 @@
+"""Rows of 4-bit codes, two to a byte: the smallest form that side-information is stored in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["PackedInt4", "pack_int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInt4:
+    """(n, d) codes from -8 to 7 in (n, ceil(d / 2)) bytes; the even columns lie in the low halves.
+
+    A transformation is fitted on the codes as they are, so that no scale is stored: fct standardises every input
+    dimension, which makes its unit irrelevant.
+
+    Args:
+        values: (n, ceil(d / 2)) uint8, numpy or torch on the CPU.
+        d: how many codes a row holds.
+
+    Example:
+        >>> import numpy as np
+        >>> from fct.packed_int4 import pack_int4
+        >>> packed = pack_int4(np.array([[-8, 7, 3]]))
+        >>> packed.values.shape, packed.shape, packed.codes().tolist()
+        ((1, 2), (1, 3), [[-8, 7, 3]])
+    """
+
+    values: Any
+    d: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.values.shape[0]), self.d
+
+    def __len__(self) -> int:
+        return int(self.values.shape[0])
+
+    def __getitem__(self, rows: Any) -> PackedInt4:
+        return PackedInt4(self.values[rows], self.d)
+
+    def codes(self, name: str = "rows") -> Any:
+        """(n, d) int8 codes.
+
+        Raises:
+            ValueError: values are not (n, ceil(d / 2)) uint8.
+        """
+        values = np.asarray(self.values.detach().cpu() if hasattr(self.values, "detach") else self.values)
+        whole = isinstance(self.d, (int, np.integer)) and not isinstance(self.d, bool) and self.d >= 1
+        if values.dtype != np.uint8 or values.ndim != 2 or not whole or values.shape[1] != (self.d + 1) // 2:
+            want = f"(n, {(self.d + 1) // 2})" if whole else "d of at least 1 and (n, ceil(d / 2))"
+            raise ValueError(
+                f"{name}: expected {want} uint8 in PackedInt4 of d={self.d!r}, got {values.dtype} of {values.shape}"
+            )
+        out = np.empty((len(values), 2 * values.shape[1]), np.int8)
+        out[:, 0::2] = values & 15
+        out[:, 1::2] = values >> 4
+        out -= (out > 7).astype(np.int8) * 16
+        return np.ascontiguousarray(out[:, : self.d])
+
+
+def pack_int4(codes: Any) -> PackedInt4:
+    """(n, d) whole numbers from -8 to 7 as :class:`PackedInt4`.
+
+    Raises:
+        ValueError: another rank, or a number outside the range.
+    """
+    array = np.asarray(codes)
+    if array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] == 0:
+        raise ValueError(f"codes: expected (n, d) whole numbers from -8 to 7, got {array.dtype} of {array.shape}")
+    if array.size and (array.min() < -8 or array.max() > 7):
+        raise ValueError(f"codes: expected whole numbers from -8 to 7, got some from {array.min()} to {array.max()}")
+    n, d = array.shape
+    halves = np.zeros((n, d + d % 2), np.uint8)
+    halves[:, :d] = array.astype(np.int8).view(np.uint8) & 15
+    return PackedInt4(halves[:, 0::2] | (halves[:, 1::2] << 4), d)
