@@ -185,7 +185,7 @@ def add_coordinate(rows: Any, correction: MixedCorrection, *, mapped: bool) -> A
 
 
 def choose_correction(new: Any, mapped: Any, metric: str, *, seed: int = 0, k: int = 10) -> MixedCorrection:
-    """The mildest correction within half a hundredth of the best recall@k, the mean over a quarter, a half and three
+    """The mildest correction within 0.2 % of the best recall@k, the mean over a quarter, a half and three
     quarters of true rows.
 
     Args:
@@ -201,7 +201,7 @@ def choose_correction(new: Any, mapped: Any, metric: str, *, seed: int = 0, k: i
     recalls = [
         float(np.mean([mixture.recall(share, MixedCorrection(kind, v))[0] for share in _CHOSEN_ON])) for v in values
     ]
-    enough = [v for v, recall in zip(values, recalls, strict=True) if recall >= 0.995 * max(recalls)]
+    enough = [v for v, recall in zip(values, recalls, strict=True) if recall >= 0.998 * max(recalls)]
     return MixedCorrection(kind, float(min(enough, key=lambda v: abs(np.log(v)))))
 
 
