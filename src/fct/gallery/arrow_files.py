@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fct.errors import FctError
-from fct.gallery.file_gallery import FileDestination, FileSource
+from fct.gallery.arrow_guard import validated
+from fct.gallery.file_gallery import FileDestination, FileSource, named_errors
 from fct.gallery.interfaces import Batches, Piece, Shard
 from fct.gallery.location import Location
 
@@ -37,7 +38,11 @@ class ArrowSource(FileSource):
             else:
                 sink = pa.PythonFile(file.open(), mode="r")
             reader = pa.ipc.open_file(sink) if indexed else pa.ipc.open_stream(sink)
-        except pa.ArrowInvalid as error:
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise FctError(f"source: expected a whole Arrow file, {file} is not: {error}") from error
         return sink, reader, indexed
 
@@ -46,6 +51,13 @@ class ArrowSource(FileSource):
         with sink:
             return reader.schema
 
+    def batches_of(self, file: Location) -> Batches:
+        """All batches of a file, over its mapped memory where it is local."""
+        _, reader, indexed = self._open(file)
+        with named_errors(file, remote=not file.is_local):
+            found = (reader.get_batch(i) for i in range(reader.num_record_batches)) if indexed else reader
+            yield from (validated(batch, str(file)) for batch in found)
+
     def groups(self, file: Location) -> list[int]:
         sink, reader, indexed = self._open(file)
         try:
@@ -53,7 +65,7 @@ class ArrowSource(FileSource):
                 if not indexed:
                     return [batch.num_rows for batch in reader]
                 return [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise FctError(f"source: expected a whole Arrow file, {file} is not: {error}") from error
 
     def read_file(self, file: Location, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
@@ -65,7 +77,7 @@ class ArrowSource(FileSource):
                 last = first + count
                 batch = next(batches) if batches is not None else None
                 if last > start and first < start + rows:
-                    batch = batch or reader.get_batch(i)
+                    batch = validated(batch or reader.get_batch(i), str(file))
                     part = batch.slice(max(0, start - first), min(last, start + rows) - max(first, start))
                     yield from (part.slice(j, batch_rows) for j in range(0, part.num_rows, batch_rows))
                 first = last

@@ -50,6 +50,7 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
     root, found = root_of(where), []
     for file in where.find():
         parts = file.path[len(root) :].strip("/").split("/")
+        _refuse_table(where, root, parts, name)
         if _is_hidden(parts) or file.path.endswith(".json"):
             continue
         _check_readable(file)
@@ -57,6 +58,22 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
     if not found:
         raise FileNotFoundError(f"{name}: expected a gallery, found no data files at {where}")
     return sorted(found, key=lambda f: natural(f.path))
+
+
+def _refuse_table(where: Location, root: str, parts: Sequence[str], name: str) -> None:
+    """Raises FctError where a table lies below a folder: its files are not its rows."""
+    *folders, file = parts
+    at = next((folders.index(mark) for mark in ("_delta_log", ".hoodie") if mark in folders), None)
+    if at is None and file.endswith(".metadata.json") and folders[-1:] == ["metadata"]:
+        at = len(folders) - 1
+    if at is None and file in ("state.json", "dataset_dict.json"):
+        at = len(folders)
+    if at is not None:
+        table = where.at("/".join([root, *folders[:at]]))
+        raise FctError(
+            f"{name}: {where} holds a table or a saved dataset, where files may hold rows that it no longer has; "
+            f"name the table itself: {table}"
+        )
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

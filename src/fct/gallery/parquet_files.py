@@ -43,7 +43,9 @@ class ParquetSource(FileSource):
             return pq.ParquetFile(
                 file.path if file.is_local else file.open(), page_checksum_verification=True, **buffer
             )
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FctError)):
+                raise  # the system's or the store's; Arrow says OSError for a damaged footer
             raise FctError(f"source: expected a whole Parquet file, {file} is not: {error}") from error
 
     def file_schema(self, file: Location) -> pa.Schema:

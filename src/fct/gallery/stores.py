@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from fct.checks import check_choice
@@ -14,6 +14,7 @@ from fct.gallery.interfaces import Destination, Source
 from fct.gallery.location import Location, Patience, location_of
 from fct.gallery.matrix_files import BinDestination, BinSource, NpyDestination, NpySource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
+from fct.gallery.tables import open_table, split_version
 from fct.options.groups import StoreAccess
 from fct.types import FileSystem
 
@@ -24,6 +25,10 @@ _DESTINATIONS: dict[str, type[FileDestination]] = {
     c.kind: c for c in (NpyDestination, BinDestination, ParquetDestination, ArrowDestination)
 }
 FORMATS = (*_DESTINATIONS, "lance")
+# Text formats, by the one line of DuckDB that makes a gallery of them (docs/galleries.md).
+_JSON = "COPY (SELECT * REPLACE (embedding::FLOAT[] AS embedding) FROM read_json('FILES')) TO 'gallery.parquet'"
+_CSV = _JSON.replace("read_json", "read_csv")
+_REWRITE = {".jsonl": _JSON, ".ndjson": _JSON, ".csv": _CSV, ".tsv": _CSV}
 
 
 class Opening(TypedDict):
@@ -51,7 +56,8 @@ def open_source(
     patience: Patience | None = None,
     name: str = "source",
 ) -> Source:
-    """The gallery at ``where``: a file, a folder, a glob, a ``.lance`` dataset, or a Source, which is returned.
+    """The gallery at ``where``: a file, a folder, a glob, a table (Lance, Delta, Iceberg, a saved dataset), or a
+    Source, which is returned. ``TABLE?version=N`` is one version of a table.
 
     Args:
         filesystem, storage_options: an fsspec or pyarrow filesystem, or what fsspec passes to the one that a URL names.
@@ -73,6 +79,9 @@ def open_source(
         return where
     if is_database(where):
         return database_source(where, patience or Patience(), name=name)
+    version = None
+    if isinstance(where, str):
+        where, version = split_version(where)
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
     )  # fmt: skip
@@ -80,18 +89,49 @@ def open_source(
     if place.name.endswith(".lance"):
         from fct.gallery.lance_dataset import LanceSource
 
-        return LanceSource(str(place), storage_options)
+        return LanceSource(str(place), storage_options, version)
     if (place / "_fct/job.json").exists() and not (place / "_fct/manifest.json").exists():
         raise FctError(f"{name}: {place} is an unfinished backfill; run it to the end first")
+    table = open_table(place, version, storage_options, name)
+    if table is not None:
+        return table
+    if version is not None:
+        raise FctError(f"{name}: expected a table of versions, {place} is none")
     files = find_files(place, name)
     kinds = {kind: [f for f in files if f.path.endswith(kind.suffixes)] for kind in _SOURCES}
     found = {kind: some for kind, some in kinds.items() if some}
     if len(found) != 1 or sum(map(len, found.values())) != len(files):
-        endings = sorted({"." + f.name.rpartition(".")[2] for f in files})
-        known = ", ".join(s for kind in _SOURCES for s in kind.suffixes)
-        raise FctError(f"{name}: expected files of one format ({known} or .lance) at {place}, got {', '.join(endings)}")
+        raise FctError(_not_one_format(place, files, found, name))
     ((kind, some),) = found.items()
     return kind(place, some)
+
+
+def _not_one_format(
+    place: Location, files: Sequence[Location], found: Mapping[type[FileSource], Sequence[Location]], name: str
+) -> str:
+    """The refusal of a place that holds files of no format, of several, or others beside the data: each named."""
+    known = ", ".join(s for kind in _SOURCES for s in kind.suffixes)
+    endings = sorted({"." + f.name.rpartition(".")[2] for f in files})
+    if len(found) > 1:
+        some = "; ".join(f"{len(fs)} as {fs[0].name}" for fs in found.values())
+        return (
+            f"{name}: expected files of one format ({known} or .lance) at {place}, got {', '.join(endings)} ({some}); "
+            f"name one kind alone, such as {place}/**/*{next(iter(found)).suffixes[0]}"
+        )
+    data = {f.path for fs in found.values() for f in fs}
+    others = [f for f in files if f.path not in data]
+    if data:
+        listed = ", ".join(str(f) for f in others[:20]) + (f" and {len(others) - 20} more" if len(others) > 20 else "")
+        kind = next(iter(found))
+        return (
+            f"{name}: expected files of one format at {place}, got {', '.join(endings)}: {listed} "
+            f"{'is' if len(others) == 1 else 'are'} no {kind.kind} data; move {'it' if len(others) == 1 else 'them'} "
+            "elsewhere or begin the name with '_', or name the data alone, "
+            f"such as {place}/**/*{kind.suffixes[0]}"
+        )
+    hint = next((_REWRITE[e] for e in endings if e in _REWRITE), "")
+    hint = f"; write it once as Parquet, in DuckDB: {hint.replace('FILES', str(place))}" if hint else ""
+    return f"{name}: expected files of one format ({known} or .lance) at {place}, got {', '.join(endings)}{hint}"
 
 
 def open_destination(

@@ -16,7 +16,7 @@ SCHEMES = (
 _WEB = ("http", "https")
 _HIDDEN = "redacted"
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://([^/?#\s]*)([^?#\s]*)(\?[^#\s]*)?(#\S*)?")
-_PUBLIC = ("versionId", "generation")  # which version of an object, not who may read it
+_PUBLIC = ("versionId", "generation", "version")  # which version of an object, not who may read it
 
 
 def scheme_of(url: str) -> str:

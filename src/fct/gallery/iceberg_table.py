@@ -1,0 +1,191 @@
+"""Iceberg tables by ``pyiceberg``: the data files of one snapshot, less the rows that its delete files take out.
+
+Without a catalog the newest metadata file is the table. One data file is in memory at a time while it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from fct.errors import FctError
+from fct.gallery.arrow_guard import validated
+from fct.gallery.discovery import natural
+from fct.gallery.interfaces import Batches, Piece, Source
+from fct.gallery.location import Location
+from fct.gallery.schemas import conform
+from fct.gallery.space_tags import side_file_space, space_of_schema
+from fct.spaces import EmbeddingSpace
+
+__all__ = ["IcebergSource"]
+
+# fsspec's names for S3 and what pyiceberg calls the same.
+_NAMES = {
+    "key": "s3.access-key-id", "secret": "s3.secret-access-key", "token": "s3.session-token",
+    "endpoint_url": "s3.endpoint", "region_name": "s3.region",
+}  # fmt: skip
+
+
+class IcebergSource(Source):
+    """One snapshot of a table: later ones are not seen.
+
+    where: the table's folder. version: a snapshot's id, by default the current one. metadata: its ``.metadata.json``,
+    by default the newest.
+    """
+
+    kind = "iceberg"
+
+    def __init__(
+        self,
+        where: Location,
+        version: int | None,
+        storage_options: Mapping[str, Any] | None,
+        metadata: Location | None = None,
+    ) -> None:
+        self.where, self._metadata = where, metadata or _newest(where)
+        options = {**dict(storage_options or {}), **dict((storage_options or {}).get("client_kwargs") or {})}
+        self._properties = {_NAMES[k]: str(v) for k, v in options.items() if k in _NAMES}
+        table, _ = self._opened()
+        snapshot = table.metadata.current_snapshot_id if version is None else version
+        if snapshot is None or table.metadata.snapshot_by_id(snapshot) is None:
+            raise FctError(
+                f"source: the Iceberg table {where} has no snapshot{'' if version is None else f' {version}'}"
+            )
+        self.version = int(snapshot)
+        self._pass: tuple[str, int, Iterator[pa.RecordBatch]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pass": None}
+
+    def _opened(self) -> tuple[Any, Any]:
+        """(table, its files). The table's own properties choose nothing: they may name code to be loaded."""
+        from pyiceberg.catalog.noop import NoopCatalog
+        from pyiceberg.io.pyarrow import PyArrowFileIO
+        from pyiceberg.serializers import FromInputFile
+        from pyiceberg.table import Table
+
+        io, place = PyArrowFileIO(self._properties), str(self._metadata)
+        try:
+            metadata = FromInputFile.table_metadata(io.new_input(place))
+        except (ValueError, OSError, KeyError) as error:
+            raise FctError(f"source: {place} is no metadata of an Iceberg table: {error}") from error
+        return Table(("table",), metadata, place, io, NoopCatalog("none")), io
+
+    @property
+    def url(self) -> str:
+        return f"{self.where}?version={self.version}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"source: an Iceberg table, read at snapshot {self.version}",)
+
+    @property
+    def schema(self) -> pa.Schema:
+        from pyiceberg.io.pyarrow import schema_to_pyarrow
+
+        table, _ = self._opened()
+        return schema_to_pyarrow(self._scan(table).projection(), include_field_ids=False)
+
+    @property
+    def space(self) -> EmbeddingSpace | None:
+        return space_of_schema(self.schema, self.url) or side_file_space(self.where)
+
+    def _scan(self, table: Any) -> Any:
+        return table.scan(snapshot_id=self.version)
+
+    def _tasks(self, table: Any, io: Any) -> dict[str, Any]:
+        """What is read for each data file, by its path below the table. Files that lie elsewhere are not opened."""
+        snapshot = table.metadata.snapshot_by_id(self.version)
+        self._inside(snapshot.manifest_list)
+        for manifest in snapshot.manifests(io):
+            self._inside(manifest.manifest_path)
+        try:
+            tasks = list(self._scan(table).plan_files())
+        except ValueError as error:  # equality deletes
+            raise FctError(f"source: the Iceberg table {self.where} cannot be read: {error}") from error
+        for task in tasks:
+            for deletes in task.delete_files:
+                self._inside(deletes.file_path)
+        found = {self._inside(task.file.file_path): task for task in tasks}
+        if len(found) != len(tasks):
+            raise FctError(f"source: the Iceberg table {self.where} names one data file twice")
+        return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+
+    def _inside(self, path: str) -> str:
+        root = str(self.where).rstrip("/") + "/"
+        plain = path.removeprefix("file://").replace("s3a://", "s3://", 1)
+        if not plain.startswith(root) or ".." in plain.split("/"):
+            raise FctError(
+                f"source: the Iceberg table {self.where} names a file outside it, which is not opened: {path}; was the "
+                "table moved or copied?"
+            )
+        return plain[len(root) :]
+
+    def pieces(self) -> list[Piece]:
+        table, io = self._opened()
+        return [
+            Piece(name, self._rows(table, io, task), task.file.file_size_in_bytes, str(len(task.delete_files)))
+            for name, task in self._tasks(table, io).items()
+        ]
+
+    def _rows(self, table: Any, io: Any, task: Any) -> int:
+        if not task.delete_files:
+            return int(task.file.record_count)
+        return sum(batch.num_rows for batch in self._batches(table, io, task))
+
+    def _batches(self, table: Any, io: Any, task: Any) -> Iterator[pa.RecordBatch]:
+        from pyiceberg.expressions import AlwaysTrue
+        from pyiceberg.io.pyarrow import ArrowScan
+
+        scan = ArrowScan(table.metadata, io, self._scan(table).projection(), AlwaysTrue())
+        return iter(scan.to_record_batches([task]))
+
+    def read(self, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
+        schema, end = self.schema, start + rows
+        kept, self._pass = self._pass, None
+        if kept is not None and kept[0] == piece.name and kept[1] <= start:
+            _, at, batches = kept  # the next shard goes on where the last one stopped
+        else:
+            table, io = self._opened()
+            at, batches = 0, self._batches(table, io, self._tasks(table, io)[piece.name])
+        for batch in batches:
+            first, at = at, at + batch.num_rows
+            if at > start:
+                part = batch.slice(max(0, start - first), min(end, at) - max(start, first))
+                if at > end:
+                    rest = batch.slice(end - first)
+                    batches, at = _behind(rest, batches), end
+                whole = conform(validated(part, f"{self.where}/{piece.name}"), schema)
+                if at == end:
+                    self._pass = (piece.name, at, batches)
+                yield from (whole.slice(i, batch_rows) for i in range(0, whole.num_rows, batch_rows))
+            if at >= end:
+                return
+        raise FctError(f"source: {piece.name} of {self.url} ended {end - at} rows early")
+
+
+def _behind(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield first
+    yield from rest
+
+
+def _newest(where: Location) -> Location:
+    """The newest metadata file: the one that version-hint.text names, else the one of the highest number."""
+    folder = where / "metadata"
+    names = [n for n in folder.files() if n.endswith(".metadata.json")]
+    if "version-hint.text" in folder.files():
+        hint = (folder / "version-hint.text").read_bytes()[:256].decode(errors="replace").strip()
+        for name in (hint, f"v{hint}.metadata.json", f"{hint}.metadata.json"):
+            if name in names:
+                return folder / name
+    numbers = {n: int(m[1]) for n in names if (m := re.match(r"v?(\d+)", n))}
+    newest = [n for n in numbers if numbers[n] == max(numbers.values())]
+    if len(newest) != 1:
+        raise FctError(
+            f"source: expected one newest metadata file in {folder}, got {', '.join(sorted(newest or names)[:3])}; "
+            "name the one that the catalog has"
+        )
+    return folder / newest[0]

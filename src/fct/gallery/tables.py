@@ -1,0 +1,128 @@
+"""Folders whose rows are what a log or a state file says, not what lies in them: Delta, Iceberg, Hudi, datasets'.
+
+A file in such a folder may hold rows that were deleted, replaced or copied, so that none is read by itself: the table
+is read as its library reads it, at one version, or refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fct.errors import FctError
+from fct.extras import need
+from fct.gallery.discovery import root_of
+from fct.gallery.interfaces import Source
+from fct.gallery.location import Location
+
+__all__ = ["open_table", "split_version"]
+
+_VERSION = re.compile(r"(.+)\?version=(\d+)")
+_ABOVE, _ABOVE_REMOTE = 12, 3  # folders looked at above a place: each is a request over a network
+_TITLES = {"delta": "a Delta table", "iceberg": "an Iceberg table", "hudi": "a Hudi table"}
+
+
+def split_version(where: str) -> tuple[str, int | None]:
+    """(place, version) of ``TABLE?version=N``; None for the newest version.
+
+    Example:
+        >>> from fct.gallery.tables import split_version
+        >>> split_version("s3://bucket/items?version=12"), split_version("gallery")
+        (('s3://bucket/items', 12), ('gallery', None))
+    """
+    match = _VERSION.fullmatch(where)
+    return (match[1], int(match[2])) if match else (where, None)
+
+
+def open_table(
+    place: Location, version: int | None, storage_options: Mapping[str, Any] | None, name: str
+) -> Source | None:
+    """The table at ``place``, or None where it is no table.
+
+    Raises:
+        FctError: a table that is not read (Hudi; a part of a table; several tables). MissingExtraError: its library
+        is not installed.
+    """
+    if place.name.endswith(".metadata.json"):
+        from fct.gallery.iceberg_table import IcebergSource
+
+        need("pyiceberg", f"{name}: {place}, an Iceberg table,")
+        return IcebergSource(place.parent.parent, version, storage_options, metadata=place)
+    root = place.at(root_of(place)) if place.is_pattern else place
+    kind = _kind_of(root)
+    if kind is None:
+        _refuse_inside(root, name)
+        return None
+    if place.is_pattern and kind != "datasets":
+        raise FctError(f"{name}: {place} means files of {_TITLES[kind]}; name the table itself: {root}")
+    if kind == "hudi":
+        raise FctError(
+            f"{name}: {root} is a Hudi table, whose rows are not those of its files; fct reads none: write it once as "
+            "Parquet (in Spark: spark.read.format('hudi').load(table).write.parquet(folder))"
+        )
+    return _open(kind, place, root, version, storage_options, name)
+
+
+def _open(
+    kind: str, place: Location, root: Location, version: int | None, options: Mapping[str, Any] | None, name: str
+) -> Source:
+    if kind == "delta":
+        need("deltalake", f"{name}: {root}, a Delta table,")
+        from fct.gallery.delta_table import DeltaSource
+
+        return DeltaSource(root, version, options)
+    if kind == "iceberg":
+        need("pyiceberg", f"{name}: {root}, an Iceberg table,")
+        from fct.gallery.iceberg_table import IcebergSource
+
+        return IcebergSource(root, version, options)
+    from fct.gallery.saved_dataset import open_saved_dataset
+
+    return open_saved_dataset(root, place, name)
+
+
+def _kind_of(folder: Location) -> str | None:
+    """delta, iceberg, hudi, datasets or None."""
+    folders = folder.folders()
+    if "_delta_log" in folders:
+        return "delta"
+    if ".hoodie" in folders:
+        return "hudi"
+    if "metadata" in folders and any(n.endswith(".metadata.json") for n in (folder / "metadata").files()):
+        return "iceberg"
+    files = folder.files()
+    if "dataset_dict.json" in files or ("state.json" in files and "dataset_info.json" in files):
+        return "datasets"
+    return None
+
+
+def _refuse_inside(folder: Location, name: str) -> None:
+    """Raises FctError for a place inside a table: its files are not the table's rows."""
+    at = folder
+    for _ in range(_ABOVE if folder.is_local else _ABOVE_REMOTE):
+        if not at.path.strip("/") or at.parent.path == at.path:
+            return
+        at = at.parent
+        if not at.path.strip("/"):
+            return
+        kind = _kind_of(at)
+        if kind in _TITLES:
+            raise FctError(
+                f"{name}: {folder} lies in {_TITLES[kind]}, where files may hold rows that the table no longer has; "
+                f"name the table itself: {at}"
+            )
+
+
+def read_state(file: Location) -> dict[str, Any]:
+    """A small JSON object. Raises FctError that names the file."""
+    if file.version().bytes > 64 << 20:
+        raise FctError(f"source: expected at most 64 MB of JSON in {file}, it has {file.version().bytes} bytes")
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FctError(f"source: {file} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise FctError(f"source: expected a JSON object in {file}, got {type(found).__name__}")
+    return found
