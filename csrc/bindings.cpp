@@ -193,28 +193,47 @@ fct::cpu::RowSource source_of(const RowsTuple& from, int64_t n) {
             scale_column};
 }
 
+// (head, down, up, loss, tails): addresses, head 0 where there are no levels.
+using LevelsTuple = std::tuple<int64_t, uintptr_t, uintptr_t, double, uintptr_t>;
+
+fct::cpu::Levels levels_of(const LevelsTuple& from) {
+    const auto& [head, down, up, loss, tails] = from;
+    return {head, reinterpret_cast<const float*>(down), reinterpret_cast<const float*>(up), loss,
+            reinterpret_cast<const uint8_t*>(tails)};
+}
+
 void bind_topk(py::module_& m) {
     using fct::cpu::Metric;
     m.attr("shadow_tile") = fct::cpu::kTile;
     m.attr("shadow_meta") = fct::cpu::kMeta;
+    m.attr("shadow_head_meta") = fct::cpu::kHeadMeta;
+    m.attr("shadow_tail_facts") = sizeof(fct::cpu::TailFacts);
     m.attr("shadow_max_dim") = fct::cpu::kShadowMaxDim;
     m.def(
         "shadow_pack",
         [](const RowsTuple& gallery, int64_t n, int metric, int64_t first, int64_t count, uintptr_t shift,
-           uintptr_t tiles, uintptr_t meta, int threads, int isa) {
+           const LevelsTuple& levels, uintptr_t tiles, uintptr_t meta, uintptr_t tails, int threads, int isa) {
             const fct::cpu::Isa level = isa_of(isa);
             WithoutGil without_gil;
-            fct::cpu::shadow_pack(source_of(gallery, n), static_cast<Metric>(metric), first, count,
-                                  reinterpret_cast<const float*>(shift), reinterpret_cast<uint8_t*>(tiles),
-                                  reinterpret_cast<float*>(meta), threads, level);
+            const auto* const from = reinterpret_cast<const float*>(shift);
+            auto* const bytes = reinterpret_cast<uint8_t*>(tiles);
+            auto* const facts = reinterpret_cast<float*>(meta);
+            const auto by = static_cast<Metric>(metric);
+            const fct::cpu::Levels in_levels = levels_of(levels);
+            if (in_levels.head > 0) {
+                fct::cpu::shadow_pack_levels(source_of(gallery, n), by, first, count, from, in_levels, bytes, facts,
+                                             reinterpret_cast<uint8_t*>(tails), threads, level);
+            } else {
+                fct::cpu::shadow_pack(source_of(gallery, n), by, first, count, from, bytes, facts, threads, level);
+            }
         },
         py::arg("gallery"), py::arg("n"), py::arg("metric"), py::arg("first"), py::arg("count"), py::arg("shift"),
-        py::arg("tiles"), py::arg("meta"), py::arg("threads"), py::arg("isa"));
+        py::arg("levels"), py::arg("tiles"), py::arg("meta"), py::arg("tails"), py::arg("threads"), py::arg("isa"));
     m.def(
         "topk",
         [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t tiles,
-           uintptr_t meta, uintptr_t shift, int metric, int64_t k, int64_t self, uintptr_t distances, uintptr_t indices,
-           int threads, int isa, const py::object& report) {
+           uintptr_t meta, uintptr_t shift, const LevelsTuple& levels, int metric, int64_t k, int64_t self,
+           uintptr_t distances, uintptr_t indices, int threads, int isa, const py::object& report) {
             const fct::cpu::Isa level = isa_of(isa);
             const fct::cpu::KeepGoing going = keep_going(report);
             fct::cpu::SearchCounts counts;
@@ -223,16 +242,16 @@ void bind_topk(py::module_& m) {
                 WithoutGil without_gil;
                 done = fct::cpu::topk(source_of(queries, n_queries), source_of(gallery, n_gallery),
                                       {reinterpret_cast<const uint8_t*>(tiles), reinterpret_cast<const float*>(meta),
-                                       reinterpret_cast<const float*>(shift)},
+                                       reinterpret_cast<const float*>(shift), levels_of(levels)},
                                       static_cast<Metric>(metric), k, self, reinterpret_cast<float*>(distances),
                                       reinterpret_cast<int64_t*>(indices), threads, level, going, &counts);
             }
             if (!done) throw py::error_already_set();
-            return std::make_pair(counts.rescored, counts.exhausted);
+            return std::make_tuple(counts.rescored, counts.tails, counts.exhausted);
         },
         py::arg("queries"), py::arg("n_queries"), py::arg("gallery"), py::arg("n_gallery"), py::arg("tiles"),
-        py::arg("meta"), py::arg("shift"), py::arg("metric"), py::arg("k"), py::arg("self"), py::arg("distances"),
-        py::arg("indices"), py::arg("threads"), py::arg("isa"), py::arg("report") = py::none());
+        py::arg("meta"), py::arg("shift"), py::arg("levels"), py::arg("metric"), py::arg("k"), py::arg("self"),
+        py::arg("distances"), py::arg("indices"), py::arg("threads"), py::arg("isa"), py::arg("report") = py::none());
     m.def(
         "ranks",
         [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t codes,

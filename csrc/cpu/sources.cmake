@@ -25,7 +25,9 @@ else()
 endif()
 
 # ---- topk ----
-list(APPEND FCT_CPU_SOURCES csrc/cpu/topk.cpp csrc/cpu/topk_portable.cpp)
+list(APPEND FCT_CPU_SOURCES csrc/cpu/topk.cpp csrc/cpu/topk_candidates.cpp csrc/cpu/topk_exact.cpp csrc/cpu/topk_likely.cpp csrc/cpu/topk_levels.cpp
+     csrc/cpu/topk_quantise.cpp csrc/cpu/topk_ranks.cpp csrc/cpu/topk_scan.cpp csrc/cpu/topk_shadow.cpp
+     csrc/cpu/topk_portable.cpp)
 set_source_files_properties(csrc/cpu/topk_portable.cpp PROPERTIES COMPILE_OPTIONS "-O3;-ffp-contract=fast")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   # GCC 12 takes the undefined source of its own AVX-512 shifts for an uninitialised variable.

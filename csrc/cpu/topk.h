@@ -12,7 +12,14 @@
 // Bound. For the key of a pair, <q, x> - half, and the scanned <q', x'> - half:
 //   |<q, x> - <q', x'>| = |<q, x - x'> + <q - q', x'>| <= |q| |x - x'| + |q - q'| |x'|   (Cauchy-Schwarz),
 // to which kSlack times the magnitudes adds all float32 rounding, the final one of the score included. The k-th best
-// lower bound is below the k-th best key, so a row whose upper bound is below it can not be among the k best.
+// lower bound is below the k-th best key, so a row whose upper bound is below it cannot be among the k best.
+//
+// With levels: rows are rotated, y = x - (x down) up, so that most of their length lies in the first `head` dimensions.
+// Tiles then hold the heads alone, with a scale of their own; their facts are scale, half and tail[64] (|y's tail|,
+// rounded up), then the tile's largest error and norm of the heads, largest half, and largest length of a row. The
+// tails lie row by row: three floats (scale; |y - y'| and |y'| of the whole row, rounded up) and the bytes, + 128. By
+// Cauchy-Schwarz a tail that was not read adds at most |q's tail| |y's tail|. `loss` times a length bounds what the
+// rotation's own arithmetic and its distance from an orthogonal map change (docs/retrieval.md has the proof).
 #pragma once
 #include <cstdint>
 
@@ -26,6 +33,7 @@ enum class Metric : int { l2 = 0, ip = 1, cosine = 2 };
 
 constexpr int kTile = 64;
 constexpr int kMeta = 4 * kTile + 4;
+constexpr int kHeadMeta = 3 * kTile + 4;
 constexpr int64_t kShadowMaxDim = 32768;  // keeps the int32 sums: 383 * 127 * d < 2^31
 
 // n rows of d values, row_stride elements apart. int8 rows: value * scale[i * scale_row + j * scale_column].
@@ -42,20 +50,42 @@ struct RowSource {
     const float* row(int64_t i, float* scratch) const;
 };
 
+struct TailFacts {
+    float scale, error, norm;
+};
+
+struct Levels {
+    int64_t head = 0;                            // a multiple of 4; 0: whole rows lie in tiles
+    const float *down = nullptr, *up = nullptr;  // (d, head), (head, d)
+    double loss = 0;
+    const uint8_t* tails = nullptr;
+};
+
 struct Shadow {
     const uint8_t* tiles = nullptr;  // null: no shadow, scan the rows
     const float* meta = nullptr;
     const float* shift = nullptr;  // d
+    Levels levels = {};
 };
+
+inline int64_t facts_of_tile(const Levels& levels) { return levels.head > 0 ? kHeadMeta : kMeta; }
+// Of one row's tail: its facts and bytes, whole words.
+inline int64_t record_bytes(const Levels& levels, int64_t d) {
+    return static_cast<int64_t>(sizeof(TailFacts)) + (d - levels.head + 3) / 4 * 4;
+}
 
 struct SearchCounts {
     int64_t rescored = 0;   // candidates scored in float64 after the scan
+    int64_t tails = 0;      // rows that their heads left over
     int64_t exhausted = 0;  // queries with too many rows inside the bound, which went through every row
 };
 
 // Packs rows [first, first + count) of the gallery, first a multiple of kTile, into tiles/meta of that part.
 void shadow_pack(const RowSource& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
                  uint8_t* tiles, float* meta, int threads, Isa isa);
+// The same with levels; tails: of that part (levels.tails is not read).
+void shadow_pack_levels(const RowSource& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
+                        const Levels& levels, uint8_t* tiles, float* meta, uint8_t* tails, int threads, Isa isa);
 
 // distances, indices: (queries.n, k), nearest first. self >= 0: query i's own row self + i is left out.
 // Returns false when keep_going said stop.

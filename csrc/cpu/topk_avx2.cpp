@@ -14,7 +14,7 @@ namespace {
 template <int group>
 bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
                    float* keys) {
-    const int32_t *const words = queries.words + first * steps, *const init = queries.init + first;
+    const int32_t *const words = queries.words + first * queries.stride, *const init = queries.init + first;
     const float *const inverse = queries.inverse + first, *const threshold = queries.threshold + first;
     uint64_t any = 0;
     for (int q = 0; q < group; ++q) masks[q] = 0;
@@ -41,7 +41,15 @@ bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queri
             const __m256 key =
                 _mm256_fnmadd_ps(h, _mm256_set1_ps(inverse[q]), _mm256_mul_ps(_mm256_cvtepi32_ps(sums[q]), s));
             _mm256_storeu_ps(keys + q * kTile + part * 8, key);
-            const int hit = _mm256_movemask_ps(_mm256_cmp_ps(key, _mm256_set1_ps(threshold[q]), _CMP_GE_OQ));
+            const __m256 limit = _mm256_set1_ps(threshold[q]);
+            int hit;
+            if (tile.has_tail) {
+                const __m256 end = _mm256_fmadd_ps(_mm256_loadu_ps(tile.tail() + part * 8),
+                                                   _mm256_set1_ps(queries.per_tail[first + q]), key);
+                hit = _mm256_movemask_ps(_mm256_cmp_ps(end, limit, _CMP_NLT_UQ));
+            } else {
+                hit = _mm256_movemask_ps(_mm256_cmp_ps(key, limit, _CMP_GE_OQ));
+            }
             masks[q] |= static_cast<uint64_t>(static_cast<unsigned>(hit)) << (part * 8);
             any |= masks[q];
         }
@@ -59,6 +67,22 @@ inline int count_within(const float* x, float limit) {
     return __builtin_popcount(
         static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), y, _CMP_LE_OQ)) |
                               _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8), y, _CMP_LE_OQ)) << 8));
+}
+
+void tails(const uint8_t* records, int64_t size, const uint8_t* rows, int count, const int8_t* q, int64_t bytes,
+           int32_t* out) {
+    for (int i = 0; i < count; ++i) {
+        const uint8_t* const x = records + rows[i] * size + sizeof(TailFacts);
+        int32_t sum = 0;
+        for (int64_t j = 0; j < bytes; ++j) sum += x[j] * q[j];
+        out[i] = sum;
+    }
+}
+
+uint64_t reaching(const float* ends, float threshold) {
+    uint64_t mask = 0;
+    for (int r = 0; r < kTile; ++r) mask |= static_cast<uint64_t>(!(ends[r] < threshold)) << r;
+    return mask;
 }
 
 #include "cpu/topk_kernels.inl"

@@ -20,7 +20,8 @@ inline int count_within(const float* x, float limit) {
 // The sums begin at minus what they have to reach, so that the sign says whether a row counts: nothing has to be
 // converted, scaled and compared afterwards. Rounding that start may take off up to half a whole number, and 2^-22 of
 // the init in it, which is added; its other roundings are relative to the threshold and to half and within their slack.
-template <bool half>
+// What an unread tail may add lowers it, to no less than what every row reaches.
+template <bool half, bool tail>
 inline __m512i start_of(const ScanTile& tile, const ScanQueries& queries, int64_t q, int v) {
     const float init = static_cast<float>(queries.init[q]);
     const float extra = 1 + (init < 0 ? -init : init) * 0x1p-22f;
@@ -28,19 +29,22 @@ inline __m512i start_of(const ScanTile& tile, const ScanQueries& queries, int64_
     if (half)
         start = _mm512_fnmadd_ps(_mm512_set1_ps(queries.limit_inverse[q]), _mm512_load_ps(tile.half_inverse + 16 * v),
                                  start);
-    return _mm512_cvtps_epi32(
-        _mm512_fnmadd_ps(_mm512_set1_ps(queries.limit[q]), _mm512_load_ps(tile.inverse + 16 * v), start));
+    if (tail)
+        start = _mm512_fmadd_ps(_mm512_set1_ps(queries.per_tail[q]), _mm512_load_ps(tile.tail_inverse + 16 * v), start);
+    start = _mm512_fnmadd_ps(_mm512_set1_ps(queries.limit[q]), _mm512_load_ps(tile.inverse + 16 * v), start);
+    if (tail) start = _mm512_min_ps(start, _mm512_set1_ps(init + tile.room));  // which also a NaN becomes
+    return _mm512_cvtps_epi32(start);
 }
 
-template <int group, bool half>
+template <int group, bool half, bool tail>
 bool scan_vectors(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
                   float* keys) {
-    const int32_t* const words = queries.words + first * steps;
+    const int32_t* const words = queries.words + first * queries.stride;
     __m512i sums[group][4];
 #pragma GCC unroll 8
     for (int q = 0; q < group; ++q)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) sums[q][v] = start_of<half>(tile, queries, first + q, v);
+        for (int v = 0; v < 4; ++v) sums[q][v] = start_of<half, tail>(tile, queries, first + q, v);
     for (int64_t k = 0; k < steps; ++k) {
         __m512i x[4];
 #pragma GCC unroll 4
@@ -70,13 +74,18 @@ bool scan_vectors(const ScanTile& tile, int64_t steps, const ScanQueries& querie
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
             const __m512i product =
-                _mm512_add_epi32(_mm512_sub_epi32(sums[q][v], start_of<half>(tile, queries, first + q, v)),
+                _mm512_add_epi32(_mm512_sub_epi32(sums[q][v], start_of<half, tail>(tile, queries, first + q, v)),
                                  _mm512_set1_epi32(queries.init[first + q]));
             const __m512 key =
                 _mm512_fnmadd_ps(_mm512_loadu_ps(tile.half() + 16 * v), y,
                                  _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(tile.scale() + 16 * v)));
             _mm512_storeu_ps(keys + q * kTile + v * 16, key);
-            masks[q] |= static_cast<uint64_t>(_mm512_cmp_ps_mask(key, limit, _CMP_GE_OQ)) << (16 * v);
+            const __mmask16 counts =
+                tail ? _mm512_cmp_ps_mask(_mm512_fmadd_ps(_mm512_loadu_ps(tile.tail() + 16 * v),
+                                                          _mm512_set1_ps(queries.per_tail[first + q]), key),
+                                          limit, _CMP_NLT_UQ)
+                     : _mm512_cmp_ps_mask(key, limit, _CMP_GE_OQ);
+            masks[q] |= static_cast<uint64_t>(counts) << (16 * v);
         }
         any |= masks[q];
     }
@@ -86,6 +95,64 @@ bool scan_vectors(const ScanTile& tile, int64_t steps, const ScanQueries& querie
 template <int group>
 bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
                    float* keys) {
-    return tile.has_half ? scan_vectors<group, true>(tile, steps, queries, first, masks, keys)
-                         : scan_vectors<group, false>(tile, steps, queries, first, masks, keys);
+    if (tile.has_tail)
+        return tile.has_half ? scan_vectors<group, true, true>(tile, steps, queries, first, masks, keys)
+                             : scan_vectors<group, false, true>(tile, steps, queries, first, masks, keys);
+    return tile.has_half ? scan_vectors<group, true, false>(tile, steps, queries, first, masks, keys)
+                         : scan_vectors<group, false, false>(tile, steps, queries, first, masks, keys);
+}
+
+inline __m512i tail_sum(const uint8_t* x, const int8_t* q, int64_t whole, __mmask64 rest) {
+    __m512i sum = _mm512_setzero_si512(), other = sum;
+    int64_t k = 0;
+    for (; k + 128 <= whole; k += 128) {
+        sum = dot4(sum, _mm512_loadu_si512(x + k), _mm512_loadu_si512(q + k));
+        other = dot4(other, _mm512_loadu_si512(x + k + 64), _mm512_loadu_si512(q + k + 64));
+    }
+    if (k < whole) sum = dot4(sum, _mm512_loadu_si512(x + k), _mm512_loadu_si512(q + k));
+    if (rest) other = dot4(other, _mm512_maskz_loadu_epi8(rest, x + whole), _mm512_loadu_si512(q + whole));
+    return _mm512_add_epi32(sum, other);
+}
+
+// Four rows at a time, so that their sums are added up together.
+void tails(const uint8_t* records, int64_t size, const uint8_t* rows, int count, const int8_t* q, int64_t bytes,
+           int32_t* out) {
+    const int64_t whole = bytes / 64 * 64;
+    const __mmask64 rest = (uint64_t{1} << (bytes - whole)) - 1;
+    const uint8_t* const from = records + sizeof(TailFacts);
+    int i = 0;
+    for (; i + 2 < count; i += 4) {
+        const uint8_t* x[4];
+        for (int j = 0; j < 4; ++j) x[j] = from + rows[i + j < count ? i + j : i] * size;
+        __m512i sums[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sums[j] = _mm512_setzero_si512();
+        for (int64_t k = 0; k < whole; k += 64) {
+            const __m512i y = _mm512_loadu_si512(q + k);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) sums[j] = dot4(sums[j], _mm512_loadu_si512(x[j] + k), y);
+        }
+        if (rest) {
+            const __m512i y = _mm512_loadu_si512(q + whole);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) sums[j] = dot4(sums[j], _mm512_maskz_loadu_epi8(rest, x[j] + whole), y);
+        }
+        const __m512i ab =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]), _mm512_unpackhi_epi32(sums[0], sums[1]));
+        const __m512i ce =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]), _mm512_unpackhi_epi32(sums[2], sums[3]));
+        const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, ce), _mm512_unpackhi_epi64(ab, ce));
+        const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), four);  // out has room for a tile
+    }
+    for (; i < count; ++i) out[i] = _mm512_reduce_add_epi32(tail_sum(from + rows[i] * size, q, whole, rest));
+}
+
+uint64_t reaching(const float* ends, float threshold) {
+    const __m512 y = _mm512_set1_ps(threshold);
+    uint64_t mask = 0;
+    for (int v = 0; v < 4; ++v)
+        mask |= static_cast<uint64_t>(_mm512_cmp_ps_mask(_mm512_loadu_ps(ends + 16 * v), y, _CMP_NLT_UQ)) << (16 * v);
+    return mask;
 }

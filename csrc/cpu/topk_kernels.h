@@ -15,23 +15,28 @@ constexpr int kExactQueries = 8;
 struct ScanTile {
     const uint8_t* values;
     const float* meta;  // scale[kTile], half[kTile], ...
-    alignas(64) float inverse[kTile], half_inverse[kTile];
+    alignas(64) float inverse[kTile], half_inverse[kTile], tail_inverse[kTile];
     float smallest;  // scale that is not 0
+    float room;      // of a sum beside its init and products, see room_beside
     bool has_half;   // any half other than 0
+    bool has_tail;   // these are heads
     const float* scale() const { return meta; }
     const float* half() const { return meta + kTile; }
+    const float* tail() const { return meta + 2 * kTile; }
+    const float* largest() const { return meta + (has_tail ? 3 : 4) * kTile; }
 };
 
-// A block of queries, in groups of 1, 2, 4 or 6: group g's words are words[first * steps ...], steps x group of four
+// A block of queries, in groups of 1, 2, 4 or 6: group g's words are words[first * stride ...], stride x group of four
 // int8 each. init: -128 times the sum of a query's values. A row counts where
-//   product * scale - half * inverse >= threshold,  threshold = base - per_error * error - per_norm * norm - per_half *
-//   h
-// with the tile's largest error, norm and half. limit, limit_inverse: threshold and inverse for a comparison in whole
-// numbers, product >= (limit + half * limit_inverse) / scale, which never leaves out a row that counts: both are 0 but
-// for the sign where that quotient may pass what an int32 holds.
+//   product * scale - half * inverse + tail * per_tail >= threshold,
+//   threshold = base - per_error * error - per_norm * norm - per_half * h
+// with the tile's largest error, norm and half (tail: where tiles hold heads). limit, limit_inverse: threshold and
+// inverse for a comparison in whole numbers, product >= (limit + half * limit_inverse) / scale, which never leaves out
+// a row that counts: both are 0 but for the sign where that quotient may pass what an int32 holds.
 struct ScanQueries {
     const int32_t *words, *init;
-    const float *inverse, *base, *per_error, *per_norm, *per_half;
+    int64_t stride;  // steps of a query's words, of which a scan may take the first
+    const float *inverse, *base, *per_error, *per_norm, *per_half, *per_tail;
     float *threshold, *limit, *limit_inverse;
 };
 
@@ -43,10 +48,9 @@ struct RankBuckets {
 };
 
 struct TopkKernels {
-    void (*open_tile)(const uint8_t* values, const float* meta, ScanTile* tile);
-    // threshold, limit and limit_inverse of `count` queries for one tile. largest: of the sums that fit beside a
-    // product.
-    void (*aim)(const ScanTile& tile, const ScanQueries& queries, int64_t count, float largest);
+    void (*open_tile)(const uint8_t* values, const float* meta, bool heads, float room, ScanTile* tile);
+    // threshold, limit and limit_inverse of `count` queries for one tile.
+    void (*aim)(const ScanTile& tile, const ScanQueries& queries, int64_t count);
     // One tile with the `group` queries from `first`. Returns whether any row counts; then masks[q] bit r says which,
     // and keys[q][r] is its product * scale[r] - half[r] * inverse[q].
     bool (*scan)(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, int group,
@@ -59,6 +63,22 @@ struct TopkKernels {
     void (*exact_one)(const double* panel, int64_t d, const double* values, bool product, double* out, double* norms);
     // v (d float64) to int8 at scale: returns the sums of squared errors and of squared quantised values.
     void (*quantise)(const double* v, int64_t d, float scale, int8_t* out, double* error, double* norm);
+    // out[i] = sum of the `bytes` unsigned bytes, behind its TailFacts, of record rows[i], times q's, which are padded
+    // by zeros to 64. Records lie `size` bytes apart.
+    void (*tails)(const uint8_t* records, int64_t size, const uint8_t* rows, int count, const int8_t* q, int64_t bytes,
+                  int32_t* out);
+    // The rows of a tile whose end is not below the threshold.
+    uint64_t (*reaching)(const float* ends, float threshold);
+    // y = x - (x down) up for one vector; work: head floats.
+    void (*rotate_one)(const Levels& levels, const float* x, int64_t d, float* y, float* work);
+    // The same for kPanel vectors, x and y[d][kPanel], in place; work[head][kPanel].
+    void (*rotate)(const Levels& levels, float* y, int64_t d, float* work);
+    // Of m rows of a panel: the largest magnitude of each lane.
+    void (*largest)(const float* y, int64_t m, float* out);
+    // ... and its 8-bit words at each lane's scale, words[ceil(m / 4)][kPanel], + 128 a byte. length, error and norm:
+    // of y, what rounding lost, and of what is kept, in units of the scale.
+    void (*quantise_panel)(const float* y, int64_t m, const float* scale, uint32_t* words, float* length, float* error,
+                           float* norm);
     // How many of n costs are <= each of 4 limits.
     void (*count4)(const float* costs, int64_t n, const float* limits, int64_t* counts);
     // bucket[i] = clamp((costs[i] - low) * inverse + 1, 0, last), monotone in costs.

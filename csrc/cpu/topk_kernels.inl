@@ -1,7 +1,8 @@
 // Included once per instruction set, inside its namespace, by topk_<isa>.cpp; the compiler's vector extensions do the
 // rest. What differs by more than the vector's width comes from the includer: scan_products<group>, the 8-bit products;
 // difference(x, y) and add_product(sum, x, y) with one float64 *y for every lane; count_within(const float*, float),
-// how many of kPanel are <= a limit.
+// how many of kPanel are <= a limit; tails, the products of
+// rows that lie one by one.
 
 constexpr int kWidth = FCT_TOPK_DOUBLES;  // float64 lanes of a register
 typedef double Doubles __attribute__((vector_size(kWidth * 8)));
@@ -13,9 +14,11 @@ typedef float LooseFloats __attribute__((vector_size(kWidth * 8), aligned(4)));
 constexpr int kVectors = kPanel / kWidth;
 constexpr int kFloats = 2 * kWidth;
 
-void open_tile(const uint8_t* values, const float* meta, ScanTile* tile) {
+void open_tile(const uint8_t* values, const float* meta, bool heads, float room, ScanTile* tile) {
     tile->values = values;
     tile->meta = meta;
+    tile->has_tail = heads;
+    tile->room = room;
     float largest = 0, smallest = 3e38f, halves = 0;
     for (int r = 0; r < kTile; ++r) {
         const float scale = meta[r], some = scale > 0 ? scale : 3e38f;
@@ -31,11 +34,13 @@ void open_tile(const uint8_t* values, const float* meta, ScanTile* tile) {
         tile->inverse[r] = meta[r] > 0 ? inverse : other;
     }
     for (int r = 0; r < kTile; ++r) tile->half_inverse[r] = meta[kTile + r] * tile->inverse[r];
+    if (heads)
+        for (int r = 0; r < kTile; ++r) tile->tail_inverse[r] = meta[2 * kTile + r] * tile->inverse[r];
 }
 
-void aim(const ScanTile& tile, const ScanQueries& queries, int64_t count, float largest) {
-    const float error = tile.meta[4 * kTile], norm = tile.meta[4 * kTile + 1], half = tile.meta[4 * kTile + 2];
-    const float most = largest * tile.smallest;
+void aim(const ScanTile& tile, const ScanQueries& queries, int64_t count) {
+    const float error = tile.largest()[0], norm = tile.largest()[1], half = tile.largest()[2];
+    const float most = tile.room * tile.smallest;
     const ScanQueries all = queries;  // whose addresses no store below can change
 #pragma GCC ivdep
     for (int64_t q = 0; q < count; ++q) {
@@ -238,6 +243,146 @@ double bucket_precision(const RankBuckets& buckets, const float* matches, const 
     return sum;
 }
 
+// ---- levels ----
+
+constexpr int kLanes = kPanel / kFloats;  // vectors of a panel's row
+constexpr int64_t kSummed = 128;          // products that are added up before they are added to the rest, see loss_of
+
+inline Floats load_floats(const float* x) {
+    Floats y;
+    std::memcpy(&y, x, sizeof y);
+    return y;
+}
+
+void rotate_one(const Levels& levels, const float* x, int64_t d, float* y, float* work) {
+    const int64_t head = levels.head;
+    std::memcpy(y, x, static_cast<size_t>(d) * sizeof(float));
+    for (int64_t r = 0; r < head; r += kFloats) {
+        const int64_t some = head - r < kFloats ? head - r : kFloats;
+        float sums[kFloats] = {};
+        for (int64_t from = 0; from < d; from += kSummed) {
+            const int64_t to = d - from < kSummed ? d : from + kSummed;
+            float part[kFloats] = {};
+            if (some == kFloats) {
+                Floats p{};
+                for (int64_t k = from; k < to; ++k) p += x[k] * load_floats(levels.down + k * head + r);
+                std::memcpy(part, &p, sizeof p);
+            } else {
+                for (int64_t k = from; k < to; ++k)
+                    for (int64_t j = 0; j < some; ++j) part[j] += x[k] * levels.down[k * head + r + j];
+            }
+            for (int j = 0; j < kFloats; ++j) sums[j] += part[j];
+        }
+        std::memcpy(work + r, sums, static_cast<size_t>(some) * sizeof(float));
+    }
+    for (int64_t r = 0; r < head; ++r) {
+        const float z = work[r];
+        const float* const up = levels.up + r * d;
+        for (int64_t k = 0; k < d; ++k) y[k] -= z * up[k];
+    }
+}
+
+// Columns [k, k + count) of a panel, less work times up.
+template <int count>
+void take_off(const Levels& levels, float* y, int64_t d, int64_t k, const float* work) {
+    Floats sums[count][kLanes];
+#pragma GCC unroll 8
+    for (int j = 0; j < count; ++j)
+#pragma GCC unroll 4
+        for (int v = 0; v < kLanes; ++v) sums[j][v] = load_floats(y + (k + j) * kPanel + v * kFloats);
+    for (int64_t r = 0; r < levels.head; ++r) {
+        Floats z[kLanes];
+#pragma GCC unroll 4
+        for (int v = 0; v < kLanes; ++v) z[v] = load_floats(work + r * kPanel + v * kFloats);
+        const float* const up = levels.up + r * d + k;
+#pragma GCC unroll 8
+        for (int j = 0; j < count; ++j)
+#pragma GCC unroll 4
+            for (int v = 0; v < kLanes; ++v) sums[j][v] -= z[v] * up[j];
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < count; ++j)
+#pragma GCC unroll 4
+        for (int v = 0; v < kLanes; ++v) std::memcpy(y + (k + j) * kPanel + v * kFloats, &sums[j][v], sizeof(Floats));
+}
+
+void rotate(const Levels& levels, float* y, int64_t d, float* work) {
+    constexpr int kColumns = 4;  // of `down` at once; head is a multiple
+    const int64_t head = levels.head;
+    for (int64_t r = 0; r < head; r += kColumns) {
+        Floats sums[kColumns][kLanes] = {};
+        for (int64_t from = 0; from < d; from += kSummed) {
+            const int64_t to = d - from < kSummed ? d : from + kSummed;
+            Floats part[kColumns][kLanes] = {};
+            for (int64_t k = from; k < to; ++k) {
+                const float* const down = levels.down + k * head + r;
+#pragma GCC unroll 4
+                for (int v = 0; v < kLanes; ++v) {
+                    const Floats x = load_floats(y + k * kPanel + v * kFloats);
+#pragma GCC unroll 8
+                    for (int j = 0; j < kColumns; ++j) part[j][v] += x * down[j];
+                }
+            }
+            for (int j = 0; j < kColumns; ++j)
+                for (int v = 0; v < kLanes; ++v) sums[j][v] += part[j][v];
+        }
+        for (int j = 0; j < kColumns; ++j)
+            for (int v = 0; v < kLanes; ++v)
+                std::memcpy(work + (r + j) * kPanel + v * kFloats, &sums[j][v], sizeof(Floats));
+    }
+    int64_t k = 0;
+    for (; k + 8 <= d; k += 8) take_off<8>(levels, y, d, k, work);
+    for (; k < d; ++k) take_off<1>(levels, y, d, k, work);
+}
+
+void largest(const float* y, int64_t m, float* out) {
+    for (int v = 0; v < kLanes; ++v) {
+        Floats most{};
+        for (int64_t k = 0; k < m; ++k) {
+            const Floats x = load_floats(y + k * kPanel + v * kFloats);
+            const Floats size = x > 0 ? x : -x;
+            most = size > most ? size : most;
+        }
+        std::memcpy(out + v * kFloats, &most, sizeof most);
+    }
+}
+
+void quantise_panel(const float* y, int64_t m, const float* scale, uint32_t* words, float* length, float* error,
+                    float* norm) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+    typedef uint32_t Words __attribute__((vector_size(kWidth * 8)));
+    for (int v = 0; v < kLanes; ++v) {
+        float inverses[kFloats];
+        for (int j = 0; j < kFloats; ++j) inverses[j] = scale[v * kFloats + j] > 0 ? 1 / scale[v * kFloats + j] : 0.0f;
+        const Floats inverse = load_floats(inverses);
+        Floats lengths{}, errors{}, norms{};
+        for (int64_t k = 0; k < m; k += 4) {
+            Words word{};
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                if (k + j >= m) break;
+                const Floats x = load_floats(y + (k + j) * kPanel + v * kFloats) * inverse;
+                Floats q = x > 127.0f ? Floats{} + 127.0f : x;
+                q = q < -127.0f ? Floats{} - 127.0f : q;
+                q = (q + kRound) - kRound;
+                const Floats t = x - q;
+                lengths += x * x;
+                errors += t * t;
+                norms += q * q;
+                word |= (reinterpret_cast<Words>(__builtin_convertvector(q, Ints)) & 255) << (8 * j);
+            }
+            word ^= 0x80808080u;
+            std::memcpy(words + k / 4 * kPanel + v * kFloats, &word, sizeof word);
+        }
+        for (int j = 0; j < kFloats; ++j) {
+            length[v * kFloats + j] = __builtin_sqrtf(lengths[j]);
+            error[v * kFloats + j] = __builtin_sqrtf(errors[j]);
+            norm[v * kFloats + j] = __builtin_sqrtf(norms[j]);
+        }
+    }
+}
+
 TopkKernels make_table() {
-    return {open_tile, aim, scan, pack, exact, exact_one, quantise, count4, bucket, bucket_precision};
+    return {open_tile, aim,        scan,   pack,    exact,          exact_one, quantise, tails,
+            reaching,  rotate_one, rotate, largest, quantise_panel, count4,    bucket,   bucket_precision};
 }

@@ -11,8 +11,9 @@ namespace {
 template <int group>
 bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
                    float* keys) {
-    const int32_t *const words = queries.words + first * steps, *const init = queries.init + first;
+    const int32_t *const words = queries.words + first * queries.stride, *const init = queries.init + first;
     const float *const inverse = queries.inverse + first, *const threshold = queries.threshold + first;
+    const float* const per_tail = queries.per_tail + first;
     const float *const scale = tile.scale(), *const half = tile.half();
     uint64_t any = 0;
     for (int q = 0; q < group; ++q) {
@@ -29,7 +30,9 @@ bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queri
         for (int r = 0; r < kTile; ++r) {
             const float key = static_cast<float>(sums[r]) * scale[r] - half[r] * inverse[q];
             keys[q * kTile + r] = key;
-            mask |= static_cast<uint64_t>(key >= threshold[q]) << r;
+            const bool counts =
+                tile.has_tail ? !(key + tile.tail()[r] * per_tail[q] < threshold[q]) : key >= threshold[q];
+            mask |= static_cast<uint64_t>(counts) << r;
         }
         masks[q] = mask;
         any |= mask;
@@ -45,6 +48,22 @@ inline int count_within(const float* x, float limit) {
     int count = 0;
     for (int i = 0; i < kPanel; ++i) count += x[i] <= limit;
     return count;
+}
+
+void tails(const uint8_t* records, int64_t size, const uint8_t* rows, int count, const int8_t* q, int64_t bytes,
+           int32_t* out) {
+    for (int i = 0; i < count; ++i) {
+        const uint8_t* const x = records + rows[i] * size + sizeof(TailFacts);
+        int32_t sum = 0;
+        for (int64_t j = 0; j < bytes; ++j) sum += x[j] * q[j];
+        out[i] = sum;
+    }
+}
+
+uint64_t reaching(const float* ends, float threshold) {
+    uint64_t mask = 0;
+    for (int r = 0; r < kTile; ++r) mask |= static_cast<uint64_t>(!(ends[r] < threshold)) << r;
+    return mask;
 }
 
 #include "cpu/topk_kernels.inl"

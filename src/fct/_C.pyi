@@ -59,7 +59,11 @@ class PackedTransform:
 # ---- topk: metric is an index of fct.spaces.METRICS, self -1 or the gallery row of the first query ----
 shadow_tile: int
 shadow_meta: int
+shadow_head_meta: int
+shadow_tail_facts: int
 shadow_max_dim: int
+# (head, down, up, loss, tails)
+_Levels = tuple[int, int, int, float, int]
 
 def shadow_pack(
     gallery: _Rows,
@@ -68,8 +72,10 @@ def shadow_pack(
     first: int,
     count: int,
     shift: int,
+    levels: _Levels,
     tiles: int,
     meta: int,
+    tails: int,
     threads: int,
     isa: int,
 ) -> None: ...
@@ -81,6 +87,7 @@ def topk(
     tiles: int,
     meta: int,
     shift: int,
+    levels: _Levels,
     metric: int,
     k: int,
     self: int,
@@ -89,7 +96,7 @@ def topk(
     threads: int,
     isa: int,
     report: Callable[[float], None] | None = None,  # told the share done, every 100 ms
-) -> tuple[int, int]: ...
+) -> tuple[int, int, int]: ...  # rescored, tails, exhausted
 def ranks(
     queries: _Rows,
     n_queries: int,

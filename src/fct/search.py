@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fct.atomic_files import atomic_path
 from fct.checks import check_flag, check_path
 from fct.errors import ArtifactError, BackendError
 from fct.ops.backend import GpuShadow, check_precision
 from fct.ops.processors import threads_of
 from fct.ops.search.cpu_search import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
 from fct.ops.search.gpu_search import extend_gpu, prepare_gpu, topk_gpu
+from fct.ops.search.shadow_file import ShadowHeader, read_shadow, write_shadow
 from fct.progress import LongCall, Report
 from fct.rows import Rows, ScaledInt8, check_backed, rows_of
 from fct.spaces import EmbeddingSpace, check_metric, check_space
@@ -25,8 +24,6 @@ __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
 
 # Queries from which packing a shadow for one search costs less than it saves.
 _WORTH_A_SHADOW = 16
-_MAGIC = b"fctshadow1"
-_ALIGN = 64
 
 
 class TopK(NamedTuple):
@@ -126,7 +123,7 @@ class PreparedGallery:
         """Raises ValueError where the file under the rows or the shadow has been truncated since it was mapped."""
         arrays = [self.rows.values]
         if isinstance(self.shadow, Shadow):
-            arrays += [self.shadow.tiles, self.shadow.meta, self.shadow.shift]
+            arrays += [self.shadow.tiles, self.shadow.meta, self.shadow.shift, self.shadow.tails]
         for array in arrays:
             if isinstance(array, np.ndarray):
                 check_backed(array, name)
@@ -188,53 +185,32 @@ class PreparedGallery:
             )
         if self.shadow is None:
             raise ValueError("path: expected a gallery with a shadow to save; this one is searched row by row")
-        arrays = {name: np.ascontiguousarray(getattr(self.shadow, name)) for name in ("tiles", "meta", "shift")}
-        header: dict[str, Any] = {
-            "n": self.rows.n,
-            "d": self.rows.d,
-            "metric": self.metric,
-            "dtype": self.rows.dtype,
-            "fingerprint": _fingerprint(self.rows),
-            "space": None if self.space is None else self.space.to_dict(),
-            "arrays": {},
-        }
-        at = 0
-        for name, array in arrays.items():
-            header["arrays"][name] = {"dtype": array.dtype.name, "shape": array.shape, "offset": at}
-            at += -(-array.nbytes // _ALIGN) * _ALIGN
-        text = json.dumps(header).encode()
-        lead = _MAGIC + len(text).to_bytes(8, "little") + text
-        with atomic_path(path) as part, open(part, "wb") as file:
-            file.write(lead + b"\0" * (-len(lead) % _ALIGN))
-            for array in arrays.values():
-                array.tofile(file)
-                file.write(b"\0" * (-array.nbytes % _ALIGN))
+        space = None if self.space is None else self.space.to_dict()
+        header = ShadowHeader(self.rows.n, self.rows.d, self.metric, self.rows.dtype, _fingerprint(self.rows), space)
+        write_shadow(Path(path), header, self.shadow)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], gallery: Any) -> PreparedGallery:
         """The shadow in ``path``, memory-mapped, for the very ``gallery`` it was made from.
 
-        Raises ArtifactError for a truncated or foreign file, ValueError for another gallery (sizes, dtype, or any of
-        the 1,024 sampled rows).
+        Every byte is compared with a checksum: here up to 1 GiB, in larger files before the first search. Shadows of
+        version 0.1 have none.
+
+        Raises ArtifactError, naming the file, for a truncated, damaged or foreign one (a search of a large one too);
+        ValueError for another gallery (sizes, dtype, or any of the 1,024 sampled rows).
         """
-        header, start = _read_header(check_path(path, "path"))
-        space = None if header["space"] is None else EmbeddingSpace.from_dict(header["space"])
+        header, shadow = read_shadow(check_path(path, "path"))
+        try:
+            space = None if header.space is None else EmbeddingSpace.from_dict(header.space)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: expected the embedding space of a shadow, got {error}") from error
         rows = rows_of(
-            gallery, "gallery", n=header["n"], d=header["d"], d_why=f"to match {path}", n_why=f"to match {path}",
+            gallery, "gallery", n=header.n, d=header.d, d_why=f"to match {path}", n_why=f"to match {path}",
             finite=False,
         )  # fmt: skip
-        if rows.dtype != header["dtype"] or _fingerprint(rows) != header["fingerprint"]:
+        if rows.dtype != header.dtype or _fingerprint(rows) != header.fingerprint:
             raise ValueError(f"gallery: expected the rows that {path} was made from, got others")
-        arrays = {}
-        for name, spec in header["arrays"].items():
-            shape = tuple(spec["shape"])
-            offset = start + spec["offset"]
-            if 0 in shape:
-                arrays[name] = np.empty(shape, spec["dtype"])
-            else:
-                arrays[name] = np.memmap(path, spec["dtype"], "r", offset, shape)
-        shadow = Shadow(**arrays, n=header["n"], metric=header["metric"])
-        return cls(gallery, rows, shadow, header["metric"], space)
+        return cls(gallery, rows, shadow, header.metric, space)
 
 
 def _joined(a: Any, b: Any) -> Any:
@@ -267,41 +243,6 @@ def _fingerprint(rows: Rows) -> str:
     for i in sorted({round(x) for x in np.linspace(0, rows.n - 1, min(rows.n, 1024))}):
         digest.update(np.ascontiguousarray(rows[i : i + 1].float32()).tobytes())
     return digest.hexdigest()
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    with open(path, "rb") as file:
-        lead = file.read(len(_MAGIC) + 8)
-        length = int.from_bytes(lead[len(_MAGIC) :], "little")
-        size = path.stat().st_size
-        if lead[: len(_MAGIC)] != _MAGIC or length > min(size, 1 << 20):
-            raise ArtifactError(f"{path}: expected a shadow written by PreparedGallery.save, got another file")
-        text = file.read(length)
-    start = -(-(len(lead) + length) // _ALIGN) * _ALIGN
-    try:
-        header = json.loads(text)
-        n, d = int(header["n"]), int(header["d"])
-        from fct import _C
-
-        tiles = -(-n // _C.shadow_tile)
-        want = {
-            "tiles": ("uint8", [tiles, -(-d // 4) * 4 * _C.shadow_tile]),
-            "meta": ("float32", [tiles, _C.shadow_meta]),
-            "shift": ("float32", [d]),
-        }
-        found = {name: (spec["dtype"], spec["shape"]) for name, spec in header["arrays"].items()}
-        end = max(
-            start + spec["offset"] + int(np.prod(spec["shape"])) * np.dtype(spec["dtype"]).itemsize
-            for spec in header["arrays"].values()
-        )
-        check_metric(header["metric"])
-        bad = found != want or min(spec["offset"] for spec in header["arrays"].values()) < 0
-        bad = bad or not {"dtype", "fingerprint", "space"} <= header.keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: expected a shadow's header, got {error}") from error
-    if bad or end > size:
-        raise ArtifactError(f"{path}: expected {end} bytes of shadow, got {size}; the file is truncated or foreign")
-    return header, start
 
 
 def prepare_gallery(
@@ -363,7 +304,7 @@ def _prepared_shadow(
         raise BackendError(f"precision: expected auto or int8 for a shadow on the cpu, got {precision!r}")
     if why_not_shadow(rows):
         return None
-    return build_shadow(rows, metric, threads=threads, report=report)
+    return build_shadow(rows, metric, threads=threads, levels=True, report=report)
 
 
 def topk(

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fct import _C
+from fct.ops.search.levels import Levels, fit_levels
 from fct.ops.transform.cpu_backend import _rows, isa
 from fct.progress import Report
 from fct.rows import Rows
@@ -18,9 +19,16 @@ from fct.spaces import METRICS
 __all__ = ["Shadow", "build_shadow", "extend_shadow", "ranks_cpu", "topk_cpu"]
 
 _SAMPLE = 65_536  # rows whose mean is the shift
+_FITTED = 2048  # rows that levels are fitted on
 _LARGEST = 1e12  # as in topk.cpp
 _PACKED_AT_ONCE = 1 << 26  # values of one compiled call that packs
 _SLICE = 1 << 16  # queries of one compiled call: bounds what their candidates take
+
+
+class Guard(Protocol):
+    """Of a shadow that lies in a file: ``verify`` raises ArtifactError where it is damaged."""
+
+    def verify(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,9 @@ class Shadow:
     """A gallery in 8 bits.
 
     tiles: (t, 4 * ceil(d / 4) * 64) uint8, 64 rows a tile. meta: (t, 260) float32, scales and error bounds.
-    shift: (d,) float32, taken off each row first. usable: False where a norm is beyond what float32 products bear.
+    shift: (d,) float32, taken off each row first. With ``levels``, tiles are (t, head * 64), meta (t, 196), and
+    tails (n, 12 + 4 * ceil((d - head) / 4)) uint8 holds the rest of each row behind its own facts.
+    usable: False where a norm is beyond what float32 products bear.
     """
 
     tiles: Any
@@ -36,16 +46,37 @@ class Shadow:
     shift: Any
     n: int
     metric: str
+    levels: Levels | None = None
+    tails: Any = None
+    guard: Guard | None = None
 
     @cached_property  # it reads all of meta, which every query would feel
     def usable(self) -> bool:
-        return bool(self.n == 0 or float(self.meta[:, -4:-1].max()) <= _LARGEST**2 / 2) and bool(
-            self.n == 0 or float(self.meta[:, -3].max()) <= _LARGEST
-        )
+        if self.n == 0:
+            return True
+        if self.guard is not None:
+            self.guard.verify()
+        # The last is the longest row with levels, else 0.
+        _, norm, half, length = (float(x) for x in self.meta[:, -4:].max(axis=0))
+        return half <= _LARGEST**2 / 2 and norm <= _LARGEST and length <= _LARGEST
 
     @property
     def nbytes(self) -> int:
-        return int(self.tiles.nbytes + self.meta.nbytes + self.shift.nbytes)
+        arrays = [self.tiles, self.meta, self.shift]
+        if self.levels is not None:
+            arrays += [self.tails, self.levels.down, self.levels.up]
+        return int(sum(array.nbytes for array in arrays))
+
+    def code(self) -> tuple[int, int, int, float, int]:
+        """The levels as the compiled search takes them."""
+        return _code(self.levels, self.tails)
+
+
+def _code(levels: Levels | None, tails: Any) -> tuple[int, int, int, float, int]:
+    if levels is None:
+        return 0, 0, 0, 0.0, 0
+    down, up = _C.array_address(levels.down), _C.array_address(levels.up)
+    return levels.head, down, up, levels.loss, _C.array_address(tails)
 
 
 def _shift(gallery: Rows, metric: str) -> Any:
@@ -59,12 +90,33 @@ def _shift(gallery: Rows, metric: str) -> Any:
     return np.clip(mean, -1e30, 1e30).astype(np.float32)
 
 
-def _pack(gallery: Rows, metric: str, shift: Any, first: int, threads: int, report: Report | None) -> tuple[Any, Any]:
-    """(tiles, meta) of rows first..n; first is a multiple of the tile."""
+def _sampled(gallery: Rows, metric: str, shift: Any) -> Any:
+    """(m, d) float64: rows spread over the gallery, as they are scanned. Drawn, lest its order has a period."""
+    at = np.unique(np.random.default_rng(0).integers(0, gallery.n, _FITTED))
+    scale = gallery.scale[at] if gallery.scale is not None and gallery.scale.shape[0] == gallery.n else gallery.scale
+    values = Rows(gallery.values[at], gallery.dtype, scale, gallery.device, gallery.kind).float32().astype(np.float64)
+    if metric == "cosine":
+        norm = np.linalg.norm(values, axis=1, keepdims=True)
+        values /= np.where(norm > 0, norm, 1)
+    return values - shift
+
+
+def _pack(
+    gallery: Rows,
+    metric: str,
+    shift: Any,
+    levels: Levels | None,
+    first: int,
+    threads: int,
+    report: Report | None,
+) -> tuple[Any, Any, Any]:
+    """(tiles, meta, tails) of rows first..n; first is a multiple of the tile."""
     count = gallery.n - first
     tiles = -(-count // _C.shadow_tile)
-    packed = np.empty((tiles, -(-gallery.d // 4) * 4 * _C.shadow_tile), np.uint8)
-    meta = np.empty((tiles, _C.shadow_meta), np.float32)
+    width, facts, rest = widths(gallery.d, levels)
+    packed = np.empty((tiles, width), np.uint8)
+    meta = np.empty((tiles, facts), np.float32)
+    tails = np.empty((count, rest), np.uint8)
     step = max(1, _PACKED_AT_ONCE // (gallery.d * _C.shadow_tile)) * _C.shadow_tile
     for begin in range(0, count, step):  # between two, Python hears Ctrl-C
         tile = begin // _C.shadow_tile
@@ -75,14 +127,24 @@ def _pack(gallery: Rows, metric: str, shift: Any, first: int, threads: int, repo
             first + begin,
             min(step, count - begin),
             _C.array_address(shift),
+            _code(levels, tails),
             _C.array_address(packed[tile:]),
             _C.array_address(meta[tile:]),
+            _C.array_address(tails[begin:]),
             threads,
             isa(),
         )
         if report is not None:
             report(min(begin + step, count) / count)
-    return packed, meta
+    return packed, meta, tails
+
+
+def widths(d: int, levels: Levels | None) -> tuple[int, int, int]:
+    """Bytes of a tile, its facts, and bytes of a row's tail."""
+    if levels is None:
+        return -(-d // 4) * 4 * _C.shadow_tile, _C.shadow_meta, 0
+    rest = _C.shadow_tail_facts + -(-(d - levels.head) // 4) * 4
+    return levels.head * _C.shadow_tile, _C.shadow_head_meta, rest
 
 
 def why_not_shadow(gallery: Rows) -> str:
@@ -92,22 +154,33 @@ def why_not_shadow(gallery: Rows) -> str:
     return ""
 
 
-def build_shadow(gallery: Rows, metric: str, *, threads: int, report: Report | None = None) -> Shadow:
+def build_shadow(
+    gallery: Rows, metric: str, *, threads: int, levels: bool = False, report: Report | None = None
+) -> Shadow:
+    """levels: fit two where they gain something; for a gallery that will be searched again and again."""
     shift = _shift(gallery, metric)
-    tiles, meta = _pack(gallery, metric, shift, 0, threads, report)
-    return Shadow(tiles, meta, shift, gallery.n, metric)
+    fitted = None
+    if levels:
+        fitted = fit_levels(_sampled(gallery, metric, shift), None if metric == "l2" else shift, gallery.n)
+    tiles, meta, tails = _pack(gallery, metric, shift, fitted, 0, threads, report)
+    return Shadow(tiles, meta, shift, gallery.n, metric, fitted, tails)
 
 
 def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int, report: Report | None = None) -> Shadow:
     """The shadow of a gallery that has grown: rows shadow.n..gallery.n are packed, and the last tile again."""
+    if shadow.guard is not None:
+        shadow.guard.verify()
     whole = shadow.n // _C.shadow_tile
-    tiles, meta = _pack(gallery, shadow.metric, shadow.shift, whole * _C.shadow_tile, threads, report)
+    first = whole * _C.shadow_tile
+    tiles, meta, tails = _pack(gallery, shadow.metric, shadow.shift, shadow.levels, first, threads, report)
     return Shadow(
         np.concatenate([shadow.tiles[:whole], tiles]),
         np.concatenate([shadow.meta[:whole], meta]),
         shadow.shift,
         gallery.n,
         shadow.metric,
+        shadow.levels,
+        tails if shadow.levels is None else np.concatenate([shadow.tails[:first], tails]),
     )
 
 
@@ -122,13 +195,15 @@ def topk_cpu(
     threads: int,
     report: Report | None = None,
 ) -> tuple[Any, Any, dict[str, int]]:
-    """(distances, indices, counts): what was rescored, and how many queries went through every row."""
+    """(distances, indices, counts): candidates rescored, tails read, queries that went through every row."""
+    if shadow is not None and shadow.guard is not None:
+        shadow.guard.verify()
     distances = np.empty((queries.n, k), np.float32)
     indices = np.empty((queries.n, k), np.int64)
-    counts = {"rescored": 0, "exhausted": 0}
+    counts = {"rescored": 0, "tails": 0, "exhausted": 0}
     for start in range(0, queries.n, _SLICE):
         part = queries[start : start + _SLICE]
-        rescored, exhausted = _C.topk(
+        found = _C.topk(
             _rows(part),
             part.n,
             _rows(gallery),
@@ -136,6 +211,7 @@ def topk_cpu(
             0 if shadow is None else _C.array_address(shadow.tiles),
             0 if shadow is None else _C.array_address(shadow.meta),
             0 if shadow is None else _C.array_address(shadow.shift),
+            _code(None, None) if shadow is None else shadow.code(),
             METRICS.index(metric),
             k,
             start if same_items else -1,
@@ -145,8 +221,8 @@ def topk_cpu(
             isa(),
             None if report is None else _within(report, start / queries.n, part.n / queries.n),
         )
-        counts["rescored"] += rescored
-        counts["exhausted"] += exhausted
+        for name, count in zip(counts, found, strict=True):
+            counts[name] += count
     return distances, indices, counts
 
 
