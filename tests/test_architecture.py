@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "fct"
 FLOORS = [
     {"cli", "__main__"},
     {"life", "doctor"},
-    {"backfilling", "report", "bench", "arrow_mapper"},
+    {"backfilling", "inspection", "report", "bench", "arrow_mapper"},
     {"gallery"},
     {"baselines", "judging"},
     {"fit", "transform", "search", "metrics", "mixed_gallery", "data", "info"},

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fct.fit.side_info import train_side_info
     from fct.fit.transformation_fit import fit_transformation
     from fct.info import build_info
+    from fct.inspection import GalleryInspection, inspect_gallery
     from fct.judging.judgements import Judgements, read_qrels
     from fct.judging.upgrade_systems import UpgradeQueries, judge_upgrade
     from fct.judging.upgrade_verdict import UpgradeVerdict
@@ -68,7 +69,9 @@ _PUBLIC = {
     "Judgements": "fct.judging.judgements",
     "UpgradeQueries": "fct.judging.upgrade_systems",
     "UpgradeVerdict": "fct.judging.upgrade_verdict",
+    "GalleryInspection": "fct.inspection",
     "build_info": "fct.info",
+    "inspect_gallery": "fct.inspection",
     "evaluate": "fct.metrics",
     "evaluate_mixed": "fct.mixed_gallery",
     "judge_upgrade": "fct.judging.upgrade_systems",
@@ -92,6 +95,7 @@ __all__ = [
     "EmbeddingSpace",
     "FctError",
     "FctWarning",
+    "GalleryInspection",
     "InUseError",
     "Judgements",
     "MissingExtraError",
@@ -114,6 +118,7 @@ __all__ = [
     "evaluate",
     "evaluate_mixed",
     "fit_transformation",
+    "inspect_gallery",
     "judge_upgrade",
     "plan_backfill",
     "prepare_gallery",

@@ -11,6 +11,7 @@ from fct.cli.evaluate_command import evaluate
 from fct.cli.export_command import export
 from fct.cli.fit_command import fit
 from fct.cli.info_command import info
+from fct.cli.inspect_command import inspect
 from fct.cli.plan_command import plan
 from fct.cli.quickstart_command import quickstart
 from fct.cli.reproduce_command import reproduce
@@ -22,6 +23,7 @@ __all__ = ["COMMANDS"]
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     quickstart,
+    inspect,
     train_side_info,
     fit,
     evaluate,
