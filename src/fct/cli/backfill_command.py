@@ -51,6 +51,8 @@ def backfill(
         f"({report.backend}, {report.precision})",
         soft_wrap=True,
     )
+    for line in report.left_to_do:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if faiss is not None:
         console.print(f"index: {build_faiss(destination, faiss)}")
     if report.rejects:

@@ -197,7 +197,7 @@ class PostgresDestination(DatabaseDestination):
             index = f"no index yet: HNSW takes at most {_HNSW[kind]} dimensions of {kind}, these have {space.dim}"
         else:
             index = f'CREATE INDEX CONCURRENTLY ON {table} USING hnsw ("{name}" {kind}_{space.metric}_ops);'
-        return [*self._told, index, f"ANALYZE {table};"]
+        return [*self._told, f"now run: {index}", f"and: ANALYZE {table};"]
 
 
 def _copy_in(connection: Connection[Any], table: Any, names: Any, blocks: list[bytes]) -> None:
