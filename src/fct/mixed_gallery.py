@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -276,8 +276,9 @@ def mixed_transformation(transformation: Transformation, correction: MixedCorrec
             "ranking for unit-length queries), or store rows and queries with one coordinate more "
             "(fct.mixed_gallery.add_coordinate)"
         )
+    h = h.with_(new_space=replace(h.new_space, mapped_length=h.new_space.mapped_length * value))
     if h.normalise:
-        return h.with_(length=h.length * value, calibration=h.calibration)
+        return h.with_(length=h.length * value)
     last = h.mixer[-1]
     skip = None if h.skip is None else Layer(h.skip.weight * value, h.skip.bias * value, relu=False)
     return h.with_(mixer=(*h.mixer[:-1], Layer(last.weight * value, last.bias * value, last.relu)), skip=skip)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fct.checks import check_choice, check_flag
+from fct.checks import check_choice, check_flag, check_positive
 from fct.errors import SpaceMismatchError
 
 __all__ = ["METRICS", "EmbeddingSpace", "check_metric", "check_space"]
@@ -28,6 +28,9 @@ class EmbeddingSpace:
         dim: length of a vector.
         metric: how vectors are compared: "l2" (squared), "ip" or "cosine".
         normalised: whether every vector has unit length.
+        mapped_length: in a gallery where mapped rows stand among true ones: how many times as long mapped rows are as
+            the model's own, which keeps them from crowding those out (docs/fitting.md). It is no other space: queries
+            are the model's.
 
     Example:
         >>> from fct import EmbeddingSpace
@@ -39,6 +42,7 @@ class EmbeddingSpace:
     dim: int
     metric: str = "l2"
     normalised: bool = False
+    mapped_length: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_id, str) or not self.model_id:
@@ -47,25 +51,39 @@ class EmbeddingSpace:
             raise ValueError(f"dim: expected a positive int, got {self.dim!r}")
         check_metric(self.metric)
         check_flag(self.normalised, "normalised")
+        check_positive(self.mapped_length, "mapped_length")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; mapped_length only where it says something, so that older versions read every plain space."""
+        values = asdict(self)
+        if self.mapped_length == 1.0:
+            del values["mapped_length"]
+        return values
+
+    @property
+    def plain(self) -> EmbeddingSpace:
+        """The model's own space, whatever the length of mapped rows."""
+        return replace(self, mapped_length=1.0)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EmbeddingSpace:
-        unknown = set(values) - {"model_id", "dim", "metric", "normalised"}
+        unknown = set(values) - {"model_id", "dim", "metric", "normalised", "mapped_length"}
         if unknown or not {"model_id", "dim"} <= set(values):
             raise ValueError(f"space: expected model_id, dim, metric, normalised; got {sorted(values)}")
         return cls(**values)
 
     def require_same(self, other: EmbeddingSpace, what: str) -> None:
-        """Raises SpaceMismatchError, naming both models, unless ``other`` is this very space."""
-        if self != other:
+        """Raises SpaceMismatchError, naming both models, unless ``other`` is this very space.
+
+        A mixed gallery's space is the model's own: only the length of mapped rows tells them apart.
+        """
+        if self.plain != other.plain:
             raise SpaceMismatchError(f"{what}: expected vectors of {self}, got vectors of {other}")
 
     def __str__(self) -> str:
         unit = ", normalised" if self.normalised else ""
-        return f"{self.model_id!r} ({self.dim}-d, {self.metric}{unit})"
+        mixed = f", mapped rows {self.mapped_length:g} times as long" if self.mapped_length != 1.0 else ""
+        return f"{self.model_id!r} ({self.dim}-d, {self.metric}{unit}{mixed})"
 
 
 def check_space(space: Any, name: str) -> EmbeddingSpace | None:

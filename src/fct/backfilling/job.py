@@ -224,7 +224,7 @@ class Job:
         return found
 
     def to_json(self) -> bytes:
-        values = asdict(self)
+        values = asdict(self) | {"old_space": self.old_space.to_dict(), "new_space": self.new_space.to_dict()}
         for unused in (f.name for f in self._later() if getattr(self, f.name) == f.default):
             del values[unused]
         body = sealed({"job": JOB_VERSION, "fingerprint": self.fingerprint, **values})
@@ -285,11 +285,12 @@ _PIECE = record(
 )
 _SPACE = record(
     EmbeddingSpace,
-    ("metric", "normalised"),
+    ("metric", "normalised", "mapped_length"),
     model_id=text(4096),
     dim=whole(1, 1 << 24),
     metric=one_of(METRICS),
     normalised=flag,
+    mapped_length=number(1e-6, 1e6),
 )
 _OF_0_1: dict[str, Check] = {
     "source": _URL,

@@ -24,6 +24,7 @@ from fct.gallery.location import Patience
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
 from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
+from fct.mixed_gallery import mixed_transformation
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
 from fct.options.groups import Columns, Database, JobOptions
@@ -89,6 +90,8 @@ def resolve(
 ) -> Resolved:
     """Opens everything and settles every "auto"; raises for what can never run. See :func:`fct.plan_backfill`."""
     h = load_transformation(transformation)
+    if options.output.mixed:
+        h = mixed_transformation(h)
     check_precision(options.execution.precision, gpu=True)
     access = opening(options.access)
     gallery = _open_gallery(source, h, options.columns, access)
@@ -293,7 +296,7 @@ def _require_space(source: Source, h: Transformation, old_model: str | None) -> 
         )
     if old_model is not None and old_model != space.model_id:
         raise SpaceMismatchError(f"old_model: expected {space.model_id!r}, which {source.url} says, got {old_model!r}")
-    if space == h.new_space and space != h.old_space:
+    if space.plain == h.new_space.plain and space != h.old_space:
         raise SpaceMismatchError(
             f"source: {source.url} already holds vectors of {space}, the new space: the map would run in the wrong "
             f"direction; it goes from {h.old_space}"

@@ -151,6 +151,9 @@ class Output(Group):
     )
     dtype: Literal["auto"] | DType = option("auto", "float32 or float16; auto: the source's.")
     keep_side_info: bool = option(False, "Keep the side-information column.")
+    mixed: bool = option(
+        False, "Write rows that will stand among re-embedded ones: of the length that was measured when h was fitted."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ class OutputKeywords(TypedDict, total=False):
     """float32 or float16; auto: the source's."""
     keep_side_info: bool
     """Keep the side-information column."""
+    mixed: bool
+    """Write rows that will stand among re-embedded ones: of the length that was measured when h was fitted."""
 
 
 class ExecutionKeywords(TypedDict, total=False):

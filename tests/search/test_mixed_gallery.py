@@ -1,0 +1,149 @@
+"""Mapped rows among true ones: the correction is found, helps at every share, is written by --mixed and is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fct
+from fct.errors import FctWarning
+from fct.mixed_gallery import (
+    MIXED_SHARES,
+    MixedCorrection,
+    add_coordinate,
+    choose_correction,
+    correction_of,
+    mixed_curve,
+    mixed_transformation,
+    warn_uncorrected,
+)
+
+
+def unit(x: Any) -> Any:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[Any, Any]:
+    """(true rows, mapped rows): mapped ones keep a part of what tells an item from its cluster, at unit length."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((60, 24))
+    which = rng.integers(0, 60, 1500)
+    own = rng.standard_normal((1500, 24))
+    kept = own * (np.arange(24) < 6)
+    return unit(centres[which] + 0.8 * own), unit(centres[which] + 0.8 * kept)
+
+
+@pytest.mark.parametrize(("metric", "kind"), [("ip", "length"), ("l2", "length"), ("cosine", "coordinate")])
+def test_the_correction_helps_at_every_share(rows: tuple[Any, Any], metric: str, kind: str) -> None:
+    new, mapped = rows
+    correction = choose_correction(new[::2], mapped[::2], metric)
+    assert correction.kind == kind
+    assert (correction.value > 1) == (metric == "l2"), "shorter under ip and cosine, longer under l2"
+    report = mixed_curve(new[1::2], mapped[1::2], metric, correction)
+    assert [p.true_share for p in report.points] == list(MIXED_SHARES)
+    for point in report.points:
+        assert point.corrected_recall > point.recall
+        assert point.recall >= report.mapped_recall - 0.01
+        assert abs(point.corrected_found_true - point.true_share) < abs(point.found_true - point.true_share) + 0.1
+    half = report.points[2]
+    assert half.found_true < 0.45, "uncorrected, mapped rows crowd true ones out"
+    assert half.corrected_recall > 1.03 * half.recall
+    assert "corrected" in str(report)
+
+
+def test_nothing_changes_while_every_row_is_mapped(rows: tuple[Any, Any]) -> None:
+    new, mapped = rows
+    before, after = (fct.topk(new, mapped * np.float32(s), 10, metric="ip").indices for s in (1.0, 0.5))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_the_added_coordinate_is_the_shorter_length_in_a_store_that_normalises(rows: tuple[Any, Any]) -> None:
+    new, mapped = rows
+    how = MixedCorrection("coordinate", 0.9)
+    stored = np.concatenate(
+        [add_coordinate(mapped[:700], how, mapped=True), add_coordinate(new[700:], how, mapped=False)]
+    )
+    np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, atol=1e-6)
+    got = fct.topk(add_coordinate(new, how, mapped=False), stored, 10, metric="cosine").indices
+    want = fct.topk(new, np.concatenate([mapped[:700] * np.float32(0.9), new[700:]]), 10, metric="ip").indices
+    assert np.mean(got == want) > 0.999
+
+
+def fitted(metric: str) -> tuple[Any, Any, fct.Transformation]:
+    rng = np.random.default_rng(1)
+    old = rng.standard_normal((120, 6)).astype(np.float32)
+    new = unit(np.tanh(old @ rng.standard_normal((6, 8))) + 0.3 * rng.standard_normal((120, 8)))
+    space = fct.EmbeddingSpace("new", 8, metric=metric, normalised=True)
+    info = {"mixed": mixed_curve(new, unit(new + 0.4), "ip", MixedCorrection("length", 0.9)).to_dict()}
+    if metric == "cosine":
+        info["mixed"]["correction"]["kind"] = "coordinate"
+    h = fct.Transformation.random(6, 6, 8, inner=8, side_info=False, normalise=True).with_(new_space=space, info=info)
+    return old, new, h
+
+
+def test_backfill_writes_that_length_and_the_space_says_so(tmp_path: Path) -> None:
+    old, new, h = fitted("ip")
+    np.save(tmp_path / "old.npy", old)
+    how: dict[str, Any] = {"old_model": "random-old", "progress": False}
+    fct.backfill(tmp_path / "old.npy", tmp_path / "mixed", h, mixed=True, **how)
+    fct.backfill(tmp_path / "old.npy", tmp_path / "plain", h, **how)
+    lengths = [np.linalg.norm(np.load(next((tmp_path / x).glob("*.npy"))), axis=1) for x in ("mixed", "plain")]
+    np.testing.assert_allclose(lengths[0], 0.9, atol=2e-3)
+    np.testing.assert_allclose(lengths[1], 1.0, atol=2e-3)
+    gallery = fct.UpgradingGallery(tmp_path / "old.npy", tmp_path / "mixed", h, old_model="random-old", mixed=True)
+    assert gallery.space.mapped_length == 0.9
+    assert "mapped rows 0.9 times as long" in str(gallery.space)
+    assert gallery.topk(new[:3], 2, query_space=h.new_space).indices.shape == (3, 2), "queries are the model's own"
+    with pytest.raises(fct.FctError, match="another backfill"):
+        fct.UpgradingGallery(tmp_path / "old.npy", tmp_path / "mixed", h, old_model="random-old")
+
+
+def test_a_cosine_space_is_told_what_to_do_instead(tmp_path: Path) -> None:
+    old, _, h = fitted("cosine")
+    np.save(tmp_path / "old.npy", old)
+    with pytest.raises(ValueError, match=r"mixed: .* compared by cosine, .* metric='ip' .*add_coordinate"):
+        fct.backfill(tmp_path / "old.npy", tmp_path / "new", h, mixed=True, old_model="random-old", progress=False)
+
+
+def test_an_h_without_a_measured_correction_is_refused_by_name() -> None:
+    h = fct.Transformation.random(6, 6, 8, inner=8, side_info=False, normalise=True)
+    with pytest.raises(ValueError, match="transformation: expected one with a measured correction"):
+        mixed_transformation(h)
+    with pytest.raises(ValueError, match="transformation: expected one with a measured correction"):
+        correction_of(h)
+
+
+def test_rows_that_are_not_normalised_are_scaled(rng: np.random.Generator) -> None:
+    h = fct.Transformation.random(6, 4, 8, inner=8)
+    old, side = rng.standard_normal((9, 6), dtype=np.float32), rng.standard_normal((9, 4), dtype=np.float32)
+    got = fct.transform_batch(old, side, mixed_transformation(h, MixedCorrection("length", 0.5)), precision="fp32")
+    np.testing.assert_allclose(got, 0.5 * fct.transform_batch(old, side, h, precision="fp32"), rtol=1e-4, atol=1e-6)
+
+
+def test_the_warning_holds_the_measured_loss() -> None:
+    _, _, h = fitted("ip")
+    with pytest.warns(
+        FctWarning, match=r"gallery: mapped rows stand among true ones .* recall@10 is 0\.\d+ so, and 0\.\d+"
+    ):
+        warn_uncorrected(h, "gallery")
+    with pytest.warns(FctWarning, match=r"was not measured when h was fitted; fct\.evaluate_mixed tells"):
+        warn_uncorrected(h.with_(info={}), "gallery")
+
+
+def test_evaluate_mixed_reports_labels_and_refuses_nonsense(rng: np.random.Generator) -> None:
+    old, new, h = fitted("ip")
+    report = fct.evaluate_mixed(old, None, new, h, shares=[0.0, 0.5, 1.0], labels=rng.integers(0, 3, 120))
+    assert report.correction == MixedCorrection("length", 0.9)
+    assert report.points[0].recall == report.points[0].corrected_recall == report.mapped_recall
+    assert report.points[2].recall == 1.0
+    assert report.points[1].map is not None
+    with pytest.raises(ValueError, match=r"shares: expected shares of the gallery between 0 and 1, got 1\.5"):
+        fct.evaluate_mixed(old, None, new, h, shares=[1.5])
+    with pytest.raises(ValueError, match=r"new: expected \(120, 8\) to match old, got \(119, 8\)"):
+        fct.evaluate_mixed(old, None, new[:-1], h)
+    with pytest.raises(ValueError, match="old: expected at least 2 rows, got 1"):
+        fct.evaluate_mixed(old[:1], None, new[:1], h)
