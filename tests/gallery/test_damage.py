@@ -42,6 +42,8 @@ def test_no_flipped_header_bit_yields_other_rows(
     for bit in range(8 * header):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
+        if suffix == ".npy" and b"'>f4'" in flipped:  # a header like any other: of big-endian numbers
+            continue
         file.write_bytes(flipped)
         got = rows_or_error(file)
         refused += got is None

@@ -14,6 +14,7 @@ from fct.errors import BackfillError, FctError
 from fct.gallery.column_checksum import row_sizes
 from fct.gallery.interfaces import Shard, Source
 from fct.gallery.location import Patience
+from fct.gallery.side_ids import id_column_of, require_same_ids
 from fct.gallery.vectors import rebatch
 
 __all__ = ["BATCH_BYTES", "ShardReader", "bounded"]
@@ -49,15 +50,27 @@ class ShardReader:
             yield from ((batch, None) for batch in cut)
             return
         beside = _Cutter(self._side_rows(shard.first, shard.rows))
+        first = shard.first
         for batch in cut:
-            yield batch, beside.take(batch.num_rows)
+            side = beside.take(batch.num_rows)
+            self._check_ids(batch, side, first)
+            first += batch.num_rows
+            yield batch, side
 
     def head(self, shard: Shard, rows: int) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
         """The shard's first ``rows`` rows at once, side-information beside them: for a look at what is there."""
         rows = min(rows, shard.rows)
         batch = pa.concat_batches(list(self._rows(self.source, self.job.pieces, shard.piece, shard.start, rows)))
         side = None if self.side is None else pa.concat_batches(list(self._side_rows(shard.first, rows)))
+        if side is not None:
+            self._check_ids(batch, side, shard.first)
         return batch, side
+
+    def _check_ids(self, batch: pa.RecordBatch, side: pa.RecordBatch, first: int) -> None:
+        """Raises FctError where both sides have ids and these are not the same, row by row."""
+        other = id_column_of(side.schema, self.job.id_column)
+        if other:
+            require_same_ids(batch.column(self.job.id_column), side.column(other), first)
 
     def _side_rows(self, first: int, rows: int) -> Iterator[pa.RecordBatch]:
         assert self.side is not None

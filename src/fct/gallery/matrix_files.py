@@ -44,11 +44,11 @@ class _Matrix(FileSource):
     def _memory(self) -> Recycler:
         return Recycler()
 
-    def _facts(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
-        """(n, d, dtype, offset of the first row), checked against the file's real size."""
-        n, d, dtype, offset = self._header(file)
-        if dtype.name not in ("float32", "float16", "uint8", "int8"):
-            raise FctError(f"source: expected float32, float16 or 8-bit integers in {file}, got {dtype}")
+    def _facts(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
+        """(n, d, dtype, offset of the first row, Fortran order), checked against the file's real size."""
+        n, d, dtype, offset, fortran = self._header(file)
+        if dtype.newbyteorder("=").name not in ("float64", "float32", "float16", "uint8", "int8"):
+            raise FctError(f"source: expected floats of 16 to 64 bits or 8-bit integers in {file}, got {dtype}")
         size, want = file.version().bytes, offset + n * d * dtype.itemsize
         if size < want:
             raise FctError(
@@ -58,29 +58,35 @@ class _Matrix(FileSource):
             raise FctError(
                 f"source: {file} has a wrong header: it says ({n}, {d}) {dtype}, {want} bytes, the file has {size}"
             )
-        return n, d, dtype, offset
+        return n, d, dtype, offset, fortran
 
-    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
+    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
         raise NotImplementedError
 
     def file_schema(self, file: Location) -> pa.Schema:
-        _, d, dtype, _ = self._facts(file)
-        return pa.schema({"vector": pa.list_(pa.from_numpy_dtype(dtype), d)})
+        _, d, dtype, _, _ = self._facts(file)
+        return pa.schema({"vector": pa.list_(pa.from_numpy_dtype(dtype.newbyteorder("=")), d)})
 
     def groups(self, file: Location) -> list[int]:
         return [self._facts(file)[0]]
 
     def read_file(self, file: Location, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
-        _, d, dtype, offset = self._facts(file)
+        n, d, dtype, offset, fortran = self._facts(file)
+        native = dtype.newbyteorder("=")
         with file.open() as stream:
             stream.seek(offset + start * d * dtype.itemsize)
             while rows:
                 take = min(rows, batch_rows)
-                block = self._memory.empty((take, d), dtype)
-                _fill(stream, block, file)
-                child = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), block.size, [None, pa.py_buffer(block)])
+                if fortran:
+                    block = _transposed(stream, file, offset, n, slice(start, start + take), d, dtype)
+                else:
+                    block = self._memory.empty((take, d), native)
+                    _fill(stream, block, file)
+                if not dtype.isnative:
+                    block.byteswap(inplace=True)
+                child = pa.Array.from_buffers(pa.from_numpy_dtype(native), block.size, [None, pa.py_buffer(block)])
                 yield pa.RecordBatch.from_arrays([pa.FixedSizeListArray.from_arrays(child, d)], ["vector"])
-                rows -= take
+                start, rows = start + take, rows - take
 
 
 def _fill(stream: Any, block: np.ndarray[Any, Any], file: Location) -> None:
@@ -92,17 +98,28 @@ def _fill(stream: Any, block: np.ndarray[Any, Any], file: Location) -> None:
         view = view[count:]
 
 
+def _transposed(
+    stream: Any, file: Location, offset: int, n: int, rows: slice, d: int, dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
+    """Rows of a matrix that lies column by column: a run of each column, turned. In the file's byte order still."""
+    columns = np.empty((d, rows.stop - rows.start), dtype.newbyteorder("="))
+    for i in range(d):
+        stream.seek(offset + (i * n + rows.start) * dtype.itemsize)
+        _fill(stream, columns[i], file)
+    return np.ascontiguousarray(columns.T)
+
+
 class NpySource(_Matrix):
     kind = "npy"
     suffixes = (".npy",)
 
-    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
+    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
         with file.open() as stream:
             try:
                 version = np.lib.format.read_magic(stream)
                 if version == (1, 0):
                     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-                elif version == (2, 0):
+                elif version in ((2, 0), (3, 0)):  # 3.0 is 2.0 with field names in UTF-8, which a plain dtype lacks
                     shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
                 else:
                     raise ValueError(f"version {version}")
@@ -115,23 +132,22 @@ class NpySource(_Matrix):
                 ) from error
             if dtype.hasobject:
                 raise FctError(f"source: expected numbers in {file}, got pickled objects, which are never loaded")
-            if len(shape) != 2 or fortran or not dtype.isnative:
-                order = "Fortran-ordered " if fortran else ""
-                raise FctError(f"source: expected (n, d) rows in C order in {file}, got {order}{shape} {dtype.str}")
-            return int(shape[0]), int(shape[1]), np.dtype(dtype), int(stream.tell())
+            if len(shape) != 2:
+                raise FctError(f"source: expected (n, d) rows in {file}, got {shape} {dtype.str}")
+            return int(shape[0]), int(shape[1]), np.dtype(dtype), int(stream.tell()), bool(fortran)
 
 
 class BinSource(_Matrix):
     kind = "bin"
     suffixes = tuple(_BIN)
 
-    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int]:
+    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
         dtype = _BIN["." + file.name.rpartition(".")[2]]
         with file.open() as stream:
             head = np.empty(2, "<u4")
             _fill(stream, head, file)
         n, d = (int(x) for x in head)
-        return n, d, dtype, 8
+        return n, d, dtype, 8, False
 
 
 class _MatrixDestination(FileDestination):

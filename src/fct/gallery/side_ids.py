@@ -1,0 +1,59 @@
+"""Side-information in a gallery of its own is joined by position; where both sides have ids, they have to agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from fct.errors import FctError
+from fct.gallery.columns import pick_id_column
+from fct.gallery.schemas import conform, unify
+
+__all__ = ["id_column_of", "require_same_ids"]
+
+
+def id_column_of(side: pa.Schema, id_column: str) -> str:
+    """The side gallery's column of ids, for a gallery whose ids are ``id_column``; "" where either has none."""
+    if not id_column or id_column in side.names:
+        return id_column
+    return pick_id_column(side)
+
+
+def require_same_ids(ids: pa.Array, others: pa.Array, first: int) -> None:
+    """Compares the ids of rows that are joined. first: the number of the first of them, for the message.
+
+    Raises:
+        FctError: they differ; names the first difference.
+    """
+    if not ids.type.equals(others.type):
+        a, b = (pa.schema([("id", column.type)]) for column in (ids, others))
+        try:
+            one = unify([a, b], ["the gallery", "the side-information"])
+        except FctError as error:
+            raise FctError(f"side_source: expected ids of the gallery's type: {error}") from error
+        ids, others = (conform(pa.record_batch([c], names=["id"]), one).column(0) for c in (ids, others))
+    if ids.equals(others):
+        return
+    at = _first_difference(ids, others)
+    if at is None:
+        return
+    raise FctError(
+        f"side_source: expected the ids of the gallery, row by row, row {first + at} is {ids[at]} there and "
+        f"{others[at]} in the side-information: bring one of them into the order of the other (in DuckDB: ORDER BY id)"
+    )
+
+
+def _first_difference(ids: pa.Array, others: pa.Array) -> int | None:
+    """Binary search over prefixes, which are compared whole; None where only NaN differs from itself."""
+    low, high = 0, len(ids)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if ids.slice(low, middle - low).equals(others.slice(low, middle - low)):
+            low = middle
+        else:
+            high = middle
+    if pa.types.is_floating(ids.type):
+        a, b = (np.asarray(column.to_numpy(zero_copy_only=False)) for column in (ids, others))
+        where = np.flatnonzero(~((a == b) | (np.isnan(a) & np.isnan(b))))
+        return int(where[0]) if len(where) else None
+    return low
