@@ -545,7 +545,8 @@ def test_pairs_that_are_no_npz_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "c.npz").write_bytes(b"no archive at all")
     for name in ("a.npy", "b.npz", "c.npz"):
-        with pytest.raises(ValueError, match=rf"^pairs: expected a whole .npz of arrays, .*{name} is not: "):
+        what = "columns old and new, " if name == "a.npy" else "a whole .npz of arrays, "
+        with pytest.raises(ValueError, match=rf"^pairs: expected {what}.*{name} (is not: |has vector$)"):
             fct.plan_backfill("old", "new", H, pairs=tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"^pairs: expected an .npz file, found none at .*d.npz$"):
         fct.plan_backfill("old", "new", H, pairs=tmp_path / "d.npz")

@@ -413,7 +413,23 @@ def check_labels(labels: Any, name: str, n: int) -> np.ndarray[Any, Any]:
         raise ValueError(f"{name}: expected ({n},), one label per row, got {error}") from error
     if array.ndim != 1 or array.shape[0] != n:
         raise ValueError(f"{name}: expected ({n},), one label per row, got shape {array.shape}")
+    if array.dtype.kind in "OT":  # text as pandas, polars, Arrow and numpy's StringDType hand it over
+        array = _plain_labels(array, name)
     if array.dtype.kind not in "iubUS":
         raise ValueError(f"{name}: expected integer or string labels, got dtype {array.dtype}")
     check_backed(array, name)
+    return array
+
+
+def _plain_labels(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """Labels that are Python objects as integers, or as text; anything else stays as it is, to be refused."""
+    values = array.tolist()
+    for kind, dtype in ((str, np.dtype(np.str_)), (int, np.dtype(np.int64))):
+        other = next((i for i, value in enumerate(values) if not isinstance(value, kind)), None)
+        if other is None:
+            return np.array(values, dtype) if values else np.empty(0, dtype)
+        if any(isinstance(value, kind) for value in values):
+            raise ValueError(
+                f"{name}: expected integer or string labels, got dtype {array.dtype}: {values[other]!r} in row {other}"
+            )
     return array

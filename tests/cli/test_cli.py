@@ -35,8 +35,8 @@ def plain(text: str) -> str:
 
 def test_the_commands_stand_in_the_order_of_an_upgrade() -> None:
     assert list(COMMANDS) == [
-        "quickstart", "train-side-info", "fit", "evaluate", "plan", "backfill", "verify", "transform", "export",
-        "reproduce", "info", "doctor", "bench",
+        "quickstart", "train-side-info", "fit", "evaluate", "search", "plan", "backfill", "verify", "transform",
+        "export", "reproduce", "info", "doctor", "bench",
     ]  # fmt: skip
 
 
@@ -114,16 +114,16 @@ def test_fit_names_the_bad_argument(tmp_path: Path, capsys: pytest.CaptureFixtur
     np.save(tmp_path / "side-info.npy", np.zeros((39, 4), np.float32))
     code, _, err = run(words, capsys)
     assert code == 1
-    assert "side_info: expected (40, d) to match old, got (39, 4)" in err
+    assert "--side-info: expected (40, d) to match old, got (39, 4)" in err
     assert err.count("\n") == 1
     (tmp_path / "side-info.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr'")
     code, _, err = run(words, capsys)
     assert code == 1
-    assert "--side-info: expected a whole .npy array" in err
+    assert "--side-info: expected a whole .npy file" in err
     (tmp_path / "side-info.npy").unlink()
     code, _, err = run(words, capsys)
     assert code == 1
-    assert "--side-info: expected a .npy file, found none at" in err
+    assert "--side-info: expected a gallery, found nothing at" in err
     code, _, err = run([*words, "--metric", "l3"], capsys)
     assert code == 1
     assert "--metric: expected one of l2, ip, cosine, got 'l3'" in err
@@ -135,14 +135,14 @@ def test_objects_in_an_npy_file_are_never_unpickled(tmp_path: Path, capsys: pyte
     np.save(tmp_path / "old.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     code, _, err = run(words, capsys)
     assert code == 1
-    assert "--old: expected a whole .npy array" in err
+    assert "--old: expected numbers in" in err
 
 
 def test_debug_gives_the_traceback_anywhere_on_the_line(tmp_path: Path) -> None:
     words = fit_args(tmp_path)
     (tmp_path / "old.npy").unlink()
     for args in (["--debug", *words], [*words, "--debug"]):
-        with pytest.raises(FileNotFoundError, match=r"--old: expected a \.npy file"):
+        with pytest.raises(FileNotFoundError, match=r"--old: expected a gallery, found nothing at .*old\.npy"):
             main(args)
 
 

@@ -183,8 +183,8 @@ def test_cli(case: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert failed.value.code == 1
     assert "--gallery-labels: expected a column of" in capsys.readouterr().err
     for labels, message in (
-        ("g.parquet", "expected a column of {}/g.parquet (e, y), got none; write FILE:COLUMN"),
-        ("none.parquet:y", "expected a .parquet file, found none at {}/none.parquet"),
+        ("g.parquet", "expected a column of {}/g.parquet (e, y), got none; write FILE_OR_FOLDER:COLUMN"),
+        ("none.parquet:y", "expected a gallery, found nothing at {}/none.parquet"),
         ("none.npy", "expected a .npy file, found none at {}/none.npy"),
     ):
         with pytest.raises(SystemExit) as failed:

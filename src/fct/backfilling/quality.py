@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,7 +13,8 @@ import pyarrow as pa
 from fct.artifact.transformation import Transformation
 from fct.backfilling.job import Job
 from fct.backfilling.row_mapper import RowMapper
-from fct.checks import check_path, shown
+from fct.checks import shown
+from fct.gallery.named_pairs import load_pairs
 from fct.gallery.vectors import vector_block
 from fct.metrics import evaluate, gap_closed, recall_at_k
 from fct.options.groups import Gate, JobOptions
@@ -90,16 +90,9 @@ def held_out_pairs(gate: Gate, h: Transformation) -> dict[str, Any] | None:
 
 def _pairs(pairs: Any, h: Transformation) -> dict[str, Any]:
     if isinstance(pairs, (str, os.PathLike)):
-        path = check_path(pairs, "pairs", "the path of an .npz")
-        if not path.is_file():
-            raise FileNotFoundError(f"pairs: expected an .npz file, found none at {path}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                pairs = {name: file[name] for name in file.files}
-        except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"pairs: expected a whole .npz of arrays, {path} is not: {error}") from error
+        pairs = load_pairs(pairs)
     if not isinstance(pairs, Mapping):
-        raise TypeError(f"pairs: expected the path of an .npz or a mapping of arrays, got {shown(pairs)}")
+        raise TypeError(f"pairs: expected the path of an .npz or a gallery, or a mapping of arrays, got {shown(pairs)}")
     need = {"old", "new"} | ({"side"} if h.uses_side_info else set())
     if not need <= set(pairs):
         raise ValueError(f"pairs: expected {', '.join(sorted(need))}, got {', '.join(sorted(pairs))}")

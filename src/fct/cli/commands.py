@@ -15,6 +15,7 @@ from fct.cli.inspect_command import inspect
 from fct.cli.plan_command import plan
 from fct.cli.quickstart_command import quickstart
 from fct.cli.reproduce_command import reproduce
+from fct.cli.search_command import search
 from fct.cli.side_info_command import train_side_info
 from fct.cli.transform_command import transform
 from fct.cli.verify_command import verify
@@ -27,6 +28,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     train_side_info,
     fit,
     evaluate,
+    search,
     plan,
     backfill,
     verify,

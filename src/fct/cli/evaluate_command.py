@@ -1,4 +1,4 @@
-"""``fct evaluate``: the measures of one retrieval system from arrays on disk."""
+"""``fct evaluate``: the measures of one retrieval system from vectors and labels wherever they lie."""
 
 from __future__ import annotations
 
@@ -9,55 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from fct.cli.console import console
-from fct.cli.npy_argument import load_npy
+from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
+from fct.cli.storage_option import StorageOption
+from fct.options.groups import storage_options
 
-__all__ = ["evaluate", "load_column"]
+__all__ = ["evaluate"]
 
-
-def load_column(path: Path, column: str | None, option: str) -> Any:
-    """A .npy array (memory-mapped), or a column of a .parquet file: (n,), or (n, d) where it holds lists."""
-    if path.suffix == ".npy":
-        return load_npy(path, option)
-    if path.suffix != ".parquet":
-        raise ValueError(f"{option}: expected a .npy or .parquet file, got {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{option}: expected a .parquet file, found none at {path}")
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        names = pq.read_schema(path).names
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{option}: expected a Parquet file, got {path}: {error}") from error
-    if column not in names:
-        raise ValueError(
-            f"{option}: expected a column of {path} ({', '.join(names)}), got "
-            f"{'none' if column is None else repr(column)}; write FILE:COLUMN"
-        )
-    values = pq.read_table(path, columns=[column]).column(column).combine_chunks()
-    if values.null_count:
-        raise ValueError(f"{option}: expected no missing values, got {values.null_count} in {column!r} of {path}")
-    if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)):
-        return values.to_numpy(zero_copy_only=False) if not pa.types.is_string(values.type) else np.array(
-            values.to_pylist()
-        )  # fmt: skip
-    lengths = {len(values[0])} if pa.types.is_fixed_size_list(values.type) and len(values) else set(
-        values.value_lengths().to_pylist()
-    )  # fmt: skip
-    if len(lengths) > 1:
-        raise ValueError(f"{option}: expected rows of one length, got lengths {sorted(lengths)[:5]} in {column!r}")
-    return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), max(lengths, default=0))
-
-
-def _load(where: str, option: str) -> Any:
-    file, _, column = where.partition(".parquet:")
-    return load_column(Path(file + ".parquet"), column, option) if column else load_column(Path(where), None, option)
+_WHERE = "a file, folder, glob or URL, with :COLUMN where there are several"
 
 
 def evaluate(
-    queries: Annotated[str, typer.Option(help="(n, d): FILE.npy or FILE.parquet:COLUMN.")],
-    query_labels: Annotated[str, typer.Option(help="(n,): FILE.npy or FILE.parquet:COLUMN.")],
+    queries: Annotated[str, typer.Option(help=f"(n, d): {_WHERE}.")],
+    query_labels: Annotated[str, typer.Option(help=f"(n,): {_WHERE}; integers or text.")],
     gallery: Annotated[str | None, typer.Option(help="(m, d), likewise; without: the queries' own rows.")] = None,
     gallery_labels: Annotated[str | None, typer.Option(help="(m,), likewise; without: the queries' labels.")] = None,
     metric: Annotated[str, typer.Option(help="l2, ip or cosine.")] = "l2",
@@ -69,6 +32,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
+    storage_option: StorageOption = None,
 ) -> None:
     """Measure CMC and mean average precision of queries against a gallery, exactly.
 
@@ -82,18 +46,23 @@ def evaluate(
 
     if out is not None:
         refuse_existing(out, overwrite=overwrite, name="--out")
-    rows = _load(queries, "--queries")
-    found = fct.evaluate(
-        rows,
-        rows if gallery is None else _load(gallery, "--gallery"),
-        _load(query_labels, "--query-labels"),
-        None if gallery_labels is None else _load(gallery_labels, "--gallery-labels"),
-        metric=metric,
-        same_items=same_items or gallery is None,
-        ks=tuple(k or ()),
-        bootstrap=bootstrap,
-        seed=seed,
-    )
+    access: dict[str, Any] = {"storage_options": storage_options(storage_option)}
+    rows = named_vectors(queries, "--queries", **access)
+    others = None if gallery_labels is None else named_labels(gallery_labels, "--gallery-labels", **access)
+    options = {"queries": "--queries", "query_labels": "--query-labels"}
+    options |= {"gallery": "--queries" if gallery is None else "--gallery", "gallery_labels": "--gallery-labels"}
+    with named_as_options(options):
+        found = fct.evaluate(
+            rows,
+            rows if gallery is None else named_vectors(gallery, "--gallery", **access),
+            named_labels(query_labels, "--query-labels", **access),
+            others,
+            metric=metric,
+            same_items=same_items or gallery is None,
+            ks=tuple(k or ()),
+            bootstrap=bootstrap,
+            seed=seed,
+        )
     table = Table("measure", "%", "95 % interval")
     for name, label, value in [("map", "mAP", found.map)] + [
         (f"cmc{n}", f"CMC top-{n}", v) for n, v in found.cmc.items()

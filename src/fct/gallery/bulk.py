@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -15,18 +14,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from typing_extensions import Unpack
 
 from fct.atomic_files import refuse_existing
 from fct.checks import check_choice
 from fct.errors import FctWarning
+from fct.gallery.beside_rows import BesideRows
 from fct.gallery.bulk_files import WRITERS, BulkWriter, Names
 from fct.gallery.columns import pick_column, pick_id_column
 from fct.gallery.export_ids import RULES, IdCheck, id_kind
 from fct.gallery.interfaces import VECTOR_KEY, Piece, Source
-from fct.gallery.location import Location
-from fct.gallery.matrix_files import ROW, BinSource, NpySource
+from fct.gallery.matrix_files import ROW
 from fct.gallery.stores import open_source, opening
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.options.declare import takes
@@ -160,7 +158,7 @@ class _Rows:
 
     source: Source
     pieces: Sequence[Piece]
-    beside: _Beside
+    beside: BesideRows
     vector: str
     id_column: str
     id_type: pa.DataType
@@ -169,7 +167,7 @@ class _Rows:
     @classmethod
     def of(cls, source: Source, vector_column: str, id_column: str, columns: Sequence[str] | None) -> _Rows:
         pieces = source.pieces()
-        beside = _Beside(source, pieces)
+        beside = BesideRows(source, pieces)
         schema = source.schema
         for entry in beside.schema:
             schema = schema.append(entry)
@@ -242,36 +240,3 @@ def _require_new(source: Source, vector_column: str) -> None:
             "gallery: expected one that fct wrote, which says where its vectors are, a tagged one (see tag_space), "
             f"or a column 'vector', got {', '.join(source.schema.names)}; or name its vector_column"
         )
-
-
-class _Beside:
-    """What a backfill to bare matrices left beside them: the other columns, or the numbers of the rows that are there.
-
-    first: the number in the old gallery of each piece's first row.
-    """
-
-    def __init__(self, source: Source, pieces: Sequence[Piece]) -> None:
-        self._files: dict[str, Location] = {}
-        self.schema = pa.schema([])
-        self.first = [0, *np.cumsum([p.rows for p in pieces])[:-1].tolist()]
-        if not isinstance(source, (NpySource, BinSource)) or not (source.where / "_fct/manifest.json").exists():
-            return
-        root = source.where
-        there = set((root / "_rows").files())
-        first = 0
-        for i, piece in enumerate(pieces):
-            stem = piece.name.rpartition(".")[0]
-            if f"{stem}.parquet" in there:
-                self._files[piece.name] = root / f"_rows/{stem}.parquet"
-            # The marker says how many rows the shard had before some were rejected.
-            marker = json.loads((root / f"_fct/done/{int(stem.rpartition('-')[2]):08d}.json").read_bytes())
-            self.first[i], first = first, first + int(json.loads(marker["marker"])["rows_in"])
-        if self._files:
-            with next(iter(self._files.values())).open() as file:
-                self.schema = pq.read_schema(file).remove_metadata()
-
-    def table(self, piece: Piece) -> pa.Table | None:
-        if piece.name not in self._files:
-            return None
-        with self._files[piece.name].open() as file:
-            return pq.read_table(file)

@@ -1,0 +1,90 @@
+"""What a backfill to bare matrices leaves beside them in ``_rows/``: the other columns, or the numbers of the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fct.gallery.columns import pick_id_column
+from fct.gallery.interfaces import Piece, Source
+from fct.gallery.location import Location
+from fct.gallery.matrix_files import ROW, BinSource, NpySource
+from fct.gallery.stores import open_source
+
+__all__ = ["BesideRows", "load_ids"]
+
+_BATCH = 16384
+
+
+class BesideRows:
+    """What a backfill to bare matrices left beside them: the other columns, or the numbers of the rows that are there.
+
+    first: the number in the old gallery of each piece's first row.
+    """
+
+    def __init__(self, source: Source, pieces: Sequence[Piece]) -> None:
+        self._files: dict[str, Location] = {}
+        self.schema = pa.schema([])
+        self.first = [0, *np.cumsum([p.rows for p in pieces])[:-1].tolist()]
+        if not isinstance(source, (NpySource, BinSource)) or not (source.where / "_fct/manifest.json").exists():
+            return
+        root = source.where
+        there = set((root / "_rows").files())
+        first = 0
+        for i, piece in enumerate(pieces):
+            stem = piece.name.rpartition(".")[0]
+            if f"{stem}.parquet" in there:
+                self._files[piece.name] = root / f"_rows/{stem}.parquet"
+            # The marker says how many rows the shard had before some were rejected.
+            marker = json.loads((root / f"_fct/done/{int(stem.rpartition('-')[2]):08d}.json").read_bytes())
+            self.first[i], first = first, first + int(json.loads(marker["marker"])["rows_in"])
+        if self._files:
+            with next(iter(self._files.values())).open() as file:
+                self.schema = pq.read_schema(file).remove_metadata()
+
+    def table(self, piece: Piece) -> pa.Table | None:
+        if piece.name not in self._files:
+            return None
+        with self._files[piece.name].open() as file:
+            return pq.read_table(file)
+
+
+def load_ids(where: object, wanted: str = "auto", *, name: str = "id_column") -> pa.Array | None:
+    """A gallery's ids as they are stored, row by row; None where rows go by their number.
+
+    Args:
+        where: what :func:`fct.gallery.open_source` takes.
+        wanted: a column, "auto" for the one that a backfill takes, or "" for none. Columns in ``_rows/`` count.
+        name: the argument or option, for messages.
+
+    Returns:
+        (n,) of the column's type.
+    """
+    source = open_source(where)
+    pieces = source.pieces()
+    beside = BesideRows(source, pieces)
+    schema = pa.schema([*source.schema, *(f for f in beside.schema if f.name not in source.schema.names)])
+    column = pick_id_column(schema, wanted, name)
+    if not column and wanted == "auto" and ROW in schema.names:
+        column = ROW
+    if not column:
+        return None
+    parts = list(_columns(source, pieces, beside, column))
+    whole = pa.chunked_array(parts, schema.field(column).type).unify_dictionaries()
+    return whole.combine_chunks() if whole.num_chunks != 1 else whole.chunk(0)
+
+
+def _columns(source: Source, pieces: Sequence[Piece], beside: BesideRows, column: str) -> Iterator[pa.Array]:
+    for piece, first in zip(pieces, beside.first, strict=True):
+        if column in source.schema.names:
+            yield from (batch.column(column) for batch in source.read(piece, 0, piece.rows, _BATCH))
+            continue
+        more = beside.table(piece)
+        if more is None:
+            yield pa.array(np.arange(first, first + piece.rows))
+        else:
+            yield from more[column].chunks
