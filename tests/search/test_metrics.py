@@ -185,7 +185,7 @@ def test_cli(case: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> No
     for labels, message in (
         ("g.parquet", "expected a column of {}/g.parquet (e, y), got none; write FILE_OR_FOLDER:COLUMN"),
         ("none.parquet:y", "expected a gallery, found nothing at {}/none.parquet"),
-        ("none.npy", "expected a .npy file, found none at {}/none.npy"),
+        ("none.npy", "expected a gallery, found nothing at {}/none.npy"),
     ):
         with pytest.raises(SystemExit) as failed:
             main([*arguments[:-1], f"{tmp_path}/{labels}"])
