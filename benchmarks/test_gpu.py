@@ -24,7 +24,8 @@ from fct.bench.throughput import error_of, same_neighbours
 from fct.errors import BackendError
 from fct.fit.precision_choice import calibrate
 from fct.ops.backend import GPU_PRECISIONS, PRECISIONS
-from fct.ops.registry import packed, transform_backends
+from fct.ops.registry import transform_backends
+from fct.ops.weights import packed
 from fct.rows import Rows, rows_of
 
 PLACE = "cuda:0"

@@ -1,7 +1,7 @@
 """Tile shapes per target and operand type; kept only where shared memory and registers allow them.
 
 The table is short on purpose: each row compiles with no spill for its target (a test compiles every one), and the
-first that fits is taken. ``fct doctor --full`` times all rows that fit and remembers the winner.
+first that fits is taken. Nothing is tuned at run time.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import pytest
 import fct
 from fct import progress
 from fct.ops import registry as dispatch
+from fct.ops import weights
 from fct.ops.search import cpu_search as topk_cpu
 from fct.rows import rows_of
 
@@ -81,7 +82,7 @@ def test_a_transformation_tells_its_share(x: Any, backend: str) -> None:
     h = fct.Transformation.random(64, 64, 16, inner=1024 if backend == "cpu" else 32)
     chosen, precision = dispatch.pick_transform(h, "fp32", "cpu", backend)
     old, out = rows_of(x, "old"), rows_of(np.empty((len(x), 16), np.float32), "out", finite=False, write=True)
-    chosen.run(dispatch.packed(chosen, h, precision, "cpu"), old, old, out, threads=1, report=told.append)
+    chosen.run(weights.packed(chosen, h, precision, "cpu"), old, old, out, threads=1, report=told.append)
     rises_to_the_end(told, 0.75 if backend == "cpu" else 1.0)
     np.testing.assert_allclose(out.values, fct.transform_batch(x, x, h, precision="fp32"), rtol=1e-3, atol=1e-3)
 
@@ -97,7 +98,7 @@ def test_an_exception_in_the_bar_comes_out(x: Any) -> None:
     chosen, _ = dispatch.pick_transform(h, "fp32", "cpu", "cpu")
     out = rows_of(np.empty_like(x), "out", finite=False, write=True)
     with pytest.raises(RuntimeError, match="the bar"):
-        chosen.run(dispatch.packed(chosen, h, "fp32", "cpu"), g, g, out, threads=1, report=broken)
+        chosen.run(weights.packed(chosen, h, "fp32", "cpu"), g, g, out, threads=1, report=broken)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

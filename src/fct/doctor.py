@@ -21,8 +21,9 @@ from fct.ops.numerics.quantise import exact_first
 from fct.ops.numerics.rounding import SIGMAS, deviation
 from fct.ops.processors import default_threads
 from fct.ops.proof import error_of, far_off
-from fct.ops.registry import packed, transform_backends
+from fct.ops.registry import transform_backends
 from fct.ops.transform.reference_backend import store
+from fct.ops.weights import packed
 from fct.ref import chain
 from fct.rows import Rows
 

@@ -255,15 +255,14 @@ def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
 
     if x.is_nested or x.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
-    if type(x) is not torch.Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            x = torch.Tensor.as_subclass(x, torch.Tensor)
     x = x.detach().resolve_neg()
-    dtype = str(x.dtype).removeprefix("torch.")
+    # A subclass may say what it likes; what its memory is, the base class knows.
+    real = vars(torch._C.TensorBase)["dtype"].__get__(x) if isinstance(x, torch.Tensor) else x.dtype
+    dtype = str(real).removeprefix("torch.")
     if dtype not in (*DTYPES, "uint8"):
         return kind, str(x.device), x, dtype  # refused by name; numpy does not know them all
     if x.device.type == "cpu":
-        array = x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+        array = x.view(torch.uint16).numpy() if dtype == "bfloat16" else x.numpy()
         return kind, "cpu", array, dtype
     if x.device.type != "cuda":
         raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {x.device}")

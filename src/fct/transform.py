@@ -8,7 +8,8 @@ from fct.artifact.transformation import Transformation
 from fct.ops.backend import check_precision
 from fct.ops.device.state import numbered
 from fct.ops.processors import threads_of
-from fct.ops.registry import packed, pick_transform
+from fct.ops.registry import pick_transform
+from fct.ops.weights import packed
 from fct.progress import LongCall, Report
 from fct.rows import Rows, empty_like_kind, nonfinite_rows, rows_of
 

@@ -15,6 +15,7 @@ import pytest
 import fct
 from fct import arrow_mapper
 from fct.gallery import vector_array
+from fct.ops.weights import packed_names
 
 D_OLD, D_SIDE, D_NEW, ROWS = 12, 6, 10, 40
 
@@ -108,7 +109,7 @@ def test_pickled_it_is_small_and_packs_once(
     one, two = pickle.loads(data), pickle.loads(data)
     assert one.h is two.h
     one(batch_of(old, side))
-    assert two.h.__dict__["_packed"]
+    assert [precision for _, precision, _ in packed_names(two.h)] == ["fp32"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from oracle import check_search
 
 import fct
 from fct import _C, ref
+from fct.ops.isa import using_isa
 from fct.ops.search.cpu_search import build_shadow, extend_shadow, ranks_cpu, topk_cpu
 from fct.rows import Rows, ScaledInt8, rows_of
 
@@ -35,9 +37,9 @@ def search(q: Any, g: Any, k: int, metric: str, *, shadow: bool = True, same: bo
 
 
 @pytest.fixture(params=LEVELS)
-def level(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FCT_ISA", request.param)
-    return str(request.param)
+def level(request: Any) -> Iterator[str]:
+    with using_isa(request.param):
+        yield str(request.param)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -281,8 +283,7 @@ def test_any_search(
     gallery = rows(n, 0)
     queries = gallery if same else rows(nq, 1)
     k = min(k, n - 1 if same else n)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FCT_ISA", isa)
+    with using_isa(isa):
         for shadow in (build_shadow(gallery, metric, threads=threads), None):
             got = topk_cpu(queries, gallery, shadow, k, metric, same, threads=threads)
             check_search(got[0], got[1], queries.float32(), gallery.float32(), metric, same_items=same)

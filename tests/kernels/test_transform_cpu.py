@@ -20,10 +20,13 @@ import fct
 from fct import _C, ref
 from fct.artifact.transformation import BRANCHES, Layer, Transformation
 from fct.fit.precision_choice import calibrate
+from fct.ops.isa import using_isa
 from fct.ops.numerics.quantise import layer_plans
 from fct.ops.numerics.rounding import SIGMAS, deviation
+from fct.ops.transform import cpu_backend
 from fct.rows import rows_of
 from fct.spaces import EmbeddingSpace
+from fct.transform import transform_finite
 
 ISAS = _C.isa_names[: _C.detected_isa() + 1]
 
@@ -35,11 +38,8 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(old: Any, side: Any, h: Transformation, isa: str, precision: str, **more: Any) -> Any:
-    os.environ["FCT_ISA"] = isa
-    try:
+    with using_isa(isa):
         return fct.transform_batch(old, side, h, precision=precision, backend="cpu", **more)
-    finally:
-        del os.environ["FCT_ISA"]
 
 
 def chains(
@@ -392,7 +392,10 @@ def test_every_half_converts(isa: str) -> None:
     big = np.array([[65519.9], [65520.0], [1e30], [-1e30], [1e-8], [3e-8]], np.float32)
     x = np.concatenate([between, big]).astype(np.float32)
     out = np.ones(x.shape, np.float16)
-    run(x, np.zeros_like(x), h, isa, "fp32", out=out)
+    with using_isa(isa):  # which leaves values beyond the dtype infinite
+        transform_finite(
+            x, np.zeros_like(x), h, out=out, precision="fp32", device="cpu", backend="cpu", threads=None
+        )  # fmt: skip
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(out, x.astype(np.float16))
 
@@ -405,6 +408,7 @@ import numpy as np
 import fct
 from fct import _C
 from fct.fit.precision_choice import calibrate
+from fct.ops.isa import using_isa
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 page = mmap.PAGESIZE
@@ -415,20 +419,19 @@ def guarded(n, d, dtype):
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
     assert libc.mprotect(start + pages * page, page, 0) == 0
     return np.frombuffer(area, dtype, n * d, pages * page - size).reshape(n, d)
-import os
 rng = np.random.default_rng(0)
 for d_old, d_side, d_new, inner, skip in ((7, 3, 5, 9, False), (64, 33, 31, 40, True), (300, 33, 31, 40, False)):
     h = fct.Transformation.random(d_old, d_side, d_new, inner=inner, skip=skip)
     x = rng.standard_normal((50, d_old), dtype=np.float32), rng.standard_normal((50, d_side), dtype=np.float32)
     h = calibrate(h, *x)
     for isa in _C.isa_names[: _C.detected_isa() + 1]:
-        os.environ["FCT_ISA"] = isa
         for precision in ("fp32", "bf16", "int8"):
             for n in (1, 3, 15, 29):
                 for dtype in (np.float32, np.float16):
                     old, side, out = guarded(n, d_old, dtype), guarded(n, d_side, dtype), guarded(n, d_new, dtype)
                     old[:] = x[0][:n]; side[:] = x[1][:n]
-                    fct.transform_batch(old, side, h, out=out, precision=precision, backend="cpu")
+                    with using_isa(isa):
+                        fct.transform_batch(old, side, h, out=out, precision=precision, backend="cpu")
 print("survived")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -504,3 +507,32 @@ def test_an_unknown_level_is_refused() -> None:
     h = fct.Transformation.random(4, 4, 4, inner=4)
     with pytest.raises(ValueError, match="FCT_ISA: expected one of portable"):
         run(np.ones((1, 4), np.float32), np.ones((1, 4), np.float32), h, "mmx", "fp32")
+
+
+def test_the_environment_chooses_the_level_of_a_process() -> None:
+    code = "from fct import _C; from fct.ops.isa import isa; print(_C.isa_names[isa()])"
+    for wanted, seen in (("portable", "portable"), ("", ISAS[-1])):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "FCT_ISA": wanted}
+        )
+        assert done.stdout.strip() == seen, done.stderr
+
+
+def test_threads_that_ask_at_once_pack_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = cpu_backend.Packed
+
+    def slow(*args: Any) -> Any:
+        made.append(args)
+        time.sleep(0.05)
+        return real(*args)
+
+    monkeypatch.setattr(cpu_backend, "Packed", slow)
+    h = fct.Transformation.random(8, 8, 8, inner=16, side_info=False)
+    x = np.ones((3, 8), np.float32)
+    callers = [threading.Thread(target=lambda: fct.transform_batch(x, None, h, backend="cpu")) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(made) == 1

@@ -13,10 +13,10 @@ from fct.artifact.transformation import Transformation
 from fct.fit.precision_choice import calibrate
 from fct.ops.numerics.rounding import SIGMAS, deviation
 from fct.ops.proof import _sample
-from fct.ops.registry import packed
 from fct.ops.transform import triton_backend as backend
 from fct.ops.transform.cpu_backend import CpuTransform
 from fct.ops.transform.torch_backend import TorchTransform
+from fct.ops.weights import packed
 from fct.rows import Rows
 
 CASES = [("triton", p) for p in ("fp32", "fp16", "bf16", "int8", "fp8")]

@@ -20,9 +20,10 @@ from fct.bench.measure import Timing, interleave, measure_peaks
 from fct.bench.peers import best_setting, faiss_worker, openblas_times, transform_peers
 from fct.extras import why_missing
 from fct.ops.backend import PRECISIONS
+from fct.ops.isa import isa
 from fct.ops.processors import threads_of
 from fct.ops.registry import pick_transform
-from fct.ops.transform.cpu_backend import CpuTransform, Packed, isa
+from fct.ops.transform.cpu_backend import CpuTransform, Packed
 from fct.rows import rows_of
 
 __all__ = ["TOLERANCE", "BenchReport", "error_of", "inputs_of", "processor", "run_bench", "same_neighbours"]

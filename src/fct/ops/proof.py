@@ -28,6 +28,7 @@ from fct.errors import FctWarning
 from fct.ops.backend import TransformBackend
 from fct.ops.numerics.quantise import exact_first
 from fct.ops.numerics.rounding import SIGMAS, deviation
+from fct.ops.weights import packed
 from fct.rows import Rows
 
 __all__ = [
@@ -273,7 +274,6 @@ def search_error(got: Any, rows: Any, q: Any, g: Any, k: int, metric: str, *, sa
 
 def _run(backend: TransformBackend, h: Transformation, precision: str, device: str) -> str:
     from fct.ops.device.state import device_of
-    from fct.ops.registry import packed
 
     place = device_of(device)
     rng = np.random.default_rng(0)

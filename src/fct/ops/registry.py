@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable
-from typing import Any
 
 from fct.artifact.transformation import Transformation
-from fct.errors import BackendError, DeviceLostError
+from fct.errors import BackendError
 from fct.ops.backend import PRECISIONS, TransformBackend, check_precision
+from fct.ops.device import state as devices
+from fct.ops.device.amx import torch_is_faster
+from fct.ops.proof import fastest_first, prove
 
-__all__ = ["forced_backend", "packed", "pick_transform", "transform_backends"]
+__all__ = ["forced_backend", "pick_transform", "transform_backends"]
 
 _PROVE_ON_DEVICE = ("cuda", "triton")  # kernels of ours that no GPU ran before the user's
 
@@ -54,11 +56,7 @@ def pick_transform(
             raise ValueError(f"backend: expected one of {', '.join(known)}, got {forced!r}")
     asked = ((b, p) for b in backends for p in _precisions(b, h, precision, device))
     if device.partition(":")[0] == "cuda":
-        from fct.ops.device import state as devices
-        from fct.ops.proof import fastest_first
-
-        if device in devices._lost:
-            raise DeviceLostError(f"{device} failed earlier in this process; start a new one")
+        devices.check_not_lost(device)
         if not devices.why_no_gpu(device):
             pairs = {f"{b.name} {p}": (b, p) for b, p in asked}
             asked = (pairs[name] for name in fastest_first("transform", device, list(pairs), rows))
@@ -66,13 +64,9 @@ def pick_transform(
     for candidate, p in asked:
         why = candidate.why_not(h, p, device)
         if not why and candidate.name in _PROVE_ON_DEVICE:
-            from fct.ops.proof import prove
-
             verdict = prove(candidate, h, p, device)
             why = [f"refused by the self-proof: {verdict}"] if verdict else []
         if not why and forced is None and candidate.name == "cpu" and _bf16_will_do(h, precision):
-            from fct.ops.device.amx import torch_is_faster
-
             torch = next(b for b in transform_backends() if b.name == "torch")
             if torch_is_faster(candidate, h, p, torch):
                 return torch, "bf16"
@@ -91,12 +85,3 @@ def _precisions(backend: TransformBackend, h: Transformation, precision: str, de
 
 def _bf16_will_do(h: Transformation, precision: str) -> bool:
     return precision == "bf16" or (precision == "auto" and h.allows("bf16"))
-
-
-def packed(backend: TransformBackend, h: Transformation, precision: str, device: str) -> Any:
-    """The backend's packed weights of h, made on first use and kept as long as h lives."""
-    cache: dict[tuple[str, str, str], Any] = h.__dict__.setdefault("_packed", {})
-    key = (backend.name, precision, device)
-    if key not in cache:
-        cache[key] = backend.pack(h, precision, device)
-    return cache[key]

@@ -10,6 +10,8 @@ import numpy as np
 from fct import _C
 from fct.artifact.transformation import Transformation
 from fct.ops.backend import TransformBackend
+from fct.ops.processors import default_threads
+from fct.ops.weights import packed
 from fct.rows import rows_of
 
 __all__ = ["torch_is_faster"]
@@ -35,9 +37,6 @@ def torch_is_faster(ours: TransformBackend, h: Transformation, precision: str, t
 
 
 def _seconds(backend: TransformBackend, h: Transformation, precision: str) -> float:
-    from fct.ops.processors import default_threads
-    from fct.ops.registry import packed
-
     rng = np.random.default_rng(0)
     old = rows_of(rng.standard_normal((_ROWS, h.d_old), dtype=np.float32), "old")
     side = rows_of(rng.standard_normal((_ROWS, h.d_side), dtype=np.float32), "side") if h.uses_side_info else old

@@ -17,6 +17,7 @@ from fct.extras import why_missing
 __all__ = [
     "MIN_CHUNK",
     "Device",
+    "check_not_lost",
     "chunk_rows",
     "device_of",
     "numbered",
@@ -32,6 +33,12 @@ _FATAL = re.compile(
     r"LaunchTimeout|Assert|IllegalInstruction|MisalignedAddress|InvalidAddressSpace|InvalidPc|HardwareStackError|"
     r"ECCUncorrectable|NvlinkUncorrectable|Contained|DevicesUnavailable|SystemNotReady|Unknown)\b"
 )
+
+
+def check_not_lost(device: str) -> None:
+    """Raises DeviceLostError where the device failed earlier in this process."""
+    if device in _lost:
+        raise DeviceLostError(f"{device} failed earlier in this process; start a new one")
 
 
 def why_no_gpu(device: str) -> list[str]:

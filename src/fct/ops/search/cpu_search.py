@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from fct import _C
+from fct.ops.isa import isa
 from fct.ops.search.levels import Levels, fit_levels
-from fct.ops.transform.cpu_backend import _rows, isa
+from fct.ops.transform.cpu_backend import _rows
 from fct.progress import Report
 from fct.rows import Rows
 from fct.spaces import METRICS

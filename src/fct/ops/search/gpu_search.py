@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fct.errors import BackendError, DeviceLostError
+from fct.errors import BackendError
 from fct.ops.backend import GpuShadow, SearchBackend, drop_own_rows
 from fct.ops.cuda_kernels import CudaSearch
 from fct.ops.device import state as devices
@@ -66,8 +66,7 @@ def pick_search(
     gallery is searched by what prepared it. ``FCT_BACKEND`` forces "cuda", "triton" or "torch".
     Raises BackendError, with every reason, for a demand that can not be met.
     """
-    if device in devices._lost:
-        raise DeviceLostError(f"{device} failed earlier in this process; start a new one")
+    devices.check_not_lost(device)
     forced = forced_backend(None)
     if precision not in _PRECISIONS:
         raise BackendError(f"precision: expected {', '.join(_PRECISIONS)} for a search on {device}, got {precision!r}")
@@ -174,8 +173,7 @@ def ranks_gpu(
     q: Rows, g: Rows, query_labels: Any, gallery_labels: Any, metric: str, same_items: bool
 ) -> tuple[Any, Any]:
     """As :func:`fct.ops.search.float64.ranks_on_device`, counted on the device."""
-    if g.device in devices._lost:
-        raise DeviceLostError(f"{g.device} failed earlier in this process; start a new one")
+    devices.check_not_lost(g.device)
     place = devices.device_of(g.device)
     with (
         place.errors(f"the ranks of {q.n} queries among {g.n} rows"),

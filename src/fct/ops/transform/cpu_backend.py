@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import threading
 from typing import Any
 
 from fct import _C
 from fct.artifact.layers import SKIP
 from fct.artifact.transformation import Transformation
 from fct.ops.backend import PRECISIONS
+from fct.ops.isa import isa
 from fct.ops.numerics.quantise import LayerPlan, layer_plans, why_not_int8
 from fct.progress import Report
 from fct.rows import Rows
 
-__all__ = ["CpuTransform", "Packed", "isa"]
+__all__ = ["CpuTransform", "Packed"]
 
 
 _CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int16": 3}  # csrc's Precision
-
-
-def isa() -> int:
-    """The instruction-set level the kernels use, an index of ``_C.isa_names``: FCT_ISA, or the best there is."""
-    best = _C.detected_isa()
-    wanted = os.environ.get("FCT_ISA")
-    if not wanted:
-        return best
-    if wanted not in _C.isa_names[: best + 1]:
-        raise ValueError(f"FCT_ISA: expected one of {', '.join(_C.isa_names[: best + 1])} here, got {wanted!r}")
-    return _C.isa_names.index(wanted)
 
 
 def _layer(plan: LayerPlan) -> tuple[int, int, int, int, int, int, int, bool, int]:
@@ -99,13 +89,24 @@ class CpuTransform:
         return ("fp32",)
 
     def pack(self, h: Transformation, precision: str, device: str) -> Any:
-        packed: dict[int, Packed] = {}  # by level, since FCT_ISA may change between calls
-        packed[isa()] = Packed(h, precision, isa())
-        return h, precision, packed
+        return _ByLevel(h, precision)
 
     def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
-        h, precision, by_level = packed
-        level = isa()
-        if level not in by_level:
-            by_level[level] = Packed(h, precision, level)
-        by_level[level].run(old, side, out, threads=threads, report=report)
+        packed.at(isa()).run(old, side, out, threads=threads, report=report)
+
+
+class _ByLevel:
+    """h packed for the level in use, and for others once they are: tests and measurements change it."""
+
+    def __init__(self, h: Transformation, precision: str) -> None:
+        self._layers, self._precision, self._lock = h.with_(), precision, threading.Lock()  # keeps no h alive
+        self._packed = {isa(): Packed(self._layers, precision, isa())}
+
+    def at(self, level: int) -> Packed:
+        found = self._packed.get(level)
+        if found is None:
+            with self._lock:
+                if level not in self._packed:
+                    self._packed[level] = Packed(self._layers, self._precision, level)
+                found = self._packed[level]
+        return found

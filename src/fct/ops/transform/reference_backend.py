@@ -40,7 +40,7 @@ class RefTransform:
         return ("fp32",)
 
     def pack(self, h: Transformation, precision: str, device: str) -> Any:
-        return h
+        return h.with_()  # a copy, which does not keep h alive
 
     def run(self, packed: Any, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None) -> None:
         for start in range(0, out.n, _CHUNK):
