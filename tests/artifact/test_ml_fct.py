@@ -91,6 +91,42 @@ def test_torchscript_only_when_allowed(published: _Published, tmp_path: Path) ->
     assert agrees(fct.Transformation.from_ml_fct(tmp_path / "h.ts", allow_torchscript=True), published)
 
 
+class _Transformed(nn.Module):
+    """What the published code saves in the end: the models that feed h, and h, in one."""
+
+    def __init__(self, h: _Published) -> None:
+        super().__init__()
+        self.old_model, self.side_info_model = nn.Linear(3, 12), nn.Linear(3, 7)
+        self.transformation = h
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.transformation(self.old_model(x), self.side_info_model(x))
+        return out
+
+
+@pytest.mark.parametrize("script", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_h_is_taken_out_of_a_transformed_model(
+    published: _Published, tmp_path: Path, script: bool, prefix: str
+) -> None:
+    whole = _Transformed(published).eval()
+    if script:
+        torch.jit.script(whole).save(str(tmp_path / "whole_transformed.pt"))
+    else:
+        state = {prefix + name: value for name, value in whole.state_dict().items()}
+        torch.save(state, tmp_path / "whole_transformed.pt")
+    h = fct.Transformation.from_ml_fct(tmp_path / "whole_transformed.pt", allow_torchscript=script)
+    assert agrees(h, published)
+
+
+def test_a_transformed_model_without_all_of_h_is_named(published: _Published, tmp_path: Path) -> None:
+    state = _Transformed(published).state_dict()
+    del state["transformation.mixer.2.conv.bias"]
+    torch.save(state, tmp_path / "h.pt")
+    with pytest.raises(ArtifactError, match=r"missing mixer\.2\.conv\.bias"):
+        fct.Transformation.from_ml_fct(tmp_path / "h.pt")
+
+
 class _Malicious:
     def __reduce__(self) -> Any:
         return (print, ("ran",))

@@ -10,6 +10,7 @@ from oracle import check_search
 
 import fct
 from fct import _C
+from fct.ops.isa import using_isa
 from fct.ops.search import levels as fitting
 from fct.ops.search.cpu_search import Shadow, _sampled, _shift, build_shadow, extend_shadow, topk_cpu
 from fct.rows import Rows, rows_of
@@ -88,8 +89,12 @@ def test_no_spectrum_makes_it_wrong(name: str, metric: str, rng: np.random.Gener
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("metric", METRICS)
-def test_every_instruction_set(isa: str, metric: str, rng: np.random.Generator, monkeypatch: Any) -> None:
-    monkeypatch.setenv("FCT_ISA", isa)
+def test_every_instruction_set(isa: str, metric: str, rng: np.random.Generator) -> None:
+    with using_isa(isa):
+        search_every_shape(metric, rng)
+
+
+def search_every_shape(metric: str, rng: np.random.Generator) -> None:
     for n, d, k, n_q in ((65, 33, 9, 3), (700, 97, 20, 30), (1000, 64, 1000, 2), (3000, 300, 10, 50)):
         x = spectrum(rng, n + n_q, d, "falling")
         g, q = x[:n], x[n:]

@@ -2,6 +2,10 @@
 
 Its transformation keeps 1x1 convolutions with batch norm: ``p1`` reads the old embedding, ``p2`` the
 side-information, ``mixer`` both; the last mixer layer is a convolution with bias. Dimensions are read off the shapes.
+That code also writes ``*_transformed.pt``, one TorchScript archive of the old model, the side-information's model and
+h: h is taken out of it. TorchScript archives are read by ``torch.jit.load``, which torch has deprecated. Once it is
+gone, load such a file with the last torch that has it and save ``model.state_dict()`` with ``torch.save``: that stays
+readable.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ __all__ = ["ML_FCT_KEYS", "chains_of_state", "load_ml_fct"]
 
 Chains = tuple[tuple[Layer, ...], tuple[Layer, ...], tuple[Layer, ...]]
 
+_INSIDE = "transformation."  # where h lies in that code's *_transformed.pt
 _NORM_EPS = 1e-5  # torch's default, which that code keeps
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _BLOCKS = ("p1.0", "p1.1", "p2.0", "p2.1", "mixer.0", "mixer.1")
@@ -106,6 +111,9 @@ def chains_of_state(state: Mapping[str, Any], *, source: str = "state dict") -> 
     """The same from a state dict (name -> tensor or array); batch norm is folded in float64."""
     prefixed = bool(state) and all(str(name).startswith("module.") for name in state)
     arrays = {str(name).removeprefix("module.") if prefixed else str(name): value for name, value in state.items()}
+    inside = {name: value for name, value in arrays.items() if name.startswith(_INSIDE)}
+    if inside:  # the transformed model: old model, side-information's model and h in one
+        arrays = {name.removeprefix(_INSIDE): value for name, value in inside.items()}
     required = [key for key in ML_FCT_KEYS if not key.endswith("num_batches_tracked")]
     missing = [key for key in required if key not in arrays]
     surplus = [key for key in arrays if key not in ML_FCT_KEYS]

@@ -275,7 +275,8 @@ class Transformation:
         """Imports a checkpoint of the paper's published code.
 
         Args:
-            path: a state dict saved with ``torch.save``, or a TorchScript archive.
+            path: a state dict saved with ``torch.save``, or a TorchScript archive; of h, or of the whole transformed
+                model (``*_transformed.pt``), whose h is taken.
             allow_torchscript: load TorchScript archives, which can run code of whoever made the file.
             old_space, new_space: whose vectors these are; by default named "ml-fct old" and "ml-fct new".
             side_model: the id of the model that makes the side-information.
