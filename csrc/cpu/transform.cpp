@@ -201,12 +201,6 @@ void PackedTransform::run_block(Workspace& own, Workspace& w, const Call& call, 
     });
 }
 
-// Whether several threads finish n rows, one block of them, sooner than one does.
-bool PackedTransform::worth_sharing(int64_t n) const {
-    (void)n;
-    return true;
-}
-
 // All workers on the one block.
 void PackedTransform::run_few(const Call& call, int64_t n, int threads) const {
     int64_t panels = 1;
@@ -230,7 +224,7 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
     const Call call{old, side, out};
     const int64_t most = block_tiles_ * kernels_.rows;
     threads = std::max(threads, 1);
-    if (n <= most && threads > 1 && worth_sharing(n)) {
+    if (n <= most && threads > 1) {
         run_few(call, n, threads);
         return true;
     }

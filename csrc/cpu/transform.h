@@ -120,7 +120,6 @@ class PackedTransform {
     template <class Divide>
     void run_block(Workspace& own, Workspace& w, const Call& call, int64_t first, int64_t rows, Divide& divide) const;
     void run_few(const Call& call, int64_t n, int threads) const;
-    bool worth_sharing(int64_t n) const;
     int64_t phases() const;
     std::unique_ptr<Workspace> take() const;
     void give(std::unique_ptr<Workspace> w) const;
