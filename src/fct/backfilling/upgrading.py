@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import os
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,24 @@ from fct.gallery.vectors import vector_block
 from fct.options.declare import takes
 from fct.options.groups import JobOptions
 from fct.options.keywords import JobKeywords
-from fct.search import TopK, topk
+from fct.search import PreparedGallery, TopK, prepare_gallery, topk
 from fct.spaces import EmbeddingSpace, check_space
 from fct.types import GalleryLike, TransformationLike
 
 __all__ = ["UpgradingGallery"]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A shard as it is searched. stamp: of the finished file it was read from, None where its rows were mapped by h.
+
+    rows: None where every row was rejected. numbers: (m,) of its rows in the old gallery.
+    """
+
+    stamp: tuple[int, ...] | None
+    rows: PreparedGallery | None
+    numbers: Any
+    nbytes: int
 
 
 class UpgradingGallery:
@@ -33,10 +48,15 @@ class UpgradingGallery:
     bit on the compiled CPU kernels, whose results do not depend on how rows are batched). Old-model queries keep
     going to the old gallery until cut-over; rolling back is deleting the new folder.
 
+    A shard is read, or mapped, and prepared (:func:`fct.prepare_gallery`) when it is first searched, and held from
+    then on, as far as ``cache_bytes`` allow: one that finds no room is made anew for each search, finished ones sooner
+    than mapped ones. Any number of threads may search at a time.
+
     Args:
         source, destination, transformation, options: as :func:`fct.backfill` has them. The destination is a folder of
             files, begun or not.
-        cache_bytes: mapped shards kept in memory, the longest unused go first.
+        cache_bytes: of all that is held: mapped rows, shadows, and the rows of finished shards, but for those of .npy
+            files, which are memory-mapped.
 
     Example:
         >>> import fct, numpy as np, tempfile
@@ -76,8 +96,9 @@ class UpgradingGallery:
         self._found, self._job = found, stored or found.job
         self._mapper, self._reader = found.mapper(self._job, threads=given.execution.threads), found.reader(self._job)
         self._writer = found.destination
-        self._cache: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._held: dict[int, _Held] = {}
         self._cache_bytes = cache_bytes
+        self._lock, self._making = threading.Lock(), threading.Lock()
 
     @property
     def space(self) -> EmbeddingSpace:
@@ -106,12 +127,13 @@ class UpgradingGallery:
         if query_space is not None:
             self.space.require_same(query_space, "queries")
         metric, best, where = self.space.metric, None, None
+        done = set(self._found.journal.marked())
         for shard in self._job.shards:
-            vectors, numbers = self._rows(shard)
-            if not len(vectors):
+            held = self._shard(shard, shard.number in done)
+            if held.rows is None:
                 continue
-            part = topk(queries, vectors, min(k, len(vectors)), metric=metric, progress=False)
-            found = numbers[np.asarray(part.indices)]
+            part = topk(queries, held.rows, min(k, len(held.rows)), metric=metric, progress=False)
+            found = held.numbers[np.asarray(part.indices)]
             if best is None or where is None:
                 best, where = np.asarray(part.distances), found
             else:
@@ -124,30 +146,82 @@ class UpgradingGallery:
             raise ValueError(f"k: expected at most the gallery's rows, got {k}")
         return TopK(best, where)
 
-    def _rows(self, shard: Shard) -> tuple[Any, Any]:
-        """((m, d_new) vectors, (m,) row numbers): from the new gallery where it is done, else mapped and cached."""
+    def _shard(self, shard: Shard, marked: bool) -> _Held:
+        """The shard, prepared: held, or made now."""
+        stamp = self._stamp(shard) if marked else None
+        held = self._held.get(shard.number)
+        if held is not None and held.stamp == stamp:
+            return held
+        with self._making:  # the reader and h serve one at a time, and nobody makes what another is making
+            held = self._held.get(shard.number)
+            if held is None or held.stamp != stamp:
+                held = self._make(shard, stamp)
+                self._hold(shard.number, held)
+            return held
+
+    def _hold(self, number: int, new: _Held) -> None:
+        with self._lock:
+            self._held.pop(number, None)
+            room = self._cache_bytes - sum(held.nbytes for held in self._held.values())
+            if new.stamp is None:  # what is finished is sooner made again than what h has to map
+                for other, held in list(self._held.items()):
+                    if new.nbytes > room and held.stamp is not None:
+                        room += self._held.pop(other).nbytes
+            if new.nbytes <= room:
+                self._held[number] = new
+
+    def _stamp(self, shard: Shard) -> tuple[int, ...] | None:
+        """Changes when the finished file does; None where there is none to believe in."""
+        try:
+            state = os.stat(str(self._file(shard)))
+            stamp: tuple[int, ...] = (state.st_ino, state.st_size, state.st_mtime_ns)
+        except OSError:  # in an object store: as long as its marker stands
+            stamp = ()
+        held = self._held.get(shard.number)
+        if held is not None and held.stamp == stamp:
+            return stamp
         marker = self._found.journal.marker(shard.number)
-        if self._found.journal.trouble(marker, shard, self._job.fingerprint, content=False) is None:
-            self._cache.pop(shard.number, None)
+        trouble = self._found.journal.trouble(marker, shard, self._job.fingerprint, content=False)
+        return stamp if trouble is None else None
+
+    def _make(self, shard: Shard, stamp: tuple[int, ...] | None) -> _Held:
+        if stamp is None:
+            rows, gone = self._mapped(shard)
+        else:
+            marker = self._found.journal.marker(shard.number)
             gone = rejected_rows(self._found.journal, shard) if marker and marker.rejects else []
-            return self._read(shard), _numbers(shard, gone)
-        if shard.number in self._cache:
-            self._cache.move_to_end(shard.number)
-            return self._cache[shard.number]
+            rows = self._read(shard)
+        numbers = _numbers(shard, gone)
+        if len(rows) != len(numbers):
+            raise FctError(
+                f"destination: expected {len(numbers)} rows in shard {shard.number}, as its journal says, got "
+                f"{len(rows)}"
+            )
+        if not len(rows):
+            return _Held(stamp, None, numbers, numbers.nbytes)
+        prepared = prepare_gallery(rows, metric=self.space.metric, space=self.space, progress=False)
+        kept = 0 if isinstance(rows, np.memmap) else rows.nbytes
+        return _Held(stamp, prepared, numbers, kept + prepared.nbytes + numbers.nbytes)
+
+    def _mapped(self, shard: Shard) -> tuple[Any, list[int]]:
+        """((m, d_new) rows by h, numbers of the rejected ones)."""
         blocks, gone, at = [], [], shard.first
         for batch, side in self._reader.batches(shard):
             mapped, rejects = self._mapper(batch, side, at)
             blocks.append(vector_block(mapped.column(self._job.vector), self.space.dim, self._job.dtype).values)
             gone += [r["row"] for r in rejects]
             at += batch.num_rows
-        rows = np.concatenate(blocks), _numbers(shard, gone)
-        self._cache[shard.number] = rows
-        while len(self._cache) > 1 and sum(v.nbytes for v, _ in self._cache.values()) > self._cache_bytes:
-            self._cache.popitem(last=False)
-        return rows
+        return np.concatenate(blocks) if blocks else np.empty((0, self.space.dim), self._job.dtype), gone
+
+    def _file(self, shard: Shard) -> Any:
+        return self._writer.where / f"{shard.name}{self._writer.suffix}"
 
     def _read(self, shard: Shard) -> Any:
-        file = self._writer.where / f"{shard.name}{self._writer.suffix}"
+        file = self._file(shard)
+        if self._writer.suffix == ".npy" and os.path.isfile(str(file)):
+            rows = np.load(str(file), mmap_mode="r", allow_pickle=False)
+            if rows.ndim == 2 and rows.shape[1] == self.space.dim and rows.dtype.name == self._job.dtype:
+                return rows
         gallery = open_source(file)
         column = self._job.vector if self._job.vector in gallery.schema.names else "vector"
         piece = gallery.pieces()[0]
