@@ -59,7 +59,7 @@ def test_every_row_is_mapped_in_order_and_payload_travels(gallery: Make, h: fct.
         ("item-2999", 2999, "side-information: not finite"),
     ]
     assert open_source(tmp_path / "new").space == h.new_space
-    verified = fct.verify_gallery(tmp_path / "new")
+    verified = fct.verify_gallery(tmp_path / "new", source=source)
     assert verified.ok, verified.problems
     assert verified.spot_checked >= 200
     assert verified.worst_error < 1e-5
@@ -83,7 +83,7 @@ def test_started_again_redoes_only_what_is_not_proven(gallery: Make, h: fct.Tran
     report = fct.backfill(source, new, h, **QUICK)
     assert report.shards_done == 4
     assert contents(new) == before
-    assert fct.verify_gallery(new).ok
+    assert fct.verify_gallery(new, source=source).proven
 
 
 def test_what_must_not_be_mixed_is_refused(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_run_that_failed_before_its_first_shard_does_not_hold_the_place(
             fct.backfill(source, new, other, **QUICK)
     assert (new / "_fct/job.json").exists()
     assert fct.backfill(source, new, h, **QUICK).rows_out == 3000
-    assert fct.verify_gallery(new).ok
+    assert fct.verify_gallery(new, source=source).proven
     with pytest.raises(FctError, match="holds another backfill"):
         fct.backfill(source, new, other, **QUICK)
 
@@ -327,7 +327,7 @@ def test_another_backend_may_go_on(gallery: Make, h: fct.Transformation, tmp_pat
     report = fct.backfill(source, new, h, precision="fp32", backend="torch", **QUICK)
     assert (report.shards_done, report.backend) == (3, "torch")
     np.testing.assert_allclose(rows_of(new)[1], whole, rtol=1e-4, atol=1e-5)
-    verified = fct.verify_gallery(new)
+    verified = fct.verify_gallery(new, source=source)
     assert verified.ok, verified.problems
 
 
@@ -476,7 +476,7 @@ def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(
     run(new)
     assert redone == 0
     assert contents(new) == contents(tmp_path / "plain")
-    verified = fct.verify_gallery(new)
+    verified = fct.verify_gallery(new, source=source)
     assert verified.ok, verified.problems
     assert verified.rejects == 2
 

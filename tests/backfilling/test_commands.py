@@ -55,7 +55,13 @@ def test_from_plan_to_verify(gallery: Make, h: fct.Transformation, tmp_path: Pat
     assert (code, err) == (0, "")
     assert "3,000 rows in = 3,000 out + 0 rejected; 2 shards done, 0 kept" in out
     code, out, _ = run("verify", new)
+    assert (code, out.endswith("ok as far as it was checked")) == (0, True)
+    assert "name it with --source (source=), or confirm it with --trust-journal" in out
+    code, out, _ = run("verify", new, "--source", source, "--expect-rows", 3000)
     assert (code, out.endswith("ok")) == (0, True)
+    assert "3,000 rows compared with the source's: id, tag" in out
+    code, out, _ = run("verify", new, "--trust-journal", "--deep", "--expect-rows", 3001)
+    assert (code, "expected 3,001 rows by your own count, the source had 3,000" in out) == (1, True)
     file = sorted(new.glob("*.parquet"))[0]
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     code, out, _ = run("verify", new)
@@ -75,7 +81,7 @@ def test_the_plan_says_whether_the_upload_is_in_it(gallery: Make, h: fct.Transfo
     code, out, _ = run("plan", source, tmp_path / "new", "-t", path)
     assert (code, "upload" in out) == (0, False)
     code, _, err = run("plan", source, "s4://bucket/new", "-t", path)
-    assert (code, "destination: expected a path or the URL of a filesystem" in err) == (1, True)
+    assert (code, "destination: expected a path or a URL of" in err) == (1, True)
     code, _, err = run("plan", source, "memory://new", "-t", path, "--upload-mb-per-s", 0)
     assert (code, "upload_mb_per_s: expected a positive number" in err) == (1, True)
 

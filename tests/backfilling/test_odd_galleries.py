@@ -82,7 +82,7 @@ def test_ids_of_any_type_travel_and_are_named_in_rejects(
     put(tmp_path / "old/a.parquet", pa.table({"id": ids, "old": vector_array(rows)}))
     report = fct.backfill(tmp_path / "old", tmp_path / "new", h, vector_column="old", **QUICK)
     assert (report.rows_out, report.rejects) == (N - 1, 1)
-    verified = fct.verify_gallery(tmp_path / "new")
+    verified = fct.verify_gallery(tmp_path / "new", source=tmp_path / "old")
     assert verified.ok, verified.problems
     keep = np.delete(np.arange(N), BAD)
     got, want = plain_ids(stored(tmp_path / "new")), plain_ids(pa.table({"id": ids.take(pa.array(keep))}))
@@ -120,7 +120,7 @@ def test_a_dictionary_that_changes_from_batch_to_batch(
     else:
         got = stored(tmp_path / "new")["id"].to_pylist()
     assert got == names
-    assert fct.verify_gallery(tmp_path / "new").ok
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "old").proven
 
 
 def test_what_a_dictionary_says_is_part_of_the_input(h: fct.Transformation, tmp_path: Path, rows: Any) -> None:
@@ -198,7 +198,7 @@ def test_files_and_row_groups_of_no_row_and_of_one(h: fct.Transformation, tmp_pa
     report = fct.backfill(source, tmp_path / "new", h, **QUICK)
     assert (report.rows_in, report.rejects) == (N, 1)
     assert stored(tmp_path / "new")["id"].to_pylist() == [i for i in range(N) if i != BAD]
-    assert fct.verify_gallery(tmp_path / "new").ok
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "old").proven
 
 
 # ---- places ----
@@ -220,7 +220,7 @@ def test_a_folder_may_be_called_anything(name: str, h: fct.Transformation, tmp_p
     (old / "a.parquet").rename(tmp_path / name / f"{name}.parquet")
     report = fct.backfill(tmp_path / name, tmp_path / f"{name} new", h, **QUICK)
     assert (report.rows_in, report.rejects) == (N, 1)
-    verified = fct.verify_gallery(tmp_path / f"{name} new")
+    verified = fct.verify_gallery(tmp_path / f"{name} new", trust_journal=True)
     assert (verified.ok, verified.spot_checked > 0) == (True, True), verified.problems
     assert {p.name for p in tmp_path.iterdir()} == {"old", name, f"{name} new"}
 
@@ -295,7 +295,7 @@ def test_moved_galleries_go_on_and_say_where_they_are(h: fct.Transformation, tmp
     (tmp_path / "new").rename(tmp_path / "new2")
     report = fct.backfill(tmp_path / "old2", tmp_path / "new2", h, **QUICK)
     assert (report.shards_done, report.destination) == (1, str(tmp_path / "new2"))
-    verified = fct.verify_gallery(tmp_path / "new2")
+    verified = fct.verify_gallery(tmp_path / "new2", source=tmp_path / "old2")
     assert (verified.ok, verified.spot_check_skipped, verified.destination) == (True, "", str(tmp_path / "new2"))
     assert verified.spot_checked > 0
 
@@ -312,7 +312,7 @@ def test_a_damaged_manifest_is_a_problem_and_is_written_again(
     assert "manifest.json is damaged" in problem
     assert fct.backfill(old, tmp_path / "new", h, **QUICK).shards_done == 0
     assert manifest.read_bytes() == whole
-    assert fct.verify_gallery(tmp_path / "new").ok
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "old").proven
 
 
 @pytest.mark.parametrize("event", ["is new", "is gone", "changed"])
@@ -351,4 +351,4 @@ def test_input_that_changes_meanwhile_is_no_finished_backfill(
     monkeypatch.setattr(run, "finish", finish)
     undo()
     assert fct.backfill(old, new, h, **QUICK).shards_done == 0
-    assert fct.verify_gallery(new).ok
+    assert fct.verify_gallery(new, source=old).proven

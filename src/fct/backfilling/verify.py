@@ -1,23 +1,24 @@
-"""verify_gallery: every row there once, every byte as it was written, spot checks against the reference."""
+"""verify_gallery: every row there once, every byte as it was written, and the source's rows, counted and compared by
+another way than they were read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from typing_extensions import Unpack
 
+from fct.backfilling.against_source import AgainstSource, compare_with_source
 from fct.backfilling.job import Job
-from fct.backfilling.journal import Journal, rejected_rows, shard_marker
-from fct.backfilling.pipeline import RowMapper
+from fct.backfilling.journal import Journal
+from fct.backfilling.marker import Marker
 from fct.backfilling.resolve import load_transformation
+from fct.backfilling.spot_check import VectorCheck, check_vectors
 from fct.errors import BackfillError, FctError
 from fct.gallery import journal_location, lance_in, location_of, open_source
-from fct.gallery.interfaces import rows_at
+from fct.gallery.interfaces import Source
 from fct.gallery.stores import Opening, opening
-from fct.gallery.vectors import vector_block
 from fct.options.declare import takes
 from fct.options.groups import SpotCheck, VerifyOptions
 from fct.options.keywords import VerifyKeywords
@@ -25,16 +26,17 @@ from fct.types import GalleryLike
 
 __all__ = ["VerifyReport", "gallery_journal", "verify_gallery"]
 
-# Largest error of a row against the float64 reference, over its length: a few roundings of each precision.
-_LIMITS = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.15}
+_SAID = 20  # problems of one kind that are listed
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What :func:`verify_gallery` found. ``ok`` when there are no problems.
+    """What :func:`verify_gallery` found. ``ok``: there are no problems; ``proven``: and nothing was left out.
 
     rows_in = rows_out + rejects. spot_checked: rows compared with the reference, 0 with ``spot_check_skipped`` saying
-    why not; worst_error: the largest relative error of a row among them.
+    why not; worst_error: the largest relative error of a row among them. source_rows: the source's rows by another
+    reader's count, None where there is none; compared: rows whose ids and payload were compared with the source's;
+    checksums: XXH64 of each column of these, whatever the cut into files. unproven: what could not be checked, and why.
     """
 
     destination: str
@@ -47,10 +49,18 @@ class VerifyReport:
     worst_error: float
     spot_check_skipped: str
     problems: tuple[str, ...]
+    source_rows: int | None = None
+    compared: int = 0
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    unproven: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         return not self.problems
+
+    @property
+    def proven(self) -> bool:
+        return self.ok and not self.unproven
 
 
 def gallery_journal(path: Any, **access: Any) -> tuple[Journal, Job]:
@@ -67,12 +77,16 @@ def gallery_journal(path: Any, **access: Any) -> tuple[Journal, Job]:
 def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> VerifyReport:
     """Checks a finished backfill: nothing missing, nothing twice, nothing changed, one space, right values.
 
+    The journal alone proves that what was written is still there. That it is the source's, all of it, is proven
+    against the source, which is opened only where the caller names it: a gallery is somebody's input, and what its
+    journal names could be anything.
+
     Args:
         path: the new gallery.
         options: listed below.
 
     Returns:
-        VerifyReport with every problem found, each in a sentence.
+        VerifyReport with every problem found, each in a sentence, and with what was not proven.
 
     Raises:
         BackfillError: not the destination of a backfill, or a job file that cannot be read.
@@ -83,131 +97,181 @@ def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> Veri
         >>> np.save(folder + "/old.npy", np.ones((100, 8), np.float32))
         >>> h = fct.Transformation.random(8, 8, 4, inner=16, side_info=False)
         >>> _ = fct.backfill(folder, folder + "-new", h, old_model="random-old", progress=False)
-        >>> fct.verify_gallery(folder + "-new").ok
-        True
+        >>> report = fct.verify_gallery(folder + "-new", source=folder)
+        >>> report.proven, report.source_rows
+        (True, 100)
     """
     given = VerifyOptions.split(options)
-    access = opening(given.access)
+    access, spot = opening(given.access), given.spot
     journal, job = gallery_journal(path, **access)
-    problems: list[str] = []
-    try:
-        manifest, damaged = journal.manifest(), ""
-    except BackfillError as error:
-        manifest, damaged = None, str(error)
-    if damaged:
-        problems.append(f"{damaged}; run the backfill again")
-    elif manifest is None:
-        problems.append("the backfill is unfinished: it has no manifest")
-    elif manifest.get("fingerprint") != job.fingerprint:
-        problems.append("the manifest belongs to another job")
-    rows_in = rows_out = rejects = size = 0
-    known: set[str] = set()
-    for shard in job.shards:
-        marker = journal.marker(shard.number)
-        why = journal.trouble(marker, shard, job.fingerprint, content=True)
-        if why is not None or marker is None:
-            problems.append(f"shard {shard.number} {why}")
-            continue
-        rows_in, rows_out, rejects = rows_in + marker.rows_in, rows_out + marker.rows_out, rejects + marker.rejects
-        size += sum(o.bytes for o in marker.outputs)
-        known |= {o.name for o in marker.outputs}
-        if marker.rejected is not None:
-            try:
-                journal.rejected_rows(marker, shard)
-            except BackfillError as error:
-                problems.append(f"shard {shard.number}: {error}")
-    if rows_in != job.rows or rows_out + rejects != rows_in:
-        problems.append(f"expected {job.rows} rows, found {rows_in} in, {rows_out} out and {rejects} rejected")
-    for name in ("rows_in", "rows_out", "rejects"):
-        if manifest is not None and manifest.get(name) != locals()[name]:
-            problems.append(f"the manifest says {name} {manifest.get(name)}, the shards say {locals()[name]}")
-    if manifest is not None and not problems:
-        problems += _content(path, access, job, known, rows_out)
-    checked, worst, skipped = 0, 0.0, ""
-    if given.spot.spot_check and not problems:
-        checked, worst, skipped, wrong = _spot_check(journal, job, given.spot, access, path)
-        problems += wrong
+    count = _Journalled(journal, job)
+    count.check_all(path, access)
+    if spot.expect_rows is not None and job.rows != spot.expect_rows:
+        count.problems.append(f"expected {spot.expect_rows:,} rows by your own count, the source had {job.rows:,}")
+    against, vectors, skipped = AgainstSource(), VectorCheck(), ""
+    if not count.problems:
+        against, vectors, skipped = _Outside(journal, job, path, access, spot).check()
     return VerifyReport(
-        job.destination, rows_in, rows_out, rejects, len(job.shards), size, checked, worst, skipped, tuple(problems)
+        destination=str(location_of(path, **access)),
+        rows_in=count.rows_in,
+        rows_out=count.rows_out,
+        rejects=count.rejects,
+        shards=len(job.shards),
+        bytes=count.size,
+        spot_checked=vectors.rows,
+        worst_error=vectors.worst,
+        spot_check_skipped=skipped,
+        problems=(*count.problems, *against.problems, *vectors.problems),
+        source_rows=against.rows,
+        compared=against.compared,
+        checksums=against.checksums,
+        unproven=tuple(against.unproven),
     )
 
 
-def _content(path: GalleryLike, access: Opening, job: Job, known: set[str], rows: int) -> list[str]:
-    """The gallery as any reader sees it: its space, its rows, no file that no shard made."""
-    try:
-        gallery = open_source(path, **access)
-        problems = []
-        if gallery.space != job.new_space:
-            problems.append(f"expected vectors of {job.new_space}, the gallery says {gallery.space}")
-        pieces = gallery.pieces()
-    except FctError as error:
-        return [str(error)]
-    if job.format != "lance":
-        problems += [f"{p.name} was made by no shard" for p in pieces if p.name not in known]
-    if sum(p.rows for p in pieces) != rows:
-        problems.append(f"expected {rows} rows, the files hold {sum(p.rows for p in pieces)}")
-    return problems
+class _Journalled:
+    """What the gallery says of itself: its markers, its files, its manifest."""
 
+    def __init__(self, journal: Journal, job: Job) -> None:
+        self.journal, self.job = journal, job
+        self.problems: list[str] = []
+        self.rows_in = self.rows_out = self.rejects = self.size = 0
+        self.rows: dict[str, int] = {}  # by data file
 
-def _spot_check(
-    journal: Journal, job: Job, spot: SpotCheck, access: Opening, path: GalleryLike
-) -> tuple[int, float, str, list[str]]:
-    """(rows compared, worst relative error, why nothing was compared, problems)."""
-    try:
-        old = open_source(spot.source if spot.source is not None else job.source, **access)
-        beside = spot.side_source if spot.side_source is not None else job.side
-        side = open_source(beside, **access, name="side_source") if job.side else None
-        h = load_transformation(spot.transformation) if spot.transformation is not None else journal.transformation()
-    except (FctError, OSError) as error:
-        return 0, 0.0, str(error), []
-    if h.fingerprint != job.transformation:
-        return 0, 0.0, "", ["the transformation is not the one that this gallery was made with"]
-    rng = np.random.default_rng(spot.seed)
-    numbers = sorted({int(x) for x in rng.integers(0, len(job.shards), min(16, spot.spot_check))})
-    each = -(-spot.spot_check // len(numbers))
-    new = open_source(path, **access)
-    pieces = new.pieces()
-    column = job.vector if job.vector in new.schema.names else "vector"
-    mapper = RowMapper(replace(job, precision="fp32", backend="ref"), old.schema, h, threads=None, device="cpu")
-    out_starts = np.cumsum([0] + [shard_marker(journal, n).rows_out for n in range(len(job.shards))])
-    checked, worst, problems = 0, 0.0, []
-    for number in numbers:
-        shard = job.shards[number]
-        take = min(each, shard.rows)
-        start = int(rng.integers(0, shard.rows - take + 1))
-        batch = pa.concat_batches(list(old.read(job.pieces[shard.piece], shard.start + start, take, take)))
-        other = pa.concat_batches(list(rows_at(side, job.side_pieces, shard.first + start, take))) if side else None
-        gone = rejected_rows(journal, job.shards[number])
-        mapped, rejects = mapper(batch, other, shard.first + start)
-        inside = {row for row in gone if shard.first + start <= row < shard.first + start + take}
-        if {r["row"] for r in rejects} != inside:
-            problems.append(f"shard {number} rejected other rows than the source holds now")
-            continue
-        if not mapped.num_rows:
-            continue
-        first = int(out_starts[number]) + start - sum(row < shard.first + start for row in gone)
-        stored = pa.concat_batches(list(rows_at(new, pieces, first, mapped.num_rows)))
-        want = vector_block(mapped.column(job.vector), h.d_new, job.dtype).values.astype(np.float64)
-        got = vector_block(stored.column(column), h.d_new, job.dtype).values.astype(np.float64)
-        wrong = np.linalg.norm(got - want, axis=1) / np.maximum(np.linalg.norm(want, axis=1), 1e-12)
-        checked, worst = checked + len(wrong), max(worst, float(wrong.max()))
-        limit = _LIMITS[job.precision] + (1e-3 if job.dtype == "float16" else 0.0)
-        if wrong.max() > limit:
-            row = shard.first + start + int(wrong.argmax())
-            problems.append(
-                f"shard {number}: a row near row {row} of the source is {wrong.max():.2g} off the reference, "
-                f"expected at most {limit:g} at {job.precision}"
+    def check_all(self, path: GalleryLike, access: Opening) -> None:
+        manifest = self._manifest()
+        self._shards()
+        job = self.job
+        if self.rows_in != job.rows or self.rows_out + self.rejects != self.rows_in:
+            self.problems.append(
+                f"expected {job.rows} rows, found {self.rows_in} in, {self.rows_out} out and {self.rejects} rejected"
             )
-        names = [n for n in (job.id_column,) if n and n in stored.schema.names]
-        if any(not _same(stored.column(n), mapped.column(n)) for n in names):
-            problems.append(f"shard {number} holds other ids than the source")
-    return checked, worst, "", problems
+        for name in ("rows_in", "rows_out", "rejects"):
+            if manifest is not None and manifest.get(name) != getattr(self, name):
+                said = manifest.get(name)
+                self.problems.append(f"the manifest says {name} {said}, the shards say {getattr(self, name)}")
+        if manifest is not None and not self.problems:
+            self.problems += self._content(path, access)
+
+    def _manifest(self) -> dict[str, Any] | None:
+        try:
+            manifest = self.journal.manifest()
+        except BackfillError as error:
+            self.problems.append(f"{error}; run the backfill again")
+            return None
+        if manifest is None:
+            self.problems.append("the backfill is unfinished: it has no manifest")
+        elif manifest.get("fingerprint") != self.job.fingerprint:
+            self.problems.append("the manifest belongs to another job")
+        return manifest
+
+    def _shards(self) -> None:
+        marked = set(self.journal.marked())
+        strange = sorted(number for number in marked if number >= len(self.job.shards))
+        if strange:
+            self.problems.append(f"the journal has a marker of shard {strange[0]}, the job has {len(self.job.shards)}")
+        missing = 0
+        for shard in self.job.shards:
+            marker = self.journal.marker(shard.number) if shard.number in marked else None
+            why = self.journal.trouble(marker, shard, self.job.fingerprints(shard), content=True)
+            if why is None and marker is not None:
+                self._add(marker)
+                try:
+                    self.journal.rejected_rows(marker, shard)
+                except BackfillError as error:
+                    self.problems.append(f"shard {shard.number}: {error}")
+                continue
+            missing += 1
+            if missing <= _SAID:
+                self.problems.append(f"shard {shard.number} {why}")
+        if missing > _SAID:
+            self.problems.append(f"and {missing - _SAID:,} more shards like these")
+
+    def _add(self, marker: Marker) -> None:
+        self.rows_in, self.rows_out = self.rows_in + marker.rows_in, self.rows_out + marker.rows_out
+        self.rejects, self.size = self.rejects + marker.rejects, self.size + sum(o.bytes for o in marker.outputs)
+        for output in marker.outputs:
+            if output.name in self.rows:
+                self.problems.append(f"{output.name} is named by two shards")
+            self.rows[output.name] = marker.rows_out
+
+    def _content(self, path: GalleryLike, access: Opening) -> list[str]:
+        """The gallery as any reader sees it: its space, its rows, no file that no shard made."""
+        job = self.job
+        try:
+            gallery = open_source(path, **access)
+            problems = []
+            if gallery.space != job.new_space:
+                problems.append(f"expected vectors of {job.new_space}, the gallery says {gallery.space}")
+            pieces = gallery.pieces()
+        except FctError as error:
+            return [str(error)]
+        if job.format != "lance":
+            problems += [f"{p.name} was made by no shard" for p in pieces if p.name not in self.rows]
+            problems += [
+                f"{p.name} holds {p.rows} rows, its shard wrote {self.rows[p.name]}"
+                for p in pieces
+                if self.rows.get(p.name, p.rows) != p.rows
+            ]
+        if sum(p.rows for p in pieces) != self.rows_out:
+            problems.append(f"expected {self.rows_out} rows, the files hold {sum(p.rows for p in pieces)}")
+        return problems
 
 
-def _same(a: pa.Array, b: pa.Array) -> bool:
-    """Whether two columns hold the same: an id that is NaN is itself, and a dictionary may be another."""
-    if pa.types.is_dictionary(a.type):
-        a, b = (x.dictionary_decode() for x in (a, b))
-    if pa.types.is_floating(a.type):
-        return np.array_equal(a.to_numpy(zero_copy_only=False), b.to_numpy(zero_copy_only=False), equal_nan=True)
-    return bool(a.equals(b))
+class _Outside:
+    """What is proven from outside the gallery: against the source, and by h."""
+
+    def __init__(self, journal: Journal, job: Job, path: GalleryLike, access: Opening, spot: SpotCheck) -> None:
+        self.journal, self.job, self.path, self.access, self.spot = journal, job, path, access, spot
+
+    def check(self) -> tuple[AgainstSource, VectorCheck, str]:
+        """(what the source said, what h said, why h was not asked)."""
+        found, spot = AgainstSource(), self.spot
+        old, why = self._open(spot.source, self.job.source, "source")
+        if old is None:
+            found.unproven.append(
+                f"not proven: that the gallery holds all rows of its source, with their ids, payload and vectors: {why}"
+            )
+            return found, VectorCheck(), why
+        new = open_source(self.path, **self.access)
+        try:
+            found = compare_with_source(self.journal, self.job, old, new)
+        except (FctError, OSError) as error:
+            found.problems.append(str(error))
+        if found.problems or not (spot.spot_check or spot.deep):
+            if not found.problems:
+                found.unproven.append("not proven: the vectors' values (no spot check)")
+            return found, VectorCheck(), "" if not found.problems else "other problems come first"
+        side, why = self._open(spot.side_source, self.job.side, "side_source") if self.job.side else (None, "")
+        if why:
+            found.unproven.append(f"not proven: the vectors' values: {why}")
+            return found, VectorCheck(), why
+        return (found, *self._vectors(old, side, new))
+
+    def _vectors(self, old: Source, side: Source | None, new: Source) -> tuple[VectorCheck, str]:
+        spot = self.spot
+        try:
+            given = spot.transformation
+            h = self.journal.transformation() if given is None else load_transformation(given)
+        except (FctError, OSError) as error:
+            return VectorCheck(problems=[f"h cannot be read: {error}; name it with transformation (-t)"]), str(error)
+        if h.fingerprint != self.job.transformation:
+            return VectorCheck(problems=["the transformation is not the one that this gallery was made with"]), ""
+        try:
+            how = (spot.spot_check, spot.seed, spot.deep)
+            return check_vectors(self.journal, self.job, old, side, new, h, *how), ""
+        except (FctError, OSError, ValueError) as error:
+            return VectorCheck(problems=[f"the rows could not be mapped again: {error}"]), str(error)
+
+    def _open(self, given: Any, named: str, what: str) -> tuple[Source | None, str]:
+        """(the source, or None, and why it was not opened). What the journal names needs to be confirmed."""
+        if given is None and not self.spot.trust_journal:
+            option = what.replace("_", "-")
+            return None, (
+                f"the {option} was not opened, since only the gallery's journal names it ({named}): name it with "
+                f"--{option} ({what}=), or confirm it with --trust-journal (trust_journal=True)"
+            )
+        try:
+            return open_source(named if given is None else given, **self.access, name=what), ""
+        except (FctError, OSError, ValueError) as error:
+            return None, str(error)

@@ -258,14 +258,26 @@ class Running(Group):
 class SpotCheck(Group):
     """Against what a finished gallery is checked."""
 
-    source: GalleryLike | None = option(None, "The old gallery, where it has been moved.", flag=_A_PATH)
-    side_source: GalleryLike | None = option(
-        None, "Gallery of the side-information, where it has been moved.", flag=_A_PATH
+    source: GalleryLike | None = option(
+        None,
+        "The old gallery: its rows are counted by another reader, ids and payload of all rows compared. Only what is "
+        "named is opened.",
+        flag=_A_PATH,
     )
+    side_source: GalleryLike | None = option(
+        None, "Gallery of the side-information, where it is no column of the source.", flag=_A_PATH
+    )
+    trust_journal: bool = option(False, "Open the source that the gallery's own journal names.")
+    expect_rows: int | None = option(None, "Rows that the source had, by your own table.", check=optional(whole(0)))
+    deep: bool = option(False, "Map every row again by the float64 reference.")
     transformation: TransformationLike | None = option(
         None, "h; by default the copy in the gallery.", flag=Flag(name="--transformation/-t", type=str | None)
     )
-    spot_check: int = option(256, "Rows to map again by the float64 reference.", check=whole(0))
+    spot_check: int = option(
+        1024,
+        "Rows to map again by the float64 reference, within bounds calculated for the job's precision; 0: none.",
+        check=whole(0),
+    )
     seed: int = option(0, "Of the choice of rows for the spot check.", check=check_seed)
 
 

@@ -162,13 +162,20 @@ class SpotCheckKeywords(TypedDict, total=False):
     """Against what a finished gallery is checked."""
 
     source: GalleryLike | None
-    """The old gallery, where it has been moved."""
+    """The old gallery: its rows are counted by another reader, ids and payload of all rows compared. Only what is named
+    is opened."""
     side_source: GalleryLike | None
-    """Gallery of the side-information, where it has been moved."""
+    """Gallery of the side-information, where it is no column of the source."""
+    trust_journal: bool
+    """Open the source that the gallery's own journal names."""
+    expect_rows: int | None
+    """Rows that the source had, by your own table."""
+    deep: bool
+    """Map every row again by the float64 reference."""
     transformation: TransformationLike | None
     """h; by default the copy in the gallery."""
     spot_check: int
-    """Rows to map again by the float64 reference."""
+    """Rows to map again by the float64 reference, within bounds calculated for the job's precision; 0: none."""
     seed: int
     """Of the choice of rows for the spot check."""
 

@@ -1,0 +1,136 @@
+"""Vectors of a new gallery against the float64 reference: rows that are chosen by chance, or all of them. How far they
+may be off is calculated from the roundings of the job's own precision, not chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fct import ref
+from fct.artifact.transformation import Transformation
+from fct.backfilling.job import Job
+from fct.backfilling.journal import Journal, rejected_rows, shard_marker
+from fct.backfilling.row_mapper import RowMapper
+from fct.gallery.interfaces import Shard, Source, rows_at
+from fct.gallery.vectors import VectorBlock, vector_block
+from fct.ops.numerics.rounding import SIGMAS, rounding_variance
+
+__all__ = ["VectorCheck", "check_vectors"]
+
+_SHARDS, _BLOCK_ROWS = 64, 1024
+_HALF_STEP = 2.0**-24  # of float16 near zero
+Rows = np.ndarray[Any, Any]
+
+
+@dataclass
+class VectorCheck:
+    """rows: compared. worst: largest error of a row, relative to its length. problems: each in a sentence."""
+
+    rows: int = 0
+    worst: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+class _Checker:
+    def __init__(
+        self, journal: Journal, job: Job, old: Source, side: Source | None, new: Source, h: Transformation
+    ) -> None:
+        self.journal, self.job, self.old, self.side, self.new, self.h = journal, job, old, side, new, h
+        plain = replace(job, precision="fp32", backend="ref", dtype="float32")
+        self.mapper = RowMapper(plain, old.schema, h, threads=None, device="cpu")
+        self.pieces = new.pieces()
+        self.now = {piece.name: piece for piece in old.pieces()}
+        counts = [shard_marker(journal, n).rows_out for n in range(len(job.shards))]
+        self.starts = np.cumsum([0, *counts])
+        self.found = VectorCheck()
+
+    def check(self, shard: Shard, start: int, rows: int) -> None:
+        """Rows ``[start, start + rows)`` of a shard."""
+        job, number = self.job, shard.number
+        piece = self.now[job.pieces[shard.piece].name]
+        batch = pa.concat_batches(list(self.old.read(piece, shard.start + start, rows, rows)))
+        beside = None
+        if self.side is not None:
+            beside = pa.concat_batches(list(rows_at(self.side, job.side_pieces, shard.first + start, rows)))
+        first = shard.first + start
+        _, rejects = self.mapper(batch, beside, first)
+        gone = rejected_rows(self.journal, shard)
+        if {r["row"] for r in rejects} - {r for r in gone if first <= r < first + rows}:
+            self.found.problems.append(f"shard {number} holds rows that cannot be mapped as the source is now")
+            return
+        kept = np.setdiff1d(np.arange(first, first + rows), gone)
+        if not len(kept):
+            return
+        at = int(self.starts[number]) + start - sum(row < first for row in gone)
+        stored = pa.concat_batches(list(rows_at(self.new, self.pieces, at, len(kept))))
+        column = job.vector if job.vector in stored.schema.names else "vector"
+        got = vector_block(stored.column(column), self.h.d_new, job.dtype).values.astype(np.float64)
+        old, side = self._inputs(batch, beside, kept - first)
+        self._judge(got, old, side, shard, kept)
+
+    def _inputs(self, batch: pa.RecordBatch, beside: pa.RecordBatch | None, keep: Rows) -> tuple[Rows, Rows]:
+        def picked(block: VectorBlock) -> Rows:
+            rows = np.arange(batch.num_rows) if block.rows is None else block.rows
+            values: Rows = block.values[np.isin(rows, keep)]
+            return values
+
+        blocks = self.mapper._blocks(batch, beside)
+        old = picked(blocks[0])
+        old = (old * np.float32(self.job.scale) if self.job.scale != 1.0 else old).astype(np.float64)
+        return old, old if blocks[1] is None else picked(blocks[1]).astype(np.float64)
+
+    def _judge(self, got: Rows, old: Rows, side: Rows, shard: Shard, kept: Rows) -> None:
+        job, found = self.job, self.found
+        want = ref.transform(old, side, self.h)
+        variance = rounding_variance(old, side, self.h, job.precision, job.backend)
+        if job.dtype == "float16":
+            step = np.maximum(np.abs(want) * 2.0**-10, _HALF_STEP)
+            variance = variance + step**2 / 12
+        off = np.abs(got - want) / np.maximum(np.sqrt(variance), 1e-30)
+        lengths = np.maximum(np.linalg.norm(want, axis=1), 1e-12)
+        relative = np.linalg.norm(got - want, axis=1) / lengths
+        found.rows, found.worst = found.rows + len(got), max(found.worst, float(relative.max()))
+        if not off.max() <= SIGMAS:
+            row = int(off.max(axis=1).argmax())
+            found.problems.append(
+                f"shard {shard.number}: row {kept[row]} of the source is {relative[row]:.2g} of its length off the "
+                f"reference, {off[row].max():.3g} standard deviations of what rounding to {job.precision} explains, "
+                f"expected at most {SIGMAS:g}"
+            )
+
+
+def check_vectors(
+    journal: Journal,
+    job: Job,
+    old: Source,
+    side: Source | None,
+    new: Source,
+    h: Transformation,
+    count: int,
+    seed: int,
+    deep: bool,
+) -> VectorCheck:
+    """Maps ``count`` rows again (all with ``deep``) by the float64 reference and compares."""
+    try:
+        rounding_variance(np.zeros((1, h.d_old)), np.zeros((1, h.d_side)), h, job.precision, job.backend)
+    except KeyError:
+        return VectorCheck(problems=[f"the job's precision {job.precision!r} is none that h can be checked at"])
+    checker, rng = _Checker(journal, job, old, side, new, h), np.random.default_rng(seed)
+    if deep or count >= job.rows:
+        for shard in job.shards:
+            for start in range(0, shard.rows, _BLOCK_ROWS):
+                checker.check(shard, start, min(_BLOCK_ROWS, shard.rows - start))
+                if len(checker.found.problems) >= 20:
+                    return checker.found
+        return checker.found
+    numbers = rng.choice(len(job.shards), min(_SHARDS, count, len(job.shards)), replace=False)
+    each = -(-count // len(numbers))
+    for number in sorted(numbers.tolist()):
+        shard = job.shards[number]
+        for start in range(0, min(each, shard.rows), _BLOCK_ROWS):
+            take = min(each - start, _BLOCK_ROWS, shard.rows)
+            checker.check(shard, int(rng.integers(0, shard.rows - take + 1)), take)
+    return checker.found
