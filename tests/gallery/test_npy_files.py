@@ -36,6 +36,10 @@ def test_a_fortran_ordered_gallery_of_float64_is_mapped(tmp_path: Path, rng: np.
     values[7, 3] = 1e300
     np.save(tmp_path / "a.npy", values)
     h = fct.Transformation.random(16, 16, 8, inner=32, side_info=False)
+    notes = fct.plan_backfill(
+        tmp_path / "a.npy", tmp_path / "new", h, old_model="random-old", measure_seconds=0.01
+    ).notes
+    assert notes == ("source: float64 rows are rounded to float32",)
     report = fct.backfill(
         tmp_path / "a.npy", tmp_path / "new", h, old_model="random-old", progress=False, precision="fp32"
     )

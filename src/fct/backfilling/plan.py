@@ -19,6 +19,7 @@ from fct.errors import FctError
 from fct.gallery.databases import DatabaseDestination
 from fct.gallery.interfaces import Destination
 from fct.gallery.urls import redacted
+from fct.gallery.vectors import holds_float64
 from fct.ops.processors import threads_of
 from fct.options.declare import takes
 from fct.options.groups import PlanOptions, Prediction
@@ -43,6 +44,7 @@ class BackfillPlan:
     seconds: predicted for ``workers`` machines like this one. cost_per_billion_rows: at ``price_per_hour`` for each.
     nonfinite_share: rows of the sample that would go to rejects/.
     refusals: every reason why the backfill would be refused; empty when it would run.
+    notes: what is read otherwise than it is stored, and which version of a table.
     quality: expected retrieval quality on the pairs, None without. scores: how old and new scores compare.
     """
 
@@ -75,6 +77,7 @@ class BackfillPlan:
     upload_mb_per_s: float | None = None
     upload_rows_per_second: float | None = None
     upload_left_out: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @takes(PlanOptions)
@@ -160,7 +163,17 @@ def plan_backfill(
         upload_mb_per_s=predicted.upload_mb_per_s,
         upload_rows_per_second=1 / pace.upload if pace.upload else None,
         upload_left_out=predicted.upload_mb_per_s is None and remote,
+        notes=_notes(found),
     )
+
+
+def _notes(found: Resolved) -> tuple[str, ...]:
+    """What is read otherwise than it is stored, of the gallery and of its side-information."""
+    sides = [(found.source, found.job.vector), *([(found.side, found.job.side_vector)] if found.side else [])]
+    rounded = "source: float64 rows are rounded to float32"
+    wide = any(holds_float64(source.schema.field(name).type) for source, name in sides if name in source.schema.names)
+    notes = [note for source, _ in sides for note in source.notes]
+    return tuple(dict.fromkeys([*([rounded] if wide else []), *notes]))
 
 
 def _standing_in_the_way(found: Resolved, bytes_out: int, free: int | None) -> list[str]:

@@ -58,6 +58,8 @@ def _show_plan(found: BackfillPlan, threshold: float | None) -> None:
         )
     if found.scores is not None:
         _show_scores(found.scores, threshold)
+    for note in found.notes:
+        console.print(note, soft_wrap=True)
     for why in found.refusals:
         console.say("refused:", why, "bold red")
 

@@ -217,7 +217,7 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
 def without_views(column: pa.Array) -> pa.Array:
     """A list_view or large_list_view as list or large_list; anything else as it is.
 
-    Not by Array.cast: pyarrow 26.0.1 empties the rows of a large_list_view (findings/pyarrow_large_list_view.sh).
+    Not by Array.cast: pyarrow 26.0.1 empties the last row (findings/pyarrow_list_view_cast.sh).
     """
     long = pa.types.is_large_list_view(column.type)
     if not long and not pa.types.is_list_view(column.type):

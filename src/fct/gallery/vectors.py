@@ -16,6 +16,7 @@ __all__ = [
     "VECTOR_FORMATS",
     "VectorBlock",
     "column_type",
+    "holds_float64",
     "is_packed_int4",
     "rebatch",
     "vector_array",
@@ -87,6 +88,11 @@ def is_packed_int4(kind: pa.DataType, d: int, binary_dtype: str = "float32") -> 
     """Whether a column of this type can only hold d 4-bit codes a row."""
     width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else 0
     return bool(width == (d + 1) // 2 and width != d * np.dtype(binary_dtype).itemsize)
+
+
+def holds_float64(kind: pa.DataType) -> bool:
+    """Whether a column's vectors are rounded to float32 as they are read."""
+    return bool(getattr(plain_type(kind), "value_type", None) == pa.float64())
 
 
 def vector_dim(column: pa.Array, binary_dtype: str = "float32") -> int | None:
