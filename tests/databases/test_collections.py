@@ -145,6 +145,10 @@ def close() -> None:
         if hasattr(client, "close"):
             client.close()
     clients.clear()
+    if "milvus_lite" in sys.modules:  # closing a client leaves the server in this process, and its lock, as they are
+        from milvus_lite.server_manager import server_manager_instance
+
+        server_manager_instance.release_all()
 
 
 def right(store: Any, h: fct.Transformation, old: Any, ids: list[int]) -> None:

@@ -1,0 +1,99 @@
+"""``h.arrow_mapper`` in Spark and in Ray Data against ``fct backfill``: the same Parquet files and processors.
+
+FCT_BENCH_ENGINE_ROWS sets the rows (default 1,000,000) of 128 floats; inner 2048. Wanted: 0.8 of ``fct backfill``. Each
+engine is started and warmed by a small job first; each job writes Parquet.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fct
+
+N = int(os.environ.get("FCT_BENCH_ENGINE_ROWS", "1000000"))
+D, FILES = 128, 8
+PRECISION = "bf16"
+
+SPARK = """
+import sys, time, fct
+from pyspark.sql import SparkSession
+from pyspark.sql.types import ArrayType, FloatType, StructField, StructType
+spark = (SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").config("spark.driver.memory", "4g")
+         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "8192").getOrCreate())
+mapper = fct.Transformation.load(sys.argv[1]).arrow_mapper(vector="embedding", out="new", precision=sys.argv[4])
+def run(source, out):
+    items = spark.read.parquet(source)
+    schema = StructType([*items.schema, StructField("new", ArrayType(FloatType()))])
+    items.mapInArrow(mapper, schema).select("id", "new").write.parquet(out)
+run(sys.argv[2] + "/part-0.parquet", sys.argv[3] + "/warm")
+begun = time.perf_counter()
+run(sys.argv[2], sys.argv[3] + "/new")
+print("seconds", time.perf_counter() - begun)
+"""
+RAY = """
+import sys, time, fct, ray
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+mapper = fct.Transformation.load(sys.argv[1]).arrow_mapper(vector="embedding", out="new", precision=sys.argv[4])
+def run(source, out):
+    items = ray.data.read_parquet(source).map_batches(mapper, batch_format="pyarrow", batch_size=8192)
+    items.select_columns(["id", "new"]).write_parquet(out)
+run(sys.argv[2] + "/part-0.parquet", sys.argv[3] + "/warm")
+begun = time.perf_counter()
+run(sys.argv[2], sys.argv[3] + "/new")
+print("seconds", time.perf_counter() - begun)
+"""
+OURS = """
+import sys, time, fct
+how = dict(old_model="random-old", format="parquet", progress=False, precision=sys.argv[4])
+fct.backfill(sys.argv[2] + "/part-0.parquet", sys.argv[3] + "/warm", sys.argv[1], **how)
+begun = time.perf_counter()
+fct.backfill(sys.argv[2], sys.argv[3] + "/new", sys.argv[1], **how)
+print("seconds", time.perf_counter() - begun)
+"""
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "items").mkdir()
+    rng, rows = np.random.default_rng(0), N // FILES
+    for part in range(FILES):
+        values = pa.array(rng.standard_normal(rows * D, dtype=np.float32))
+        vectors = pa.ListArray.from_arrays(pa.array(np.arange(0, rows * D + 1, D, dtype=np.int32)), values)
+        table = pa.table({"id": np.arange(part * rows, (part + 1) * rows), "embedding": vectors})
+        pq.write_table(table, folder / "items" / f"part-{part}.parquet", compression="none", use_dictionary=False)
+    h = fct.Transformation.random(D, D, D, inner=2048, side_info=False)
+    return folder / "items", h.save(folder / "h.safetensors")
+
+
+def seconds(script: str, items: tuple[Path, Path], out: Path) -> float:
+    words = [str(items[1]), str(items[0]), str(out), PRECISION]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return float(done.stdout.split("seconds")[1])
+
+
+@pytest.mark.parametrize("engine", ["spark", "ray"])
+def test_engine(engine: str, items: tuple[Path, Path], tmp_path: Path, record: Callable[..., None]) -> None:
+    if engine == "spark" and shutil.which("java") is None:
+        pytest.skip("Spark needs Java, and there is none")
+    times: dict[str, list[float]] = {"fct": [], engine: []}
+    for turn in range(3):
+        times["fct"].append(seconds(OURS, items, tmp_path / f"fct{turn}"))
+        times[engine].append(seconds({"spark": SPARK, "ray": RAY}[engine], items, tmp_path / f"{engine}{turn}"))
+    ours, theirs = (float(np.median(times[name])) for name in ("fct", engine))
+    record(
+        "engines", what=f"{engine}, {N:,} x {D}, inner 2048, {PRECISION}", rows_per_s=N / theirs,
+        backfill_rows_per_s=N / ours, share_of_backfill=ours / theirs, wanted=0.8,
+    )  # fmt: skip
+    print(f"{engine}: {N / theirs:,.0f} rows/s, fct backfill {N / ours:,.0f}: {ours / theirs:.2f} (wanted: 0.80)")
