@@ -112,6 +112,5 @@ def test_pgvector_to_pgvector(server: tuple[Any, Path], tmp_path: Path, record: 
         copy_rows_per_s=N / float(np.median(theirs)), share_of_copy=share, wanted=0.7,
         h_rows_per_s=len(sample) / alone,
     )  # fmt: skip
-    print(
-        f"{N / np.median(ours):,.0f} rows/s, the copy {N / np.median(theirs):,.0f}: {share:.2f} (wanted: 0.70); h {len(sample) / alone:,.0f}"
-    )
+    ours_rate, copy_rate, h_rate = N / np.median(ours), N / np.median(theirs), len(sample) / alone
+    print(f"{ours_rate:,.0f} rows/s, the copy {copy_rate:,.0f}: {share:.2f} (wanted: 0.70); h alone {h_rate:,.0f}")

@@ -79,11 +79,12 @@ class Server:
         try:
             return do(self.get())
         except psycopg.Error as error:
+            broken = self._connection is not None and self._connection.broken
             self.drop()
             state = error.sqlstate or ""
             said = self.address.hidden(str(error))
             passing = not state or state[:2] in ("08", "40", "53", "55", "57", "58") or state == "XX000"
-            if passing and isinstance(error, psycopg.OperationalError | psycopg.InternalError):
+            if broken or (passing and isinstance(error, psycopg.OperationalError | psycopg.InternalError)):
                 raise ConnectionError(said) from None
             raise DatabaseError(f"{self.address.shown}: PostgreSQL refuses: {said}") from None
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -118,13 +119,28 @@ class PostgresSource(DatabaseSource):
         return connection
 
     def _copy(self, connection: Connection[Any], query: Composed) -> bytes:
-        from psycopg import sql
+        from psycopg import pq, sql
+        from psycopg.errors import error_from_result
 
-        with (
-            connection.cursor() as cursor,
-            cursor.copy(sql.SQL("COPY ({}) TO STDOUT (FORMAT BINARY)").format(query)) as copy,
-        ):
-            return b"".join(copy)
+        # Straight from libpq: psycopg's own loop waits and wakes for each row, which costs more than the row.
+        link = connection.pgconn
+        result = link.exec_(sql.SQL("COPY ({}) TO STDOUT (FORMAT BINARY)").format(query).as_bytes(connection))
+        if result.status != pq.ExecStatus.COPY_OUT:
+            raise error_from_result(result)
+        parts: list[bytes | memoryview] = []
+        while True:
+            size, data = link.get_copy_data(1)
+            if size < 0:
+                break
+            if size:
+                parts.append(data)
+            else:
+                select.select([link.socket], [], [])
+                link.consume_input()
+        while (end := link.get_result()) is not None:
+            if end.status != pq.ExecStatus.COMMAND_OK:
+                raise error_from_result(end)
+        return b"".join(parts)
 
     def scan(self) -> Iterator[pa.Array]:
         from psycopg import sql
