@@ -11,7 +11,7 @@ import pytest
 
 import fct
 from fct import ref
-from fct.artifact.transformation import PrecisionEffect, Tolerance
+from fct.artifact.transformation import Layer, PrecisionEffect, Tolerance
 from fct.errors import BackendError
 from fct.fit import precision_choice as module
 from fct.fit.precision_choice import calibrate, measure_precisions
@@ -186,3 +186,17 @@ def test_a_wider_tolerance_allows_more(h: fct.Transformation) -> None:
 def test_bad_input(h: fct.Transformation, inputs: tuple[Any, Any], call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(h, *inputs)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 300.0])
+def test_a_skip_reads_side_information_in_quite_other_units(
+    inputs: tuple[Any, Any], factor: float, rng: np.random.Generator
+) -> None:
+    old, side = inputs[0], inputs[1] * np.float32(factor)
+    h = fct.Transformation.random(12, 6, 10, inner=48)
+    scaled = Layer(h.side[0].weight / factor, h.side[0].bias, True)
+    weight = np.concatenate([rng.standard_normal((10, 12)), rng.standard_normal((10, 6)) / factor], axis=1)
+    h = h.with_(side=(scaled, *h.side[1:]), skip=Layer(weight, np.zeros(10), relu=False))
+    want = ref.transform(old, side, h)
+    got = fct.transform_batch(old, side, calibrate(h, old, side), precision="int8")
+    assert np.sqrt(np.mean((got - want) ** 2) / want.var()) < 0.05

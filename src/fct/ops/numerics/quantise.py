@@ -122,7 +122,8 @@ def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
         if of_layer == "int8":
             plan = int8_plan(layer, h.calibration[name])
         elif of_layer == "int16":
-            plan = int16_plan(layer, _ranges_of_rows(h, name))
+            parts = (h.d_old, h.d_side) if name == SKIP and h.uses_side_info else None
+            plan = int16_plan(layer, _ranges_of_rows(h, name), parts)
         else:
             plan = LayerPlan(layer.weight, layer.bias, layer.relu, of_layer)
         plans[name.partition(".")[0]].append(plan)
@@ -139,14 +140,19 @@ def _ranges_of_rows(h: Transformation, name: str) -> Any:
     return old if name == "old.0" else h.calibration[name]
 
 
-def int16_plan(layer: Layer, ranges: Any) -> LayerPlan:
+def int16_plan(layer: Layer, ranges: Any, parts: tuple[int, ...] | None = None) -> LayerPlan:
     """A layer on rows in int16: q_x = round(x * mul + add) in [-4095, 4095], the calibrated range in its middle half.
+
+    parts: widths of the arrays that the layer reads side by side; None: one. Each is quantised by its own ranges alone,
+    as the branch does that reads it too, however much wider the other's are.
 
     Weights have what bits int32 sums leave them: sum_k |q_w[n, k]| * 4095 < 2^31 for every output n.
     """
     low, high = np.asarray(ranges, np.float64)
     half = np.maximum((high - low) / 2, 1e-30)
-    half = np.maximum(half, half.max() * 1e-2)  # a dimension that calibration saw nearly constant may wake
+    ends = np.cumsum(parts or (len(half),))[:-1]
+    # A dimension that calibration saw nearly constant may wake.
+    half = np.concatenate([np.maximum(part, part.max() * 1e-2) for part in np.split(half, ends)])
     mul = (MOST_INT16 // 2 / half).astype(np.float32)
     add = (-(low + high) / 2 * mul).astype(np.float32)
     moved = layer.weight.astype(np.float64) / mul
