@@ -24,7 +24,7 @@ FLOORS = [
     {"ops"},
     {"rows", "artifact"},
     {"codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C", "options"},
-    {"errors", "extras", "ref", "checks", "packed_int4", "types"},
+    {"errors", "moved_modules", "extras", "ref", "checks", "packed_int4", "types"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -23,6 +23,7 @@ from fct.errors import (
     SpaceMismatchError,
     StoreError,
 )
+from fct.moved_modules import install as _install
 
 if TYPE_CHECKING:
     from fct.arrow_mapper import ArrowMapper
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from fct.search import PreparedGallery, TopK, prepare_gallery, topk
     from fct.spaces import EmbeddingSpace
     from fct.transform import transform_batch
+
+_install()
 
 __version__ = "0.1.0"
 

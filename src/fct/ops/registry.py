@@ -11,6 +11,7 @@ from fct.errors import BackendError
 from fct.ops.backend import PRECISIONS, TransformBackend, check_precision
 from fct.ops.device import state as devices
 from fct.ops.device.amx import torch_is_faster
+from fct.ops.processors import default_threads as default_threads
 from fct.ops.proof import fastest_first, prove
 
 __all__ = ["forced_backend", "pick_transform", "transform_backends"]
