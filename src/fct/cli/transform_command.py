@@ -19,7 +19,9 @@ __all__ = ["transform"]
 @flags(TransformFileOptions)
 def transform(
     old: Annotated[str, typer.Argument(help="Old vectors: a file of any format that backfill reads, or its URL.")],
-    out: Annotated[str, typer.Argument(help="New vectors, .npy, .fbin, .parquet or .arrow, on this machine.")],
+    out: Annotated[
+        str, typer.Argument(help="New vectors, .npy, .fbin, .parquet, .arrow or .feather, on this machine.")
+    ],
     transformation: TransformationFile,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     **options: Unpack[TransformFileKeywords],
