@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,17 +113,18 @@ def _write(table: pa.Table, out: Path | None) -> None:
         with atomic_path(out) as part:
             pq.write_table(table, part)
         return
-    lines = list(_lines(table))
+    rows = list(_rows(table))
+    lines = [json.dumps(row, allow_nan=False) for row in rows]
     if out is None:
-        for line in lines:
-            typer.echo(line)
+        for row in rows:
+            typer.echo(json.dumps(row, allow_nan=False))
     elif out.suffix == ".jsonl":
         write_text(out, "".join(f"{line}\n" for line in lines))
     else:
         write_text(out, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
-def _lines(table: pa.Table) -> Any:
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     from collections import Counter
 
     from fct.gallery.json_values import json_values
@@ -130,4 +132,4 @@ def _lines(table: pa.Table) -> Any:
     hollow: Counter[str] = Counter()
     columns = [json_values(table[name].combine_chunks(), name, 0, hollow) for name in table.schema.names]
     for row in zip(*columns, strict=True):
-        yield json.dumps(dict(zip(table.schema.names, row, strict=True)), allow_nan=False)
+        yield dict(zip(table.schema.names, row, strict=True))
