@@ -67,6 +67,8 @@ double cost(const float* q, const float* g, int64_t d, Metric metric) {
     return qq > 0 && gg > 0 ? -dot / std::sqrt(qq * gg) : 0;
 }
 
+size_t tiles_of(int64_t n) { return static_cast<size_t>((n + kTile - 1) / kTile); }
+
 struct Packed {
     Packed(const RowSource& gallery, Metric metric, const float* shift, int threads, Isa isa, int64_t split)
         : tiles(static_cast<size_t>((gallery.n + kTile - 1) / kTile * tile_bytes(gallery.d))),
@@ -94,13 +96,27 @@ void search(int64_t n, int64_t d, int64_t nq, int64_t k, Metric metric, DType dt
     check(std::memcmp(packed.tiles.data, parts.tiles.data, tiles * static_cast<size_t>(Packed::tile_bytes(d))) == 0 &&
               std::memcmp(packed.meta.data, parts.meta.data, tiles * kMeta * 4) == 0,
           "a shadow packed in parts is another", where, n, d);
+    // With levels: a rotation that turns the first coordinates round, so that it is orthogonal to the bit.
+    const int64_t head = d >= 12 ? 8 : 0, size = record_bytes({head, nullptr, nullptr, 0, nullptr}, d);
+    const Guarded<float> down(static_cast<size_t>(d * head)), up(static_cast<size_t>(d * head));
+    for (int64_t j = 0; j < head; ++j) down.data[j * head + j] = 2, up.data[j * d + j] = 1;
+    Levels levels{head, down.data, up.data, 1e-5, nullptr};
+    const Guarded<uint8_t> heads(tiles_of(n) * static_cast<size_t>(head * kTile)), tails(static_cast<size_t>(n * size));
+    const Guarded<float> head_meta(tiles_of(n) * kHeadMeta);
+    if (head > 0)
+        shadow_pack_levels(g.source, metric, 0, n, shift.data(), levels, heads.data, head_meta.data, tails.data, 2,
+                           isa);
+    levels.tails = tails.data;
     std::vector<float> first_distances;
     std::vector<int64_t> first_indices;
-    for (const bool shadow : {true, false})
+    for (const int shadow : {2, 1, 0})
         for (const int threads : {1, 3}) {
+            if (shadow == 2 && head == 0) continue;
             const Guarded<float> distances(static_cast<size_t>(nq * k));
             const Guarded<int64_t> indices(static_cast<size_t>(nq * k));
-            const Shadow scanned{shadow ? packed.tiles.data : nullptr, packed.meta.data, shift.data()};
+            const Shadow scanned =
+                shadow == 2 ? Shadow{heads.data, head_meta.data, shift.data(), levels}
+                            : Shadow{shadow ? packed.tiles.data : nullptr, packed.meta.data, shift.data(), {}};
             SearchCounts counts;
             topk(q.source, g.source, scanned, metric, k, -1, distances.data, indices.data, threads, isa, {}, &counts);
             if (first_distances.empty()) {
@@ -256,6 +272,7 @@ int main() {
             search(700, 33, 13, 20, metric, DType::f32, isa, true);
             search(1500, 64, 7, 5, metric, DType::i8, isa, false);
             search(129, 130, 1, 40, metric, DType::f32, isa, false);
+            search(3000, 40, 30, 6, metric, DType::f32, isa, false);         // enough for a look ahead
             for (const DType dtype : {DType::f32, DType::f16, DType::bf16})  // off their values' boundary
                 search(200, 19, 8, 9, metric, dtype, isa, false, 1);
             rank(150, 5, 2, metric, isa);
