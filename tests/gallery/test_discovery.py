@@ -82,6 +82,7 @@ def test_partitions_come_out_again(key: str, tmp_path: Path) -> None:
     write(tmp_path / "g/_temporary/0/part-0.parquet", 400)
     h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
     fct.backfill(tmp_path / "g", tmp_path / "new", h, old_model="random-old", progress=False)
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "g").ok
     got = rows(tmp_path / "new")
     assert list(zip(got["id"].to_pylist(), got[key].to_pylist(), strict=True)) == [(i, i // 20) for i in range(40)]
     assert "columns from folder names: " + key in open_source(tmp_path / "g").notes[0]

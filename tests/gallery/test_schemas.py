@@ -98,6 +98,7 @@ def test_vectors_in_two_spellings(a: str, b: str, tmp_path: Path) -> None:
     h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
     report = fct.backfill(tmp_path / "g", tmp_path / "new", h, old_model="random-old", progress=False, precision="fp32")
     assert (report.rows_out, report.rejects) == (6, 0)
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "g").ok
     got = pa.concat_tables(pa.ipc.open_file(f).read_all() for f in sorted((tmp_path / "new").glob("*.arrow")))
     want = fct.transform_batch(np.array(VALUES * 2, np.float32), None, h, precision="fp32")
     np.testing.assert_array_equal(np.array(got["embedding"].to_pylist(), np.float32), want)
@@ -111,6 +112,9 @@ def test_order_nullability_and_a_missing_column(tmp_path: Path) -> None:
     (tmp_path / "g").mkdir()
     pq.write_table(first, tmp_path / "g/a.parquet")
     pq.write_table(second, tmp_path / "g/b.parquet")
+    h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
+    fct.backfill(tmp_path / "g", tmp_path / "new", h, old_model="random-old", progress=False)
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "g").ok
     got = rows(tmp_path / "g")
     assert got.column_names == ["id", "embedding", "tag", "more"]
     assert got["tag"].to_pylist() == [*TEXT, None, None, None]

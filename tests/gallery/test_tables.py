@@ -72,6 +72,10 @@ def test_delta_partitions_and_evolution(tmp_path: Path) -> None:
     assert got["lang"].to_pylist() == ["a b", "x/y", "%", None, "ä", "de", "de"]
     assert got["more"].to_pylist() == [None] * 6 + [5]
     h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
+    deltalake.DeltaTable(where).delete(
+        "id = 0"
+    )  # its file stays in the folder; the version that is read has no such row
+    got = got.slice(1)
     fct.backfill(where, tmp_path / "new", h, old_model="random-old", progress=False)
     assert rows(tmp_path / "new").sort_by("id")["lang"].to_pylist() == got["lang"].to_pylist()
     assert fct.verify_gallery(tmp_path / "new", source=where).ok

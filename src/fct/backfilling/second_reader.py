@@ -15,6 +15,7 @@ from fct.errors import FctError
 from fct.gallery.file_gallery import FileSource
 from fct.gallery.interfaces import Source
 from fct.gallery.location import Location
+from fct.gallery.schemas import conform
 
 __all__ = ["SecondReader", "columns_of_file", "second_reader"]
 
@@ -46,13 +47,17 @@ class SecondReader:
         return {name: _count(self._source.kind, file) for name, file in self.files.items()}
 
     def columns(self, names: Sequence[str], wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """These columns of these files, in order; a column that a file lacks is null."""
+        """These columns of these files, in order and under one schema; a column that a file lacks is null."""
+        schema = pa.schema([self._source.schema.field(name) for name in wanted])
         for name in names:
-            yield from columns_of_file(self._source.kind, self.files[name], wanted, name)
+            for batch in columns_of_file(self._source.kind, self.files[name], wanted, name):
+                yield conform(batch, schema)
 
 
 def second_reader(source: Source) -> SecondReader | LanceReader | None:
     """Another way to read the gallery, or None where there is no other."""
+    if isinstance(source, FileSource) and source.of_log:
+        return None  # the folder holds rows that are the table's no longer
     if isinstance(source, FileSource) and (source.kind in _DATASETS or source.kind in ("npy", "bin")):
         return SecondReader(source)
     return LanceReader(source) if source.kind == "lance" else None

@@ -33,6 +33,8 @@ class DeltaSource(ParquetSource):
     version: by default the newest when this is made; :attr:`url` names it.
     """
 
+    of_log = True
+
     def __init__(self, where: Location, version: int | None, storage_options: Mapping[str, Any] | None) -> None:
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError

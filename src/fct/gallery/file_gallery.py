@@ -31,6 +31,9 @@ class FileSource(Source):
     """
 
     suffixes: ClassVar[tuple[str, ...]]
+    of_log: ClassVar[bool] = (
+        False  # whether a log or a state says which rows these are, and not the files that lie there
+    )
 
     def __init__(self, where: Location, files: Sequence[Location]) -> None:
         self.where = where

@@ -68,6 +68,8 @@ def _names(state: dict[str, Any], key: str, root: Location) -> list[str]:
 class SavedDatasetSource(ArrowSource):
     """The files that state.json names, in its order."""
 
+    of_log = True
+
     def find(self) -> list[Location]:
         return [self.where / file for file in _names(read_state(self.where / "state.json"), "_data_files", self.where)]
 
