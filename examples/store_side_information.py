@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import fct
 from fct.fit.images import embed
+from fct.fit.model_file import save_model
 
 
 def load_images(count: int, seed: int = 0) -> np.ndarray:
@@ -43,7 +43,10 @@ def main() -> None:
     # 1. A model of the images that knows nothing of today's task: no labels go in.
     images = load_images(options.images)
     side_model = fct.train_side_info(images, method="simclr", dim=32, epochs=options.epochs, backbone="small_cnn")
-    torch.save(side_model.state_dict(), options.out / "side-model.pt")  # frozen from here on: one model, one h
+    # Frozen from here on: one model, one h. fct.fit.model_file.load_model reads it back.
+    save_model(
+        side_model, options.out / "side-model.safetensors", backbone="small_cnn", image_shape=(1, *images.shape[1:])
+    )
 
     # 2. Beside each embedding, the side-information; float16 halves the bytes.
     np.save(options.out / "id.npy", np.arange(len(images)))

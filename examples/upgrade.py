@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from store_side_information import embed_old, load_images
 
 import fct
-from fct.fit.backbones import embedding_model
 from fct.fit.images import embed
+from fct.fit.model_file import load_model
 from fct.fit.recipes import FitConfig
 from fct.metrics import recall_at_k
 
@@ -34,8 +33,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3000)
     options = parser.parse_args()
 
-    side_model = embedding_model("small_cnn", dim=32, image_shape=(1, 24, 24))
-    side_model.load_state_dict(torch.load(options.gallery / "side-model.pt", weights_only=True))
+    side_model = load_model(options.gallery / "side-model.safetensors")
 
     # 1. Pairs: items that you still have, run once through all three models. They need not be in the gallery.
     items = load_images(options.pairs + 500, seed=1)

@@ -60,6 +60,78 @@ def python_files() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
 
 
+def module_of(path: Path) -> str:
+    return ".".join(("fct", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def file_graph(files: list[Path]) -> dict[str, set[str]]:
+    """Which file imports which, inside functions too; the package's own file, whose names load lazily, left out."""
+    modules = {module_of(path) for path in files} - {"fct"}
+    graph: dict[str, set[str]] = {}
+    for path in files:
+        name = module_of(path)
+        found = {m if m in modules else m.rpartition(".")[0] for m, _ in imports(path)}
+        graph[name] = (found & modules) - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of files that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = list(graph[start])
+        while left:
+            name = left.pop()
+            if name not in seen:
+                seen.add(name)
+                left += graph[name]
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    groups = {tuple(sorted(m for m in reach[n] if n in reach[m])) for n in graph if n in reach[n]}
+    return sorted(list(group) for group in groups)
+
+
+# Nothing is ever added here.
+KNOWN_CIRCLES = [["fct.ops.device.amx", "fct.ops.proof", "fct.ops.registry"]]
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    new = [circle for circle in circles(file_graph(python_files())) if circle not in KNOWN_CIRCLES]
+    assert not new, "\n".join(" -> ".join(circle) for circle in new)
+
+
+def test_the_search_for_circles_finds_one() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"e"}}
+    assert circles(graph) == [["b", "c"], ["e", "f"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    real = file_graph(python_files())
+    assert "fct.cli.console" in real["fct.cli.plan_command"]
+    assert "fct.backfilling.plan" in real["fct.cli.plan_command"], "imports inside functions count"
+
+
+def test_a_basename_stands_once() -> None:
+    """Whoever reads a name in a message or a review knows which file it is."""
+    seen: dict[str, Path] = {}
+    for path in [*python_files(), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
+        if path.stem.startswith("__") or (
+            "kernels" in path.relative_to(ROOT).parts[:-1] and path.is_relative_to(SOURCE)
+        ):
+            continue
+        assert path.name not in seen, f"{path.relative_to(ROOT)} and {seen[path.name].relative_to(ROOT)}"
+        seen[path.name] = path
+
+
+def test_no_file_has_a_librarys_name() -> None:
+    from fct.extras import EXTRAS
+
+    base = {"numpy", "safetensors", "pyarrow", "fsspec", "typer", "rich", "click", "sklearn", "openvino", "usearch"}
+    libraries = base | set(EXTRAS)
+    wrong = [str(p.relative_to(ROOT)) for p in python_files() if p.stem in libraries or p.parent.name in libraries]
+    assert not wrong, wrong
+
+
 def test_every_room_has_a_floor() -> None:
     rooms = {room_of(p) for p in python_files()} - {"__init__"}
     assert rooms <= set(FLOOR), f"new rooms: {sorted(rooms - set(FLOOR))}"
@@ -158,6 +230,14 @@ def test_nothing_is_unpickled_without_a_guard() -> None:
                 assert keywords.get("allow_pickle") == "False", f"{where}: np.load without allow_pickle=False"
             if name == "yaml.load":
                 raise AssertionError(f"{where}: yaml.load; use yaml.safe_load")
+
+
+def test_no_example_pickles() -> None:
+    """What examples and documents save, others copy: safetensors, .npy and JSON."""
+    shown = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    assert len(shown) > 5
+    for path in shown:
+        assert not re.search(r"torch\.save\(|pickle\.dump|joblib\.dump", path.read_text()), path
 
 
 def test_no_assert_guards_the_users_input() -> None:

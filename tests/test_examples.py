@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fct
+from fct.fit.model_file import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -24,6 +25,8 @@ def run(*words: str, cwd: Path) -> str:
 def test_store_today_and_upgrade_later(tmp_path: Path) -> None:
     out = run(str(EXAMPLES / "store_side_information.py"), "--out", "gallery", "--images", "600", cwd=tmp_path)
     assert "64 bytes a row" in out
+    model = load_model(tmp_path / "gallery/side-model.safetensors")  # what tomorrow's images are embedded with
+    assert model.dim == 32
     out = run(str(EXAMPLES / "upgrade.py"), "--gallery", "gallery", "--pairs", "1500", cwd=tmp_path)
     assert "600 rows mapped" in out
     gallery = tmp_path / "gallery"

@@ -18,8 +18,9 @@ from fct.gallery.named_pairs import load_pairs
 from fct.gallery.vectors import vector_block
 from fct.metrics import evaluate, gap_closed, recall_at_k
 from fct.options.groups import Gate, JobOptions
+from fct.rows import rows_of
 from fct.search import topk
-from fct.transform import transform_batch
+from fct.transform import transform_finite
 
 __all__ = ["Quality", "ScoreShift", "Writing", "check_quality", "held_out_pairs", "map_threshold", "score_shift"]
 
@@ -124,11 +125,14 @@ class Writing:
 
     def map(self, old: Array, side: Array | None, h: Transformation) -> Array:
         """(n, d_new) float32: the values that the new gallery would hold."""
+        for rows, name in ((old, "pairs: old"), (side, "pairs: side")):
+            if rows is not None:
+                rows_of(rows, name)
         out = np.empty((len(old), h.d_new), self.dtype)
         with np.errstate(over="ignore"):
-            transform_batch(
+            transform_finite(
                 old, side, h, out=out, precision=self.precision, device=self.device, backend=self.backend,
-                threads=self.threads, progress=False,
+                threads=self.threads,
             )  # fmt: skip
         return out.astype(np.float32)
 

@@ -1,0 +1,71 @@
+"""The quality gate measures what the job will write: its precision, its dtype, its backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fct
+from fct.backfilling import quality
+
+D = 16
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "old").mkdir()
+    np.save(tmp_path / "old/a.npy", np.random.default_rng(0).standard_normal((64, D), dtype=np.float32))
+    return tmp_path / "old"
+
+
+def pairs_close_together(h: fct.Transformation) -> dict[str, Any]:
+    """Rows that differ by less than bf16 can tell apart: at fp32 h is perfect on them, at bf16 it is not."""
+    rng = np.random.default_rng(1)
+    old = rng.standard_normal(D).astype(np.float32) + 1e-3 * rng.standard_normal((200, D)).astype(np.float32)
+    return {"old": old, "new": fct.transform_batch(old, None, h, precision="fp32")}
+
+
+def test_the_gate_is_the_jobs_own_precision(source: Path, tmp_path: Path) -> None:
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    options: dict[str, Any] = {"old_model": "random-old", "pairs": pairs_close_together(h), "min_recall": 0.99}
+    exact = fct.plan_backfill(source, tmp_path / "new", h, precision="fp32", measure_seconds=0.001, **options)
+    assert exact.quality is not None
+    assert (exact.quality.recall_at_10, exact.refusals) == (1.0, ())
+    coarse = fct.plan_backfill(source, tmp_path / "new", h, precision="bf16", measure_seconds=0.001, **options)
+    assert coarse.quality is not None
+    assert coarse.quality.recall_at_10 < 0.9
+    assert "quality gate: recall@10 is" in coarse.gate_refusals[0]
+    with pytest.raises(fct.QualityGateError, match=r"recall@10 is 0\.\d+ on 200 pairs, below 0\.99"):
+        fct.backfill(source, tmp_path / "new", h, precision="bf16", progress=False, **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_gate_is_the_jobs_own_dtype(source: Path, tmp_path: Path) -> None:
+    """Values past float16's range would all go to rejects/."""
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    old = np.random.default_rng(2).standard_normal((30, D)).astype(np.float32) * 1e6
+    options: dict[str, Any] = {"old_model": "random-old", "precision": "fp32", "measure_seconds": 0.001}
+    options["pairs"] = {"old": old, "new": fct.transform_batch(old, None, h, precision="fp32")}
+    assert fct.plan_backfill(source, tmp_path / "new", h, **options).gate_refusals == ()
+    plan = fct.plan_backfill(source, tmp_path / "new", h, dtype="float16", **options)
+    assert "quality gate: h's output is not finite in float16 for 30 of 30 pairs" in plan.gate_refusals
+
+
+def test_the_gate_runs_on_the_jobs_backend(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    seen: list[tuple[Any, ...]] = []
+    real = quality.transform_finite
+
+    def watched(*rows: Any, **how: Any) -> Any:
+        seen.append((how["precision"], how["backend"], how["device"], how["threads"]))
+        return real(*rows, **how)
+
+    monkeypatch.setattr(quality, "transform_finite", watched)
+    fct.plan_backfill(
+        source, tmp_path / "new", h, old_model="random-old", pairs=pairs_close_together(h), precision="fp32",
+        backend="ref", threads=1, measure_seconds=0.001,
+    )  # fmt: skip
+    assert seen == [("fp32", "ref", "cpu", 1)]
