@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from pathlib import Path
@@ -15,32 +16,111 @@ from fct.errors import ArtifactError
 
 __all__ = ["load_cifar100"]
 
-# What a pickled numpy array names; everything else is refused. Python 2's and numpy 2's spellings.
-_ADMITTED = {
-    (f"numpy.{core}.{module}", name)
-    for core in ("core", "_core")
-    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-} | {("numpy", "ndarray"), ("numpy", "dtype")}
+_DTYPES = {name: np.dtype(f"<{name}") for name in ("u1", "i4", "i8", "f4", "f8")}
+_MOST_BYTES = 1 << 30  # of the file, and of what an array in it may say of itself
+# Names that stand for an array in the published pickles, in Python 2's and numpy 2's spellings.
+_CORE = ("numpy.core", "numpy._core")
 
 
-def _latin1(text: str, encoding: str) -> bytes:
+class _PlainDtype:
+    """A number's type as a pickle spells it: one of a few, and its byte order."""
+
+    def __init__(self, name: Any, align: Any = False, copy: Any = False) -> None:
+        name = name.decode("latin1") if isinstance(name, bytes) else name
+        if not isinstance(name, str) or name not in _DTYPES:
+            raise ArtifactError(f"pickle: expected numbers of {', '.join(_DTYPES)}, got {name!r}")
+        self.dtype = _DTYPES[name]
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) >= 2 else None
+        order = order.decode("latin1") if isinstance(order, bytes) else order
+        if order not in ("|", "<", "="):
+            raise ArtifactError(f"pickle: expected little-endian numbers, got {order!r}")
+
+
+class _PlainArray:
+    """What a pickle says of an array: kept, and built from the plain bytes once all of it was checked."""
+
+    def __init__(self) -> None:
+        self.array: np.ndarray[Any, Any] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise ArtifactError("pickle: expected an array's version, shape, dtype, order and bytes")
+        _, shape, dtype, fortran, data = state
+        self.array = _built(shape, dtype, data, fortran)
+
+
+def _built(shape: Any, dtype: Any, data: Any, fortran: Any) -> np.ndarray[Any, Any]:
+    sizes = isinstance(shape, tuple) and len(shape) <= 4
+    if not sizes or any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= _MOST_BYTES for n in shape):
+        raise ArtifactError("pickle: expected a shape of at most 4 whole numbers")
+    if not isinstance(dtype, _PlainDtype) or not isinstance(data, bytes):
+        raise ArtifactError("pickle: expected an array of plain numbers and their bytes")
+    if fortran not in (False, 0):
+        raise ArtifactError("pickle: expected an array in C order")
+    want = math.prod(shape) * dtype.dtype.itemsize
+    if want != len(data):
+        raise ArtifactError(f"pickle: expected {want} bytes for an array of {shape}, got {len(data)}")
+    array: np.ndarray[Any, Any] = np.frombuffer(data, dtype.dtype).reshape(shape).copy()
+    return array
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _PlainArray:
+    if kind is not _PlainArray:
+        raise ArtifactError("pickle: expected plain arrays only")
+    return _PlainArray()
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return _built((), dtype, data, False)[()]
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+    return _built(shape, dtype, bytes(data) if isinstance(data, (bytearray, bytes)) else data, order in ("F", b"F"))
+
+
+def _latin1(text: Any, encoding: Any) -> bytes:
     """Python 3's pickles of protocol 2 spell bytes as a call of _codecs.encode; this one knows no other encoding."""
-    if encoding not in ("latin1", b"latin1"):
+    if encoding not in ("latin1", b"latin1") or not isinstance(text, str):
         raise ArtifactError(f"pickle: expected bytes spelt as latin1, got {encoding!r}")
     return text.encode("latin1")
 
 
+# Our own stand-ins alone: no numpy object is made, or restores itself, while the pickle is read.
+_ADMITTED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _PlainArray,
+    ("numpy", "dtype"): _PlainDtype,
+    ("_codecs", "encode"): _latin1,
+    **{(f"{core}.multiarray", "_reconstruct"): _reconstruct for core in _CORE},
+    **{(f"{core}.multiarray", "scalar"): _scalar for core in _CORE},
+    **{(f"{core}.numeric", "_frombuffer"): _frombuffer for core in _CORE},
+}
+
+
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
         if (module, name) not in _ADMITTED:
             raise ArtifactError(f"pickle: expected arrays and plain containers only, got {module}.{name}")
-        return super().find_class(module, name)
+        return _ADMITTED[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ArtifactError("pickle: expected arrays and plain containers only, got a reference to something else")
+
+
+def _plain(value: Any) -> Any:
+    """An array of the pickle as numpy's; anything else as it is."""
+    if isinstance(value, _PlainArray):
+        if value.array is None:
+            raise ArtifactError("pickle: an array in it has no content")
+        return value.array
+    return value
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ArtifactError(f"expected at most {_MOST_BYTES:,} bytes")
         with open(path, "rb") as file:
             found = _ArraysOnly(file, encoding="bytes").load()
     except FileNotFoundError as error:
@@ -51,7 +131,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"cifar-100: expected a whole pickle, {path} is not: {error}") from error
     if not isinstance(found, dict):
         raise ArtifactError(f"cifar-100: expected a dict in {path}, got {type(found).__name__}")
-    return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in found.items()}
+    return {k.decode("latin1") if isinstance(k, bytes) else str(k): _plain(v) for k, v in found.items()}
 
 
 def load_cifar100(split: str, root: str | os.PathLike[str]) -> ImageSet:
