@@ -20,7 +20,7 @@ from fct.gallery.vectors import rebatch
 __all__ = ["BATCH_BYTES", "ShardReader", "bounded"]
 
 BATCH_BYTES = 64 << 20  # what a batch of vectors takes at default settings
-_MOST_BYTES = 96 << 20  # and with all other columns, whatever they hold
+_MOST_BYTES = 64 << 20  # and with all other columns, whatever they hold
 _FIRST_ROWS, _ROWS = 512, 8192  # read at once of columns that have no fixed width: until one batch was seen, and then
 
 
@@ -171,7 +171,7 @@ def _width_of(kind: pa.DataType) -> int | None:
 
 
 def bounded(batches: Iterator[pa.RecordBatch], rows: int, width: int | None) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of ``rows``, fewer where those would be more than 96 MB, but one at least.
+    """The same rows in batches of ``rows``, fewer where those would be more than 64 MB, but one at least.
 
     width: bytes of a row where all are alike, else None, and each row is measured: the cuts depend on the rows alone.
     """

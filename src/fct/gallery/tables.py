@@ -105,8 +105,8 @@ def _refuse_inside(folder: Location, name: str) -> None:
         if not at.path.strip("/") or at.parent.path == at.path:
             return
         at = at.parent
-        if not at.path.strip("/"):
-            return
+        if not at.path.strip("/") or at.path.endswith(":/") or (at.path.count("/") == 2 and "://" in at.path):
+            return  # above a web server's own name there is nothing to look at
         kind = _kind_of(at)
         if kind in _TITLES:
             raise FctError(
