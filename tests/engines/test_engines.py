@@ -54,6 +54,8 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_an_engine_gives_hs_rows(engine: str, items: tuple[Path, Any], tmp_path: Path) -> None:
     if engine == "spark" and shutil.which("java") is None:
         pytest.skip("Spark needs Java, and there is none")
+    if engine == "daft":
+        pytest.importorskip("daft", reason="daft 0.7 wants pyarrow below 26, so it is not among the test extras")
     folder, want = items
     for name in ("items.parquet", "h.safetensors"):
         shutil.copy(folder / name, tmp_path / name)
