@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import fct
 from fct.cli import main
 from fct.data import load_fashion_mnist
-from fct.errors import ArtifactError, SpaceMismatchError
+from fct.errors import BackfillError, FctError, SpaceMismatchError
 from fct.fit.recipes import FitConfig
-from fct.life.quickstart import BCT_NEW, BCT_OLD, WITH, WITHOUT, QuickstartConfig, backfill_parquet, run_quickstart
+from fct.life.quickstart import BCT_NEW, BCT_OLD, WITH, WITHOUT, QuickstartConfig, run_quickstart
+from fct.life.stages import model_flop, upgrade_gallery
 from fct.report import ResultTable
 
 FIT = FitConfig(inner=64, epochs=8, batch_size=64, lr=2e-3, warmup_epochs=1.0, standardise=True)
@@ -62,7 +64,7 @@ def test_the_table(run: Any) -> None:
 def test_the_files(run: Any) -> None:
     folder = next(iter(run.files.values())).parent
     assert sorted(p.name for p in folder.iterdir()) == [
-        "gallery-new.parquet",
+        "gallery-new",
         "gallery-old.parquet",
         "h.safetensors",
         "quickstart.png",
@@ -81,15 +83,15 @@ def test_the_files(run: Any) -> None:
 
 def test_the_galleries_hold_no_images(run: Any) -> None:
     old = pq.read_table(run.files["old gallery"])
-    assert old.schema.names == ["id", "old", "side_info", "label"]
+    assert old.schema.names == ["id", "embedding", "side_info", "label"]
     assert old.num_rows == 120
     new = pq.read_table(run.files["new gallery"])
-    assert new.schema.names == ["id", "new", "label"]
+    assert new.schema.names == ["id", "embedding", "label"]
     assert new["id"].equals(old["id"])
     h = fct.Transformation.load(run.files["h"])
-    matrices = [np.stack(old[c].to_numpy(zero_copy_only=False)) for c in ("old", "side_info")]
+    matrices = [np.stack(old[c].to_numpy(zero_copy_only=False)) for c in ("embedding", "side_info")]
     expected = fct.ref.transform(*matrices, h)  # type: ignore[attr-defined]
-    got = np.stack(new["new"].to_numpy(zero_copy_only=False))
+    got = np.stack(new["embedding"].to_numpy(zero_copy_only=False))
     np.testing.assert_allclose(got, expected, atol=0.06)  # "auto" may have taken a faster precision
 
 
@@ -100,7 +102,7 @@ def test_same_seed_same_table(run: Any, data_root: Path, tmp_path: Path) -> None
         return [(r.name, r.cmc1, r.cmc5, r.map, r.recall10) for r in table.rows]
 
     assert numbers(again.table) == numbers(run.table)
-    assert (tmp_path / "again" / "gallery-new.parquet").read_bytes() == run.files["new gallery"].read_bytes()
+    assert pq.read_table(tmp_path / "again" / "gallery-new").equals(pq.read_table(run.files["new gallery"]))
 
 
 def test_a_bad_h_is_not_recommended(data_root: Path, tmp_path: Path) -> None:
@@ -113,16 +115,32 @@ def test_a_bad_h_is_not_recommended(data_root: Path, tmp_path: Path) -> None:
 
 def test_backfill_refuses_another_models_gallery(run: Any, tmp_path: Path) -> None:
     h = fct.Transformation.random(16, 16, 16, inner=8)
-    with pytest.raises(SpaceMismatchError, match=r"gallery-old\.parquet: expected vectors of 'random-old'"):
-        backfill_parquet(run.files["old gallery"], tmp_path / "new.parquet", h)
+    with pytest.raises((BackfillError, SpaceMismatchError), match=r"random-old"):
+        upgrade_gallery(run.files["old gallery"], tmp_path / "new", h, progress=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_backfill_refuses_a_truncated_gallery(run: Any, tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes(run.files["old gallery"].read_bytes()[:-100])
     h = fct.Transformation.load(run.files["h"])
-    with pytest.raises(ArtifactError, match=r"gallery: expected a whole Parquet file, .*cut\.parquet is not"):
-        backfill_parquet(tmp_path / "cut.parquet", tmp_path / "new.parquet", h)
+    with pytest.raises(FctError, match=r"cut\.parquet"):
+        upgrade_gallery(tmp_path / "cut.parquet", tmp_path / "new", h, progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_backfill_is_the_product(run: Any) -> None:
+    report = fct.verify_gallery(run.files["new gallery"], source=run.files["old gallery"])
+    assert report.proven
+    assert report.rows_out == report.compared == report.source_rows == 120
+    assert set(report.checksums) == {"id", "label"}
+
+
+def test_the_costs_are_those_of_these_models(run: Any) -> None:
+    h = fct.Transformation.load(run.files["h"])
+    assert run.table.facts["h, MFLOP an item"] == round(h.flop_per_row / 1e6, 3)
+    assert any("ResNet-50" in note and "by arithmetic" in note for note in run.table.notes)
+    convolution = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(256, 10))
+    assert model_flop(convolution, np.zeros((1, 1, 8, 8), np.float32)) == 2 * (8 * 8 * 4 * 9 + 256 * 10)
 
 
 def command(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

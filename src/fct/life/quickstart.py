@@ -16,35 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 import fct
 from fct.artifact.transformation import Transformation
-from fct.atomic_files import atomic_path, refuse_existing, write_text
+from fct.atomic_files import refuse_existing, write_text
 from fct.data import ImageSet, first_classes, load_fashion_mnist
-from fct.errors import ArtifactError
 from fct.fit.bct import train_bct
 from fct.fit.images import embed
 from fct.fit.loop import TrainConfig
 from fct.fit.side_info import train_side_info
 from fct.fit.supervised import train_supervised
 from fct.fit.transformation_fit import fit_transformation
+from fct.life.stages import Costs, clear_upgraded, model_flop, read_gallery, upgrade_gallery, write_gallery
 from fct.metrics import RetrievalMetrics, evaluate, recall_at_k
 from fct.ops.processors import default_threads
 from fct.report import Example, ResultTable, Row, Verdict, judge, write_html, write_picture
 from fct.search import topk
 from fct.spaces import EmbeddingSpace
 from fct.terminal import PlainConsole
-from fct.transform import transform_batch
 
-__all__ = ["QuickstartConfig", "QuickstartReport", "backfill_parquet", "run_quickstart"]
+__all__ = ["QuickstartConfig", "QuickstartReport", "run_quickstart"]
 
 OLD_CLASSES = 5
 WITH, WITHOUT = "new/old, h with side-info", "new/old, h without side-info"
 BCT_OLD, BCT_NEW = "BCT new/old", "BCT new/new"
-SPACE_KEY = b"fct.space"
 _COLOURS = {WITH: "#2563c9", WITHOUT: "#8fb3ea", "old/old": "#8a93a1", "new/new": "#8a93a1"}
 _SECONDS = (
     "seconds: from the day the new training data is there to a searchable gallery on this machine: training the model "
@@ -78,15 +74,6 @@ class QuickstartReport:
     verdict: Verdict
     files: dict[str, Path]
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Gallery:
-    """What a gallery file holds: no images."""
-
-    ids: Any
-    vectors: Any
-    labels: Any
 
 
 def run_quickstart(
@@ -125,66 +112,6 @@ def run_quickstart(
         torch.set_num_threads(threads)
 
 
-# ---- the gallery on disk ----
-
-
-def _vectors(values: Any) -> pa.Array:
-    flat = np.ascontiguousarray(values, np.float32)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
-
-
-def _write_gallery(
-    path: Path, ids: Any, columns: dict[str, Any], labels: Any, space: EmbeddingSpace, side_model: str
-) -> None:
-    table = pa.table({"id": pa.array(ids), **{k: _vectors(v) for k, v in columns.items()}, "label": pa.array(labels)})
-    metadata = {SPACE_KEY: json.dumps(space.to_dict(), sort_keys=True).encode(), b"fct.side_model": side_model.encode()}
-    with atomic_path(path) as part:
-        pq.write_table(table.replace_schema_metadata(metadata), part, row_group_size=1024)
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ArtifactError(f"gallery: expected a whole Parquet file, {path} is not: {error}") from error
-
-
-def _matrix(column: Any) -> Any:
-    """A fixed-size list column as (n, d) float32, without a copy."""
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1)
-
-
-def backfill_parquet(source: Path, destination: Path, h: Transformation, *, batch_rows: int = 4096) -> float:
-    """Maps a gallery file (id, old, side_info, label) to (id, new, label); no image is read.
-
-    Returns:
-        Rows a second, reading and writing included.
-
-    Raises:
-        ArtifactError: the source is no Parquet file. SpaceMismatchError: it holds another model's vectors than h reads.
-    """
-    begun = time.perf_counter()
-    with _open_parquet(source) as gallery, atomic_path(destination) as part:
-        tagged = EmbeddingSpace.from_dict(json.loads(gallery.schema_arrow.metadata[SPACE_KEY]))
-        h.old_space.require_same(tagged, str(source))
-        metadata = {SPACE_KEY: json.dumps(h.new_space.to_dict(), sort_keys=True).encode()}
-        schema = pa.schema(
-            {"id": pa.int64(), "new": pa.list_(pa.float32(), h.d_new), "label": pa.int64()}, metadata=metadata
-        )
-        with pq.ParquetWriter(part, schema) as writer:
-            for batch in gallery.iter_batches(batch_rows):
-                side = _matrix(batch["side_info"]) if h.uses_side_info else None
-                new = transform_batch(_matrix(batch["old"]), side, h, progress=False)
-                writer.write_batch(pa.record_batch([batch["id"], _vectors(new), batch["label"]], schema=schema))
-    return float(gallery.metadata.num_rows / (time.perf_counter() - begun))
-
-
-def _read_gallery(path: Path, column: str) -> _Gallery:
-    with _open_parquet(path) as file:
-        table = file.read().combine_chunks()
-    return _Gallery(table["id"].to_numpy(), _matrix(table[column].chunk(0)), table["label"].to_numpy())
-
-
 # ---- the life of the system ----
 
 
@@ -201,11 +128,12 @@ class _Run:
         self.folder, self.data_root, self.seed, self.config = folder, data_root, seed, config
         self.progress, self.console = progress, console
         self.spent: dict[str, float] = {}
+        self.costs: tuple[str, ...] = ()
         self.pairs = 0
         self.files = {
             "h": folder / "h.safetensors",
             "old gallery": folder / "gallery-old.parquet",
-            "new gallery": folder / "gallery-new.parquet",
+            "new gallery": folder / "gallery-new",
             "table (JSON)": folder / "table.json",
             "table (Markdown)": folder / "table.md",
             "picture": folder / "quickstart.png",
@@ -247,9 +175,9 @@ class _Run:
         self.write_gallery(old_model, side_model)
         new_model = self.new_model()
         h, h_without = self.fit(old_model, side_model, new_model)
-        rate = self.backfill(h, h_without)
+        plan = self.backfill(h, h_without)
         bct_model = self.bct(old_model, old_head)
-        table, verdict, found = self.search(old_model, new_model, bct_model, rate)
+        table, verdict, found = self.search(old_model, new_model, bct_model, h, plan)
         self.report(table, verdict, found)
         seconds = time.perf_counter() - begun
         self.say("")
@@ -257,6 +185,8 @@ class _Run:
         self.say("")
         self.console.print(table.to_rich())
         self.say(f"gap: share of the way from old/old to new/new. {_SECONDS}.")
+        for sentence in self.costs:
+            self.say(sentence)
         self.say("")
         for name, path in self.files.items():
             self.console.print(f"  {name:17} {path}", highlight=False, soft_wrap=True)
@@ -297,9 +227,9 @@ class _Run:
     def write_gallery(self, old_model: Any, side_model: Any) -> None:
         """(id, old embedding, side-information, label) go to disk; the images stay behind in this function."""
         held = self._held_out()[1]
-        vectors = {"old": self._embed(old_model, held.images), "side_info": self._embed(side_model, held.images)}
+        old, side_info = self._embed(old_model, held.images), self._embed(side_model, held.images)
         path = self.files["old gallery"]
-        _write_gallery(path, np.arange(len(held)), vectors, held.labels, self.old_space, self.side_model)
+        write_gallery(path, old, side_info, held.labels, self.old_space)
         size = path.stat().st_size / 1e6
         self.console.say("2", f"gallery: {len(held.labels):,} rows, {size:.1f} MB, in {path}; its images are forgotten")
 
@@ -348,15 +278,23 @@ class _Run:
         return fitted[0], fitted[1]
 
     # 5
-    def backfill(self, h: Transformation, h_without: Transformation) -> float:
-        source, scratch = self.files["old gallery"], self.folder / "gallery-new-without-side-info.parquet"
-        with self._timed("backfill"):
-            rate = backfill_parquet(source, self.files["new gallery"], h)
-        with self._timed("backfill without"):
-            backfill_parquet(source, scratch, h_without)
+    def backfill(self, h: Transformation, h_without: Transformation) -> Any:
+        """The product: a plan, a backfill with its journal, and the proof that nothing is missing or changed."""
+        source, scratch = self.files["old gallery"], self.folder / "gallery-new-without-side-info"
+        for path in (self.files["new gallery"], scratch):
+            clear_upgraded(path)
+        plan, report, checked = upgrade_gallery(source, self.files["new gallery"], h, progress=self.progress)
+        self.spent["backfill"] = report.seconds
+        _, plain, _ = upgrade_gallery(source, scratch, h_without, progress=self.progress)
+        self.spent["backfill without"] = plain.seconds
         self.files["without side-info"] = scratch
-        self.console.say("5", f"backfill: {rate:,.0f} rows a second, from Parquet to Parquet, no image read")
-        return rate
+        self.console.say("5", f"backfill: {report.rows_out:,} rows written, {report.rejects} rejected, no image read")
+        self.say(f"  plan: {plan.rows:,} rows, {plan.precision}, {plan.rows_per_second:,.0f} a second ({plan.binds})")
+        self.say(
+            f"  verify: {checked.source_rows:,} rows in the source, {checked.rows_out:,} here, ids and labels of "
+            f"{checked.compared:,} the same, {checked.spot_checked:,} vectors recomputed"
+        )
+        return plan
 
     def bct(self, old_model: Any, old_head: Any) -> Any:
         """The baseline: a new model that was trained to fit the old gallery."""
@@ -377,18 +315,26 @@ class _Run:
 
     # 6
     def search(
-        self, old_model: Any, new_model: Any, bct_model: Any, rate: float
+        self, old_model: Any, new_model: Any, bct_model: Any, h: Transformation, plan: Any
     ) -> tuple[ResultTable, Verdict, dict[str, Any]]:
         """Every query model against its gallery: one table."""
         queries, held = self._held_out()
         self.console.say("6", f"{len(queries.labels):,} queries, images that no model was trained on")
-        old_gallery = _read_gallery(self.files["old gallery"], "old")
+        old_gallery = read_gallery(self.files["old gallery"])
         asked = {name: self._embed(m, queries.images) for name, m in (("old", old_model), ("new", new_model))}
         asked["bct"] = self._embed(bct_model, queries.images)
         with self._timed("re-embed"):
             re_embedded = self._embed(new_model, held.images)
         with self._timed("re-embed bct"):
             bct_again = self._embed(bct_model, held.images)
+        costs = Costs(
+            h.flop_per_row,
+            model_flop(new_model, held.images[:1]),
+            plan.h_rows_per_second,
+            plan.rows_per_second,
+            len(held.labels) / self.spent["re-embed"],
+        )
+        self.costs = costs.sentences()
         spent, train_h = self.spent, self.spent["new"] + self.spent["pairs"]
         systems = [
             ("old/old", "old", old_gallery.vectors, None),
@@ -397,13 +343,13 @@ class _Run:
             (
                 WITHOUT,
                 "new",
-                _read_gallery(self.files["without side-info"], "new").vectors,
+                read_gallery(self.files["without side-info"]).vectors,
                 train_h + spent["h without"] + spent["backfill without"],
             ),
             (
                 WITH,
                 "new",
-                _read_gallery(self.files["new gallery"], "new").vectors,
+                read_gallery(self.files["new gallery"]).vectors,
                 train_h + spent["h"] + spent["backfill"],
             ),
             ("new/new", "new", re_embedded, spent["new"] + spent["re-embed"]),
@@ -424,13 +370,15 @@ class _Run:
                 f"{len(queries.labels):,} queries against {len(held.labels):,} gallery items, all of them images that "
                 "no model was trained on; shares in per cent.",
                 _SECONDS[0].upper() + _SECONDS[1:] + ".",
+                *self.costs,
             ),
             facts={
                 "seed": self.seed,
                 "training images": self.pairs,
                 "queries": len(queries.labels),
                 "gallery": len(held.labels),
-                "backfill, rows a second": round(rate),
+                "backfill, rows a second": round(plan.rows_per_second),
+                **costs.facts(),
                 "re-embedding, images a second": round(len(held.labels) / spent["re-embed"]),
                 "threads": default_threads(),
                 "fct": fct.__version__,
@@ -442,7 +390,7 @@ class _Run:
 
     # 7 and 8
     def report(self, table: ResultTable, verdict: Verdict, found: dict[str, Any]) -> None:
-        self.files.pop("without side-info").unlink()
+        clear_upgraded(self.files.pop("without side-info"))
         contents = {
             **table.to_dict(),
             "stages, seconds": self.spent,
