@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fct.fit.transformation_fit import fit_transformation
     from fct.info import build_info
     from fct.inspection import GalleryInspection, inspect_gallery
+    from fct.judging.alternatives import Comparison, compare_alternatives
     from fct.judging.judgements import Judgements, read_qrels
     from fct.judging.upgrade_systems import UpgradeQueries, judge_upgrade
     from fct.judging.upgrade_verdict import UpgradeVerdict
@@ -69,6 +70,8 @@ _PUBLIC = {
     "RetrievalMetrics": "fct.metrics",
     "TopK": "fct.search",
     "Transformation": "fct.artifact.transformation",
+    "Comparison": "fct.judging.alternatives",
+    "compare_alternatives": "fct.judging.alternatives",
     "Judgements": "fct.judging.judgements",
     "UpgradeQueries": "fct.judging.upgrade_systems",
     "UpgradeVerdict": "fct.judging.upgrade_verdict",
@@ -94,6 +97,7 @@ __all__ = [
     "BackfillError",
     "BackfillPlan",
     "BackfillReport",
+    "Comparison",
     "DeviceLostError",
     "EmbeddingSpace",
     "FctError",
@@ -118,6 +122,7 @@ __all__ = [
     "VerifyReport",
     "backfill",
     "build_info",
+    "compare_alternatives",
     "evaluate",
     "evaluate_mixed",
     "fit_transformation",

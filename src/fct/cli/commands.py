@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fct.cli.backfill_command import backfill
 from fct.cli.bench_command import bench
+from fct.cli.compare_command import compare
 from fct.cli.doctor_command import doctor
 from fct.cli.evaluate_command import evaluate
 from fct.cli.export_command import export
@@ -26,6 +27,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     quickstart,
     inspect,
     train_side_info,
+    compare,
     fit,
     evaluate,
     search,

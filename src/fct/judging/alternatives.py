@@ -1,0 +1,315 @@
+"""What could be done instead, on the same pairs: each map fitted on one part, measured on another."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fct.artifact.transformation import Layer, Transformation
+from fct.baselines import fit_procrustes, fit_residual, fit_ridge
+from fct.checks import check_choice, check_number, check_positive, check_seed, check_whole
+from fct.fit.transformation_fit import fit_transformation
+from fct.judging.learning_curve import CurvePoint, extrapolate
+from fct.judging.pair_coverage import neighbour_means, recalls_at_10, unlike_pairs
+from fct.metrics import evaluate
+from fct.progress import step_bar
+from fct.rows import check_labels, rows_of
+from fct.spaces import METRICS, EmbeddingSpace
+from fct.transform import transform_batch
+
+__all__ = ["Alternative", "Comparison", "compare_alternatives"]
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.generic]
+_SHARES = (8, 4, 2, 1)
+_LEAST_PAIRS = 16  # of a point of the curve
+_NEIGHBOURS = (1, 3, 10, 30)
+_MOST_HELD_OUT = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One way to go on. recall_at_10, cmc1 and map are shares in [0, 1] of held-out rows; cmc1 and map need labels.
+
+    bytes_per_row: the float32 vector that is searched, and the side-information that is kept for it.
+    rows_per_s: of ``transform_batch`` on this machine. hours, cost: for the rows and the price asked about.
+    """
+
+    name: str
+    recall_at_10: float
+    cmc1: float | None
+    map: float | None
+    fit_seconds: float
+    mflop_per_row: float
+    rows_per_s: float | None
+    bytes_per_row: int
+    hours: float
+    cost: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What :func:`compare_alternatives` measured.
+
+    ceiling: recall@10 of a k-NN oracle, "old" and, with side-information, "old + side-information". An estimate from
+    below: k-NN regression with the k that is best on the held-out rows, which a good map may pass.
+    unlike_gallery: share of the gallery's sample that no pair resembles, None without one.
+    """
+
+    metric: str
+    train_pairs: int
+    held_out_pairs: int
+    alternatives: tuple[Alternative, ...]
+    ceiling: dict[str, float]
+    curve: tuple[CurvePoint, ...]
+    curve_of: str
+    unlike_gallery: float | None
+    rows: float
+
+    def to_json(self) -> str:
+        """Every figure, as text."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Part:
+    old: Floats
+    side: Floats | None
+    new: Floats
+
+    def take(self, rows: npt.NDArray[np.int64]) -> _Part:
+        return _Part(self.old[rows], None if self.side is None else self.side[rows], self.new[rows])
+
+
+_Fit = Callable[[_Part], Transformation]
+
+
+def compare_alternatives(
+    old: Floats,
+    side_info: Floats | None,
+    new: Floats,
+    *,
+    labels: Sequence[object] | Labels | None = None,
+    gallery: Floats | None = None,
+    extra: Sequence[str] = (),
+    metric: str = "l2",
+    held_out: float = 0.2,
+    curve: str = "auto",
+    rows: float = 1e9,
+    price_per_hour: float | None = None,
+    measure_seconds: float = 0.3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Fits what users would do instead on the same pairs, and measures each on pairs that no fit has seen.
+
+    Args:
+        old: (n, d_old), side_info: (n, d_side) or None, new: (n, d_new): embeddings of the same n items, n >= 40.
+        labels: (n,) integers or strings, for CMC top-1 and mAP.
+        gallery: (m, d_old), a sample of the gallery's old vectors: do the pairs resemble it?
+        extra: also "paper" and "best", which take minutes.
+        metric: how vectors of both spaces are compared: "l2", "ip" or "cosine".
+        held_out: share of the pairs, at most 5,000 of them. Pairs of equal old vectors stay on one side.
+        curve: what the learning curve is of: "auto", "ridge", or "none".
+        rows, price_per_hour: of the gallery that hours and cost are for.
+        measure_seconds: how long each map's speed is measured.
+        seed: of the split and the fits. progress: show a bar.
+
+    Returns:
+        Comparison. "nothing" is old queries in the old gallery; the others are new queries in the mapped one.
+
+    Raises:
+        ValueError: arrays that do not fit, too few pairs, an unknown name.
+
+    Example:
+        >>> import numpy as np, fct
+        >>> x = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
+        >>> fct.compare_alternatives(x, None, x[:, ::-1].copy(), curve="none").alternatives[1].name  # doctest: +SKIP
+        'procrustes'
+    """
+    check_choice(metric, "metric", METRICS)
+    check_choice(curve, "curve", ("auto", "ridge", "none"))
+    for name in extra:
+        check_choice(name, "extra", ("paper", "best"))
+    check_positive(rows, "rows")
+    check_positive(measure_seconds, "measure_seconds")
+    if price_per_hour is not None:
+        check_number(price_per_hour, "price_per_hour", 0)
+    check_seed(seed)
+    pairs = _checked(old, side_info, new)
+    check_whole(len(pairs.old), "old", 40)
+    named = None if labels is None else check_labels(labels, "labels", len(pairs.old))
+    train_rows, held_rows = split_apart(pairs.old, held_out, seed)
+    train, held = pairs.take(train_rows), pairs.take(held_rows)
+    held_labels = None if named is None else named[held_rows]
+    unlike = None if gallery is None else unlike_pairs(pairs.old, gallery)
+    judge = _Judge(held, held_labels, metric, rows, price_per_hour, measure_seconds)
+    found = [judge.nothing()]
+    recalls: dict[str, Floats] = {}
+    fits = _fits(train, extra, metric, seed)
+    sizes = [len(train_rows) // part for part in _SHARES if len(train_rows) // part >= _LEAST_PAIRS]
+    with step_bar(progress) as bar:
+        task = bar.add_task("comparing", total=len(fits) + (0 if curve == "none" else len(sizes) - 1))
+        for name, (fit, with_side) in fits.items():
+            bar.update(task, description=f"fitting {name}")
+            row, recalls[name] = judge.map(name, fit, train, with_side)
+            found.append(row)
+            bar.advance(task)
+        points: list[Floats] = []
+        for size in sizes[:-1] if curve != "none" else []:
+            bar.update(task, description=f"{curve} on {size:,} pairs")
+            part = train.take(np.random.default_rng([seed, 3]).permutation(len(train_rows))[:size])
+            fit, with_side = fits[curve]
+            points.append(judge.map(curve, fit, part, with_side)[1])
+            bar.advance(task)
+    drawn = () if curve == "none" else extrapolate(sizes, [*map(_doubles, points), _doubles(recalls[curve])], seed=seed)
+    return Comparison(
+        metric, len(train_rows), len(held_rows), tuple(found), judge.ceilings(train), drawn, curve, unlike, rows
+    )
+
+
+def split_apart(old: Floats, share: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows to fit on and rows to measure on; equal old vectors are on one side."""
+    if not 0 < share < 1:
+        raise ValueError(f"held_out: expected a share between 0 and 1, got {share!r}")
+    whole = np.ascontiguousarray(old).view(np.dtype((np.void, old.dtype.itemsize * old.shape[1]))).ravel()
+    group = np.unique(whole, return_inverse=True)[1].ravel()
+    order = np.random.default_rng([seed, 5]).permutation(int(group.max()) + 1)
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    chosen = position[group] < max(1, round(len(order) * min(share, _MOST_HELD_OUT / len(old))))
+    train, held = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    if len(held) < 3 or len(train) < 3:
+        raise ValueError(
+            f"old: expected different vectors, so that 3 can be held out and 3 fitted on, got {len(order)} different"
+        )
+    return train, held
+
+
+def fit_low_rank(old: Floats, new: Floats, *, rank: int) -> Transformation:
+    """Reduced-rank regression: the ridge map's predictions on their first ``rank`` principal directions.
+
+    Source: Izenman, "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 1975.
+    """
+    full = fit_ridge(old, new)
+    if full.skip is None:
+        raise ValueError("old: expected a linear map with a skip")
+    weight = full.skip.weight.astype(np.float64)
+    centred = (old - old.mean(axis=0)).astype(np.float64) @ weight.T
+    directions = np.linalg.svd(centred, full_matrices=False)[2][:rank]
+    inner = directions @ weight
+    mean = new.mean(axis=0, dtype=np.float64)
+    bias = mean - directions.T @ (inner @ old.mean(axis=0, dtype=np.float64))
+    both = Layer(np.concatenate([inner, -inner]), np.zeros(2 * len(inner)), relu=True)  # relu(x) - relu(-x) = x
+    last = np.concatenate([directions.T, -directions.T, np.zeros((len(mean), 1))], axis=1)
+    return full.with_(old=(both,), mixer=(Layer(last, bias, relu=False),), skip=None, info={"baseline": "low-rank"})
+
+
+def _fits(train: _Part, extra: Sequence[str], metric: str, seed: int) -> dict[str, tuple[_Fit, bool]]:
+    """Name -> (fit, whether it reads side-information)."""
+    unit = bool(np.all(np.abs(np.linalg.norm(train.new, axis=1) - 1) < 1e-3))
+    space = EmbeddingSpace("new", train.new.shape[1], metric=metric, normalised=unit)
+    rank = max(1, min(train.old.shape[1], train.new.shape[1]) // 4)
+
+    def learned(config: str, with_side: bool) -> tuple[_Fit, bool]:
+        return lambda p: fit_transformation(
+            p.old, p.side if with_side else None, p.new, config=config, seed=seed, new_space=space, progress=False
+        ), with_side
+
+    side = train.side is not None
+    fits: dict[str, tuple[_Fit, bool]] = {
+        "procrustes": (lambda p: fit_procrustes(p.old, p.new, new_space=space), False),
+        "ridge": (lambda p: fit_ridge(p.old, p.new, new_space=space), False),
+        f"low-rank {rank}": (
+            lambda p: fit_low_rank(p.old, p.new, rank=rank).with_(new_space=space, normalise=unit),
+            False,
+        ),
+        "residual MLP": (lambda p: fit_residual(p.old, p.new, new_space=space, seed=seed, progress=False), False),
+    }
+    if side:
+        fits["auto, no side-information"] = learned("auto", False)
+    return fits | {name: learned(name, side) for name in ("auto", *dict.fromkeys(extra))}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Judge:
+    """Measures on the held-out rows."""
+
+    held: _Part
+    labels: Labels | None
+    metric: str
+    rows: float
+    price: float | None
+    seconds: float
+
+    def nothing(self) -> Alternative:
+        old = self.held.old
+        recall = recalls_at_10(old, old, self.held.new, gallery_metric=self.metric, metric=self.metric)
+        cmc1, mean = self._by_labels(old, old)
+        cost = None if self.price is None else 0.0
+        return Alternative("nothing", float(recall.mean()), cmc1, mean, 0.0, 0.0, None, 4 * old.shape[1], 0.0, cost)
+
+    def map(self, name: str, fit: _Fit, train: _Part, with_side: bool) -> tuple[Alternative, Floats]:
+        begun = time.perf_counter()
+        h = fit(train)
+        took = time.perf_counter() - begun
+        side = self.held.side if with_side else None
+        mapped = transform_batch(self.held.old, side, h, progress=False)
+        recall = self._recalls(mapped)
+        cmc1, mean = self._by_labels(self.held.new, mapped)
+        speed = rows_per_second(h, self.held.old, side, self.seconds)
+        kept = 4 * (h.d_new + (0 if side is None else side.shape[1]))
+        hours = self.rows / speed / 3600
+        cost = None if self.price is None else hours * self.price
+        mflop = h.flop_per_row / 1e6
+        return Alternative(name, float(recall.mean()), cmc1, mean, took, mflop, speed, kept, hours, cost), recall
+
+    def ceilings(self, train: _Part) -> dict[str, float]:
+        found = {"old": self._oracle(train.old, train.new, self.held.old)}
+        if train.side is not None and self.held.side is not None:
+            scales = [float(x.std()) * x.shape[1] ** 0.5 or 1.0 for x in (train.old, train.side)]
+            known = np.concatenate([train.old / scales[0], train.side / scales[1]], axis=1)
+            asked = np.concatenate([self.held.old / scales[0], self.held.side / scales[1]], axis=1)
+            found["old + side-information"] = self._oracle(known, train.new, asked)
+        return found
+
+    def _oracle(self, known: Floats, target: Floats, asked: Floats) -> float:
+        return max(float(self._recalls(neighbour_means(known, target, asked, k)).mean()) for k in _NEIGHBOURS)
+
+    def _recalls(self, mapped: Floats) -> Floats:
+        return recalls_at_10(self.held.new, mapped, self.held.new, gallery_metric=self.metric, metric=self.metric)
+
+    def _by_labels(self, queries: Floats, gallery: Floats) -> tuple[float | None, float | None]:
+        if self.labels is None:
+            return None, None
+        found = evaluate(
+            queries, gallery, self.labels, metric=self.metric, same_items=True, bootstrap=0, progress=False
+        )
+        return (found.cmc1, found.map) if found.queries else (None, None)
+
+
+def rows_per_second(h: Transformation, old: Floats, side: Floats | None, seconds: float) -> float:
+    """Rows that ``transform_batch`` maps in a second here, in batches of 4,096 made of the given rows."""
+    at = np.arange(4_096) % len(old)
+    rows, beside = old[at], None if side is None else side[at]
+    transform_batch(rows, beside, h, progress=False)
+    begun, done = time.perf_counter(), 0
+    while (took := time.perf_counter() - begun) < seconds or not done:
+        transform_batch(rows, beside, h, progress=False)
+        done += len(rows)
+    return done / took
+
+
+def _checked(old: Floats, side_info: Floats | None, new: Floats) -> _Part:
+    first = rows_of(old, "old", allow_empty=False).float32()
+    side = None if side_info is None else rows_of(side_info, "side_info", n=len(first), n_why="to match old").float32()
+    return _Part(first, side, rows_of(new, "new", n=len(first), n_why="to match old").float32())
+
+
+def _doubles(recalls: Floats) -> npt.NDArray[np.float64]:
+    return recalls.astype(np.float64)
