@@ -7,7 +7,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import fct
 from fct import _C, ref
 from fct.artifact.transformation import Transformation
+from fct.bench.bench_report import NEIGHBOURS, BenchReport
 from fct.bench.measure import Timing, interleave, measure_peaks
 from fct.bench.peers import best_setting, faiss_worker, openblas_times, transform_peers
 from fct.extras import why_missing
@@ -26,7 +26,7 @@ from fct.ops.registry import pick_transform
 from fct.ops.transform.cpu_backend import CpuTransform, Packed
 from fct.rows import rows_of
 
-__all__ = ["TOLERANCE", "BenchReport", "error_of", "inputs_of", "processor", "run_bench", "same_neighbours"]
+__all__ = ["TOLERANCE", "error_of", "inputs_of", "processor", "run_bench", "same_neighbours"]
 
 # Error against the float64 reference, relative to the output's spread, that counts as the same result.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-1}
@@ -34,129 +34,8 @@ ROWS_TO_COME = (1_000_000, 1_000_000_000, 10_000_000_000)
 _SECONDS = 0.3  # about, of each call that is timed
 _CALL = 0.1  # seconds of the largest batch's fp32 call at the machine's peak, at most
 _SEARCH = 1.28e8  # gallery rows x dimensions, at most
-_K = 10
 _PROBED = 50_000  # rows in which FAISS's settings are compared
 _QUERIES = (1, 1000)
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """What :func:`run_bench` measured; every list holds plain dicts.
-
-    machine: processor, threads, instruction set. peaks: GFLOP/s by precision, memory and cache GB/s.
-    auto: what ``precision="auto"`` takes for this h, here. transform: a row per who, precision and batch, those that
-    differ from the reference or are not installed with a ``status`` instead of times. one_row: latency beside the
-    time to read the packed weights once. search: a row per who and number of queries. to_come: per precision and
-    number of rows the seconds h alone takes here and the bytes read and written as float32.
-    """
-
-    h: dict[str, Any]
-    machine: dict[str, Any]
-    peaks: dict[str, float]
-    auto: str
-    transform: list[dict[str, Any]] = field(default_factory=list)
-    one_row: list[dict[str, Any]] = field(default_factory=list)
-    search: list[dict[str, Any]] = field(default_factory=list)
-    to_come: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(title, columns, cells) for the terminal and for Markdown; the first line of each column names its unit."""
-        shown = []
-        for rows in sorted({r["rows"] for r in self.transform}, reverse=True):
-            cells = [
-                [r["who"], r["precision"], r["status"], "", "", ""]
-                if r["status"] != "ok"
-                else [
-                    r["who"],
-                    r["precision"],
-                    f"{r['rows_per_s']:,.0f}",
-                    f"{r['ms']:.3g}",
-                    f"{r['gflops']:,.0f}",
-                    f"{100 * r['share_of_peak']:.0f} %",
-                ]
-                for r in self.transform
-                if r["rows"] == rows
-            ]
-            columns = ["who", "precision", "rows/s", "ms", "GFLOP/s", "of the peak"]
-            shown.append((f"Transformation, batches of {rows:,}", columns, cells))
-        shown.append(
-            (
-                "One row: latency against reading the packed weights once",
-                ["precision", "ms", "ms to read the weights", "weights"],
-                [
-                    [r["precision"], f"{r['ms']:.3f}", f"{r['ms_reading_weights']:.3f}", _bytes(r["weight_bytes"])]
-                    for r in self.one_row
-                ],
-            )
-        )
-        if self.search:
-            first = self.search[0]
-            shown.append(
-                (
-                    f"Exact search, {first['gallery']:,} x {first['d']}, inner product, k = {_K}",
-                    ["who", "queries", "ms", "queries a second"],
-                    [
-                        [r["who"], f"{r['queries']:,}", r["status"], ""]
-                        if r["status"] != "ok"
-                        else [r["who"], f"{r['queries']:,}", f"{r['ms']:,.1f}", f"{r['queries_per_s']:,.0f}"]
-                        for r in self.search
-                    ],
-                )
-            )
-        shown.append(
-            (
-                "What h alone would take here, by the largest batch (reading and writing come on top)",
-                ["precision", "rows", "time", "read", "written"],
-                [
-                    [
-                        r["precision"] + (" (auto)" if r["precision"] == self.auto else ""),
-                        f"{r['rows']:,}",
-                        _duration(r["seconds"]),
-                        _bytes(r["bytes_read"]),
-                        _bytes(r["bytes_written"]),
-                    ]
-                    for r in self.to_come
-                ],
-            )
-        )
-        return shown
-
-    def facts(self) -> list[str]:
-        """Sentences above the tables."""
-        ops = ", ".join(f"{self.peaks[p]:,.0f} ({p})" for p in PRECISIONS)
-        return [
-            f"{self.h['what']}: {self.h['mflop_per_row']:.1f} MFLOP a row; precision=auto takes {self.auto}.",
-            f"{self.machine['processor']}, {self.machine['threads']} threads, {self.machine['isa']}.",
-            f"Its own peaks in this run: {ops} GFLOP/s on registers alone; reads {self.peaks['memory_gb_per_s']:.0f} "
-            f"GB/s from memory, {self.peaks['cache_gb_per_s']:.0f} GB/s from a 12 MB block.",
-            *self.notes,
-        ]
-
-    def markdown(self) -> str:
-        parts = [f"# fct bench\n\nfct {fct.__version__}\n", *(f"- {fact}" for fact in self.facts()), ""]
-        for title, columns, cells in self.tables():
-            parts += [f"## {title}\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-            parts += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in cells] + [""]
-        return "\n".join(parts)
-
-
-def _bytes(n: float) -> str:
-    units = ["B", "kB", "MB", "GB", "TB", "PB"]
-    while n >= 1000 and len(units) > 1:
-        n /= 1000
-        units.pop(0)
-    return f"{n:.3g} {units[0]}"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86_400.0, "days"), (3_600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
 
 
 def processor() -> str:
@@ -398,7 +277,7 @@ def _search(
     rng = np.random.default_rng(0)
     gallery = rng.standard_normal((n, d), dtype=np.float32)
     queries = rng.standard_normal((_QUERIES[-1], d), dtype=np.float32)
-    k = min(_K, n)
+    k = min(NEIGHBOURS, n)
     begun = time.perf_counter()
     prepared = fct.prepare_gallery(gallery, metric="ip", threads=threads, progress=False)
     took = time.perf_counter() - begun
@@ -447,9 +326,8 @@ def _faiss_setting(queries: Any, gallery: Any, threads: int, folder: Path, repor
     """The OPENBLAS_* variables under which FAISS is fastest here, found on a small gallery."""
     np.save(folder / "small.npy", gallery)
     np.save(folder / "probe.npy", queries)
-    times = openblas_times(
-        lambda variables: faiss_worker(folder / "probe.npy", folder / "small.npy", _K, threads, variables), calls=1
-    )
+    files = (folder / "probe.npy", folder / "small.npy")
+    times = openblas_times(lambda variables: faiss_worker(*files, NEIGHBOURS, threads, variables), calls=1)
     name, variables = best_setting(times)
     report.notes.append(
         f"FAISS runs under {name}, the fastest of "

@@ -6,7 +6,6 @@ is read as its library reads it, at one version, or refused by its name.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -113,16 +112,3 @@ def _refuse_inside(folder: Location, name: str) -> None:
                 f"{name}: {folder} lies in {_TITLES[kind]}, where files may hold rows that the table no longer has; "
                 f"name the table itself: {at}"
             )
-
-
-def read_state(file: Location) -> dict[str, Any]:
-    """A small JSON object. Raises FctError that names the file."""
-    if file.version().bytes > 64 << 20:
-        raise FctError(f"source: expected at most 64 MB of JSON in {file}, it has {file.version().bytes} bytes")
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FctError(f"source: {file} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise FctError(f"source: expected a JSON object in {file}, got {type(found).__name__}")
-    return found
