@@ -19,7 +19,15 @@ from fct.checks import check_path
 # No room left: on the device, in the quota, for a file of this size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-__all__ = ["atomic_path", "checksum_bytes", "checksum_file", "refuse_existing", "write_bytes", "write_text"]
+__all__ = [
+    "atomic_path",
+    "checksum_bytes",
+    "checksum_file",
+    "new_checksum",
+    "refuse_existing",
+    "write_bytes",
+    "write_text",
+]
 
 
 _BLOCK = 8 << 20
@@ -87,10 +95,15 @@ def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool | None, nam
     return target
 
 
+def new_checksum() -> Any:
+    """An empty XXH64 with ``update(address, bytes)`` and ``digest()``."""
+    return _C.Xxh64()
+
+
 def checksum_file(file: Any) -> str:
     """XXH64 of what is left of a binary file object, as 16 hex digits: what ``xxhsum -H64`` prints."""
     block = np.empty(_BLOCK, np.uint8)
-    digest = _C.Xxh64()
+    digest = new_checksum()
     while count := file.readinto(block.data):
         digest.update(int(block.ctypes.data), count)
     return f"{digest.digest():016x}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 __all__ = ["DType", "FileSystem", "Format", "GalleryLike", "Metric", "Precision", "TransformationLike", "VectorFormat"]
@@ -15,13 +16,15 @@ VectorFormat: TypeAlias = Literal["fixed_size_list", "list", "binary"]
 
 if TYPE_CHECKING:
     import fsspec
+    import pyarrow as pa
+    import pyarrow.dataset as ds
     import pyarrow.fs
 
     from fct.artifact.transformation import Transformation
     from fct.gallery.interfaces import Source
     from fct.gallery.location import Location
 
-    GalleryLike: TypeAlias = str | os.PathLike[str] | Source | Location
+    GalleryLike: TypeAlias = str | os.PathLike[str] | Source | Location | ds.Dataset | pa.Table | Callable[[], object]
     TransformationLike: TypeAlias = str | os.PathLike[str] | Transformation
     FileSystem: TypeAlias = fsspec.AbstractFileSystem | pyarrow.fs.FileSystem
 else:  # at run time an argument's check says what it expected; nothing heavy is loaded for a name

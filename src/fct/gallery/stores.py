@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from fct.checks import check_choice
 from fct.errors import FctError
 from fct.gallery.arrow_files import ArrowDestination, ArrowSource
+from fct.gallery.arrow_stream import arrow_stream
 from fct.gallery.databases import database_destination, database_source, is_database
 from fct.gallery.file_gallery import FileDestination, FileSource, find_files
 from fct.gallery.interfaces import Destination, Source
@@ -79,6 +80,9 @@ def open_source(
         return where
     if is_database(where):
         return database_source(where, patience or Patience(), name=name)
+    stream = None if isinstance(where, (str, Location)) else arrow_stream(where, name)
+    if stream is not None:
+        return stream
     version = None
     if isinstance(where, str):
         where, version = split_version(where)
