@@ -31,8 +31,6 @@ EXTRAS = {
     "gcsfs": "gs",
     "deltalake": "delta",
     "pyiceberg": "iceberg",
-    "h5py": "hdf5",
-    "zarr": "zarr",
     "psycopg": "postgres",
     "qdrant_client": "qdrant",
     "pymilvus": "milvus",
