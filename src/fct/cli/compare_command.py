@@ -39,7 +39,9 @@ def compare(
     also: Annotated[str, typer.Option("--with", help="Also these, minutes each: paper,best.")] = "",
     metric: Annotated[str, typer.Option(help="l2, ip or cosine.")] = "l2",
     held_out: Annotated[float, typer.Option(help="Share of the pairs that is measured on, not fitted.")] = 0.2,
-    curve: Annotated[str, typer.Option(help="The learning curve's method: auto, ridge or none.")] = "auto",
+    curve: Annotated[
+        str, typer.Option(help="The learning curve's method: auto (up to three more fits of h), ridge or none.")
+    ] = "auto",
     rows: Annotated[float, typer.Option(help="Rows that hours and money are for.")] = 1e9,
     price_per_hour: Annotated[float | None, typer.Option(help="Of a machine like this one.")] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the fits.")] = 0,

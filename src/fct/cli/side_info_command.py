@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from fct.cli.console import console
-from fct.cli.npy_argument import load_npy
 
 
 def train_side_info(
@@ -47,6 +46,7 @@ def train_side_info(
     from fct.fit.images import Images, embed
     from fct.fit.model_file import save_model
     from fct.fit.side_info import train_side_info as train
+    from fct.gallery.array_argument import map_npy
 
     refuse_existing(out, overwrite=overwrite, name="--out")
     if vectors is not None:
@@ -61,8 +61,8 @@ def train_side_info(
         )
         source, seen = Images(folder.with_(random_crop=True), workers=workers), Images(folder, workers=workers)
     else:
-        array = np.ascontiguousarray(load_npy(images, "IMAGES"))
-        given = None if labels is None or method != "supervised" else np.asarray(load_npy(labels, "--labels"))
+        array = np.ascontiguousarray(map_npy(images, "IMAGES"))
+        given = None if labels is None or method != "supervised" else np.asarray(map_npy(labels, "--labels"))
         if labels is not None and given is None:
             raise ValueError(f"--labels: expected none for {method!r}, which learns without labels")
         source, seen = Images(array, given), Images(array)

@@ -20,7 +20,7 @@ from fct.gallery.location import Patience, location_of
 from fct.gallery.stores import open_source
 from fct.gallery.vectors import vector_block, vector_dim
 
-__all__ = ["load_labels", "load_vectors", "split_column"]
+__all__ = ["load_labels", "load_vectors", "map_npy", "split_column"]
 
 Array = np.ndarray[Any, Any]
 _ROWS = 16384
@@ -194,7 +194,7 @@ def _mapped(source: Source, name: str) -> Array | None:
     if source.kind != "npy" or files is None or len(files) != 1 or not files[0].is_local:
         return None
     source.pieces()  # refuses what is no whole file of numbers
-    return _map(files[0].path, name)
+    return map_npy(files[0].path, name)
 
 
 def _flat_npy(where: Any, name: str, access: dict[str, Any]) -> Array | None:
@@ -204,11 +204,14 @@ def _flat_npy(where: Any, name: str, access: dict[str, Any]) -> Array | None:
     place = location_of(where, storage_options=access["storage_options"], name=name)
     if not place.is_local or not place.exists() or place.is_folder():
         return None
-    array = _map(place.path, name)
+    array = map_npy(place.path, name)
     return array if array.ndim == 1 else None
 
 
-def _map(path: str, name: str) -> Array:
+def map_npy(path: str | os.PathLike[str], name: str) -> Array:
+    """A local ``.npy`` file of any shape as a read-only memory map; nothing is unpickled. name: for messages."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name}: expected a .npy file, found none at {path}")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

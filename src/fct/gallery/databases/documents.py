@@ -30,13 +30,13 @@ def asked(address: Address, do: Any) -> Any:
     """``do()``; a refusal becomes a DatabaseError without the address's secrets, the rest an error that may pass."""
     try:
         return do()
-    except (FctError, NotImplementedError):
+    except FctError:
         raise
     except Exception as error:
         said = address.hidden(f"{type(error).__name__}: {error}")[:500]
         if any(word.lower() in said.lower() for word in _REFUSED):
             raise DatabaseError(f"{address.shown}: the server refuses: {said}") from None
-        if isinstance(error, (ValueError, TypeError)) and not isinstance(error, OSError):
+        if isinstance(error, (ValueError, TypeError, NotImplementedError)) and not isinstance(error, OSError):
             raise DatabaseError(f"{address.shown}: {said}") from None
         raise ConnectionError(said) from None
 
