@@ -2,7 +2,7 @@
 #include <dlfcn.h>
 #include <pybind11/functional.h>
 
-#include "../../csrc/cuda/bind.h"
+#include "../../../csrc/cuda/bind.h"
 #include "simt.h"
 
 namespace fct::cuda {
