@@ -192,3 +192,27 @@ def test_plan_touches_nothing(db: Database, h: fct.Transformation) -> None:
     plan = fct.plan_backfill(db.url("items"), db.url("new", vector="v"), h, old_model="random-old")
     assert (plan.rows, plan.refusals) == (600, ())
     assert db.run("SELECT to_regclass('new')") == [(None,)]
+
+
+@pytest.mark.parametrize("kind", ["smallint", "integer", "bigint"])
+@pytest.mark.parametrize("nulls", [False, True])
+def test_keys_and_vectors_that_the_server_joins(
+    db: Database, h: fct.Transformation, tmp_path: Path, kind: str, nulls: bool
+) -> None:
+    """Without payload: negative keys, gaps, rows that lie in another order than their keys."""
+    old = rows_of(2500)
+    db.items(old)
+    db.run(f"CREATE TABLE loose AS SELECT (7 * id - 9000)::{kind} AS id, embedding FROM items ORDER BY md5(id::text)")
+    db.run("ALTER TABLE loose ADD PRIMARY KEY (id)")
+    if nulls:
+        db.run("UPDATE loose SET embedding = NULL WHERE id % 500 = 0")
+    without = db.run("SELECT count(*) FROM loose WHERE embedding IS NULL")[0][0]
+    assert bool(without) == nulls
+    words = QUICK | {"shard_rows": 2000, "batch_rows": 1500}
+    report = fct.backfill(db.url("loose"), db.url("loose_v2", vector="embedding"), h, journal=tmp_path / "j", **words)
+    assert (report.rows_in, report.rejects) == (2500, without)
+    assert [t for (t,) in db.run("SELECT DISTINCT pg_typeof(id)::text FROM loose_v2")] == [kind]
+    rows = db.run("SELECT a.embedding::text, b.embedding::text FROM loose a JOIN loose_v2 b USING (id)")
+    assert len(rows) == 2500 - without
+    want = fct.transform_batch(vectors_of([a for a, _ in rows]), None, h, progress=False)
+    assert np.allclose(vectors_of([b for _, b in rows]), want, atol=2e-5)

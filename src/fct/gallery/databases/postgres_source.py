@@ -10,6 +10,15 @@ import pyarrow as pa
 
 from fct.gallery.databases.address import Address
 from fct.gallery.databases.database_gallery import DatabaseError, DatabaseSource
+from fct.gallery.databases.postgres_blocks import (
+    BLOCK_ROWS,
+    INTS,
+    fits_blocks,
+    id_blocks,
+    joined_ids,
+    joined_rows,
+    row_block,
+)
 from fct.gallery.databases.postgres_copy import Column, decode
 from fct.gallery.databases.postgres_server import Server, columns_of, key_of, table_of
 from fct.gallery.interfaces import VECTOR_KEY
@@ -149,6 +158,9 @@ class PostgresSource(DatabaseSource):
         key = next(c for c in columns if c.name == self.id_column)
 
         def ids(connection: Connection[Any]) -> pa.Array:
+            if key.type in INTS:
+                found = self._run_in_blocks(self._in_snapshot(), id_blocks(table_of(self.address), key))
+                return joined_ids(found, key)
             query = sql.SQL("SELECT {id} FROM {table} ORDER BY {id}").format(
                 id=sql.Identifier(key.name), table=table_of(self.address)
             )
@@ -176,5 +188,22 @@ class PostgresSource(DatabaseSource):
         query = sql.SQL("SELECT {columns} FROM {table} WHERE {which} ORDER BY {key}").format(
             columns=selected, table=table_of(self.address), which=which, key=key
         )
+        if between and fits_blocks(columns):
+            rows = self._in_blocks(ids, columns)
+            if rows is not None:
+                return rows
         stream = self._server.run(lambda connection: self._copy(self._in_snapshot(), query))
         return decode(stream, columns)
+
+    def _in_blocks(self, ids: pa.Array, columns: list[Column]) -> pa.RecordBatch | None:
+        """The rows between the first and the last of these ids; None where one of them has a null."""
+        asked = [
+            row_block(table_of(self.address), self.id_column, columns, some[0].as_py(), some[-1].as_py())
+            for some in (ids.slice(first, BLOCK_ROWS) for first in range(0, len(ids), BLOCK_ROWS))
+        ]
+        found = self._server.run(lambda _: [self._run_in_blocks(self._in_snapshot(), query) for query in asked])
+        return joined_rows([row for rows in found for row in rows], columns)
+
+    def _run_in_blocks(self, connection: Connection[Any], query: Composed) -> list[tuple[bytes | int, ...]]:
+        with connection.cursor(binary=True) as cursor:
+            return cursor.execute(query, prepare=False).fetchall()
