@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 import fct
 from fct.bench import throughput as bench
-from fct.bench.measure import Peaks
+from fct.bench.measure import Peaks, measure_batch
 from fct.bench.peers import Worker, best_setting, openblas_times
 from fct.bench.throughput import inputs_of, run_bench, same_neighbours
 from fct.cli import main
@@ -38,8 +40,11 @@ def test_figures_fit_together(h: fct.Transformation) -> None:
     report = run_bench(h, threads=1, peers=False, progress=lambda share, _: told.append(share))
     assert told == sorted(told)
     assert told[-1] == 1.0
-    rows = {(r["precision"], r["rows"]): r for r in report.transform}
-    assert set(rows) == {(p, n) for p in ("fp32", "bf16", "int8") for n in (4096, 64, 1)}
+    assert {(r["rows"], r["state"]) for r in report.transform} == {
+        (4096, "warm"), *((n, state) for n in (64, 8, 1) for state in ("warm", "after a pause"))
+    }  # fmt: skip
+    rows = {(r["precision"], r["rows"]): r for r in report.transform if r["state"] == "warm"}
+    assert set(rows) == {(p, n) for p in ("fp32", "bf16", "int8") for n in (4096, 64, 8, 1)}
     for (precision, n), r in rows.items():
         assert r["status"] == "ok"
         assert r["rows_per_s"] == pytest.approx(1e3 * n / r["ms"])
@@ -61,17 +66,56 @@ def test_figures_fit_together(h: fct.Transformation) -> None:
 
 
 def test_a_wrong_result_is_never_timed(h: fct.Transformation, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = bench.Packed.run
+    run = bench.transform_batch
 
-    def wrong(self: Any, old: Any, side: Any, out: Any, *, threads: int) -> None:
-        run(self, old, side, out, threads=threads)
-        out.values[:] = out.values[::-1].copy()
+    def wrong(*args: Any, **named: Any) -> Any:
+        out = run(*args, **named)
+        out[:] = out[::-1].copy()
+        return out
 
-    monkeypatch.setattr(bench.Packed, "run", wrong)
+    monkeypatch.setattr(bench, "transform_batch", wrong)
     report = run_bench(h, threads=1, peers=False)
     assert all(r["status"].startswith("differs: error") for r in report.transform)
     assert not any("rows_per_s" in r for r in report.transform)
     assert report.to_come == []
+
+
+def test_two_tables_cannot_disagree(h: fct.Transformation) -> None:
+    """No time of a batch stands in two tables, and each is the one call of a server, in a state that is named."""
+    report = run_bench(h, threads=1, peers=False)
+    keys = [(r["who"], r["precision"], r["rows"], r["state"]) for r in report.transform]
+    assert len(keys) == len(set(keys)), "one figure for one thing"
+    tables = {title: (columns, cells) for title, columns, cells in report.tables()}
+    timed = [title for title, (columns, _) in tables.items() if "ms" in columns and "precision" in columns]
+    assert timed == [
+        "Transformation, batches of 4,096, warm",
+        *(f"Transformation, batches of {n}, {s}" for n in (64, 8, 1) for s in ("warm", "after a pause")),
+    ]
+    columns, cells = tables["One row against reading the packed weights once"]
+    assert [row[:2] for row in cells] == [[p, s] for s in ("warm", "after a pause") for p in ("fp32", "bf16", "int8")]
+    one = {(r["precision"], r["state"]): r["ms"] for r in report.transform if r["rows"] == 1}
+    for w, row in zip(report.weights, cells, strict=True):
+        assert row[3] == f"{100 * w['ms'] / one[w['precision'], w['state']]:.0f} %"
+        assert "ms" not in columns, "a row's own time is in its own table alone"
+
+
+def test_warm_calls_come_in_a_row() -> None:
+    """Turn by turn, each call would find the others' weights in the caches and its threads asleep."""
+    called: list[str] = []
+
+    def call(name: str, seconds: float) -> None:
+        called.append(name)
+        time.sleep(seconds)
+
+    fns = {"a": lambda: call("a", 0.001), "b": lambda: call("b", 0.002)}
+    found = measure_batch(fns, 64, seconds=0.1, rounds=2)
+    assert set(found) == {"warm", "after a pause"}
+    assert found["warm"]["a"].median < found["warm"]["b"].median
+    turns = [name for name, _ in itertools.groupby(called)]
+    assert turns[:4] == ["a", "b", "a", "b"]
+    assert len(list(next(itertools.groupby(called))[1])) > 10, "many calls in one turn"
+    assert found["warm"]["a"].calls < called.count("a"), "the first do not count"
+    assert set(measure_batch(fns, 65, seconds=0.01)) == {"warm"}
 
 
 def test_without_calibration_int8_is_left_out_and_said() -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import fct
+from fct.bench.measure import STATES
 from fct.ops.backend import PRECISIONS
 
 __all__ = ["NEIGHBOURS", "BenchReport"]
@@ -18,9 +19,10 @@ class BenchReport:
     """What :func:`run_bench` measured; every list holds plain dicts.
 
     machine: processor, threads, instruction set. peaks: GFLOP/s by precision, memory and cache GB/s.
-    auto: what ``precision="auto"`` takes for this h, here. transform: a row per who, precision and batch, those that
-    differ from the reference or are not installed with a ``status`` instead of times. one_row: latency beside the
-    time to read the packed weights once. search: a row per who and number of queries. to_come: per precision and
+    auto: what ``precision="auto"`` takes for this h, here. transform: a row per who, precision, batch and
+    state (warm, or after a pause), those that differ from the reference or are not installed with a ``status`` instead
+    of times; no figure of a batch stands anywhere else. weights: the time to read the packed weights once, measured
+    beside one row. search: a row per who and number of queries. to_come: per precision and
     number of rows the seconds h alone takes here and the bytes read and written as float32.
     """
 
@@ -29,7 +31,7 @@ class BenchReport:
     peaks: dict[str, float]
     auto: str
     transform: list[dict[str, Any]] = field(default_factory=list)
-    one_row: list[dict[str, Any]] = field(default_factory=list)
+    weights: list[dict[str, Any]] = field(default_factory=list)
     search: list[dict[str, Any]] = field(default_factory=list)
     to_come: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -40,7 +42,7 @@ class BenchReport:
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """(title, columns, cells) for the terminal and for Markdown; the first line of each column names its unit."""
         shown = []
-        for rows in sorted({r["rows"] for r in self.transform}, reverse=True):
+        for rows, state in sorted(dict.fromkeys((r["rows"], r["state"]) for r in self.transform), key=_in_order):
             cells = [
                 [r["who"], r["precision"], r["status"], "", "", ""]
                 if r["status"] != "ok"
@@ -53,18 +55,15 @@ class BenchReport:
                     f"{100 * r['share_of_peak']:.0f} %",
                 ]
                 for r in self.transform
-                if r["rows"] == rows
+                if (r["rows"], r["state"]) == (rows, state)
             ]
             columns = ["who", "precision", "rows/s", "ms", "GFLOP/s", "of the peak"]
-            shown.append((f"Transformation, batches of {rows:,}", columns, cells))
+            shown.append((f"Transformation, batches of {rows:,}, {state}", columns, cells))
         shown.append(
             (
-                "One row: latency against reading the packed weights once",
-                ["precision", "ms", "ms to read the weights", "weights"],
-                [
-                    [r["precision"], f"{r['ms']:.3f}", f"{r['ms_reading_weights']:.3f}", _bytes(r["weight_bytes"])]
-                    for r in self.one_row
-                ],
+                "One row against reading the packed weights once",
+                ["precision", "state", "ms to read the weights", "of one row's time", "weights"],
+                [self._weights_cells(w) for w in self.weights],
             )
         )
         if self.search:
@@ -99,11 +98,21 @@ class BenchReport:
         )
         return shown
 
+    def _weights_cells(self, w: dict[str, Any]) -> list[str]:
+        """One row's own time stands in its table; here is only what share of it reading the weights is."""
+        key = {"who": "fct", "precision": w["precision"], "rows": 1, "state": w["state"], "status": "ok"}
+        row = next((r for r in self.transform if all(r[name] == value for name, value in key.items())), None)
+        share = "" if row is None else f"{100 * w['ms'] / row['ms']:.0f} %"
+        return [w["precision"], w["state"], f"{w['ms']:.3g}", share, _bytes(w["bytes"])]
+
     def facts(self) -> list[str]:
         """Sentences above the tables."""
         ops = ", ".join(f"{self.peaks[p]:,.0f} ({p})" for p in PRECISIONS)
         return [
             f"{self.h['what']}: {self.h['mflop_per_row']:.1f} MFLOP a row; precision=auto takes {self.auto}.",
+            "Warm: called again and again. After a pause: each call after a rest and everybody else's, with their "
+            "weights in the caches and its own threads asleep. "
+            "fct is called as fct.transform_batch.",
             f"{self.machine['processor']}, {self.machine['threads']} threads, {self.machine['isa']}.",
             f"Its own peaks in this run: {ops} GFLOP/s on registers alone; reads {self.peaks['memory_gb_per_s']:.0f} "
             f"GB/s from memory, {self.peaks['cache_gb_per_s']:.0f} GB/s from a 12 MB block.",
@@ -116,6 +125,10 @@ class BenchReport:
             parts += [f"## {title}\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             parts += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in cells] + [""]
         return "\n".join(parts)
+
+
+def _in_order(batch: tuple[int, str]) -> tuple[int, int]:
+    return -batch[0], STATES.index(batch[1])
 
 
 def _bytes(n: float) -> str:

@@ -13,7 +13,13 @@ import numpy as np
 from fct import _C
 from fct.ops.backend import PRECISIONS
 
-__all__ = ["Peaks", "Timing", "interleave", "measure_peaks", "timing_fields"]
+__all__ = ["SMALL_BATCH", "STATES", "Peaks", "Timing", "interleave", "measure_batch", "measure_peaks", "timing_fields"]
+
+# How a batch was measured. Warm: called again and again, as a busy server calls. After a pause: each call after a rest,
+# and after everybody else's calls: other weights are in the caches, threads asleep.
+STATES = ("warm", "after a pause")
+SMALL_BATCH = 64  # rows up to which the two differ by more than a few per cent
+_PAUSE = 0.02  # seconds; longer than a peer's threads spin after a call
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,64 @@ def interleave(
     finally:
         if enabled:
             gc.enable()
-    found = {}
-    for name, spent in times.items():
-        median, p20, p80 = (float(q) for q in np.quantile(spent, (0.5, 0.2, 0.8)))
-        found[name] = Timing(median, p20, p80, turns)
+    return {name: _timing(spent) for name, spent in times.items()}
+
+
+def measure_batch(
+    fns: dict[str, Callable[[], Any]], rows: int, *, seconds: float = 1.0, rounds: int = 3
+) -> dict[str, dict[str, Timing]]:
+    """State -> name -> what a batch of ``rows`` rows takes: the one measurement that every table reads.
+
+    Args:
+        fns: name -> a call without arguments. Results must have been compared before.
+        rows: of the batch; above SMALL_BATCH, which caches do not hold, there is "warm" alone.
+        seconds: about how long each function is given in each state.
+        rounds: turns in which the functions alternate, so that all see the same machine. In a warm turn a function is
+            called again and again, and the first calls, which find the others' weights in the caches, do not count.
+
+    Example:
+        >>> from fct.bench.measure import measure_batch
+        >>> sorted(measure_batch({"sum": lambda: sum(range(99))}, 1, seconds=0.01))
+        ['after a pause', 'warm']
+    """
+    found = {"warm": _warm(fns, seconds, rounds)}
+    if rows <= SMALL_BATCH:
+        found["after a pause"] = interleave(fns, seconds=seconds, rounds=rounds, most=15, pause=_PAUSE)
     return found
+
+
+def _warm(fns: dict[str, Callable[[], Any]], seconds: float, rounds: int) -> dict[str, Timing]:
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, fn in fns.items():
+                time.sleep(_PAUSE)  # the threads of the one before stop spinning
+                times[name] += _in_a_row(fn, seconds / rounds)
+    finally:
+        if enabled:
+            gc.enable()
+    return {name: _timing(spent) for name, spent in times.items()}
+
+
+def _in_a_row(fn: Callable[[], Any], seconds: float, most: int = 2000) -> list[float]:
+    """Seconds of calls in a row, at least one, without those of the first quarter of the time and the first call."""
+    begun = time.perf_counter()
+    fn()
+    while time.perf_counter() - begun < seconds / 4:
+        fn()
+    spent: list[float] = []
+    while not spent or (len(spent) < most and time.perf_counter() - begun < seconds):
+        start = time.perf_counter()
+        fn()
+        spent.append(time.perf_counter() - start)
+    return spent
+
+
+def _timing(spent: list[float]) -> Timing:
+    median, p20, p80 = (float(q) for q in np.quantile(spent, (0.5, 0.2, 0.8)))
+    return Timing(median, p20, p80, len(spent))
 
 
 def timing_fields(timing: Timing, *, rows: int | None = None, flop: float | None = None) -> dict[str, Any]:

@@ -16,17 +16,18 @@ import fct
 from fct import _C, ref
 from fct.artifact.transformation import Transformation
 from fct.bench.bench_report import NEIGHBOURS, BenchReport
-from fct.bench.measure import Timing, interleave, measure_peaks
+from fct.bench.measure import SMALL_BATCH, Timing, interleave, measure_batch, measure_peaks
 from fct.bench.peers import best_setting, faiss_worker, openblas_times, transform_peers
 from fct.extras import why_missing
 from fct.ops.backend import PRECISIONS
 from fct.ops.isa import isa
 from fct.ops.processors import threads_of
 from fct.ops.registry import pick_transform
-from fct.ops.transform.cpu_backend import CpuTransform, Packed
-from fct.rows import rows_of
+from fct.ops.transform.cpu_backend import CpuTransform
+from fct.ops.weights import packed
+from fct.transform import transform_batch
 
-__all__ = ["TOLERANCE", "error_of", "inputs_of", "processor", "run_bench", "same_neighbours"]
+__all__ = ["TOLERANCE", "error_of", "inputs_of", "our_call", "processor", "run_bench", "same_neighbours"]
 
 # Error against the float64 reference, relative to the output's spread, that counts as the same result.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-1}
@@ -141,14 +142,11 @@ def run_bench(
     )
     if "int8" not in precisions:
         report.notes.append(f"int8 is left out: {'; '.join(backend.why_not(h, 'int8', 'cpu'))}.")
-    packed = {p: Packed(h, p, isa()) for p in precisions}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for share, rows in ((0.1, largest), (0.35, 64), (0.5, 1)):
+        for share, rows in ((0.1, largest), (0.3, SMALL_BATCH), (0.4, 8), (0.5, 1)):
             progress(share, f"the transformation, batches of {rows:,}")
-            _transform(report, h, packed, rows, count, folder, peers=peers)
-        progress(0.6, "one row against reading the weights")
-        _one_row(report, h, packed, count)
+            _transform(report, h, precisions, rows, count, folder, peers=peers)
         progress(0.65, "exact search")
         _search(report, h.d_new, count, folder, peers=peers, progress=progress)
     ours = (r for r in report.transform if r["who"] == "fct" and r["rows"] == largest and r["status"] == "ok")
@@ -168,21 +166,19 @@ def run_bench(
     return report
 
 
-def _ours(packed: Packed, old: Any, side: Any, d_new: int, threads: int) -> Callable[[], Any]:
-    out = np.empty((len(old), d_new), np.float32)
-    views = rows_of(old, "old"), rows_of(side, "side"), rows_of(out, "out", finite=False)
-
-    def call() -> Any:
-        packed.run(*views, threads=threads)
-        return out
-
-    return call
+def our_call(h: Transformation, old: Any, side: Any, precision: str, threads: int) -> Callable[[], Any]:
+    """:func:`fct.transform_batch` of these rows on the CPU, the call that a server makes, into one buffer."""
+    out = np.empty((len(old), h.d_new), np.float32)
+    side_info = side if h.uses_side_info else None
+    return lambda: transform_batch(
+        old, side_info, h, out=out, precision=precision, backend="cpu", threads=threads, progress=False
+    )
 
 
 def _transform(
     report: BenchReport,
     h: Transformation,
-    packed: dict[str, Packed],
+    precisions: list[str],
     rows: int,
     threads: int,
     folder: Path,
@@ -191,8 +187,8 @@ def _transform(
 ) -> None:
     old, side = inputs_of(h, rows)
     checked = inputs_of(h, 64)  # one row alone has no spread to compare with
-    calls = {("fct", p): (_ours(packed[p], old, side, h.d_new, threads)) for p in packed}
-    checks = {("fct", p): _ours(packed[p], *checked, h.d_new, threads) for p in packed}
+    calls = {("fct", p): our_call(h, old, side, p, threads) for p in precisions}
+    checks = {("fct", p): our_call(h, *checked, p, threads) for p in precisions}
     status: dict[tuple[str, str], str] = {}
     if peers:
         _torch_threads(threads)
@@ -207,23 +203,39 @@ def _transform(
         off = error_of(check(), want)
         if not off < TOLERANCE[key[1]]:
             status[key] = f"differs: error {off:.1e}"
-    live = {key: call for key, call in calls.items() if key not in status}
-    rounds = {f"{a}|{b}": c for (a, b), c in live.items()}
-    times = interleave(rounds, seconds=_SECONDS, rounds=3, most=15, pause=0.02)  # peers' threads spin after a call
-    for who, precision in [*calls, *(key for key in status if key not in calls)]:
-        entry = {"who": who, "precision": precision, "rows": rows, "status": status.get((who, precision), "ok")}
-        if entry["status"] == "ok":
-            timing: Timing = times[f"{who}|{precision}"]
-            gflops = h.flop_per_row * rows / timing.median / 1e9
-            entry |= {
-                "ms": timing.median * 1e3,
-                "ms_p20": timing.p20 * 1e3,
-                "ms_p80": timing.p80 * 1e3,
-                "rows_per_s": rows / timing.median,
-                "gflops": gflops,
-                "share_of_peak": gflops / report.peaks[precision],
-            }
-        report.transform.append(entry)
+    rounds = {f"{a}|{b}": call for (a, b), call in calls.items() if (a, b) not in status}
+    readers = {p: packed(CpuTransform(), h, p, "cpu").at(isa()).handle for p in precisions} if rows == 1 else {}
+    for p, handle in readers.items():
+        rounds[f"reading the weights|{p}"] = lambda handle=handle: handle.read_weights(threads)  # type: ignore[misc]
+    times = measure_batch(rounds, rows, seconds=_SECONDS)
+    for state, timings in times.items():
+        for who, precision in [*calls, *(key for key in status if key not in calls)]:
+            entry = {"who": who, "precision": precision, "rows": rows, "state": state}
+            entry["status"] = status.get((who, precision), "ok")
+            if entry["status"] == "ok":
+                entry |= _figures(timings[f"{who}|{precision}"], rows, h.flop_per_row, report.peaks[precision])
+            report.transform.append(entry)
+        for p, handle in readers.items():
+            report.weights.append(
+                {
+                    "precision": p,
+                    "state": state,
+                    "ms": timings[f"reading the weights|{p}"].median * 1e3,
+                    "bytes": handle.weight_bytes,
+                }
+            )
+
+
+def _figures(timing: Timing, rows: int, flop_per_row: int, peak: float) -> dict[str, float]:
+    gflops = flop_per_row * rows / timing.median / 1e9
+    return {
+        "ms": timing.median * 1e3,
+        "ms_p20": timing.p20 * 1e3,
+        "ms_p80": timing.p80 * 1e3,
+        "rows_per_s": rows / timing.median,
+        "gflops": gflops,
+        "share_of_peak": gflops / peak,
+    }
 
 
 def _why(error: Exception) -> str:
@@ -238,29 +250,6 @@ def _torch_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def _one_row(report: BenchReport, h: Transformation, packed: dict[str, Packed], threads: int) -> None:
-    old, side = inputs_of(h, 1)
-    for precision, weights in packed.items():
-        handle = weights.handle
-        times = interleave(
-            {
-                "row": _ours(weights, old, side, h.d_new, threads),
-                "read": lambda handle=handle: handle.read_weights(threads),  # type: ignore[misc]
-            },
-            seconds=_SECONDS / 2,
-            rounds=20,
-            most=1000,
-        )
-        report.one_row.append(
-            {
-                "precision": precision,
-                "ms": times["row"].median * 1e3,
-                "ms_reading_weights": times["read"].median * 1e3,
-                "weight_bytes": handle.weight_bytes,
-            }
-        )
 
 
 def _available_memory() -> int:

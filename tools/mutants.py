@@ -1,0 +1,243 @@
+"""Which faults the tests would miss: ``python -m tools.mutants [MODULE ...]``, outside CI.
+
+One comparison, sign or small number of a core module is changed at a time, in a copy of the tree; the module's own test
+files run until the first failure, and a change that none of them notices is listed. C++ is built anew for each change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# module -> (its files, the test files that answer for it)
+MODULES: dict[str, tuple[list[str], list[str]]] = {
+    "rows": (["src/fct/rows.py"], ["tests/test_codes.py", "tests/test_bad_input.py"]),
+    "metrics": (["src/fct/metrics.py"], ["tests/search/test_metrics.py"]),
+    "search": (["src/fct/search.py"], ["tests/search/test_search.py", "tests/search/test_shadow_files.py"]),
+    "transform": (["src/fct/transform.py"], ["tests/test_bad_input.py", "tests/kernels/test_transform_cpu.py"]),
+    "job": (
+        ["src/fct/backfilling/job.py"],
+        ["tests/backfilling/test_journal.py", "tests/backfilling/test_backfill.py"],
+    ),
+    "journal": (
+        ["src/fct/backfilling/journal.py"],
+        ["tests/backfilling/test_journal.py", "tests/backfilling/test_backfill.py"],
+    ),
+    "row_mapper": (["src/fct/backfilling/row_mapper.py"], ["tests/backfilling/test_backfill.py"]),
+    "quality": (["src/fct/backfilling/quality.py"], ["tests/backfilling/test_quality_gate.py"]),
+    "verify": (["src/fct/backfilling/verify.py"], ["tests/backfilling/test_verify.py"]),
+    "topk kernel": (
+        ["csrc/cpu/topk_ranks.cpp", "csrc/cpu/topk_exact.cpp", "csrc/cpu/topk_scan.cpp", "csrc/cpu/topk_kernels.inl"],
+        ["tests/kernels/test_topk_cpu.py", "tests/search/test_metrics.py"],
+    ),
+    "transform kernel": (
+        ["csrc/cpu/transform.cpp", "csrc/cpu/transform_kernel.h", "csrc/cpu/transform_pack.cpp"],
+        ["tests/kernels/test_transform_cpu.py"],
+    ),
+}
+
+_COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
+_SIGNS = {"+": "-", "-": "+"}
+_CPP = re.compile(r" (<=|>=|==|!=|<|>|\+|-) (?=[\w(])")
+_CPP_ONE = re.compile(r"(?<=[-+<=] )([012])(?=[;),\]\s])")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file: the characters from ``start`` to ``end`` become ``new``."""
+
+    module: str
+    file: str
+    line: int
+    start: int
+    end: int
+    old: str
+    new: str
+
+    def applied(self, text: str) -> str:
+        return text[: self.start] + self.new + text[self.end :]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.old} -> {self.new}"
+
+
+def python_changes(text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, new) of every comparison, sign and number from 0 to 2 in Python source."""
+    begins = [0]
+    for line in text.splitlines(keepends=True):
+        begins.append(begins[-1] + len(line))
+    lines = text.splitlines(keepends=True)
+
+    def at(line: int, column: int) -> int:
+        return begins[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
+    def between(left: ast.expr, right: ast.expr, table: dict[str, str]) -> Iterator[tuple[int, int, str]]:
+        start = at(left.end_lineno or 0, left.end_col_offset or 0)
+        gap = text[start : at(right.lineno, right.col_offset)]
+        sign = gap.strip(" ()\n\\")
+        if sign in table:
+            first = start + gap.index(sign)
+            yield first, first + len(sign), table[sign]
+
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare):
+            for left, right in zip([node.left, *node.comparators], node.comparators, strict=False):
+                yield from between(left, right, _COMPARISONS)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+            yield from between(node.left, node.right, _SIGNS)
+        elif isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value <= 2:
+            yield (
+                at(node.lineno, node.col_offset),
+                at(node.end_lineno or 0, node.end_col_offset or 0),
+                str(node.value + 1),
+            )
+
+
+def cpp_changes(text: str) -> Iterator[tuple[int, int, str]]:
+    """The same of C++ source, by its formatted operators; comments, templates and directives are left alone."""
+    begin = 0
+    for line in text.splitlines(keepends=True):
+        code = line.partition("//")[0]
+        if not code.lstrip().startswith(("#", "template", "*")) and "static_assert" not in code:
+            for found in _CPP.finditer(code):
+                new = (_COMPARISONS | _SIGNS)[found[1]]
+                yield begin + found.start(1), begin + found.end(1), new
+            for found in _CPP_ONE.finditer(code):
+                yield begin + found.start(1), begin + found.end(1), str(int(found[1]) + 1)
+        begin += len(line)
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    """Every mutant of a module, in the order of its source."""
+    found = []
+    for file in MODULES[module][0]:
+        text = (ROOT / file).read_text()
+        changes = python_changes(text) if file.endswith(".py") else cpp_changes(text)
+        for start, end, new in sorted(changes):
+            found.append(Mutant(module, file, text.count("\n", 0, start) + 1, start, end, text[start:end], new))
+    return found
+
+
+class Copy:
+    """A copy of the tracked files where mutants live; the tree itself is never changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        for extension in (ROOT / "src/fct").glob("_C*.so"):
+            shutil.copy2(extension, folder / "src/fct")
+        (folder / "src/fct/kernels").symlink_to(folder / "kernels")
+
+    def environment(self) -> dict[str, str]:
+        paths = f"{self.folder / 'src'}{os.pathsep}{self.folder}"
+        return os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": ""}
+
+    def build(self) -> bool:
+        """Builds the extension anew; False where the compiler refuses the mutant."""
+        build = self.folder / "build"
+        if not (build / "build.ninja").is_file():
+            import pybind11
+
+            pyproject = (self.folder / "pyproject.toml").read_text()
+            define = {
+                "CMAKE_BUILD_TYPE": "Release",
+                "SKBUILD_PROJECT_VERSION": re.findall(r'^version = "(.+)"', pyproject, re.MULTILINE)[0],
+                "pybind11_DIR": pybind11.get_cmake_dir(),
+                "Python_EXECUTABLE": sys.executable,
+                "FCT_CUDA": "off",
+            }
+            command = ["cmake", "-S", ".", "-B", str(build), "-G", "Ninja", *(f"-D{k}={v}" for k, v in define.items())]
+            subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
+        if subprocess.run(["ninja", "-C", str(build), "-j", "1"], capture_output=True).returncode:
+            return False
+        for extension in build.glob("_C*.so"):
+            shutil.copy2(extension, self.folder / "src/fct" / extension.name)
+        return True
+
+    def survives(self, mutant: Mutant, seconds: float) -> str:
+        """ "killed", "survived" or "does not build"; a run that never ends is killed."""
+        path = self.folder / mutant.file
+        text = path.read_text()
+        path.write_text(mutant.applied(text))
+        try:
+            if not mutant.file.endswith(".py") and not self.build():
+                return "does not build"
+            return "survived" if self.passes(mutant.module, seconds) else "killed"
+        finally:
+            path.write_text(text)
+
+    def passes(self, module: str, seconds: float) -> bool:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *MODULES[module][1]]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        run = subprocess.Popen(command, cwd=self.folder, env=self.environment(), start_new_session=True, **quiet)
+        try:
+            return run.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)  # with what its tests have started
+            run.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help="by default every one")
+    parser.add_argument("--each", type=int, default=20, help="at most so many mutants a module, drawn at random")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after so long")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    print(f"seed {given.seed}, {given.each} mutants a module", flush=True)
+    end = time.monotonic() + 60 * given.minutes
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
+        copy = Copy(Path(scratch))
+        for module in given.modules or MODULES:
+            if time.monotonic() > end:
+                break
+            run_module(copy, module, random.Random(given.seed), given.each, end)
+
+
+def run_module(copy: Copy, module: str, chance: random.Random, each: int, end: float) -> None:
+    """Prints each mutant and the module's sum."""
+    everyone = mutants_of(module)
+    chosen = sorted(chance.sample(everyone, min(each, len(everyone))), key=lambda m: (m.file, m.start))
+    if any(not m.file.endswith(".py") for m in chosen):
+        copy.build()
+    begun = time.monotonic()
+    if not copy.passes(module, 1800):
+        print(f"{module}: its tests fail without a mutant: {', '.join(MODULES[module][1])}", flush=True)
+        return
+    limit = 60 + 5 * (time.monotonic() - begun)
+    counts: dict[str, int] = {}
+    for mutant in chosen:
+        if time.monotonic() > end:
+            break
+        verdict = copy.survives(mutant, limit)
+        counts[verdict] = counts.get(verdict, 0) + 1
+        print(f"{verdict:14} {mutant}", flush=True)
+    if any(not m.file.endswith(".py") for m in chosen):
+        copy.build()
+    print(f"{module}: {counts} of {len(everyone)} possible", flush=True)
+
+
+if __name__ == "__main__":
+    main()
