@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from fct.artifact.content_checksum import CHECKSUM, content_checksum
 from fct.atomic_files import write_bytes
 from fct.checks import check_path
 from fct.errors import ArtifactError
 
-__all__ = ["FORMAT", "NEWEST_VERSION", "read_artifact", "write_artifact"]
+__all__ = ["FORMAT", "NEWEST_VERSION", "read_artifact", "require_whole", "write_artifact"]
 
 FORMAT = "fct-transformation"
 NEWEST_VERSION = 2
@@ -32,6 +33,7 @@ def write_artifact(path: str | os.PathLike[str], header: Mapping[str, Any], tens
 
     target = check_path(path, "path")
     whole = {"format": FORMAT, "version": version, **header}
+    whole[CHECKSUM] = content_checksum(whole, tensors)
     write_bytes(target, save(dict(tensors), metadata={"fct": json.dumps(whole)}))
     return target
 
@@ -55,7 +57,7 @@ def read_artifact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], T
             "for Apple's ml-fct checkpoints use Transformation.from_ml_fct"
         )
     try:
-        header = json.loads(metadata["fct"])
+        header = json.loads(metadata["fct"], object_pairs_hook=_once)
         kind, version = header.get("format"), header.get("version")
     except (AttributeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"transformation: {source} is damaged: {error!r}") from error
@@ -65,3 +67,27 @@ def read_artifact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], T
             + ("; a later fct wrote it" if kind == FORMAT and type(version) is int and version > 1 else "")
         )
     return source, header, tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names stand there once: of two values it would be the last that counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+_NAMES = {
+    *("format", "version", "plan", "old_space", "new_space", "side_model", "normalise", "length", "fingerprint"),
+    *("precisions", "tolerance", "info", CHECKSUM),
+}
+
+
+def require_whole(header: Mapping[str, Any], tensors: Tensors, source: Path) -> None:
+    """Raises ArtifactError where the checksum is another. Version 0.1 wrote none; a damaged name is not taken for
+    that."""
+    unknown = [name for name in header if name not in _NAMES]
+    if unknown:
+        raise ArtifactError(f"transformation: {source} is damaged: its header names {unknown[0]!a}")
+    if CHECKSUM in header and header[CHECKSUM] != content_checksum(header, tensors):
+        raise ArtifactError(f"transformation: {source} does not match its checksum: the file was damaged or changed")

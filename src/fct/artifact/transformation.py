@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fct.artifact.file_format import read_artifact, write_artifact
+from fct.artifact.file_format import read_artifact, require_whole, write_artifact
 from fct.artifact.layers import BRANCHES, SKIP, Layer, check_chain, check_skip, fold_norm, fold_scaling
 from fct.artifact.ml_fct import load_ml_fct
 from fct.artifact.onnx_export import save_onnx
@@ -259,6 +259,7 @@ class Transformation:
             raise ArtifactError(
                 f"transformation: the weights in {source} do not match its fingerprint: the file was changed"
             )
+        require_whole(header, tensors, source)
         return h
 
     @classmethod

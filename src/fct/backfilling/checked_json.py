@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fct.atomic_files import checksum_bytes
 
 __all__ = [
+    "SEAL",
     "Check",
     "SchemaError",
     "anything",
@@ -31,7 +32,7 @@ __all__ = [
 
 T = TypeVar("T")
 Check = Callable[[object, str], Any]
-_SEAL = "xxh64"
+SEAL = "xxh64"
 _DEPTH = 64  # of what a store keeps in a marker; everything else is as deep as its schema
 
 
@@ -62,7 +63,7 @@ def _no_constant(name: str) -> float:
 
 def sealed(body: dict[str, Any]) -> bytes:
     """The body as JSON with its own checksum in it."""
-    return json.dumps({_SEAL: _seal(body), **body}).encode()
+    return json.dumps({SEAL: _seal(body), **body}).encode()
 
 
 def unsealed(body: object) -> dict[str, Any]:
@@ -70,8 +71,8 @@ def unsealed(body: object) -> dict[str, Any]:
     before there were checksums have none."""
     if not isinstance(body, dict):
         raise SchemaError(f"expected an object, got {_kind(body)}")
-    rest = {key: value for key, value in body.items() if key != _SEAL}
-    if _SEAL in body and body[_SEAL] != _seal(rest):
+    rest = {key: value for key, value in body.items() if key != SEAL}
+    if SEAL in body and body[SEAL] != _seal(rest):
         raise SchemaError("its content does not match its checksum: it was damaged or changed")
     return rest
 

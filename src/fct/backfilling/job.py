@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from fct.backfilling.checked_json import (
+    SEAL,
     Check,
     SchemaError,
     anything,
@@ -235,6 +236,12 @@ class Job:
             )
         return body
 
+    @staticmethod
+    def has_checksum(data: bytes) -> bool:
+        """Whether a job that was read carries one: those of version 0.1 do not."""
+        body = parse(data, JOB_BYTES)
+        return isinstance(body, dict) and SEAL in body
+
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Job:
         """The job as it was kept. Raises BackfillError, naming the file, for all that could not have been written."""
@@ -246,6 +253,8 @@ class Job:
             later = {f.name: f.metadata["check"] for f in cls._later()}
             job = record(cls, tuple(later), **_OF_0_1, **later)(body, "")
             job.require_sound()
+            if not cls.has_checksum(data) and (more := [name for name in later if name in body]):
+                raise SchemaError(f"it has lost its checksum: version 0.1 wrote none, and no {more[0]} either")
             if job.fingerprint != fingerprint:
                 raise SchemaError("its fingerprint does not match its content")
         except (SchemaError, BackfillError, MemoryError, RecursionError) as error:

@@ -46,6 +46,7 @@ class Journal:
 
     def __init__(self, root: Location, destination: Location) -> None:
         self.root, self.destination = root, destination
+        self.sealed = True  # whether the job that was read carries a checksum
         self._sizes: dict[str, int] = {}  # of remote markers, as they were listed
 
     # ---- places ----
@@ -86,7 +87,9 @@ class Journal:
             data = self._read("job.json", JOB_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Job.from_json(data, str(self.root / "job.json"))
+        job = Job.from_json(data, str(self.root / "job.json"))
+        self.sealed = Job.has_checksum(data)
+        return job
 
     def start(self, job: Job) -> None:
         with system_errors("the job could not be written down", self.root / "job.json"):

@@ -13,11 +13,12 @@ from fct.backfilling.journal import Journal, system_errors
 from fct.backfilling.marker import Marker
 from fct.backfilling.resolve import Resolved, occupied
 from fct.backfilling.row_mapper import RowMapper, output_schema
-from fct.errors import BackfillError
+from fct.errors import BackfillError, FctError
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Piece, Shard, Source
+from fct.gallery.space_tags import side_file_space
 
-__all__ = ["begin", "finish", "kept_shards"]
+__all__ = ["begin", "finish", "is_whole_beside", "kept_shards"]
 
 
 def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) -> Job:
@@ -50,6 +51,8 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
         )
     _check_numbers(journal, stored)
     _check_stamps(found, stored, say)
+    if not journal.sealed:
+        _check_unsealed(found, stored, say)
     if journal.root.is_local:
         shutil.rmtree(journal.root.local / "parts", ignore_errors=True)
         folders = [journal.root.local, journal.root.local / "done"]
@@ -59,7 +62,9 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
             part.unlink(missing_ok=True)  # half-written beside: what fct.atomic_files renames when whole
     where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
     moved = replace(stored, **where)
-    if moved != stored:  # so that whoever verifies looks in the right place; the cut into shards stays
+    if (
+        moved != stored or not journal.sealed
+    ):  # so that whoever verifies looks in the right place; the cut into shards stays
         journal.start(moved)
     return replace(moved, backend=found.job.backend)
 
@@ -117,6 +122,23 @@ def _check_stamps(found: Resolved, stored: Job, say: Callable[[str], None]) -> N
             _compare_input(found, stored, what, changed, regrouped)
 
 
+def _check_unsealed(found: Resolved, stored: Job, say: Callable[[str], None]) -> None:
+    """A job without a checksum was begun by version 0.1, whose markers do not say which rows they are of: what was done
+    is read again and compared, once. Where a marker says it, the job has lost its checksum.
+
+    Raises BackfillError where it is another job's, or its numbers were changed.
+    """
+    journal = found.journal
+    markers = (journal.marker(number) for number in journal.marked())
+    if any(marker is not None and marker.piece is not None for marker in markers):
+        raise BackfillError(
+            f"destination: {journal.root / 'job.json'} is not a job that can be continued: it has lost its checksum. "
+            "Restore the file from a copy, or start over in another destination"
+        )
+    say(f"{journal.root / 'job.json'} is of version 0.1; comparing what was done with the source")
+    _compare_input(found, stored, "source", set(range(len(stored.pieces))), set())
+
+
 def _compare_input(found: Resolved, stored: Job, what: str, changed: set[int], regrouped: set[int]) -> None:
     mapper = found.mapper(stored)
     for number in found.journal.marked():
@@ -166,6 +188,17 @@ def kept_shards(journal: Journal, job: Job, *, content: bool, bar: Bar) -> dict[
     return kept
 
 
+def is_whole_beside(found: Resolved, job: Job) -> bool:
+    """Whether what lies beside the rows of a finished gallery is what was written: h, and a folder's space."""
+    destination = found.destination
+    try:
+        if isinstance(destination, FileDestination) and side_file_space(destination.where) != job.new_space:
+            return False
+        return found.journal.transformation().fingerprint == job.transformation
+    except (FctError, FileNotFoundError):
+        return False
+
+
 def finish(found: Resolved, job: Job, markers: dict[int, Marker], *, follow: bool = False) -> bool:
     """Counts everything once more, commits the destination, and writes the manifest: last, and atomically.
 
@@ -184,6 +217,8 @@ def finish(found: Resolved, job: Job, markers: dict[int, Marker], *, follow: boo
     if grown:
         return False
     ordered = [markers[number] for number in range(len(markers))]
+    if isinstance(found.destination, FileDestination):
+        found.destination.begin(output_schema(job, found.source.schema), job.new_space)  # its side file, once more
     with system_errors("the new gallery could not be finished", found.destination.url):
         found.destination.finish([m.extra for m in ordered], output_schema(job, found.source.schema), job.new_space)
     found.journal.keep_transformation(found.h)

@@ -19,7 +19,7 @@ from fct.backfilling.journal import Journal, system_errors
 from fct.backfilling.marker import Marker
 from fct.backfilling.quality import Writing, check_quality, held_out_pairs
 from fct.backfilling.resolve import Resolved, load_transformation, resolve
-from fct.backfilling.resume import begin, finish, kept_shards
+from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards
 from fct.backfilling.row_mapper import output_schema
 from fct.backfilling.sample import refuse_misfit
 from fct.errors import BackfillError, QualityGateError, RejectLimitError
@@ -186,6 +186,9 @@ def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool
         finished = journal.manifest()
     except BackfillError as error:  # the shards are what counts, and they are proven
         bar.say(f"{error}: writing it again")
+        finished = None
+    if not todo and finished is not None and not is_whole_beside(found, job):
+        bar.say("h or the space beside the rows is not what was written: writing both again")
         finished = None
     whole = True
     if todo or finished is None or finished.get("fingerprint") != job.fingerprint:

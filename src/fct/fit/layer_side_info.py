@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fct.artifact.content_checksum import CHECKSUM, content_checksum
 from fct.atomic_files import atomic_path
 from fct.checks import check_choice, check_flag, check_path, check_seed, check_whole
 from fct.errors import ArtifactError
@@ -97,6 +98,7 @@ class LayerSideInfo:
         check_path(path, "path")
         header = {"layer": self.layer, "storage": self.storage, "dim": self.dim, "batch_size": self.batch_size}
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in ("mean", "components", "scale")}
+        header[CHECKSUM] = content_checksum(header, tensors)
         with atomic_path(check_path(path, "path")) as part:
             save_file(tensors, str(part), metadata={_KEY: json.dumps(header)})
 
@@ -113,6 +115,8 @@ class LayerSideInfo:
             with safe_open(str(path), framework="numpy") as file:
                 header = json.loads((file.metadata() or {})[_KEY])
                 arrays = {name: file.get_tensor(name) for name in ("mean", "components", "scale")}
+            if CHECKSUM in header and header[CHECKSUM] != content_checksum(header, arrays):
+                raise ValueError("it does not match its checksum")
             layer, storage, size = str(header["layer"]), str(header["storage"]), int(header["batch_size"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise ArtifactError(

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fct.atomic_files import atomic_path
 from fct.checks import check_number, check_positive, check_seed, check_whole
-from fct.errors import ArtifactError
 from fct.fit.images import Images
 from fct.fit.training_device import training_device
+from fct.fit.training_state import read_state, write_state
 from fct.progress import step_bar
 
 __all__ = ["TrainConfig", "train"]
@@ -150,27 +149,13 @@ class _State:
         self.losses: list[float] = []
 
     def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
         tensors = {f"modules.{k}": v for k, v in self.modules.state_dict().items()}
         for index, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
-        header = json.dumps({"identity": self.identity, "epoch": self.epoch, "losses": self.losses})
-        with atomic_path(path) as part:
-            owned = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-            save_file(owned, str(part), metadata={"fct-train": header})
+        write_state(path, tensors, {"identity": self.identity, "epoch": self.epoch, "losses": self.losses})
 
     def load(self, path: Path, device: torch.device) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                header = json.loads((file.metadata() or {}).get("fct-train", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(f"checkpoint: expected a whole .safetensors file, {path} is not: {error}") from error
-        if not isinstance(header, dict) or header["identity"] != self.identity:
-            raise ArtifactError(f"checkpoint: {path} belongs to another training; remove it or name another")
+        tensors, header = read_state(path, self.identity, device)
         prefix = "modules."
         self.modules.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         state: dict[int, dict[str, Any]] = {}

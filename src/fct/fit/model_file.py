@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from fct.artifact.content_checksum import CHECKSUM, content_checksum
 from fct.atomic_files import atomic_path
 from fct.checks import check_path
 from fct.errors import ArtifactError
@@ -14,6 +15,11 @@ from fct.fit.backbones import EmbeddingModel, embedding_model
 __all__ = ["load_model", "save_model"]
 
 _KEY = "fct-model"
+_NAMES = {"backbone", "dim", "image_shape", "info", CHECKSUM}  # version 0.1 wrote all but the last
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Any]) -> str:
+    return content_checksum(header, {name: value.numpy() for name, value in tensors.items()})
 
 
 def save_model(
@@ -46,6 +52,7 @@ def save_model(
     check_path(path, "path")
     header = {"backbone": backbone, "dim": model.dim, "image_shape": list(image_shape), "info": info or {}}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
+    header[CHECKSUM] = _checksum(header, tensors)
     with atomic_path(path) as part:
         save_file(tensors, str(part), metadata={_KEY: json.dumps(header)})
 
@@ -62,10 +69,21 @@ def load_model(path: str | os.PathLike[str]) -> EmbeddingModel:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if not isinstance(header, dict):
             raise ArtifactError(f"model: expected an embedding model that fct saved, {path} is none")
+        if (set(header) - _NAMES) or header.get(CHECKSUM, None) not in (None, _checksum(header, tensors)):
+            raise ArtifactError(f"model: {path} does not match its checksum: the file was damaged or changed")
         shape = header["image_shape"]
         model = embedding_model(header["backbone"], dim=header["dim"], image_shape=(shape[0], shape[1], shape[2]))
         model.load_state_dict(tensors)
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        IndexError,
+        RecursionError,
+    ) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"model: expected a whole embedding model, {path} is not: {error}") from error

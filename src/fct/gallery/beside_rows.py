@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fct.atomic_files import checksum_bytes
+from fct.errors import FctError
 from fct.gallery.columns import pick_id_column
+from fct.gallery.file_gallery import named_errors
 from fct.gallery.interfaces import Piece, Source
 from fct.gallery.location import Location
 from fct.gallery.matrix_files import ROW, BinSource, NpySource
@@ -18,6 +21,7 @@ from fct.gallery.stores import open_source
 __all__ = ["BesideRows", "load_ids"]
 
 _BATCH = 16384
+_MARKER_BYTES = 64 << 20
 
 
 class BesideRows:
@@ -39,18 +43,48 @@ class BesideRows:
             stem = piece.name.rpartition(".")[0]
             if f"{stem}.parquet" in there:
                 self._files[piece.name] = root / f"_rows/{stem}.parquet"
-            # The marker says how many rows the shard had before some were rejected.
-            marker = json.loads((root / f"_fct/done/{int(stem.rpartition('-')[2]):08d}.json").read_bytes())
-            self.first[i], first = first, first + int(json.loads(marker["marker"])["rows_in"])
+            number = stem.rpartition("-")[2]
+            if not number.isdecimal():
+                raise FctError(f"gallery: {root / piece.name} was made by no shard of the backfill here: move it away")
+            self.first[i], first = first, first + _rows_in(root / f"_fct/done/{int(number):08d}.json")
         if self._files:
-            with next(iter(self._files.values())).open() as file:
+            one = next(iter(self._files.values()))
+            with named_errors(one), one.open() as file:
                 self.schema = pq.read_schema(file).remove_metadata()
 
     def table(self, piece: Piece) -> pa.Table | None:
         if piece.name not in self._files:
             return None
-        with self._files[piece.name].open() as file:
-            return pq.read_table(file)
+        place = self._files[piece.name]
+        with named_errors(place), place.open() as file:
+            found = pq.read_table(file)
+        if len(found) != piece.rows or found.schema.names != self.schema.names:
+            raise FctError(
+                f"gallery: {place} has {len(found)} rows of {', '.join(found.schema.names)}, expected {piece.rows} of "
+                f"{', '.join(self.schema.names)}, as {piece.name} has: run the backfill again"
+            )
+        return found
+
+
+def _rows_in(marker: Location) -> int:
+    """How many rows a shard had before some were rejected.
+
+    Raises:
+        FctError: the marker is not there, damaged or changed.
+    """
+    try:
+        if marker.version().bytes > _MARKER_BYTES:
+            raise ValueError(f"more than {_MARKER_BYTES:,} bytes")
+        outer = json.loads(marker.read_bytes())
+        body = outer["marker"].encode()
+        if checksum_bytes(body) != outer["xxh64"]:
+            raise ValueError("it does not match its checksum")
+        rows = json.loads(body)["rows_in"]
+        if type(rows) is not int or rows < 0:
+            raise ValueError("rows_in is no number of rows")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
+        raise FctError(f"gallery: {marker} is damaged ({error}): run the backfill again") from error
+    return rows
 
 
 def load_ids(where: object, wanted: str = "auto", *, name: str = "id_column") -> pa.Array | None:

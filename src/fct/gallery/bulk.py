@@ -202,6 +202,12 @@ class _Rows:
             d = d or vector_dim(column)
             if d is None:
                 raise ValueError(f"gallery: row {done} has no vector: null")
+            held = vector_dim(column) or d
+            if held != d and self.source.space is not None:
+                raise ValueError(
+                    f"gallery: {self.source.url} says that it holds vectors of {self.source.space}, its column "
+                    f"{self.vector!r} holds {held}-d ones: its _fct/space.json may be damaged; run the backfill again"
+                )
             block = vector_block(column, d)
             if block.bad:  # a row left out here would shift those behind it
                 row, why = min(block.bad.items())

@@ -87,6 +87,9 @@ class FileSource(Source):
             except FctError as error:
                 broken.append(str(error))
                 continue
+            except FileNotFoundError:
+                broken.append(f"source: {file} is not there: it was taken away, or the table's log is damaged")
+                continue
             same = next((s for s in kinds if s.equals(schema, check_metadata=True)), None)
             if same is None:
                 kinds.append(schema)

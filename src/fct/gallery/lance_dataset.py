@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from fct.errors import FctError
 from fct.extras import need
+from fct.gallery.arrow_guard import validated
 from fct.gallery.interfaces import JOB_KEY, Batches, Destination, Output, Piece, Shard, Source
 from fct.gallery.location import location_of
 from fct.gallery.space_tags import side_file_space, space_of_schema
@@ -60,10 +62,27 @@ class LanceSource(Source):
         self.version = int(version or self._dataset(None).version)
 
     def _dataset(self, version: int | None) -> Any:
+        lance = _lance()
+        with self._named_errors():
+            try:
+                return lance.dataset(self._url, version=version, storage_options=lance_options(self._options))
+            except ValueError as error:
+                raise FileNotFoundError(f"source: expected a Lance dataset at {self.url}: {error}") from error
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Whatever Lance says of a dataset comes out as an FctError that names it, panics too. A store's own errors
+        may pass when it is asked again."""
         try:
-            return _lance().dataset(self._url, version=version, storage_options=lance_options(self._options))
-        except ValueError as error:
-            raise FileNotFoundError(f"source: expected a Lance dataset at {self.url}: {error}") from error
+            yield
+        except (FctError, FileNotFoundError, GeneratorExit):
+            raise
+        except BaseException as error:
+            panic = type(error).__name__ == "PanicException"  # of Rust: no Exception
+            passing = isinstance(error, OSError) and (self.transient or error.errno is not None)
+            if passing or not (panic or isinstance(error, Exception)):
+                raise
+            raise FctError(f"source: the Lance dataset {self.url} is damaged: {error}") from error
 
     @property
     def url(self) -> str:
@@ -71,7 +90,8 @@ class LanceSource(Source):
 
     @property
     def schema(self) -> pa.Schema:
-        return self._dataset(self.version).schema
+        with self._named_errors():
+            return self._dataset(self.version).schema
 
     @property
     def space(self) -> EmbeddingSpace | None:
@@ -81,14 +101,23 @@ class LanceSource(Source):
 
     def pieces(self) -> list[Piece]:
         # The version is not in the stamp: fragments never change, deletions are what changes what they hold.
-        return [
-            Piece(f"fragment-{f.fragment_id}", f.count_rows(), f.num_deletions, str(f.metadata.physical_rows))
-            for f in self._dataset(self.version).get_fragments()
-        ]
+        with self._named_errors():
+            return [
+                Piece(f"fragment-{f.fragment_id}", f.count_rows(), f.num_deletions, str(f.metadata.physical_rows))
+                for f in self._dataset(self.version).get_fragments()
+            ]
 
     def read(self, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
-        fragment = self._dataset(self.version).get_fragment(int(piece.name.rpartition("-")[2]))
-        yield from fragment.to_batches(offset=start, limit=rows, batch_size=batch_rows)
+        with self._named_errors():
+            fragment = self._dataset(self.version).get_fragment(int(piece.name.rpartition("-")[2]))
+            batches = iter(fragment.to_batches(offset=start, limit=rows, batch_size=batch_rows))
+        while True:
+            with self._named_errors():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                validated(batch, self.url)
+            yield batch
 
 
 class LanceDestination(Destination):

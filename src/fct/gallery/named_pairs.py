@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import zipfile
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -63,7 +62,19 @@ def _archive(where: str | os.PathLike[str], name: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected an .npz file, found none at {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {n: file[n] for n in file.files}
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as opened:
+            return _members(opened)
+    except _Damaged as error:
         raise ValueError(f"{name}: expected a whole .npz of arrays, {path} is not: {error}") from error
+
+
+class _Damaged(Exception):
+    """What the archive's parser said."""
+
+
+def _members(opened: IO[bytes]) -> dict[str, Any]:
+    try:
+        with np.load(opened, allow_pickle=False) as file:
+            return {n: file[n] for n in file.files}
+    except Exception as error:  # zip's and numpy's parsers of a damaged archive raise what they like
+        raise _Damaged(str(error) or type(error).__name__) from error

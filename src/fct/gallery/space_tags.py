@@ -68,7 +68,7 @@ def side_file_space(file: Location) -> EmbeddingSpace | None:
 def _parse(text: bytes, what: str) -> EmbeddingSpace:
     try:
         return EmbeddingSpace.from_dict(json.loads(text))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise FctError(f"{what}: expected a space (model_id, dim, metric, normalised) as JSON, got {error}") from error
 
 

@@ -6,6 +6,7 @@ is read as its library reads it, at one version, or refused by its name.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -84,14 +85,19 @@ def _open(
 
 def _kind_of(folder: Location) -> str | None:
     """delta, iceberg, hudi, datasets or None."""
-    folders = folder.folders()
+    if folder.is_local:  # asked for by name: a folder above may hold any number of files
+        path = folder.path
+        folders = [n for n in ("_delta_log", ".hoodie", "metadata") if os.path.isdir(os.path.join(path, n))]
+        marks = ("dataset_dict.json", "state.json", "dataset_info.json")
+        files = [n for n in marks if os.path.isfile(os.path.join(path, n))]
+    else:
+        folders, files = folder.folders(), folder.files()
     if "_delta_log" in folders:
         return "delta"
     if ".hoodie" in folders:
         return "hudi"
     if "metadata" in folders and any(n.endswith(".metadata.json") for n in (folder / "metadata").files()):
         return "iceberg"
-    files = folder.files()
     if "dataset_dict.json" in files or ("state.json" in files and "dataset_info.json" in files):
         return "datasets"
     return None

@@ -105,7 +105,10 @@ def read_qrels(path: str | os.PathLike[str]) -> Judgements:
             column.append(field)
     if not columns[0]:
         raise FctError(f"qrels: expected at least one judgement, {file} has none")
-    return Judgements.of(*columns)
+    try:
+        return Judgements.of(*columns)
+    except ValueError as error:
+        raise FctError(f"{error}, in {file}") from error
 
 
 def _lines(file: Path) -> Iterable[tuple[int, list[str]]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fct.checks import check_choice, check_positive
+from fct.checks import check_choice, check_positive, shown
 from fct.fit.loop import TrainConfig
 from fct.fit.recipes import FitConfig, paper_config, resolve_config
 from fct.fit.side_info import METHODS
@@ -18,6 +18,7 @@ __all__ = ["DataPlan", "Experiment", "ModelPlan", "SidePlan", "experiment_names"
 
 _FOLDER = Path(__file__).parent / "experiments"
 _SETS = ("fashion-mnist", "cifar-100", "folder")
+_MOST_BYTES = 1 << 20
 _RATE = "a positive number (1.0e-3, not 1e-3, in YAML)"
 
 
@@ -115,7 +116,7 @@ class Experiment:
     def __post_init__(self) -> None:
         _positive("old_classes", self.old_classes)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed: expected an int of at least 0, got {self.seed!r}")
+            raise ValueError(f"seed: expected an int of at least 0, got {shown(self.seed)}")
         _ = self.bct_plan, self.fit_config  # refused now rather than hours into the run
 
     @property
@@ -156,7 +157,7 @@ _T = TypeVar("_T")
 def _build(kind: type[_T], values: Any, where: str) -> _T:
     """A dataclass from a mapping; an unknown or a missing key is named."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected a mapping, got {values!r}")
+        raise ValueError(f"{where}: expected a mapping, got {shown(values)}")
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(str(key) for key in values if key not in known):
         raise ValueError(f"{where}: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
@@ -170,7 +171,7 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
 
 def _positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        raise ValueError(f"{name}: expected a positive int, got {shown(value)}")
 
 
 def experiment_names() -> list[str]:
@@ -200,11 +201,16 @@ def load_experiment(file_or_name: str | os.PathLike[str]) -> Experiment:
                 f"experiment: expected a YAML file or one of {', '.join(experiment_names())}, got {str(file_or_name)!r}"
             )
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"experiment: expected at most {_MOST_BYTES:,} bytes in {path}")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise ValueError(f"experiment: expected YAML in {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"experiment: expected a mapping in {path}, got {type(values).__name__}")
     parts: dict[str, type[Any]] = {"data": DataPlan, "old": ModelPlan, "side_info": SidePlan, "new": ModelPlan}
-    built = {name: _build(kind, values[name], name) for name, kind in parts.items() if name in values}
-    return _build(Experiment, {**values, **built}, f"experiment {path.name}")
+    try:
+        built = {name: _build(kind, values[name], name) for name, kind in parts.items() if name in values}
+        return _build(Experiment, {**values, **built}, "experiment")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"experiment: {path} is none: {error}") from error
