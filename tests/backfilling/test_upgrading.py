@@ -120,3 +120,17 @@ def test_threads_search_at_a_time(
         sys.setswitchinterval(before)
     if what == "upgrading":
         assert all(count == 1 for (number, _), count in made.items() if number % 2 == 0)
+
+
+def test_shards_of_earlier_passes_are_read(
+    tmp_path: Path, h: fct.Transformation, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, new = tmp_path / "old", tmp_path / "new"
+    source.mkdir()
+    how: Any = {"old_model": "random-old", "shard_rows": 100, "format": "npy"}
+    for name in ("a", "b"):  # the second comes when the first is mapped
+        np.save(source / f"{name}.npy", rng.standard_normal((200, 8), dtype=np.float32))
+        fct.backfill(source, new, h, follow=True, progress=False, **how)
+    made = counted(monkeypatch)
+    UpgradingGallery(source, new, h, **how).topk(rng.standard_normal((2, D), dtype=np.float32), 3)
+    assert made == {(number, True): 1 for number in range(4)}

@@ -49,7 +49,10 @@ def test_another_order_is_refused_at_the_first_difference(tmp_path: Path) -> Non
     ids = pa.array([f"item-{i}" for i in range(N)])
     g, s, _, _ = galleries(tmp_path, ids, ids.take(pa.array(order)).cast(pa.large_string()))
     options: dict[str, Any] = {"side_source": s, "old_model": "random-old"}
-    with pytest.raises(FctError, match="row 117 is item-117 there and item-118 in the side-information: bring one"):
+    with pytest.raises(
+        FctError,
+        match="row 117 is item-117 there and item-118 in the side-information: join them by id with --side-join id",
+    ):
         fct.backfill(g, tmp_path / "n", h, progress=False, **options)
     (why,) = fct.plan_backfill(g, tmp_path / "n", h, measure_seconds=0.01, **options).refusals
     assert "row 117 is item-117 there" in why

@@ -12,9 +12,10 @@ from typing_extensions import Unpack
 from fct.backfilling.job import Job
 from fct.backfilling.pace import Pace, measure_h, measure_reading, measure_writing
 from fct.backfilling.quality import Quality, ScoreShift, Writing, check_quality, held_out_pairs, score_shift
-from fct.backfilling.resolve import Resolved, load_transformation, occupied, resolve
+from fct.backfilling.resolve import Resolved, load_transformation, occupied, require_rows, resolve
 from fct.backfilling.row_mapper import RowMapper
 from fct.backfilling.sample import Reject, misfit, sampled
+from fct.backfilling.side_join import JoinedSide
 from fct.errors import FctError
 from fct.gallery.databases import DatabaseDestination
 from fct.gallery.interfaces import Destination
@@ -129,7 +130,14 @@ def plan_backfill(
     free = found.journal.destination.free_bytes() if files else None
     mapper = found.mapper(job, threads=given.execution.threads)
     seen = _look(found, mapper, given.prediction.sample_rows)
-    refusals = [*gate, *_standing_in_the_way(found, bytes_out, free), *seen.refusals]
+    if isinstance(found.side, JoinedSide):
+        found.side.progress = True
+    refusals = [
+        *gate,
+        *_counted(job, given.prediction.expect_rows),
+        *_standing_in_the_way(found, bytes_out, free),
+        *seen.refusals,
+    ]
     pace = _pace(found, mapper, seen.mapped if not refusals else None, given, bytes_out)
     rate, binds = pace.together()
     predicted, remote = given.prediction, not found.journal.destination.is_local
@@ -165,6 +173,14 @@ def plan_backfill(
         upload_left_out=predicted.upload_mb_per_s is None and remote,
         notes=_notes(found),
     )
+
+
+def _counted(job: Job, expected: int | None) -> list[str]:
+    try:
+        require_rows(job.rows, expected)
+    except FctError as error:
+        return [str(error)]
+    return []
 
 
 def _notes(found: Resolved) -> tuple[str, ...]:

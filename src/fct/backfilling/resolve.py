@@ -14,6 +14,7 @@ from fct.backfilling.database_job import database_journal, join_databases
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
+from fct.backfilling.side_join import bound_side, join_by_id
 from fct.checks import check_path, shown
 from fct.errors import BackfillError, FctError, SpaceMismatchError
 from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
@@ -30,7 +31,7 @@ from fct.ops.registry import pick_transform
 from fct.options.groups import Columns, Database, JobOptions
 from fct.types import GalleryLike, TransformationLike
 
-__all__ = ["Resolved", "load_transformation", "occupied", "resolve"]
+__all__ = ["Resolved", "load_transformation", "occupied", "require_rows", "resolve"]
 
 _SHARD_BYTES = 128 << 20
 
@@ -54,14 +55,14 @@ class Resolved:
 
     def reader(self, job: Job) -> ShardReader:
         """What reads the rows of ``job``, a store over a network as patiently as was asked for."""
-        return ShardReader(job, self.source, self.side, self.patience)
+        return ShardReader(job, self.source, bound_side(self.side, job, self.patience), self.patience)
 
     def pipeline(self, job: Job, *, threads: int | None, on_rows: Callable[[int], None] | None = None) -> ShardPipeline:
         """What takes the shards of ``job`` from the source to the destination."""
         return ShardPipeline(
             job,
             self.source,
-            self.side,
+            bound_side(self.side, job, self.patience),
             self.destination,
             self.journal,
             self.h,
@@ -116,6 +117,7 @@ def resolve(
         side_pieces=tuple(gallery.side.pieces()) if gallery.side else (),
         side_vector=gallery.side_vector,
         side_column=gallery.side_column,
+        side_join=options.columns.side_join,
         keep_side=options.output.keep_side_info,
         transformation=h.fingerprint,
         old_space=h.old_space,
@@ -132,6 +134,15 @@ def resolve(
     _require_rows(job)
     patience = access["patience"]
     return Resolved(job, gallery.source, gallery.side, writer, journal, h, options.execution.device, patience)
+
+
+def require_rows(rows: int, expected: int | None) -> None:
+    """Raises BackfillError unless the source has the number of rows that its owner's table has."""
+    if expected is not None and rows != expected:
+        raise BackfillError(
+            f"expect_rows: expected {expected:,} rows, the source has {rows:,}: its writer may have stopped early, or "
+            "run twice"
+        )
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,8 @@ def _open_gallery(where: GalleryLike, h: Transformation, columns: Columns, acces
     side, side_vector, side_column = _open_side(source, vector, h, columns, access)
     _require_dims(source, vector, side, side_vector or side_column, h, columns.binary_dtype)
     ids = _pick_ids(source, columns.id_column)
+    if columns.side_join == "id" and side is not None:
+        side = join_by_id(source, side, ids, side_vector)
     return _OldGallery(source, vector, ids, side, side_vector, side_column)
 
 
@@ -169,6 +182,10 @@ def _open_side(
     source: Source, vector: str, h: Transformation, columns: Columns, access: Opening
 ) -> tuple[Source | None, str, str]:
     """(the gallery of the side-information, its column, the column of the source): one of the two columns, or none."""
+    if columns.side_join == "id" and columns.side_source is None:
+        raise ValueError(
+            "side_join: expected a gallery of side-information (side_source) with side_join='id', got none"
+        )
     if not h.uses_side_info:
         if columns.side_source is not None or columns.side_column != "auto":
             raise ValueError(
@@ -206,8 +223,11 @@ def _require_rows(job: Job) -> None:
     if job.rows == 0:
         raise BackfillError(f"source: expected at least one row, {job.source} has none")
     beside = sum(p.rows for p in job.side_pieces)
-    if job.side and beside != job.rows:
-        raise BackfillError(f"side_source: expected {job.rows} rows to match the source, got {beside}")
+    if job.side and job.side_join == "position" and beside != job.rows:
+        raise BackfillError(
+            f"side_source: expected {job.rows} rows to match the source, got {beside}: join them by id with "
+            "--side-join id (side_join='id') to see which ids are missing"
+        )
 
 
 def _open_new(
@@ -228,7 +248,7 @@ def _open_new(
     writer = open_destination(place, form, storage_options=store, patience=patience)
     for old, what in ((gallery.source, "source"), (gallery.side, "side_source")):
         if old is not None:
-            _require_apart(place, old, what)
+            _require_apart(place, getattr(old, "inner", old), what)
     _require_folder(place)
     return writer, Journal(journal_location(place, form), place)
 

@@ -157,6 +157,8 @@ def _compare_input(found: Resolved, stored: Job, what: str, changed: set[int], r
 
 
 def _side_touched(job: Job, shard: Shard) -> set[int]:
+    if job.side_join == "id":
+        return set(range(len(job.side_pieces)))
     touched, first = set(), 0
     for i, piece in enumerate(job.side_pieces):
         if first < shard.first + shard.rows and first + piece.rows > shard.first:

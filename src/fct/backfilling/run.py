@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -18,10 +19,11 @@ from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, system_errors
 from fct.backfilling.marker import Marker
 from fct.backfilling.quality import Writing, check_quality, held_out_pairs
-from fct.backfilling.resolve import Resolved, load_transformation, resolve
+from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
 from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards
 from fct.backfilling.row_mapper import output_schema
 from fct.backfilling.sample import refuse_misfit
+from fct.backfilling.side_join import JoinedSide, bound_side
 from fct.errors import BackfillError, QualityGateError, RejectLimitError
 from fct.gallery.databases import DatabaseSource, is_database
 from fct.gallery.interfaces import Destination, Shard, Source
@@ -107,11 +109,15 @@ def backfill(
         raise QualityGateError("; ".join(quality.refusals))
     live = isinstance(found.source, DatabaseSource)
     journal = found.journal
-    if not journal.marked():  # else it was looked at when it was begun
+    joined = isinstance(found.side, JoinedSide)  # kept in the journal, which has to be held
+    if not joined and not journal.marked():  # else it was looked at when it was begun
         refuse_misfit(found, threads=threads)
     kept: int | None = None
     done = rows = 0
     with journal.lock(), backfill_bar(how.progress) as bar:
+        _keep_join(found, how.progress)
+        if joined and not journal.marked():
+            refuse_misfit(found, threads=threads)
         while True:
             if isinstance(found.source, DatabaseSource):
                 found.source.follow = how.follow
@@ -122,6 +128,9 @@ def backfill(
             if isinstance(source, Source):
                 source.refresh()
             found = resolve(source, destination, h, given)
+            _keep_join(found, how.progress)
+        if joined and journal.root.is_local:
+            shutil.rmtree(journal.inside("side").local, ignore_errors=True)
         require_rows(one.job.rows, how.expect_rows)
     seconds = time.perf_counter() - began
     return BackfillReport(
@@ -142,13 +151,12 @@ def backfill(
     )
 
 
-def require_rows(rows: int, expected: int | None) -> None:
-    """Raises BackfillError unless the source has the number of rows that its owner's table has."""
-    if expected is not None and rows != expected:
-        raise BackfillError(
-            f"expect_rows: expected {expected:,} rows, the source has {rows:,}: its writer may have stopped early, or "
-            "run twice"
-        )
+def _keep_join(found: Resolved, progress: bool) -> None:
+    """A join by id is made once for all runs of a job: it lies in the journal, where that is on this machine."""
+    if isinstance(found.side, JoinedSide):
+        found.side.progress = progress
+        if found.journal.root.is_local:
+            found.side.place = found.journal.inside("side").local
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,8 @@ def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool
     _check_rejects(rejects, how.max_rejects, journal)
     bar.start(job.rows, sum(m.rows_in for m in markers.values()))
     if todo:
+        if isinstance(side := bound_side(found.side, job, found.patience), JoinedSide):
+            side.joined()  # once, before Ray's workers look for it
         growth = Growth(found.source, follow)
         with system_errors("the new gallery could not be begun", found.destination.url):
             found.destination.begin(output_schema(job, found.source.schema), job.new_space)

@@ -43,7 +43,7 @@ class ShardReader:
         """(rows, their side-information or None). bound: False for batches of exactly ``job.batch_rows``, which the
         checksums of version 0.1 depend on."""
         job = self.job
-        rows = self._rows(self.source, job.pieces, shard.piece, shard.start, shard.rows)
+        rows = self.rows(self.source, job.pieces, shard.piece, shard.start, shard.rows)
         width = self._width(self.source.schema)
         cut = bounded(rows, job.batch_rows, width) if bound else rebatch(rows, job.batch_rows)
         if self.side is None:
@@ -60,7 +60,7 @@ class ShardReader:
     def head(self, shard: Shard, rows: int) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
         """The shard's first ``rows`` rows at once, side-information beside them: for a look at what is there."""
         rows = min(rows, shard.rows)
-        batch = pa.concat_batches(list(self._rows(self.source, self.job.pieces, shard.piece, shard.start, rows)))
+        batch = pa.concat_batches(list(self.rows(self.source, self.job.pieces, shard.piece, shard.start, rows)))
         side = None if self.side is None else pa.concat_batches(list(self._side_rows(shard.first, rows)))
         if side is not None:
             self._check_ids(batch, side, shard.first)
@@ -78,7 +78,7 @@ class ShardReader:
             piece = int(np.searchsorted(self._starts, first, side="right")) - 1
             start = first - int(self._starts[piece])
             take = min(rows, self.job.side_pieces[piece].rows - start)
-            yield from self._rows(self.side, self.job.side_pieces, piece, start, take)
+            yield from self.rows(self.side, self.job.side_pieces, piece, start, take)
             first, rows = first + take, rows - take
 
     def _width(self, schema: pa.Schema) -> int | None:
@@ -95,7 +95,7 @@ class ShardReader:
         most = _FIRST_ROWS if seen is None else 1 << int(np.log2(max(1, min(_ROWS, _MOST_BYTES / 2 / seen))))
         return max(1, min(rows, self.job.batch_rows, most))
 
-    def _rows(self, source: Source, pieces: Any, piece: int, start: int, rows: int) -> Iterator[pa.RecordBatch]:
+    def rows(self, source: Source, pieces: Any, piece: int, start: int, rows: int) -> Iterator[pa.RecordBatch]:
         """The rows, going on where it broke off after an error that may pass."""
         done = 0
         batches: Iterator[pa.RecordBatch] | None = None

@@ -17,6 +17,7 @@ from fct.backfilling.row_mapper import RowMapper
 from fct.gallery.interfaces import Shard, Source, rows_at
 from fct.gallery.vectors import VectorBlock, vector_block
 from fct.ops.numerics.rounding import SIGMAS, rounding_variance
+from fct.progress import Report
 
 __all__ = ["VectorCheck", "check_vectors"]
 
@@ -112,8 +113,9 @@ def check_vectors(
     count: int,
     seed: int,
     deep: bool,
+    tell: Report | None = None,
 ) -> VectorCheck:
-    """Maps ``count`` rows again (all with ``deep``) by the float64 reference and compares."""
+    """Maps ``count`` rows again (all with ``deep``) by the float64 reference and compares. tell: of the share done."""
     try:
         rounding_variance(np.zeros((1, h.d_old)), np.zeros((1, h.d_side)), h, job.precision, job.backend)
     except KeyError:
@@ -123,12 +125,16 @@ def check_vectors(
         for shard in job.shards:
             for start in range(0, shard.rows, _BLOCK_ROWS):
                 checker.check(shard, start, min(_BLOCK_ROWS, shard.rows - start))
+                if tell is not None:
+                    tell((shard.first + start) / job.rows)
                 if len(checker.found.problems) >= 20:
                     return checker.found
         return checker.found
     numbers = rng.choice(len(job.shards), min(_SHARDS, count, len(job.shards)), replace=False)
     each = -(-count // len(numbers))
-    for number in sorted(numbers.tolist()):
+    for i, number in enumerate(sorted(numbers.tolist())):
+        if tell is not None:
+            tell(i / len(numbers))
         shard = job.shards[number]
         for start in range(0, min(each, shard.rows), _BLOCK_ROWS):
             take = min(each - start, _BLOCK_ROWS, shard.rows)

@@ -181,7 +181,7 @@ class UpgradingGallery:
         if held is not None and held.stamp == stamp:
             return stamp
         marker = self._found.journal.marker(shard.number)
-        trouble = self._found.journal.trouble(marker, shard, self._job.fingerprint, content=False)
+        trouble = self._found.journal.trouble(marker, shard, self._job.fingerprints(shard), content=False)
         return stamp if trouble is None else None
 
     def _make(self, shard: Shard, stamp: tuple[int, ...] | None) -> _Held:

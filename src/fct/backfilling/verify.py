@@ -14,6 +14,7 @@ from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.marker import Marker
 from fct.backfilling.resolve import load_transformation
+from fct.backfilling.side_join import join_by_id
 from fct.backfilling.spot_check import VectorCheck, check_vectors
 from fct.errors import BackfillError, FctError
 from fct.gallery import journal_location, lance_in, location_of, open_source
@@ -22,6 +23,7 @@ from fct.gallery.stores import Opening, opening
 from fct.options.declare import takes
 from fct.options.groups import SpotCheck, VerifyOptions
 from fct.options.keywords import VerifyKeywords
+from fct.progress import LongCall
 from fct.types import GalleryLike
 
 __all__ = ["VerifyReport", "gallery_journal", "verify_gallery"]
@@ -108,6 +110,10 @@ def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> Veri
     count.check_all(path, access)
     if spot.expect_rows is not None and job.rows != spot.expect_rows:
         count.problems.append(f"expected {spot.expect_rows:,} rows by your own count, the source had {job.rows:,}")
+    if spot.side_join not in ("auto", job.side_join):
+        count.problems.append(
+            f"side_join: expected {spot.side_join}, the side-information was joined by {job.side_join}"
+        )
     against, vectors, skipped = AgainstSource(), VectorCheck(), ""
     if not count.problems:
         against, vectors, skipped = _Outside(journal, job, path, access, spot).check()
@@ -246,6 +252,10 @@ class _Outside:
         if why:
             found.unproven.append(f"not proven: the vectors' values: {why}")
             return found, VectorCheck(), why
+        if side is not None and self.job.side_join == "id":
+            joined = join_by_id(old, side, self.job.id_column, self.job.side_vector)
+            joined.progress = spot.progress
+            side = joined.of(self.job, self.access["patience"])
         return (found, *self._vectors(old, side, new))
 
     def _vectors(self, old: Source, side: Source | None, new: Source) -> tuple[VectorCheck, str]:
@@ -259,7 +269,9 @@ class _Outside:
             return VectorCheck(problems=["the transformation is not the one that this gallery was made with"]), ""
         try:
             how = (spot.spot_check, spot.seed, spot.deep)
-            return check_vectors(self.journal, self.job, old, side, new, h, *how), ""
+            with LongCall(spot.progress) as call:
+                tell = call.stage("mapping rows again")
+                return check_vectors(self.journal, self.job, old, side, new, h, *how, tell), ""
         except (FctError, OSError, ValueError) as error:
             return VectorCheck(problems=[f"the rows could not be mapped again: {error}"]), str(error)
 

@@ -39,7 +39,8 @@ def require_same_ids(ids: pa.Array, others: pa.Array, first: int) -> None:
         return
     raise FctError(
         f"side_source: expected the ids of the gallery, row by row, row {first + at} is {ids[at]} there and "
-        f"{others[at]} in the side-information: bring one of them into the order of the other (in DuckDB: ORDER BY id)"
+        f"{others[at]} in the side-information: join them by id with --side-join id (side_join='id'), or bring one of "
+        "them into the order of the other (in DuckDB: ORDER BY id)"
     )
 
 

@@ -117,7 +117,13 @@ class Columns(Group):
     """Where in the old gallery the vectors, the side-information and the ids are, and how to read them."""
 
     side_source: GalleryLike | None = option(
-        None, "Gallery of the side-information, where it is no column: its rows in the same order.", flag=_A_PATH
+        None,
+        "Gallery of the side-information, where it is no column: its rows in the same order, unless side_join is id.",
+        flag=_A_PATH,
+    )
+    side_join: Literal["position", "id"] = option(
+        "position",
+        "How side_source belongs to the source: row by row, or by their ids, through files on disk, in bounded memory.",
     )
     vector_column: str = option(
         "auto",
@@ -226,6 +232,10 @@ class Prediction(Group):
     measure_seconds: float = option(
         1.0, "How long h is measured, and reading and writing together.", check=at_least(0)
     )  # fmt: skip
+    expect_rows: int | None = option(
+        None, "Rows that the source must have, from your own table: another number is refused.",
+        check=optional(whole(0)),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +277,13 @@ class SpotCheck(Group):
     side_source: GalleryLike | None = option(
         None, "Gallery of the side-information, where it is no column of the source.", flag=_A_PATH
     )
+    side_join: Literal["auto", "position", "id"] = option(
+        "auto", "How it was joined; auto: as the journal says, and another answer is a problem."
+    )
     trust_journal: bool = option(False, "Open the source that the gallery's own journal names.")
     expect_rows: int | None = option(None, "Rows that the source had, by your own table.", check=optional(whole(0)))
     deep: bool = option(False, "Map every row again by the float64 reference.")
+    progress: bool = option(True, "Show a bar for a check that lasts more than two seconds.")
     transformation: TransformationLike | None = option(
         None, "h; by default the copy in the gallery.", flag=Flag(name="--transformation/-t", type=str | None)
     )

@@ -49,7 +49,9 @@ class ColumnsKeywords(TypedDict, total=False):
     """Where in the old gallery the vectors, the side-information and the ids are, and how to read them."""
 
     side_source: GalleryLike | None
-    """Gallery of the side-information, where it is no column: its rows in the same order."""
+    """Gallery of the side-information, where it is no column: its rows in the same order, unless side_join is id."""
+    side_join: Literal["position", "id"]
+    """How side_source belongs to the source: row by row, or by their ids, through files on disk, in bounded memory."""
     vector_column: str
     """Column of the old vectors; auto: the only one, or the one named as docs/galleries.md says."""
     side_column: str
@@ -136,6 +138,8 @@ class PredictionKeywords(TypedDict, total=False):
     """Rows of the sample that is looked at."""
     measure_seconds: float
     """How long h is measured, and reading and writing together."""
+    expect_rows: int | None
+    """Rows that the source must have, from your own table: another number is refused."""
 
 
 class RunningKeywords(TypedDict, total=False):
@@ -166,12 +170,16 @@ class SpotCheckKeywords(TypedDict, total=False):
     is opened."""
     side_source: GalleryLike | None
     """Gallery of the side-information, where it is no column of the source."""
+    side_join: Literal["auto", "position", "id"]
+    """How it was joined; auto: as the journal says, and another answer is a problem."""
     trust_journal: bool
     """Open the source that the gallery's own journal names."""
     expect_rows: int | None
     """Rows that the source had, by your own table."""
     deep: bool
     """Map every row again by the float64 reference."""
+    progress: bool
+    """Show a bar for a check that lasts more than two seconds."""
     transformation: TransformationLike | None
     """h; by default the copy in the gallery."""
     spot_check: int
