@@ -165,3 +165,14 @@ def test_what_an_export_needs_beside_a_matrix_is_named_where_it_is_damaged(file:
     with pytest.raises(FctError, match=Path(file).name):
         export_bulk(tmp_path / "new", tmp_path / "out", "qdrant", id_column="tag", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_null_rows_that_pyarrow_does_not_read_are_no_damage(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [[0.0] * 8, None, [1.0] * 8]
+    pq.write_table(pa.table({"old": pa.array(rows, pa.list_(pa.float32(), 8))}), tmp_path / "a.parquet")
+    plan = fct.plan_backfill(tmp_path / "a.parquet", tmp_path / "new", transformation(), old_model="random-old")
+    assert "a.parquet has null rows in a column of fixed-size lists" in plan.refusals[0]
+    assert "write that column as lists of any length" in plan.refusals[0]

@@ -1,7 +1,7 @@
 """Damaged files, by the thousand, to every parser: right content or fct's own error that names the file. Each case runs
 in a process with a memory limit and a time-out (:mod:`tests.generated.sandbox`).
 
-A minute in CI over all of them; ``FCT_GENERATED_SECONDS=3600`` for an hour, ``FCT_GENERATED_SEED`` for the same hour
+Half a minute in CI over all of them; ``FCT_GENERATED_SECONDS=3600`` for an hour, ``FCT_GENERATED_SEED`` for the same
 again.
 """
 
@@ -22,7 +22,7 @@ TORCH = ["idx", "cifar", "yaml", "qrels", "checkpoint", "model"]
 @pytest.mark.parametrize("names", [PLAIN, GALLERIES, TORCH], ids=["files", "galleries", "training"])
 def test_no_damaged_file_crashes_hangs_or_is_read_wrong(names: list[str]) -> None:
     start = seed()
-    found = run("tests.generated.parsers", names, start, seconds(12.0 if names is not GALLERIES else 16.0))
+    found = run("tests.generated.parsers", names, start, seconds(8.0 if names is not GALLERIES else 12.0))
     faults = [f"{name}: {fault}" for name, summary in found.items() for fault in summary.faults]
     for name, summary in found.items():
         each = sum(summary.cases.values()) / max(summary.seconds, 1e-9)

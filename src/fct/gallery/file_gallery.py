@@ -211,6 +211,11 @@ def named_errors(file: Location, *, remote: bool = False) -> Iterator[None]:
     except (FctError, FileNotFoundError):
         raise
     except (pa.ArrowException, EOFError, UnicodeDecodeError) as error:
+        if "Expected all lists to be of size" in str(error):  # findings/pyarrow_null_fixed_size_list.sh
+            raise FctError(
+                f"source: {file} has null rows in a column of fixed-size lists, which pyarrow {pa.__version__} does "
+                f"not read from Parquet: write that column as lists of any length, or leave its null rows out ({error})"
+            ) from error
         raise FctError(f"source: {file} is damaged: {error}") from error
     except OSError as error:
         # Arrow says OSError for a bad page; the system's own errors carry an errno.
