@@ -291,3 +291,45 @@ def test_a_state_leads_nowhere_else(name: Any, tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(FctError, match="expected names of"):
         open_source(tmp_path)
+
+
+def test_a_rerun_goes_on_at_the_version_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fct.gallery.parquet_files import ParquetDestination
+
+    where, new = str(tmp_path / "t"), tmp_path / "new"
+    deltalake.write_deltalake(where, table(range(40)))
+    h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
+    write = ParquetDestination.write
+
+    def breaks(self: Any, shard: Any, *rest: Any) -> Any:
+        if shard.number == 3:
+            raise OSError(5, "Input/output error")
+        return write(self, shard, *rest)
+
+    how: dict[str, Any] = {"old_model": "random-old", "progress": False, "shard_rows": 10}
+    monkeypatch.setattr(ParquetDestination, "write", breaks)
+    with pytest.raises(FctError, match="Input/output error"):
+        fct.backfill(where, new, h, **how)
+    monkeypatch.setattr(ParquetDestination, "write", write)
+    deltalake.write_deltalake(where, table(range(40, 60)), mode="append")
+    report = fct.backfill(f"{where}/", new, h, **how)
+    assert (report.rows_out, report.shards_done) == (40, 4 - report.shards_kept)
+    assert f"{where}?version=1 is there, this backfill was begun with {where}?version=0 and goes on" in caplog.text
+    assert rows(new)["id"].to_pylist() == list(range(40))
+    assert fct.verify_gallery(new, source=where).ok  # held against the same version
+    deltalake.DeltaTable(where).delete("id < 5")
+    assert fct.backfill(where, new, h, **how).rows_out == 40
+    with pytest.raises(FctError, match="holds another backfill"):
+        fct.backfill(f"{where}?version=1", new, h, **how)  # whoever names a version means it
+
+
+def test_what_was_appended_to_a_table_is_mapped_by_follow(tmp_path: Path) -> None:
+    where, new = str(tmp_path / "t"), tmp_path / "new"
+    h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
+    for ids in (range(40), range(40, 60)):
+        deltalake.write_deltalake(where, table(ids), mode="append")
+        fct.backfill(where, new, h, old_model="random-old", progress=False, follow=True)
+    assert sorted(rows(new)["id"].to_pylist()) == list(range(60))
+    assert fct.verify_gallery(new, source=where).ok

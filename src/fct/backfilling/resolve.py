@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,15 +25,17 @@ from fct.gallery.interfaces import Destination
 from fct.gallery.location import Patience
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
+from fct.gallery.tables import pinned
 from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
 from fct.mixed_gallery import mixed_transformation
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
-from fct.options.groups import Columns, Database, JobOptions
+from fct.options.groups import BackfillOptions, Columns, Database, JobOptions
 from fct.types import GalleryLike, TransformationLike
 
 __all__ = ["Resolved", "load_transformation", "occupied", "require_rows", "resolve"]
 
+_log = logging.getLogger("fct.gallery")
 _SHARD_BYTES = 128 << 20
 
 
@@ -98,6 +101,7 @@ def resolve(
     gallery = _open_gallery(source, h, options.columns, access)
     form = _format_of(destination, gallery.source) if options.cut.format == "auto" else options.cut.format
     writer, journal = _open_new(destination, form, gallery, options.database, access)
+    gallery = _pinned(source, gallery, journal.job(), h, options)
     join_databases(
         gallery.source, gallery.side, writer, gallery.ids, journal, options.database.journal,
         needed=(gallery.vector, gallery.side_column), rate=options.database.max_rows_per_s,
@@ -134,6 +138,21 @@ def resolve(
     _require_rows(job)
     patience = access["patience"]
     return Resolved(job, gallery.source, gallery.side, writer, journal, h, options.execution.device, patience)
+
+
+def _pinned(
+    where: GalleryLike, gallery: _OldGallery, stored: Job | None, h: Transformation, options: JobOptions
+) -> _OldGallery:
+    """A backfill of a table goes on at the version that its journal names, whatever was committed since."""
+    follows = isinstance(options, BackfillOptions) and options.running.follow
+    again = None if stored is None or follows else pinned(where, gallery.source, stored.source)
+    if stored is None or again is None:
+        return gallery
+    _log.warning(
+        "source: %s is there, this backfill was begun with %s and goes on with that; map what was added with --follow, "
+        "or begin anew in another destination", gallery.source.url, stored.source,
+    )  # fmt: skip
+    return _open_gallery(again, h, options.columns, opening(options.access))
 
 
 def require_rows(rows: int, expected: int | None) -> None:

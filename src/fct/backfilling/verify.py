@@ -20,6 +20,7 @@ from fct.errors import BackfillError, FctError
 from fct.gallery import journal_location, lance_in, location_of, open_source
 from fct.gallery.interfaces import Source
 from fct.gallery.stores import Opening, opening
+from fct.gallery.tables import pinned
 from fct.options.declare import takes
 from fct.options.groups import SpotCheck, VerifyOptions
 from fct.options.keywords import VerifyKeywords
@@ -284,6 +285,8 @@ class _Outside:
                 f"--{option} ({what}=), or confirm it with --trust-journal (trust_journal=True)"
             )
         try:
-            return open_source(named if given is None else given, **self.access, name=what), ""
+            found = open_source(named if given is None else given, **self.access, name=what)
+            again = pinned(given, found, named)
+            return (found if again is None else open_source(again, **self.access, name=what)), ""
         except (FctError, OSError, ValueError) as error:
             return None, str(error)

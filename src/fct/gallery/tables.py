@@ -17,7 +17,7 @@ from fct.gallery.discovery import root_of
 from fct.gallery.interfaces import Source
 from fct.gallery.location import Location
 
-__all__ = ["open_table", "split_version"]
+__all__ = ["open_table", "pinned", "split_version"]
 
 _VERSION = re.compile(r"(.+)\?version=(\d+)")
 _ABOVE, _ABOVE_REMOTE = 12, 3  # folders looked at above a place: each is a request over a network
@@ -34,6 +34,19 @@ def split_version(where: str) -> tuple[str, int | None]:
     """
     match = _VERSION.fullmatch(where)
     return (match[1], int(match[2])) if match else (where, None)
+
+
+def pinned(where: Any, source: Source, named: str) -> str | None:
+    """``where`` at the version that a job names, where the table has gone on since; None where there is none to pin.
+
+    where: as the caller named it; a version of theirs stands. source: what it opened. named: the job's URL of it.
+    """
+    (place, now), (then_place, then) = split_version(source.url), split_version(named)
+    if not isinstance(where, (str, os.PathLike)) or split_version(os.fspath(where))[1] is not None:
+        return None
+    if now is None or then is None or now == then or place != then_place:
+        return None
+    return f"{os.fspath(where).rstrip('/')}?version={then}"
 
 
 def open_table(
