@@ -88,6 +88,9 @@ void bind_machine(py::module_& m) {
     py::list names;
     for (int i = 0; i < fct::cpu::kIsas; ++i) names.append(fct::cpu::isa_name(static_cast<fct::cpu::Isa>(i)));
     m.attr("isa_names") = py::tuple(names);
+    py::list dtypes;
+    for (const auto& facts : fct::kDTypes) dtypes.append(py::make_tuple(facts.name, facts.bytes));
+    m.attr("dtypes") = py::tuple(dtypes);
     m.def("detected_isa", [] { return static_cast<int>(fct::cpu::detected_isa()); });
     m.def("has_amx_bf16", &fct::cpu::has_amx_bf16);
     m.def(

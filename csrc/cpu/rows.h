@@ -3,10 +3,11 @@
 #include <cstdint>
 
 #include "cpu/checksum.h"
+#include "dtypes.h"
 
 namespace fct::cpu {
 
-enum class DType : int { f32 = 0, f16 = 1, bf16 = 2, i8 = 3 };
+enum class DType : int { f32 = kFloat32, f16 = kFloat16, bf16 = kBFloat16, i8 = kInt8 };
 
 // Index of the first row in [0, n) that holds a NaN or an infinity, or -1.
 // data: n rows of d elements, row_stride in elements; dtype f32, f16 or bf16.

@@ -1,11 +1,11 @@
 // Rows of embeddings as they lie in the user's memory: any row stride, four dtypes, int8 with a scale.
 #pragma once
+#include "../dtypes.h"
 #include "gpu_api.h"
 
 namespace fct::cuda {
 
-// The order is fct.rows.DTYPES.
-enum DType : int { kF32 = 0, kF16 = 1, kBF16 = 2, kI8 = 3 };
+enum DType : int { kF32 = kFloat32, kF16 = kFloat16, kBF16 = kBFloat16, kI8 = kInt8 };
 
 // n rows of d elements; stride in elements. scale: null, or one value per row and/or per dimension, addressed as
 // scale[row * scale_row + dim * scale_dim].

@@ -16,6 +16,7 @@ def scan_rows(data: int, dtype: int, n: int, d: int, flags: int, checksum: Xxh64
 
 # ---- machine: isa is an index of isa_names, precision one of fct.ops.backend.PRECISIONS ----
 isa_names: tuple[str, ...]
+dtypes: tuple[tuple[str, int], ...]  # name, bytes; the order is the code
 
 def detected_isa() -> int: ...
 def has_amx_bf16() -> bool: ...

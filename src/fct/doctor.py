@@ -20,7 +20,7 @@ from fct.ops.backend import GPU_PRECISIONS, PRECISIONS, TransformBackend
 from fct.ops.numerics.quantise import exact_first
 from fct.ops.numerics.rounding import SIGMAS, deviation
 from fct.ops.processors import default_threads
-from fct.ops.proof import error_of, far_off
+from fct.ops.proof import error_of, far_off, search_cases
 from fct.ops.registry import transform_backends
 from fct.ops.transform.reference_backend import store
 from fct.ops.weights import packed
@@ -35,8 +35,6 @@ PAPER_SHAPE = (128, 128, 128, 2048)
 ODD_ROWS = (1, 3, 17, 130)
 SIZES = (1, 32, 256, 4096)
 FULL_SIZES = (1, 8, 32, 256, 4096, 65536, 1 << 20)
-# queries, rows, dims, k: odd on purpose
-ODD_SEARCHES = ((1, 1, 1, 1), (3, 197, 65, 7), (17, 331, 127, 10), (2, 700, 33, 600))
 SEARCH_GALLERY, FULL_SEARCH_GALLERY = (100_000, 128), (1_000_000, 128)
 SEARCH_SIZES, FULL_SEARCH_SIZES, SEARCH_K = (1, 16, 256, 1024), (1, 16, 256, 1024, 4096), 10
 
@@ -219,9 +217,9 @@ class _Search:
 
 def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
     """(backend, precision of the scan, search) of every search of the device's kind."""
+    from fct.ops.registry import search_backends
     from fct.ops.search.cpu_search import build_shadow, topk_cpu
     from fct.ops.search.float64 import topk_blocked
-    from fct.ops.search.gpu_search import search_backends
 
     threads = default_threads()
 
@@ -260,29 +258,23 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
 
 
 def _prove_search(name: str, precision: str, place: str, search: _Search) -> Finding:
-    from fct.ops.proof import search_error
     from fct.spaces import METRICS
 
-    rng = np.random.default_rng(4)
     worst = 0.0
     for metric in METRICS:
-        for n_q, n, d, k in ODD_SEARCHES:
-            for whole in (True, False):
-                sides = [rng.integers(-3, 4, (m, d)) if whole else rng.standard_normal((m, d)) for m in (n_q, n)]
-                q, g = (x.astype(np.float32) for x in sides)
-                shape = f"{metric}, {n_q} queries, {n} rows of {d}, k {k}"
-                try:
-                    ready = search.prepare(_rows(g, "float32", place), metric)
-                    found = search.run(_rows(q, "float32", place), ready, k, metric)
-                    distances, rows = (_array(x, place) for x in found)
-                    wrong = search_error(distances, rows, q, g, k, metric, same_rows=whole and metric != "cosine")
-                    if not wrong:
-                        want = ref.topk(q, g, k, metric)[0]
-                        worst = max(worst, error_of(distances, want) if want.any() else 0.0)
-                except Exception as failure:
-                    wrong = f"{type(failure).__name__}: {failure}"
-                if wrong:
-                    return Finding(name, precision, place, "wrong", f"{shape}: {wrong}", None, "search")
+        for case in search_cases():
+            try:
+                ready = search.prepare(_rows(case.gallery, "float32", place), metric)
+                found = search.run(_rows(case.queries, "float32", place), ready, case.k, metric)
+                distances, rows = (_array(x, place) for x in found)
+                wrong = case.error((distances, rows), metric)
+                if not wrong:
+                    want = ref.topk(case.queries, case.gallery, case.k, metric)[0]
+                    worst = max(worst, error_of(distances, want) if want.any() else 0.0)
+            except Exception as failure:
+                wrong = f"{type(failure).__name__}: {failure}"
+            if wrong:
+                return Finding(name, precision, place, "wrong", f"{metric}, {case}: {wrong}", None, "search")
     return Finding(name, precision, place, "right", "", worst, "search")
 
 

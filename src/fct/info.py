@@ -53,7 +53,7 @@ def build_info() -> dict[str, Any]:
 def _searches() -> dict[str, dict[str, Any]]:
     from fct.ops.device.state import why_no_cuda
     from fct.ops.proof import search_verdict
-    from fct.ops.search.gpu_search import search_backends
+    from fct.ops.registry import search_backends
     from fct.spaces import METRICS
 
     found: dict[str, dict[str, Any]] = {"cpu": {"device": "cpu", "runs": True, "why_not": [], "proved": {}}}

@@ -10,7 +10,7 @@ from typing import Any
 
 from fct.checks import check_flag
 
-__all__ = ["LongCall", "Report", "step_bar"]
+__all__ = ["LongCall", "Report", "row_bar", "step_bar"]
 
 Report = Callable[[float], None]  # told the share that is done, 0 to 1
 
@@ -91,8 +91,28 @@ def step_bar(show: bool) -> Any:
     return _bar(console, disable=not (show and (console.is_terminal or console.is_jupyter)))
 
 
-def _bar(console: Any, **how: Any) -> Any:
+def row_bar() -> Any:
+    """A ``rich.progress.Progress`` on stderr that counts rows and their rate, and stays when it is full."""
+    from rich.progress import MofNCompleteColumn, TextColumn
+
+    from fct.terminal import PlainConsole
+
+    class Rate(TextColumn):
+        def __init__(self) -> None:
+            super().__init__("")
+
+        def render(self, task: Any) -> Any:
+            from rich.text import Text
+
+            return Text(f"{task.speed or 0:,.0f} /s")
+
+    return _bar(PlainConsole(stderr=True), MofNCompleteColumn(), Rate(), transient=False)
+
+
+def _bar(console: Any, *counts: Any, transient: bool = True, **how: Any) -> Any:
+    """counts: the columns between the bar and the time to come; by default the share that is done."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, **how)
+    middle = counts or (TaskProgressColumn(),)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *middle, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=transient, **how)

@@ -22,6 +22,7 @@ from fct.extras import need
 from fct.packed_int4 import PackedInt4
 
 __all__ = [
+    "BYTES_OF",
     "DTYPES",
     "Rows",
     "ScaledInt8",
@@ -33,9 +34,9 @@ __all__ = [
     "rows_of",
 ]
 
-# The order is csrc/cpu/rows.h's DType.
-DTYPES = ("float32", "float16", "bfloat16", "int8")
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+# Names, bytes and codes are csrc/dtypes.h's.
+BYTES_OF: dict[str, int] = dict(_C.dtypes)
+DTYPES = tuple(BYTES_OF)
 _CODES = {name: code for code, name in enumerate(DTYPES)}
 # numpy takes microseconds to spell out a dtype, which a single query would feel.
 _NAMES = {np.dtype(name): name for name in ("float32", "float16", "int8")}
@@ -100,7 +101,7 @@ class Rows:
 
     @property
     def itemsize(self) -> int:
-        return _BYTES[self.dtype]
+        return BYTES_OF[self.dtype]
 
     def overlaps(self, other: Rows) -> bool:
         """Whether some value of one lies in the memory of the other; columns of one wide array do not."""

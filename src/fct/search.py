@@ -116,7 +116,7 @@ class PreparedGallery:
 
     @property
     def memory_ratio(self) -> float:
-        raw = self.rows.n * self.rows.d * {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.rows.dtype]
+        raw = self.rows.n * self.rows.d * self.rows.itemsize
         return (raw + self.nbytes) / raw if raw else 1.0
 
     def check_backed(self, name: str) -> None:

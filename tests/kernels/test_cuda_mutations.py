@@ -11,6 +11,8 @@ from typing import NamedTuple
 import cuda_support as support
 import pytest
 
+pytestmark = pytest.mark.slow  # a compiled harness for each bug
+
 
 class Bug(NamedTuple):
     name: str
@@ -26,16 +28,16 @@ BUGS = [
     Bug(
         "scan reads a stage before it is there",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "        __syncthreads();  // this stage is there for all; the one that is loaded next has been read by all\n",
         "",
     ),
-    Bug("scan does not wait for its copies", "TOPK", "topk.cuh", "        cp_async_wait<kStages - 2>();\n", ""),
-    Bug("fragments swapped", "TOPK", "topk.cuh", ".mma(a[i], b[0], b[1]);", ".mma(a[i], b[1], b[0]);"),
+    Bug("scan does not wait for its copies", "TOPK", "topk_scan.cuh", "        cp_async_wait<kStages - 2>();\n", ""),
+    Bug("fragments swapped", "TOPK", "topk_scan.cuh", ".mma(a[i], b[0], b[1]);", ".mma(a[i], b[1], b[0]);"),
     Bug(
         "gallery read past its end",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "            const bool real = row0 + r < args.n;\n",
         "            const bool real = true;\n",
         "asan",
@@ -43,7 +45,7 @@ BUGS = [
     Bug(
         "a tile's fragment one row down",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "* 8 + lane % 8 + lane / 16 * 8) * kChunkPitch + k",
         "* 8 + lane % 8 + lane / 16 * 8 + 1) * kChunkPitch + k",
         "asan",
@@ -51,7 +53,7 @@ BUGS = [
     Bug(
         "rows past the end are candidates",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "if (row < static_cast<uint32_t>(args.n)) {",
         "{",
         "asan",
@@ -59,7 +61,7 @@ BUGS = [
     Bug(
         "the bound forgets what rounding lost",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "                            u += fmaf(query_norm[i], meta.z, query_residual[i] * meta.w);\n",
         "",
         case="near",
@@ -67,7 +69,7 @@ BUGS = [
     Bug(
         "every query counts as certified",
         "TOPK",
-        "topk.cuh",
+        "topk_exact.cuh",
         "    const bool certified = bound == -INFINITY ||",
         "    const bool certified = true ||",
         case="near",
@@ -75,7 +77,7 @@ BUGS = [
     Bug(
         "select forgets what it dropped itself",
         "TOPK",
-        "topk.cuh",
+        "topk_exact.cuh",
         "if (args.keep < size && keys[args.keep] != kNoKey)",
         "if (false)",
         case="near-select",
@@ -83,7 +85,7 @@ BUGS = [
     Bug(
         "the merge's dropped keys are not bounded",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "return lane < 2 || first == kNoKey ? -INFINITY : key_score(first);",
         "return -INFINITY;",
         case="near-merge",
@@ -91,7 +93,7 @@ BUGS = [
     Bug(
         "a bound of half of the quad",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "        bound = fmaxf(bound, __shfl_xor_sync(0xffffffffu, bound, 2));\n",
         "",
         case="near-merge",
@@ -99,7 +101,7 @@ BUGS = [
     Bug(
         "a thread's dropped rows are not bounded",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "if (lists[i].row[kKeep - 1] != 0xffffffffu) bound =",
         "if (false) bound =",
         case="near-lane",
@@ -107,16 +109,16 @@ BUGS = [
     Bug(
         "merged with the wrong partner",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "keep_half(keys, 3, lane < 2);",
         "keep_half(keys, 2, lane < 2);",
         case="near-merged",
     ),
-    Bug("merged without sorting", "TOPK", "topk.cuh", "    sort_bitonic(keys); ", "    ", case="near-merged"),
+    Bug("merged without sorting", "TOPK", "topk_scan.cuh", "    sort_bitonic(keys); ", "    ", case="near-merged"),
     Bug(
         "the merge keeps the worst",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "keep_half(keys, 3, lane < 2);",
         "keep_half(keys, 3, lane >= 2);",
         case="near-merged",
@@ -124,7 +126,7 @@ BUGS = [
     Bug(
         "the second lane's keys are not written",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "if (row < args.n_queries && lane % 4 < 2) {",
         "if (row < args.n_queries && lane % 4 < 1) {",
         case="near-merged",
@@ -132,16 +134,16 @@ BUGS = [
     Bug(
         "both lanes' keys in one place",
         "TOPK",
-        "topk.cuh",
+        "topk_scan.cuh",
         "list * Shape::kListKeys + lane % 4 * kKeep;",
         "list * Shape::kListKeys;",
         case="near-merged",
     ),
-    Bug("equal scores by the higher row", "TOPK", "topk.cuh", "<< 32 | row;", "<< 32 | (0xfffffffeu - row);", "asan"),
+    Bug("ties by the higher row", "TOPK", "topk_keys.cuh", "<< 32 | row;", "<< 32 | (0xfffffffeu - row);", "asan"),
     Bug(
         "failed queries counted without an atomic",
         "TOPK",
-        "topk.cuh",
+        "topk_exact.cuh",
         "args.failed_query[atomicAdd(args.failed, 1u)] =",
         "args.failed_query[args.failed[0]++] =",
         "tsan",
@@ -150,14 +152,14 @@ BUGS = [
     Bug(
         "sort without its barrier",
         "TOPK",
-        "topk.cuh",
+        "topk_keys.cuh",
         "        for (int step = run / 2; step > 0; step /= 2) {\n            __syncthreads();\n",
         "        for (int step = run / 2; step > 0; step /= 2) {\n",
     ),
     Bug(
         "shuffle in a divergent warp",
         "TOPK",
-        "topk.cuh",
+        "topk_exact.cuh",
         "if (i >= count) return;",
         "if (i >= count || threadIdx.x % 32 > 29) return;",
     ),

@@ -66,7 +66,7 @@ def test_topk(runtime: Any, schedule: Any, rng: Any, metric: str, kind: str, sch
         check_search(*found, q, g, metric)
 
 
-# Warps along the queries, fragments, candidates a thread, stages, gallery rows a tile: csrc/cuda/topk.cuh's shapes.
+# Warps along the queries, fragments, candidates a thread, stages, gallery rows a tile: topk_scan.cuh's.
 FEW, WIDE, NARROW, DEEP = (1, 1, 4, 6, 64), (4, 2, 8, 3, 64), (4, 2, 8, 3, 32), (4, 1, 16, 3, 64)
 # KiB of shared memory a block may have, kind, queries, rows, d, k -> the scan, and whether it keeps its queries
 SCANS = [

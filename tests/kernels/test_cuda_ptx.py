@@ -67,7 +67,7 @@ class Counting:
 @pytest.mark.parametrize("partner", [3, 2])
 def test_a_quads_lists_are_merged(partner: int) -> None:
     """Sixteen near rows in each of four lists, seven of them one thread's: all are kept, but by a wrong merge."""
-    edits = {"topk.cuh": [("keep_half(keys, 3, lane < 2)", f"keep_half(keys, {partner}, lane < 2)")]}
+    edits = {"topk_scan.cuh": [("keep_half(keys, 3, lane < 2)", f"keep_half(keys, {partner}, lane < 2)")]}
     rng = np.random.default_rng(5)
     row = np.arange(300)
     near = (row < 256) & (row % 64 // 8 * 2 + row % 2 < np.array([7, 7, 2, 0])[row % 8 // 2])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import cuda_support as support
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @support.needs_cxx
 @pytest.mark.parametrize("schedule", [1, 2, 3])

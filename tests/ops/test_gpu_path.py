@@ -275,7 +275,6 @@ def test_the_callers_own_stream(fake: FakeDevice, rng: Any) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Doctor's searches at a size for the interpreter."""
     monkeypatch.setattr(doctor, "devices", lambda: {"cuda:0": "fake"})
-    monkeypatch.setattr(doctor, "ODD_SEARCHES", ((1, 1, 1, 1), (3, 90, 9, 7)))
     monkeypatch.setattr(doctor, "SEARCH_GALLERY", (200, 8))
     monkeypatch.setattr(doctor, "SEARCH_SIZES", (1, 64))
     monkeypatch.setattr(dispatch, "transform_backends", tuple)
@@ -289,7 +288,7 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
 ) -> None:
     """Times that make torch the fastest for one query and Triton for many; then the other way round."""
     from fct.info import build_info
-    from fct.ops.search.gpu_search import pick_search
+    from fct.ops.registry import pick_search
 
     quick(monkeypatch)
     told = {"triton": {1: 9.0, 64: 1.0}, "torch": {1: 1.0, 64: 9.0}}
@@ -324,7 +323,6 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
 
 
 def test_doctor_times_searches_and_finds_a_wrong_one(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.ops.search import gpu_search as topk_gpu
     from fct.ops.search import triton_search as topk_triton
 
     class Wrong(topk_triton.TritonSearch):
@@ -336,7 +334,7 @@ def test_doctor_times_searches_and_finds_a_wrong_one(fake: FakeDevice, monkeypat
 
     quick(monkeypatch)
     monkeypatch.setattr(doctor, "SEARCH_SIZES", (2,))
-    monkeypatch.setattr(topk_gpu, "search_backends", lambda: [topk_triton.TritonSearch(), Wrong()])
+    monkeypatch.setattr(dispatch, "search_backends", lambda: [topk_triton.TritonSearch(), Wrong()])
     with fake.torch():
         report = doctor.examine()
     assert {(f.backend, f.verdict) for f in report.findings} == {

@@ -3,9 +3,8 @@
 Its transformation keeps 1x1 convolutions with batch norm: ``p1`` reads the old embedding, ``p2`` the
 side-information, ``mixer`` both; the last mixer layer is a convolution with bias. Dimensions are read off the shapes.
 That code also writes ``*_transformed.pt``, one TorchScript archive of the old model, the side-information's model and
-h: h is taken out of it. TorchScript archives are read by ``torch.jit.load``, which torch has deprecated. Once it is
-gone, load such a file with the last torch that has it and save ``model.state_dict()`` with ``torch.save``: that stays
-readable.
+h: h is taken out of it. TorchScript archives are read as data (``torchscript_tensors``), without ``torch.jit.load``,
+which torch has deprecated.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fct.artifact.layers import Layer, fold_norm
+from fct.artifact.torchscript_tensors import is_torchscript, torchscript_tensors
 from fct.checks import check_path
 from fct.errors import ArtifactError
 from fct.extras import need
@@ -53,7 +53,7 @@ def load_ml_fct(path: str | os.PathLike[str], *, allow_torchscript: bool = False
 
     Args:
         path: a state dict saved with ``torch.save``, or a TorchScript archive.
-        allow_torchscript: load TorchScript archives, which can run code of whoever made the file.
+        allow_torchscript: take the tensors out of a TorchScript archive too; none of its code runs.
 
     Raises:
         FileNotFoundError: no such file. ArtifactError: not such a checkpoint; the missing or surplus key is named.
@@ -62,33 +62,16 @@ def load_ml_fct(path: str | os.PathLike[str], *, allow_torchscript: bool = False
     source = check_path(path, "path")
     if not source.is_file():
         raise FileNotFoundError(f"path: expected an ml-fct checkpoint, found no file at {source}")
-    if _is_torchscript(source):
+    if is_torchscript(source):
         if not allow_torchscript:
             raise PermissionError(
-                f"path: {source} is a TorchScript archive, which can run code when loaded; "
-                "pass allow_torchscript=True if you trust whoever made it"
+                f"path: expected a state dict, {source} is a TorchScript archive, a program with tensors in it; pass "
+                "allow_torchscript=True to take them out (none of its code runs)"
             )
-        state = _torchscript_state(source)
+        state: Mapping[str, Any] = torchscript_tensors(source)
     else:
         state = _pickled_state(source)
     return chains_of_state(state, source=str(source))
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
-
-
-def _torchscript_state(path: Path) -> Mapping[str, Any]:
-    torch = need("torch", "from_ml_fct")
-
-    try:
-        return torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-any-return,no-untyped-call,unused-ignore]
-    except (RuntimeError, ValueError) as error:
-        raise ArtifactError(f"path: expected a whole TorchScript archive, {path} is not: {error}") from error
 
 
 def _pickled_state(path: Path) -> Mapping[str, Any]:

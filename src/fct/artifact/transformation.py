@@ -278,7 +278,7 @@ class Transformation:
         Args:
             path: a state dict saved with ``torch.save``, or a TorchScript archive; of h, or of the whole transformed
                 model (``*_transformed.pt``), whose h is taken.
-            allow_torchscript: load TorchScript archives, which can run code of whoever made the file.
+            allow_torchscript: take the tensors out of a TorchScript archive too; none of its code runs.
             old_space, new_space: whose vectors these are; by default named "ml-fct old" and "ml-fct new".
             side_model: the id of the model that makes the side-information.
             normalise: bring h's output to unit length.

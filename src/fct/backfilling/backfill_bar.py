@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fct.terminal import PlainConsole
+from fct.progress import row_bar
 
 __all__ = ["Bar", "backfill_bar"]
 
@@ -53,25 +53,7 @@ def backfill_bar(show: bool) -> Iterator[Bar]:
     if not show:
         yield Bar(None)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    class Rate(TextColumn):
-        def __init__(self) -> None:
-            super().__init__("")
-
-        def render(self, task: Any) -> Any:
-            from rich.text import Text
-
-            return Text(f"{task.speed or 0:,.0f} /s")
-
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        console=PlainConsole(stderr=True),
-    ) as progress:
+    with row_bar() as progress:
         bar = Bar(progress)
         above, log = _Above(bar), logging.getLogger("fct.gallery")
         log.addHandler(above)

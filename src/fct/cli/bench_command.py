@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fct.cli.console import console, error_console
+from fct.cli.console import console
 
 __all__ = ["bench"]
 
@@ -33,13 +33,13 @@ def bench(
 
     Example: fct bench --transformation h.safetensors --json bench.json
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
     from fct.artifact.transformation import Transformation
     from fct.atomic_files import refuse_existing, write_text
     from fct.bench.throughput import run_bench
     from fct.fit.precision_choice import calibrate
+    from fct.progress import step_bar
 
     for path, name in ((as_json, "--json"), (markdown, "--markdown")):
         if path is not None:
@@ -53,8 +53,7 @@ def bench(
 
         h = Transformation.random(old, side, new, inner=inner)
         h = calibrate(h, *inputs_of(h, 1024))
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=error_console, transient=True) as bar:
+    with step_bar(True) as bar:
         task = bar.add_task("starting", total=1.0)
         report = run_bench(
             h,

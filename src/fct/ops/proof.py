@@ -14,7 +14,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fct.rows import Rows
 
 __all__ = [
     "ROWS",
+    "SearchCase",
     "cache_dir",
     "error_of",
     "far_off",
@@ -41,15 +43,17 @@ __all__ = [
     "prove_search",
     "read_verdicts",
     "remember_times",
+    "search_cases",
     "search_error",
     "search_verdict",
     "verdict_file",
     "write_verdict",
 ]
 
+# The cases of the proof, odd on purpose; fct doctor examines by the same ones.
 ROWS = (1, 67, 259)
-_FAR = 256.0
 SEARCHES = ((1, 1, 1, 1), (3, 197, 65, 7), (17, 331, 127, 10), (2, 700, 33, 600))  # queries, rows, dims, k
+_FAR = 256.0
 _known: dict[str, str] = {}
 
 
@@ -243,19 +247,45 @@ def _run_search(search: Any, metric: str, kind: str, device: str) -> str:
     from fct.ops.device.state import device_of
 
     place = device_of(device)
+
+    def answer(q: Any, g: Any, k: int) -> tuple[Any, Any]:
+        on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
+        got, rows = search.search(on_q, search.prepare(on_g, metric, kind), k)
+        return place.download(got), place.download(rows)
+
+    for case in search_cases():
+        wrong = case.error(answer(case.queries, case.gallery, case.k), metric)
+        if wrong:
+            return f"{case}: {wrong}"
+    return ""
+
+
+@dataclass(frozen=True)
+class SearchCase:
+    """One search whose answer is known: float32 queries and gallery. whole: small whole numbers, of which many scores
+    tie, and every l2 or ip score is exact, so that the rows must be the reference's too."""
+
+    queries: Any
+    gallery: Any
+    k: int
+    whole: bool
+
+    def error(self, found: tuple[Any, Any], metric: str) -> str:
+        """What is wrong with (distances, rows) on the host; empty where nothing is."""
+        same_rows = self.whole and metric != "cosine"
+        return search_error(*found, self.queries, self.gallery, self.k, metric, same_rows=same_rows)
+
+    def __str__(self) -> str:
+        return f"{len(self.queries)} queries, {len(self.gallery)} rows of {self.gallery.shape[1]}, k {self.k}"
+
+
+def search_cases() -> Iterator[SearchCase]:
+    """The searches by which every backend is proved, here and by ``fct doctor``."""
     rng = np.random.default_rng(0)
     for n_queries, n, d, k in SEARCHES:
-        # Small whole numbers: many ties, and every l2 or ip score exact, so that the rows must be the same.
         for whole in (True, False):
             sides = [rng.integers(-3, 4, (m, d)) if whole else rng.standard_normal((m, d)) for m in (n_queries, n)]
-            q, g = (side.astype(np.float32) for side in sides)
-            on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
-            found = search.search(on_q, search.prepare(on_g, metric, kind), k)
-            got, rows = (place.download(x) for x in found)
-            wrong = search_error(got, rows, q, g, k, metric, same_rows=whole and metric != "cosine")
-            if wrong:
-                return f"{n_queries} queries, {n} rows of {d}, k {k}: {wrong}"
-    return ""
+            yield SearchCase(sides[0].astype(np.float32), sides[1].astype(np.float32), k, whole)
 
 
 def search_error(got: Any, rows: Any, q: Any, g: Any, k: int, metric: str, *, same_rows: bool) -> str:

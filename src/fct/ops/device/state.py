@@ -261,6 +261,33 @@ class Device:
             "CUDA error: out of memory" in text or "cudaErrorMemoryAllocation" in text
         )
 
+    def with_fewer(
+        self, attempt: Callable[[int], None], rows: int, *, least: int, what: str, bytes_each: int | None = None
+    ) -> None:
+        """``attempt(rows)``, with half as many rows each time the device is out of memory.
+
+        ``attempt`` goes on where it was cut off. Raises BackendError, of ``what`` of how many rows, where ``least`` are
+        too many; with bytes_each None, the device's own error.
+        """
+        while True:
+            try:
+                return attempt(rows)
+            except DeviceLostError:
+                raise
+            except Exception as error:
+                cause = error.__cause__ if isinstance(error, BackendError) and error.__cause__ is not None else error
+                if not self.is_out_of_memory(cause):
+                    raise
+                if rows <= least and bytes_each is None:
+                    raise
+                if rows <= least:
+                    raise BackendError(
+                        f"{self.name} ({self.model}): out of memory even with {what} of {rows} rows ({bytes_each:,} "
+                        "bytes each)"
+                    ) from error
+                self.release()
+                rows = max(least, rows // 2)
+
     def is_lost(self, error: BaseException) -> bool:
         """Whether the error leaves the device's context unusable."""
         import torch

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fct.errors import BackendError, DeviceLostError
 from fct.ops.device.state import Device, device_of
 from fct.rows import Rows
 
@@ -21,7 +20,6 @@ __all__ = ["MIN_BLOCK", "block_rows", "stream_transform"]
 MIN_BLOCK = 256
 _SETS = 2
 _TORCH = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def block_rows(n: int, bytes_per_row: int, device: Device) -> int:
@@ -97,7 +95,7 @@ def stream_transform(
         return
     place = device_of(device)
     arrays = {"old": old, "out": out} if side is old else {"old": old, "side": side, "out": out}
-    size = sum(rows.d * _BYTES[rows.dtype] for rows in arrays.values())
+    size = sum(rows.d * rows.itemsize for rows in arrays.values())
     block = min(n, block or block_rows(n, size, place))
     start = 0
 
@@ -107,23 +105,11 @@ def stream_transform(
         if on_done is not None:
             on_done(part)
 
-    while True:
-        try:
-            with place.errors(f"rows {start} to {n}, of which {start} were finished"):
-                _stream(run, arrays, n, start, block, place, done)
-            return
-        except DeviceLostError:
-            raise
-        except Exception as error:
-            cause = error.__cause__ if isinstance(error, BackendError) and error.__cause__ is not None else error
-            if not place.is_out_of_memory(cause):
-                raise
-            if block <= MIN_BLOCK:
-                raise BackendError(
-                    f"{place.name} ({place.model}): out of memory even with blocks of {block} rows ({size} bytes each)"
-                ) from error
-            place.release()
-            block = max(MIN_BLOCK, block // 2)
+    def attempt(rows: int) -> None:
+        with place.errors(f"rows {start} to {n}, of which {start} were finished"):
+            _stream(run, arrays, n, start, rows, place, done)
+
+    place.with_fewer(attempt, block, least=MIN_BLOCK, what="blocks", bytes_each=size)
 
 
 def _stream(

@@ -9,105 +9,21 @@ from typing import Any
 
 from fct.errors import BackendError
 from fct.ops.backend import GpuShadow, SearchBackend, drop_own_rows
-from fct.ops.cuda_kernels import CudaSearch
 from fct.ops.device import state as devices
-from fct.ops.registry import forced_backend
+from fct.ops.registry import forced_backend, pick_search, search_backends
 from fct.ops.search.float64 import ranks_on_device, topk_blocked
-from fct.ops.search.triton_search import TritonSearch
 from fct.rows import Rows
 
 __all__ = [
     "WORTH_A_SHADOW",
     "extend_gpu",
-    "pick_search",
     "prepare_gpu",
     "ranks_gpu",
-    "search_backends",
     "topk_gpu",
-    "why_not_search",
 ]
 
 # Queries from which packing a shadow for one search costs less than it saves.
 WORTH_A_SHADOW = 16
-_PRECISIONS = ("auto", "fp32", "bf16", "int8")
-_CHOICES = ("cuda", "triton", "torch")
-
-
-def search_backends() -> list[SearchBackend]:
-    """Every search with a shadow, the one to be asked first in front."""
-    return [CudaSearch(), TritonSearch()]
-
-
-def why_not_search(search: SearchBackend, k: int, metric: str, device: str, kind: str) -> list[str]:
-    """Every reason against this search, the self-proof's verdict last; empty when it can run."""
-    why = search.why_not(k, metric, device)
-    if not why:
-        from fct.ops.proof import prove_search
-
-        place = devices.device_of(device)
-        with place.errors(f"the self-proof of the {search.name} search"):
-            try:
-                verdict = prove_search(search, metric, kind, device)
-            except Exception as error:
-                if not place.is_out_of_memory(error):
-                    raise
-                place.release()
-                return [f"{device} ({place.model}) is out of memory for its self-proof"]  # not remembered
-        why = [f"refused by the self-proof: {verdict}"] if verdict else []
-    return why
-
-
-def pick_search(
-    k: int, metric: str, device: str, precision: str, *, queries: int | None = None, prepared: GpuShadow | None = None
-) -> tuple[SearchBackend | None, str]:
-    """(search, kind of its shadow); None stands for blocked torch products, which score every row.
-
-    ``precision``: "bf16" and "int8" demand a shadow of that kind, "fp32" demands none, "auto" takes bf16. A prepared
-    gallery is searched by what prepared it. ``FCT_BACKEND`` forces "cuda", "triton" or "torch".
-    Raises BackendError, with every reason, for a demand that can not be met.
-    """
-    devices.check_not_lost(device)
-    forced = forced_backend(None)
-    if precision not in _PRECISIONS:
-        raise BackendError(f"precision: expected {', '.join(_PRECISIONS)} for a search on {device}, got {precision!r}")
-    if forced not in (None, *_CHOICES):
-        raise BackendError(f"FCT_BACKEND: expected {', '.join(_CHOICES)} for a search on {device}, got {forced!r}")
-    if forced == "torch" and precision not in ("auto", "fp32"):
-        raise BackendError(f"precision: expected auto or fp32 with FCT_BACKEND=torch, got {precision!r}")
-    if forced in ("cuda", "triton") and precision == "fp32":
-        raise BackendError(f"precision: expected auto, bf16 or int8 with FCT_BACKEND={forced}, got 'fp32'")
-    if prepared is not None and precision in ("bf16", "int8") and precision != prepared.kind:
-        raise BackendError(
-            f"precision: expected auto, fp32 or {prepared.kind}, which this gallery was prepared for, got {precision!r}"
-        )
-    if prepared is not None and forced in ("cuda", "triton") and forced != prepared.backend:
-        raise BackendError(f"FCT_BACKEND: expected {prepared.backend}, which prepared this gallery, got {forced!r}")
-    kind = prepared.kind if prepared is not None else "int8" if precision == "int8" else "bf16"
-    if forced == "torch" or precision == "fp32":
-        return None, kind
-    candidates: list[SearchBackend | None] = [*search_backends()]
-    if prepared is not None:
-        candidates = [s for s in candidates if s is not None and s.name == prepared.backend]
-    elif forced is not None:
-        candidates = [s for s in candidates if s is not None and s.name == forced]
-    else:
-        from fct.ops.proof import fastest_first
-
-        if precision == "auto":
-            candidates.append(None)
-        names = {("torch fp32" if s is None else f"{s.name} {kind}"): s for s in candidates}
-        candidates = [names[name] for name in fastest_first("search", device, list(names), queries)]
-    reasons: list[str] = []
-    for search in candidates:
-        if search is None:
-            return None, kind
-        why = why_not_search(search, k, metric, device, kind)
-        if not why:
-            return search, kind
-        reasons += [f"{search.name}: {reason}" for reason in why]
-    if forced is not None or precision != "auto":
-        raise BackendError(f"no search over a {kind} shadow can run on {device}: " + "; ".join(reasons))
-    return None, kind
 
 
 def prepare_gpu(g: Rows, metric: str, precision: str = "auto") -> GpuShadow | None:
@@ -186,17 +102,16 @@ def _in_parts(search: SearchBackend, q: Rows, shadow: GpuShadow, k: int, place: 
     """The search, with fewer queries a call where the device is out of memory; raises that error at one query."""
     import torch
 
-    step, start = q.n, 0
     found: list[tuple[Any, Any]] = []
-    while start < q.n:
-        try:
+    start = 0
+
+    def attempt(step: int) -> None:
+        nonlocal start
+        while start < q.n:
             found.append(search.search(q[slice(start, min(start + step, q.n))], shadow, k))
             start += step
-        except Exception as error:
-            if step == 1 or not place.is_out_of_memory(error):
-                raise
-            place.release()
-            step = max(1, step // 2)
+
+    place.with_fewer(attempt, q.n, least=1, what="calls")
     return found[0] if len(found) == 1 else tuple(torch.cat([f[i] for f in found]) for i in (0, 1))  # type: ignore
 
 

@@ -27,7 +27,7 @@ from fct.ops.backend import why_not_plain
 from fct.ops.device.state import MIN_CHUNK, Device, chunk_rows, device_of, why_no_gpu
 from fct.ops.numerics.quantise import exact_first, int8_plan
 from fct.progress import Report
-from fct.rows import Rows
+from fct.rows import BYTES_OF, Rows
 
 __all__ = ["PackedTransform", "TritonTransform", "scale_mode"]
 
@@ -35,7 +35,7 @@ COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "bf
 MIXER = {**COMPUTE, "int8": "int8", "fp8": "float8_e4m3fn"}
 _QUANTISED = ("int8", "fp8")
 FP8_LARGEST = 448.0
-_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+_SIZES = BYTES_OF | {"float8_e4m3fn": 1}
 _WIDEST_ROW = 256  # columns of one tile: what branches and a normalising final can hold
 _GRAPH_FROM = 4  # chunks from which recording a graph pays for itself
 
@@ -220,21 +220,12 @@ def run_chunks(packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, chu
         return
     device = packed.device
     most = min(chunk or _chunk_of(packed), n)
-    while True:
-        try:
-            with device.errors(f"the transformation of {n} rows"):
-                _Chunks(packed, old, side, out, most).run()
-            return
-        except Exception as error:
-            if not device.is_out_of_memory(error):
-                raise
-            if most <= MIN_CHUNK:
-                raise BackendError(
-                    f"{device.name} ({device.model}): out of memory even with chunks of {most} rows "
-                    f"({packed.bytes_per_row * most:,} bytes of activations)"
-                ) from error
-            device.release()
-            most = max(MIN_CHUNK, most // 2)
+
+    def attempt(rows: int) -> None:
+        with device.errors(f"the transformation of {n} rows"):
+            _Chunks(packed, old, side, out, rows).run()
+
+    device.with_fewer(attempt, most, least=MIN_CHUNK, what="chunks", bytes_each=packed.bytes_per_row)
 
 
 def _chunk_of(packed: PackedTransform) -> int:
