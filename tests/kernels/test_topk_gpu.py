@@ -22,6 +22,7 @@ from fct.errors import BackendError, DeviceLostError, FctWarning
 from fct.kernels import search_kernels as kernels
 from fct.ops import cuda_kernels as cuda
 from fct.ops import proof as selfproof
+from fct.ops import registry
 from fct.ops.device import state as devices
 from fct.ops.search import gpu_search as topk_gpu
 from fct.ops.search import triton_search as topk_triton
@@ -49,7 +50,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels are there, in the emulator."""
     runtime = support.EmulatedRuntime()
     monkeypatch.setattr(cuda.CudaSearch.__init__, "__kwdefaults__", {"part": 1 << 30})
-    monkeypatch.setattr(topk_gpu, "CudaSearch", lambda: cuda.CudaSearch(runtime))
+    search = cuda.CudaSearch
+    monkeypatch.setattr(cuda, "CudaSearch", lambda: search(runtime))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -152,7 +154,7 @@ def test_proved_for_every_metric_and_kind(
 ) -> None:
     if backend == "cuda":  # the emulator is fast enough for all of them
         monkeypatch.setattr(selfproof, "SEARCHES", WHOLE_PROOF)
-    search = next(s for s in topk_gpu.search_backends() if s.name == backend)
+    search = next(s for s in registry.search_backends() if s.name == backend)
     assert selfproof._run_search(search, metric, kind, "cuda:0") == ""
     fake.check_guards()
 
@@ -200,7 +202,7 @@ from fct.ops import cuda_kernels as cuda
 from fct.ops import proof as selfproof
 FakeDevice().install(pytest.MonkeyPatch(), Path({folder!r}))
 line = "GPU_INLINE uint32_t key_row(uint64_t key) {{ return static_cast<uint32_t>(key)"
-search = cuda.CudaSearch(support.EmulatedRuntime({{"topk.cuh": [(line, line + " ^ 1u")]}}))
+search = cuda.CudaSearch(support.EmulatedRuntime({{"topk_keys.cuh": [(line, line + " ^ 1u")]}}))
 warnings.simplefilter("ignore")
 for metric in ("l2", "ip", "cosine"):
     for kind in ("bf16", "int8"):
@@ -253,7 +255,7 @@ def test_prepared_once_and_appended(
     assert len(grown) == 301
     assert grown.nbytes == 301 * (128 + 16)
     monkeypatch.setattr(topk_gpu, "topk_blocked", never)
-    search = type(next(s for s in topk_gpu.search_backends() if s.name == backend))
+    search = type(next(s for s in registry.search_backends() if s.name == backend))
     monkeypatch.setattr(search, "prepare", never)
     same(fct.topk(on(fake, q), grown, 5, metric="ip"), q, g, 5, metric="ip")
     same(fct.topk(on(fake, q), prepared, 200, metric="ip"), q, g[:200], 200, metric="ip")
@@ -463,7 +465,7 @@ def test_forked_or_an_old_driver(monkeypatch: Any, patch: dict[str, Any], says: 
         fct.transform_batch(x, x, h, device="cuda:0", precision="bf16")
     for name in ("cuda", "triton", "torch"):
         assert f"{name} (bf16): " in str(error.value)
-    for search in topk_gpu.search_backends():
+    for search in registry.search_backends():
         assert search.why_not(5, "l2", "cuda:0")
     assert any(says[:30].replace("\\", "") in why for why in topk_triton.TritonSearch().why_not(5, "l2", "cuda:0"))
     assert fct.transform_batch(x, x, h).shape == (3, 6)
