@@ -215,7 +215,8 @@ void bind_topk(py::module_& m) {
     m.def(
         "shadow_pack",
         [](const RowsTuple& gallery, int64_t n, int metric, int64_t first, int64_t count, uintptr_t shift,
-           const LevelsTuple& levels, uintptr_t tiles, uintptr_t meta, uintptr_t tails, int threads, int isa) {
+           const LevelsTuple& levels, uintptr_t tiles, uintptr_t meta, uintptr_t tails, uintptr_t low,
+           uintptr_t high_error, int threads, int isa) {
             const fct::cpu::Isa level = isa_of(isa);
             WithoutGil without_gil;
             const auto* const from = reinterpret_cast<const float*>(shift);
@@ -227,34 +228,41 @@ void bind_topk(py::module_& m) {
                 fct::cpu::shadow_pack_levels(source_of(gallery, n), by, first, count, from, in_levels, bytes, facts,
                                              reinterpret_cast<uint8_t*>(tails), threads, level);
             } else {
-                fct::cpu::shadow_pack(source_of(gallery, n), by, first, count, from, bytes, facts, threads, level);
+                fct::cpu::shadow_pack(source_of(gallery, n), by, first, count, from, bytes, facts,
+                                      reinterpret_cast<uint8_t*>(low), reinterpret_cast<float*>(high_error), threads,
+                                      level);
             }
         },
         py::arg("gallery"), py::arg("n"), py::arg("metric"), py::arg("first"), py::arg("count"), py::arg("shift"),
-        py::arg("levels"), py::arg("tiles"), py::arg("meta"), py::arg("tails"), py::arg("threads"), py::arg("isa"));
+        py::arg("levels"), py::arg("tiles"), py::arg("meta"), py::arg("tails"), py::arg("low"), py::arg("high_error"),
+        py::arg("threads"), py::arg("isa"));
     m.def(
         "topk",
         [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t tiles,
-           uintptr_t meta, uintptr_t shift, const LevelsTuple& levels, int metric, int64_t k, int64_t self,
-           uintptr_t distances, uintptr_t indices, int threads, int isa, const py::object& report) {
+           uintptr_t meta, uintptr_t shift, const LevelsTuple& levels, uintptr_t low, uintptr_t high_error, int metric,
+           int64_t k, int64_t self, uintptr_t distances, uintptr_t indices, int threads, int isa,
+           const py::object& report) {
             const fct::cpu::Isa level = isa_of(isa);
             const fct::cpu::KeepGoing going = keep_going(report);
             fct::cpu::SearchCounts counts;
             bool done;
             {
                 WithoutGil without_gil;
-                done = fct::cpu::topk(source_of(queries, n_queries), source_of(gallery, n_gallery),
-                                      {reinterpret_cast<const uint8_t*>(tiles), reinterpret_cast<const float*>(meta),
-                                       reinterpret_cast<const float*>(shift), levels_of(levels)},
-                                      static_cast<Metric>(metric), k, self, reinterpret_cast<float*>(distances),
-                                      reinterpret_cast<int64_t*>(indices), threads, level, going, &counts);
+                done =
+                    fct::cpu::topk(source_of(queries, n_queries), source_of(gallery, n_gallery),
+                                   {reinterpret_cast<const uint8_t*>(tiles), reinterpret_cast<const float*>(meta),
+                                    reinterpret_cast<const float*>(shift), levels_of(levels),
+                                    reinterpret_cast<const uint8_t*>(low), reinterpret_cast<const float*>(high_error)},
+                                   static_cast<Metric>(metric), k, self, reinterpret_cast<float*>(distances),
+                                   reinterpret_cast<int64_t*>(indices), threads, level, going, &counts);
             }
             if (!done) throw py::error_already_set();
             return std::make_tuple(counts.rescored, counts.tails, counts.exhausted);
         },
         py::arg("queries"), py::arg("n_queries"), py::arg("gallery"), py::arg("n_gallery"), py::arg("tiles"),
-        py::arg("meta"), py::arg("shift"), py::arg("levels"), py::arg("metric"), py::arg("k"), py::arg("self"),
-        py::arg("distances"), py::arg("indices"), py::arg("threads"), py::arg("isa"), py::arg("report") = py::none());
+        py::arg("meta"), py::arg("shift"), py::arg("levels"), py::arg("low"), py::arg("high_error"), py::arg("metric"),
+        py::arg("k"), py::arg("self"), py::arg("distances"), py::arg("indices"), py::arg("threads"), py::arg("isa"),
+        py::arg("report") = py::none());
     m.def(
         "ranks",
         [](const RowsTuple& queries, int64_t n_queries, const RowsTuple& gallery, int64_t n_gallery, uintptr_t codes,

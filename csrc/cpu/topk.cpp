@@ -125,7 +125,7 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
             std::vector<Candidates> again(failed.size());
             std::vector<int64_t> wanted;
             for (int64_t q : failed) wanted.push_back(first + q);
-            ScanBlock(s, wanted).scan(s, from, to, false, again.data(), worker, nullptr);
+            ScanBlock(s, wanted, true).scan(s, from, to, false, again.data(), worker, nullptr);
             for (size_t i = 0; i < failed.size(); ++i) lists[failed[i]] = std::move(again[i]);
         }
         if (part == 0)

@@ -14,6 +14,12 @@
 // to which kSlack times the magnitudes adds all float32 rounding, the final one of the score included. The k-th best
 // lower bound is below the k-th best key, so a row whose upper bound is below it cannot be among the k best.
 //
+// In halves: tiles hold the high four bits of each value and `low` the other four, so that a few queries read half as
+// much. A word has the high bits of two steps: (even & 0xf0) | (odd >> 4), in `low` (even & 0x0f) | (odd << 4); the
+// steps are even in number, the last ones zeros. What is scanned first is x'' = scale * (16 * high + 8 - 128), by the
+// same bound with |x - x''| (high_error: of each row, rounded up) and |x''| <= |x'| + |x - x'| + |x - x''|. Many
+// queries join the halves, tile by tile.
+//
 // With levels: rows are rotated, y = x - (x down) up, so that most of their length lies in the first `head` dimensions.
 // Tiles then hold the heads alone, with a scale of their own; their facts are scale, half and tail[64] (|y's tail|,
 // rounded up), then the tile's largest error and norm of the heads, largest half, and largest length of a row. The
@@ -66,7 +72,12 @@ struct Shadow {
     const float* meta = nullptr;
     const float* shift = nullptr;  // d
     Levels levels = {};
+    const uint8_t* low = nullptr;       // null: tiles hold whole bytes
+    const float* high_error = nullptr;  // kTile of each tile
 };
+
+// Words of four dimensions in a tile; in halves two of them share a word.
+inline int64_t steps_of(int64_t d, bool halves) { return halves ? (d + 7) / 8 * 2 : (d + 3) / 4; }
 
 inline int64_t facts_of_tile(const Levels& levels) { return levels.head > 0 ? kHeadMeta : kMeta; }
 // Of one row's tail: its facts and bytes, whole words.
@@ -80,9 +91,10 @@ struct SearchCounts {
     int64_t exhausted = 0;  // queries with too many rows inside the bound, which went through every row
 };
 
-// Packs rows [first, first + count) of the gallery, first a multiple of kTile, into tiles/meta of that part.
+// Packs rows [first, first + count) of the gallery, first a multiple of kTile, into tiles/meta of that part; in halves
+// where low and high_error are not null.
 void shadow_pack(const RowSource& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
-                 uint8_t* tiles, float* meta, int threads, Isa isa);
+                 uint8_t* tiles, float* meta, uint8_t* low, float* high_error, int threads, Isa isa);
 // The same with levels; tails: of that part (levels.tails is not read).
 void shadow_pack_levels(const RowSource& gallery, Metric metric, int64_t first, int64_t count, const float* shift,
                         const Levels& levels, uint8_t* tiles, float* meta, uint8_t* tails, int threads, Isa isa);

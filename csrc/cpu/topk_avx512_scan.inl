@@ -36,7 +36,21 @@ inline __m512i start_of(const ScanTile& tile, const ScanQueries& queries, int64_
     return _mm512_cvtps_epi32(start);
 }
 
-template <int group, bool half, bool tail>
+// Sixteen rows' values of step k, which is odd or even.
+template <Values values>
+inline __m512i values_of(const ScanTile& tile, int64_t k, bool odd, int v) {
+    if (values == Values::bytes) return _mm512_loadu_si512(tile.values + k * 4 * kTile + v * 64);
+    const int64_t at = k / 2 * 4 * kTile + v * 64;
+    const __m512i upper = _mm512_set1_epi8(static_cast<char>(0xf0));
+    __m512i x = _mm512_loadu_si512(tile.values + at);
+    if (odd) x = _mm512_slli_epi32(x, 4);
+    if (values == Values::high) return _mm512_and_si512(x, upper);
+    __m512i low = _mm512_loadu_si512(tile.low + at);
+    if (odd) low = _mm512_srli_epi32(low, 4);
+    return _mm512_ternarylogic_epi32(upper, x, low, 0xca);  // x where upper, else low
+}
+
+template <int group, bool half, bool tail, Values values>
 bool scan_vectors(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
                   float* keys) {
     const int32_t* const words = queries.words + first * queries.stride;
@@ -45,17 +59,36 @@ bool scan_vectors(const ScanTile& tile, int64_t steps, const ScanQueries& querie
     for (int q = 0; q < group; ++q)
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) sums[q][v] = start_of<half, tail>(tile, queries, first + q, v);
-    for (int64_t k = 0; k < steps; ++k) {
-        __m512i x[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) x[v] = _mm512_loadu_si512(tile.values + k * 4 * kTile + v * 64);
+    // One query has few sums, each of which waits for itself: the odd steps go into others.
+    constexpr bool apart = group == 1;
+    __m512i odd_sums[4] = {};
+    const auto multiply = [&](int64_t k, const __m512i(&x)[4], bool odd) {
 #pragma GCC unroll 8
         for (int q = 0; q < group; ++q) {
             const __m512i y = _mm512_set1_epi32(words[k * group + q]);
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) sums[q][v] = dot4(sums[q][v], x[v], y);
+            for (int v = 0; v < 4; ++v) {
+                __m512i& sum = apart && odd ? odd_sums[v] : sums[q][v];
+                sum = dot4(sum, x[v], y);
+            }
+        }
+    };
+    int64_t k = 0;
+    for (__m512i x[4]; k + 1 < steps; k += 2) {
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) x[v] = values_of<values>(tile, k + odd, odd, v);
+            multiply(k + odd, x, odd);
         }
     }
+    for (__m512i x[4]; values == Values::bytes && k < steps; ++k) {  // halves have an even number
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) x[v] = values_of<values>(tile, k, false, v);
+        multiply(k, x, false);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; apart && v < 4; ++v) sums[0][v] = _mm512_add_epi32(sums[0][v], odd_sums[v]);
     __m512i below[group];  // the sign is set where no row of the four counts
     __m512i all = _mm512_set1_epi32(-1);
 #pragma GCC unroll 8
@@ -81,7 +114,7 @@ bool scan_vectors(const ScanTile& tile, int64_t steps, const ScanQueries& querie
                                  _mm512_mul_ps(_mm512_cvtepi32_ps(product), _mm512_loadu_ps(tile.scale() + 16 * v)));
             _mm512_storeu_ps(keys + q * kTile + v * 16, key);
             const __mmask16 counts =
-                tail ? _mm512_cmp_ps_mask(_mm512_fmadd_ps(_mm512_loadu_ps(tile.tail() + 16 * v),
+                tail ? _mm512_cmp_ps_mask(_mm512_fmadd_ps(_mm512_loadu_ps(tile.tails + 16 * v),
                                                           _mm512_set1_ps(queries.per_tail[first + q]), key),
                                           limit, _CMP_NLT_UQ)
                      : _mm512_cmp_ps_mask(key, limit, _CMP_GE_OQ);
@@ -95,11 +128,17 @@ bool scan_vectors(const ScanTile& tile, int64_t steps, const ScanQueries& querie
 template <int group>
 bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, uint64_t* masks,
                    float* keys) {
-    if (tile.has_tail)
-        return tile.has_half ? scan_vectors<group, true, true>(tile, steps, queries, first, masks, keys)
-                             : scan_vectors<group, false, true>(tile, steps, queries, first, masks, keys);
-    return tile.has_half ? scan_vectors<group, true, false>(tile, steps, queries, first, masks, keys)
-                         : scan_vectors<group, false, false>(tile, steps, queries, first, masks, keys);
+    const auto scan_with = [&](auto values) {
+        constexpr Values with = decltype(values)::value;
+        constexpr bool tail = with == Values::high;
+        return tile.has_half ? scan_vectors<group, true, tail, with>(tile, steps, queries, first, masks, keys)
+                             : scan_vectors<group, false, tail, with>(tile, steps, queries, first, masks, keys);
+    };
+    if (tile.kind == Values::high) return scan_with(std::integral_constant<Values, Values::high>{});
+    if (tile.kind == Values::halves) return scan_with(std::integral_constant<Values, Values::halves>{});
+    if (!tile.has_tail) return scan_with(std::integral_constant<Values, Values::bytes>{});
+    return tile.has_half ? scan_vectors<group, true, true, Values::bytes>(tile, steps, queries, first, masks, keys)
+                         : scan_vectors<group, false, true, Values::bytes>(tile, steps, queries, first, masks, keys);
 }
 
 inline __m512i tail_sum(const uint8_t* x, const int8_t* q, int64_t whole, __mmask64 rest) {

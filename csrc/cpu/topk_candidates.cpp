@@ -48,11 +48,11 @@ Candidate candidate(int64_t id, double key, double margin) {
     return {id, static_cast<float>(key - wider), static_cast<float>(key + wider)};
 }
 
-void Candidates::shrink(int64_t rank, const TopkKernels& kernel) {
+void Candidates::shrink(int64_t rank, const TopkKernels& kernel, float trust) {
     const auto n = static_cast<int64_t>(rows.size());
     if (n >= rank) {
         costs.resize(rows.size());
-        for (size_t i = 0; i < rows.size(); ++i) costs[i] = -rows[i].low;
+        for (size_t i = 0; i < rows.size(); ++i) costs[i] = -rows[i].low - trust * (rows[i].high - rows[i].low);
         tau = std::max<double>(tau, -limit_of(costs.data(), n, rank, kernel));
     }
     size_t kept = 0;

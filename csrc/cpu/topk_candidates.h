@@ -28,8 +28,9 @@ struct Candidates {
     size_t room = 0;
     bool exhausted = false;
 
-    // Raises tau to what the lower bounds of `rank` rows reach and drops what cannot. rank = k is a proof.
-    void shrink(int64_t rank, const TopkKernels& kernel);
+    // Raises tau to what the lower bounds of `rank` rows reach and drops what cannot. rank = k is a proof; with a share
+    // of the intervals taken off their lower ends (trust) it is none.
+    void shrink(int64_t rank, const TopkKernels& kernel, float trust = 0);
 
     bool proven(int64_t k) const;
 };

@@ -10,20 +10,24 @@ constexpr int kPanel = 16;       // rows of one float64 panel, stored dimension 
 constexpr int kScanQueries = 6;  // queries of one scan group
 constexpr int kExactQueries = 8;
 
+// How a tile's values lie: whole bytes, high halves alone, high and low halves.
+enum class Values { bytes, high, halves };
+
 // One tile of the shadow, opened for the scan: 1 / scale and half / scale of each row besides. A row of scale 0 (it is
 // all zeros) has the inverse of the largest scale, since any positive one is right for it.
 struct ScanTile {
-    const uint8_t* values;
-    const float* meta;  // scale[kTile], half[kTile], ...
+    const uint8_t *values, *low;
+    const float* meta;   // scale[kTile], half[kTile], ...
+    const float* tails;  // what a row may have besides its product: its tail's length, or its high half's error
     alignas(64) float inverse[kTile], half_inverse[kTile], tail_inverse[kTile];
-    float smallest;  // scale that is not 0
-    float room;      // of a sum beside its init and products, see room_beside
-    bool has_half;   // any half other than 0
-    bool has_tail;   // these are heads
+    float most_error, most_norm, most_half;  // of a row
+    float smallest;                          // scale that is not 0
+    float room;                              // of a sum beside its init and products, see room_beside
+    bool has_half;                           // any half other than 0
+    bool has_tail;                           // these are heads, or high halves
+    Values kind;
     const float* scale() const { return meta; }
     const float* half() const { return meta + kTile; }
-    const float* tail() const { return meta + 2 * kTile; }
-    const float* largest() const { return meta + (has_tail ? 3 : 4) * kTile; }
 };
 
 // A block of queries, in groups of 1, 2, 4 or 6: group g's words are words[first * stride ...], stride x group of four
@@ -48,13 +52,17 @@ struct RankBuckets {
 };
 
 struct TopkKernels {
-    void (*open_tile)(const uint8_t* values, const float* meta, bool heads, float room, ScanTile* tile);
+    // low, high_error: where the shadow is in halves and they are wanted, else null.
+    void (*open_tile)(const uint8_t* values, const uint8_t* low, const float* meta, bool heads, const float* high_error,
+                      float room, ScanTile* tile);
     // threshold, limit and limit_inverse of `count` queries for one tile.
     void (*aim)(const ScanTile& tile, const ScanQueries& queries, int64_t count);
     // One tile with the `group` queries from `first`. Returns whether any row counts; then masks[q] bit r says which,
     // and keys[q][r] is its product * scale[r] - half[r] * inverse[q].
     bool (*scan)(const ScanTile& tile, int64_t steps, const ScanQueries& queries, int64_t first, int group,
                  uint64_t* masks, float* keys);
+    // Whole bytes of one tile, from its halves.
+    void (*join)(const uint8_t* high, const uint8_t* low, int64_t steps, uint8_t* values);
     // rows: kPanel float32 rows (repeat one to fill up) to panel[d][kPanel].
     void (*pack)(const float* const* rows, int64_t d, double* panel);
     // out[q][r] for kExactQueries queries, values[d][kExactQueries] in float64: sum of squared differences, or of

@@ -52,7 +52,8 @@ void ScanBlock::foresee(const Search& s, int64_t from, int64_t to, std::vector<L
     ScanTile tile;
     for (int64_t t = from; t < to; ++t) {
         if (((t - from) & 255) == 0 && !s.control.go(worker)) return;
-        s.kernel.open_tile(s.shadow.tiles + t * steps_ * 4 * kTile, s.shadow.meta + t * kHeadMeta, true, room, &tile);
+        s.kernel.open_tile(s.shadow.tiles + t * steps_ * 4 * kTile, nullptr, s.shadow.meta + t * kHeadMeta, true,
+                           nullptr, room, &tile);
         s.kernel.aim(tile, queries, static_cast<int64_t>(padded));
         for (const auto& [start, group] : groups_) {
             if (__builtin_expect(!s.kernel.scan(tile, steps, queries, start, group, masks, keys), 1)) continue;
@@ -62,7 +63,7 @@ void ScanBlock::foresee(const Search& s, int64_t from, int64_t to, std::vector<L
                     const auto q = static_cast<size_t>(start + j);
                     if (t * kTile + r >= s.gallery.n) break;
                     std::vector<Likely>& rows = likely[q];
-                    rows.push_back({keys[j * kTile + r] + tail[q] * tile.tail()[r], t * kTile + r});
+                    rows.push_back({keys[j * kTile + r] + tail[q] * tile.tails[r], t * kTile + r});
                     if (rows.size() >= 2 * wanted) bars[q] = keep(rows, wanted);
                 }
         }

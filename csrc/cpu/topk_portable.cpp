@@ -22,7 +22,17 @@ bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queri
         for (int64_t k = 0; k < steps; ++k) {
             int8_t y[4];
             std::memcpy(y, words + k * group + q, 4);
+            uint8_t bytes[4 * kTile];
             const uint8_t* x = tile.values + k * 4 * kTile;
+            if (tile.kind != Values::bytes) {
+                const int64_t at = k / 2 * 4 * kTile;
+                const int up = k % 2 ? 4 : 0;
+                for (int i = 0; i < 4 * kTile; ++i) {
+                    const int low = tile.kind == Values::halves ? tile.low[at + i] >> up & 0x0f : 0;
+                    bytes[i] = static_cast<uint8_t>((tile.values[at + i] << up & 0xf0) | low);
+                }
+                x = bytes;
+            }
             for (int r = 0; r < kTile; ++r)
                 sums[r] += x[4 * r] * y[0] + x[4 * r + 1] * y[1] + x[4 * r + 2] * y[2] + x[4 * r + 3] * y[3];
         }
@@ -31,7 +41,7 @@ bool scan_products(const ScanTile& tile, int64_t steps, const ScanQueries& queri
             const float key = static_cast<float>(sums[r]) * scale[r] - half[r] * inverse[q];
             keys[q * kTile + r] = key;
             const bool counts =
-                tile.has_tail ? !(key + tile.tail()[r] * per_tail[q] < threshold[q]) : key >= threshold[q];
+                tile.has_tail ? !(key + tile.tails[r] * per_tail[q] < threshold[q]) : key >= threshold[q];
             mask |= static_cast<uint64_t>(counts) << r;
         }
         masks[q] = mask;

@@ -13,6 +13,9 @@ namespace {
 constexpr double kSlack = 1.0 / (1 << 19);  // 32 float32 roundings: more than any score goes through
 constexpr double kTiny = 1e-43;             // of a product below float32's normal numbers
 constexpr int64_t kWide = 48;               // queries, of which nearly every row's tail is wanted by one
+constexpr int64_t kFew = 2;                 // queries, for which reading half of the shadow is the quicker way
+constexpr int64_t kManyGroups = 5;          // of queries, for which halves are joined once
+constexpr float kTrust = 0.3f;              // of an interval, above whose share a row's key is thought to lie
 constexpr double kLargest = 1e12;           // norms beyond, or scales below its inverse, are not scanned in 8 bits
 
 // A step that visits every one of n places and leaves the visited ones evenly spread: near n / golden ratio.
@@ -24,8 +27,10 @@ int64_t scattered(int64_t n) {
 
 }  // namespace
 
-ScanBlock::ScanBlock(const Search& s, std::vector<int64_t> queries)
-    : queries_(std::move(queries)), count_(static_cast<int64_t>(queries_.size())) {
+ScanBlock::ScanBlock(const Search& s, std::vector<int64_t> queries, bool whole)
+    : queries_(std::move(queries)),
+      count_(static_cast<int64_t>(queries_.size())),
+      few_(s.shadow.low && !whole && count_ <= kFew) {
     lay_out(s);
     std::vector<double> v(static_cast<size_t>(s.gallery.d));
     for (const auto& [start, group] : groups_)
@@ -38,7 +43,7 @@ ScanBlock::ScanBlock(const Search& s, std::vector<int64_t> queries)
 
 void ScanBlock::lay_out(const Search& s) {
     const Levels& levels = s.shadow.levels;
-    steps_ = ((levels.head > 0 ? levels.head : s.gallery.d) + 3) / 4;
+    steps_ = steps_of(levels.head > 0 ? levels.head : s.gallery.d, s.shadow.low != nullptr);
     for (int64_t at = 0; at < count_;) {
         const int64_t left = count_ - at;
         const int group = left >= 4 ? (left == 4 ? 4 : 6) : left == 3 ? 4 : static_cast<int>(left);
@@ -139,14 +144,24 @@ std::vector<int64_t> ScanBlock::scan(const Search& s, int64_t from, int64_t to, 
     const ScanQueries queries{words_.data(),    init_.data(),      steps_,           inverse_.data(),
                               base_.data(),     per_error_.data(), per_norm_.data(), per_half_.data(),
                               per_tail_.data(), threshold_.data(), limit_.data(),    limit_inverse_.data()};
+    const bool halves = s.shadow.low != nullptr;
+    const bool few = few_;
+    std::vector<int32_t> high_init;
+    ScanQueries of_high = queries;
+    if (few) {
+        for (const int32_t init : init_) high_init.push_back(init / 128 * 120);  // their bytes stand for 8 more
+        of_high.init = high_init.data();
+        of_high.per_tail = per_error_.data();  // its own error a row, where whole bytes have their tile's largest
+    }
+    std::vector<uint8_t> joined(halves ? static_cast<size_t>(steps_ * 4 * kTile) : 0);
     const auto room_of_sums = static_cast<float>(room_beside(4 * steps_));
     ScanTile tile;
     const int64_t padded = static_cast<int64_t>(base_.size());
-    const int64_t tile_bytes = steps_ * 4 * kTile, tiles = to - from, facts = facts_of_tile(levels);
+    const int64_t tile_bytes = steps_ * 4 * kTile / (halves ? 2 : 1), tiles = to - from, facts = facts_of_tile(levels);
     const int64_t parts = static_cast<int64_t>(groups_.size());
     const int64_t share = parts < 8 ? 0 : (tile_bytes / 64 + parts - 1) / parts * 64;  // few: memory is the bound
     const int64_t tail_bytes = levelled ? record_bytes(levels, s.gallery.d) : 0;
-    const int64_t tail_share = (tail_bytes * kTile / 64 + parts - 1) / parts * 64;
+    const int64_t rest_share = halves ? share : (tail_bytes * kTile / 64 + parts - 1) / parts * 64;
     const int64_t stride = guess ? scattered(tiles) : 1;
     for (int64_t seen = 0, t = 0; seen < tiles; ++seen) {
         if ((seen & 63) == 0) {
@@ -157,31 +172,41 @@ std::vector<int64_t> ScanBlock::scan(const Search& s, int64_t from, int64_t to, 
         const double sampled = static_cast<double>(s.k) * static_cast<double>(seen + 1) / static_cast<double>(tiles);
         rank_ = guess ? std::min(s.k, static_cast<int64_t>(sampled + 4.5 * std::sqrt(sampled)) + 4) : s.k;
         const float* meta = s.shadow.meta + (from + t) * facts;
-        s.kernel.open_tile(s.shadow.tiles + (from + t) * tile_bytes, meta, levelled, room_of_sums, &tile);
+        const uint8_t* values = s.shadow.tiles + (from + t) * tile_bytes;
+        const uint8_t* low = halves && !few ? s.shadow.low + (from + t) * tile_bytes : nullptr;
+        if (low && parts >= kManyGroups) {  // else each group joins them on the way
+            s.kernel.join(values, low, steps_, joined.data());
+            values = joined.data();
+            low = nullptr;
+        }
+        const float* const high_error = few ? s.shadow.high_error + (from + t) * kTile : nullptr;
+        s.kernel.open_tile(values, low, meta, levelled, high_error, room_of_sums, &tile);
         s.kernel.aim(tile, queries, padded);
         // The next tile comes to L2 while this one is at work, a few lines with each group of queries.
         const int64_t next = t + stride < tiles ? t + stride : t + stride - tiles;
         const uint8_t* ahead = s.shadow.tiles + (from + next) * tile_bytes;
         const uint8_t* const end = seen + 1 < tiles ? ahead + tile_bytes : ahead;
-        const uint8_t* rest = levels.tails + (from + next) * kTile * tail_bytes;
-        const uint8_t* const rest_end =
-            seen + 1 < tiles && count_ >= kWide
-                ? rest + std::min<int64_t>(kTile, s.gallery.n - (from + next) * kTile) * tail_bytes
-                : rest;
+        const uint8_t* rest =
+            halves ? s.shadow.low + (from + next) * tile_bytes : levels.tails + (from + next) * kTile * tail_bytes;
+        const uint8_t* rest_end = rest;
+        if (seen + 1 < tiles && halves && share > 0) rest_end += tile_bytes;
+        if (seen + 1 < tiles && levelled && count_ >= kWide)
+            rest_end += std::min<int64_t>(kTile, s.gallery.n - (from + next) * kTile) * tail_bytes;
         if (share > 0)
             for (int64_t at = 0; at < facts; at += 16) __builtin_prefetch(s.shadow.meta + (from + next) * facts + at);
         for (const auto& [start, group] : groups_) {
             for (const uint8_t* stop = std::min(ahead + share, end); ahead < stop; ahead += 64)
                 __builtin_prefetch(ahead, 0, 2);
-            for (const uint8_t* stop = std::min(rest + tail_share, rest_end); rest < stop; rest += 64)
+            for (const uint8_t* stop = std::min(rest + rest_share, rest_end); rest < stop; rest += 64)
                 __builtin_prefetch(rest, 0, 2);
-            if (__builtin_expect(!s.kernel.scan(tile, steps_, queries, start, group, masks, keys), 1)) continue;
+            const ScanQueries& asked = few ? of_high : queries;
+            if (__builtin_expect(!s.kernel.scan(tile, steps_, asked, start, group, masks, keys), 1)) continue;
             for (int j = 0; j < group; ++j) {
                 if (masks[j] == 0) continue;
                 if (levelled) {
                     settle(s, start + j, from + t, masks[j], keys + j * kTile, found[start + j]);
                 } else {
-                    push(s, start + j, from + t, meta, masks[j], keys + j * kTile, found[start + j]);
+                    push(s, start + j, from + t, tile, masks[j], keys + j * kTile, found[start + j]);
                 }
             }
         }
@@ -190,9 +215,31 @@ std::vector<int64_t> ScanBlock::scan(const Search& s, int64_t from, int64_t to, 
     learn(s, found, best);
     s.control.did(tiles > 0 ? count_ * ((tiles - 1) % 64 + 1) : 0);
     std::vector<int64_t> failed;
-    for (int64_t q = 0; guess && q < count_; ++q)
-        if (usable(q) && !found[q].exhausted && !found[q].proven(s.k)) failed.push_back(q);
+    for (int64_t q = 0; (guess || few) && q < count_; ++q) {
+        if (!usable(q)) continue;
+        if (few ? !settle_halves(s, q, found[q], best) : !found[q].exhausted && !found[q].proven(s.k))
+            failed.push_back(q);
+    }
     return failed;
+}
+
+// Proves, by the exact scores of the likeliest rows, the threshold that was thought to hold, and drops what it leaves
+// out; false where it does not hold, or where too many rows were left over.
+bool ScanBlock::settle_halves(const Search& s, int64_t q, Candidates& found, Proven* best) {
+    if (found.exhausted) return false;
+    const auto likely = std::min<size_t>(found.rows.size(), static_cast<size_t>(s.k + s.k / 4 + 6));
+    const auto better = [](const Candidate& a, const Candidate& b) { return a.low > b.low; };
+    std::nth_element(found.rows.begin(), found.rows.begin() + static_cast<int64_t>(likely), found.rows.end(), better);
+    std::vector<int64_t> ids;
+    for (size_t i = 0; i < likely; ++i) ids.push_back(found.rows[i].id);
+    double bar = exact_bar(s, queries_[static_cast<size_t>(q)], ids);
+    if (best) bar = best[q].exchange(bar);
+    if (found.tau > bar) return false;
+    found.tau = bar;
+    found.rows.erase(
+        std::remove_if(found.rows.begin(), found.rows.end(), [&](const Candidate& c) { return c.high < bar; }),
+        found.rows.end());
+    return true;
 }
 
 // The scan's threshold before a tile's own margins, in units of the query's scale, lowered past its rounding.
@@ -216,14 +263,14 @@ void ScanBlock::learn(const Search&, Candidates* found, Proven* best) {
     if (best == nullptr) return;
     for (int64_t q = 0; q < count_; ++q) {
         if (!usable(q) || found[q].exhausted) continue;
-        const double known = best[q].exchange(found[q].tau);
+        const double known = best[q].exchange(few_ ? -kInfinity : found[q].tau);
         if (known <= found[q].tau) continue;
         found[q].tau = known;
         set_base(q, known);
     }
 }
 
-void ScanBlock::push(const Search& s, int64_t q, int64_t t, const float* meta, uint64_t mask, const float* keys,
+void ScanBlock::push(const Search& s, int64_t q, int64_t t, const ScanTile& tile, uint64_t mask, const float* keys,
                      Candidates& found) {
     const Facts& f = facts_[static_cast<size_t>(q)];
     const int64_t own = s.self_of(queries_[static_cast<size_t>(q)]);
@@ -231,7 +278,10 @@ void ScanBlock::push(const Search& s, int64_t q, int64_t t, const float* meta, u
         const int r = __builtin_ctzll(mask);
         const int64_t id = t * kTile + r;
         if (id >= s.gallery.n || id == own) continue;
-        const double half = meta[kTile + r], error = meta[2 * kTile + r], norm = meta[3 * kTile + r];
+        const double half = tile.has_half ? tile.half()[r] : 0;
+        const double error = tile.kind == Values::high ? tile.tails[r] : tile.meta[2 * kTile + r];
+        // A row's norm is not worth a visit to memory that the scan has not made.
+        const double norm = tile.kind == Values::high ? tile.most_norm : tile.meta[3 * kTile + r];
         const double key = static_cast<double>(keys[r]) * f.scale;
         const double margin = f.length * error + f.error * norm +
                               kSlack * (f.constant + half + f.length * (norm + error)) + f.scale * kTiny;
@@ -244,7 +294,7 @@ bool ScanBlock::consider(const Search& s, int64_t q, int64_t id, double key, dou
     if (key + margin < found.tau) return true;
     found.rows.push_back(candidate(id, key, margin));
     if (found.rows.size() < found.room) return true;
-    found.shrink(rank_, s.kernel);
+    found.shrink(rank_, s.kernel, few_ ? kTrust : 0);
     found.room = room_for(s, found.rows.size());
     if (found.rows.size() > most_) {
         found.exhausted = true;

@@ -17,7 +17,8 @@ struct Likely {
 // One block of queries, quantised and laid out for the scan. Parts of a gallery are scanned with copies.
 class ScanBlock {
   public:
-    ScanBlock(const Search& s, std::vector<int64_t> queries);
+    // whole: reads whole bytes also where the shadow is in halves and the queries are few.
+    ScanBlock(const Search& s, std::vector<int64_t> queries, bool whole = false);
 
     int64_t tails() const { return tails_read_; }
     bool usable(int64_t q) const { return facts_[static_cast<size_t>(q)].usable; }
@@ -57,13 +58,15 @@ class ScanBlock {
     void set_base(int64_t q, double tau);
     size_t room_for(const Search& s, size_t kept) const;
     void learn(const Search& s, Candidates* found, Proven* best);
-    void push(const Search& s, int64_t q, int64_t t, const float* meta, uint64_t mask, const float* keys,
+    void push(const Search& s, int64_t q, int64_t t, const ScanTile& tile, uint64_t mask, const float* keys,
               Candidates& found);
+    bool settle_halves(const Search& s, int64_t q, Candidates& found, Proven* best);
     void settle(const Search& s, int64_t q, int64_t t, uint64_t mask, const float* keys, Candidates& found);
     bool consider(const Search& s, int64_t q, int64_t id, double key, double margin, Candidates& found);
 
     std::vector<int64_t> queries_;
     int64_t count_, steps_, rank_ = 0;
+    bool few_;  // reads the high halves alone
     int64_t tails_read_ = 0;
     size_t most_ = 0;  // candidates, beyond which a query goes through every row
     std::vector<std::pair<int64_t, int>> groups_;

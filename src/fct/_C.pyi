@@ -77,6 +77,8 @@ def shadow_pack(
     tiles: int,
     meta: int,
     tails: int,
+    low: int,
+    high_error: int,
     threads: int,
     isa: int,
 ) -> None: ...
@@ -89,6 +91,8 @@ def topk(
     meta: int,
     shift: int,
     levels: _Levels,
+    low: int,
+    high_error: int,
     metric: int,
     k: int,
     self: int,

@@ -84,8 +84,8 @@ class PreparedGallery:
     float64, wherever the shadow can not decide).
 
     gallery: the (n, d) array that was given. metric, space: as given. nbytes: of the shadow. memory_ratio: rows and
-    shadow together over the rows alone, 1 + (d + 16.25) / (4 d) for float32: 1.28 at 128 dimensions, under 1.3 from
-    82 on; 1.56 for 16-bit and 2.13 for 8-bit rows of 128 dimensions. On a GPU the shadow lies beside the rows: 2 d
+    shadow together over the rows alone, 1 + (d + 20.25) / (4 d) for float32: 1.29 at 128 dimensions, under 1.3 from
+    102 on; 1.58 for 16-bit and 2.16 for 8-bit rows of 128 dimensions. On a GPU the shadow lies beside the rows: 2 d
     bytes ("bf16") or d ("int8"), rounded up to 128, and 16 a row.
     """
 
@@ -123,7 +123,8 @@ class PreparedGallery:
         """Raises ValueError where the file under the rows or the shadow has been truncated since it was mapped."""
         arrays = [self.rows.values]
         if isinstance(self.shadow, Shadow):
-            arrays += [self.shadow.tiles, self.shadow.meta, self.shadow.shift, self.shadow.tails]
+            shadow = self.shadow
+            arrays += [shadow.tiles, shadow.meta, shadow.shift, shadow.tails, shadow.low, shadow.high_error]
         for array in arrays:
             if isinstance(array, np.ndarray):
                 check_backed(array, name)
@@ -267,7 +268,7 @@ def prepare_gallery(
         progress: show a bar on stderr, where that is a terminal and the call lasts more than two seconds.
 
     Returns:
-        PreparedGallery: pass it as ``gallery``. The shadow takes d + 16.25 bytes a row on the CPU. Where a GPU can not
+        PreparedGallery: pass it as ``gallery``. The shadow takes d + 20.25 bytes a row on the CPU. Where a GPU can not
         run the kernels there is none, and :func:`topk` scores every row.
 
     Raises:

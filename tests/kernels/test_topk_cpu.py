@@ -384,12 +384,15 @@ def test_past_two_to_the_31_elements(tmp_path: Path, rng: np.random.Generator) -
 
 
 @pytest.mark.slow
-def test_a_shadow_past_two_to_the_31_elements(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_shadow_past_two_to_the_31_elements(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sparse float16 file: elements, bytes and the packed tiles all past 2^31, and the bytes of the rows past 2^32.
 
     Planted rows on both sides of each border are found by the scan alone (no query goes through every row), and stand
     in the shadow where they lie in the file.
     """
+    monkeypatch.setattr("fct.ops.search.cpu_search._HALVED", 1 << 62)  # whole bytes: halves are half as large
     d, n = 1024, (1 << 21) + 200
     data = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float16, (n, d))
     assert data.size > 1 << 31

@@ -13,17 +13,20 @@ import pytest
 import fct
 from fct import _C
 from fct.errors import ArtifactError
-from fct.ops.search import levels, shadow_file
+from fct.ops.search import cpu_search, levels, shadow_file
 
 
-@pytest.fixture(params=["whole", "levels"])
+@pytest.fixture(params=["whole", "levels", "halves"])
 def saved(request: Any, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
     rows = (rng.standard_normal((300, 40)) * 0.9 ** np.arange(40)).astype(np.float32)
     if request.param == "levels":
         monkeypatch.setattr(levels, "_LEAST_ROWS", 1)
         monkeypatch.setattr(levels, "_GAIN", 1e9)
+    if request.param == "halves":
+        monkeypatch.setattr(cpu_search, "_HALVED", 1)
     prepared = fct.prepare_gallery(rows)
     assert (prepared.shadow.levels is not None) == (request.param == "levels")  # type: ignore[union-attr]
+    assert (prepared.shadow.low is not None) == (request.param == "halves")  # type: ignore[union-attr]
     prepared.save(tmp_path / "x.shadow")
     return tmp_path / "x.shadow", rows
 

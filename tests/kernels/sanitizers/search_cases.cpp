@@ -70,17 +70,28 @@ double cost(const float* q, const float* g, int64_t d, Metric metric) {
 size_t tiles_of(int64_t n) { return static_cast<size_t>((n + kTile - 1) / kTile); }
 
 struct Packed {
-    Packed(const RowSource& gallery, Metric metric, const float* shift, int threads, Isa isa, int64_t split)
-        : tiles(static_cast<size_t>((gallery.n + kTile - 1) / kTile * tile_bytes(gallery.d))),
-          meta(static_cast<size_t>((gallery.n + kTile - 1) / kTile * kMeta)) {
-        if (split > 0) shadow_pack(gallery, metric, 0, split, shift, tiles.data, meta.data, threads, isa);
-        shadow_pack(gallery, metric, split, gallery.n - split, shift,
-                    tiles.data + split / kTile * tile_bytes(gallery.d), meta.data + split / kTile * kMeta, threads,
-                    isa);
+    Packed(const RowSource& gallery, Metric metric, const float* shift, int threads, Isa isa, int64_t split,
+           bool halves = false)
+        : tiles(tiles_of(gallery.n) * static_cast<size_t>(tile_bytes(gallery.d, halves))),
+          meta(tiles_of(gallery.n) * kMeta),
+          low(halves ? tiles_of(gallery.n) * static_cast<size_t>(tile_bytes(gallery.d, halves)) : 0),
+          high_error(halves ? tiles_of(gallery.n) * kTile : 0) {
+        const auto pack = [&](int64_t first, int64_t count) {
+            const int64_t tile = first / kTile, bytes = tile * tile_bytes(gallery.d, halves);
+            shadow_pack(gallery, metric, first, count, shift, tiles.data + bytes, meta.data + tile * kMeta,
+                        halves ? low.data + bytes : nullptr, halves ? high_error.data + tile * kTile : nullptr, threads,
+                        isa);
+        };
+        if (split > 0) pack(0, split);
+        pack(split, gallery.n - split);
     }
-    static int64_t tile_bytes(int64_t d) { return (d + 3) / 4 * 4 * kTile; }
+    static int64_t tile_bytes(int64_t d, bool halves = false) {
+        return steps_of(d, halves) * 4 * kTile / (halves ? 2 : 1);
+    }
     Guarded<uint8_t> tiles;
     Guarded<float> meta;
+    Guarded<uint8_t> low;
+    Guarded<float> high_error;
 };
 
 void search(int64_t n, int64_t d, int64_t nq, int64_t k, Metric metric, DType dtype, Isa isa, bool ties,
@@ -92,6 +103,7 @@ void search(int64_t n, int64_t d, int64_t nq, int64_t k, Metric metric, DType dt
     const Packed packed(g.source, metric, shift.data(), 2, isa, 0);
     const int64_t split = n / 2 / kTile * kTile;
     const Packed parts(g.source, metric, shift.data(), 1, isa, split);
+    const Packed halves(g.source, metric, shift.data(), 2, isa, split, true);
     const size_t tiles = static_cast<size_t>((n + kTile - 1) / kTile);
     check(std::memcmp(packed.tiles.data, parts.tiles.data, tiles * static_cast<size_t>(Packed::tile_bytes(d))) == 0 &&
               std::memcmp(packed.meta.data, parts.meta.data, tiles * kMeta * 4) == 0,
@@ -109,14 +121,16 @@ void search(int64_t n, int64_t d, int64_t nq, int64_t k, Metric metric, DType dt
     levels.tails = tails.data;
     std::vector<float> first_distances;
     std::vector<int64_t> first_indices;
-    for (const int shadow : {2, 1, 0})
+    for (const int shadow : {3, 2, 1, 0})
         for (const int threads : {1, 3}) {
             if (shadow == 2 && head == 0) continue;
             const Guarded<float> distances(static_cast<size_t>(nq * k));
             const Guarded<int64_t> indices(static_cast<size_t>(nq * k));
             const Shadow scanned =
-                shadow == 2 ? Shadow{heads.data, head_meta.data, shift.data(), levels}
-                            : Shadow{shadow ? packed.tiles.data : nullptr, packed.meta.data, shift.data(), {}};
+                shadow == 3   ? Shadow{halves.tiles.data, halves.meta.data,      shift.data(), {},
+                                       halves.low.data,   halves.high_error.data}
+                : shadow == 2 ? Shadow{heads.data, head_meta.data, shift.data(), levels}
+                              : Shadow{shadow ? packed.tiles.data : nullptr, packed.meta.data, shift.data(), {}};
             SearchCounts counts;
             topk(q.source, g.source, scanned, metric, k, -1, distances.data, indices.data, threads, isa, {}, &counts);
             if (first_distances.empty()) {

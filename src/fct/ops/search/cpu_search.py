@@ -20,6 +20,7 @@ from fct.spaces import METRICS
 __all__ = ["Shadow", "build_shadow", "extend_shadow", "ranks_cpu", "topk_cpu"]
 
 _SAMPLE = 65_536  # rows whose mean is the shift
+_HALVED = 4096  # rows, below which the shadow lies in the caches, whole or not
 _FITTED = 2048  # rows that levels are fitted on
 _LARGEST = 1e12  # as in topk.cpp
 _PACKED_AT_ONCE = 1 << 26  # values of one compiled call that packs
@@ -38,7 +39,9 @@ class Shadow:
 
     tiles: (t, 4 * ceil(d / 4) * 64) uint8, 64 rows a tile. meta: (t, 260) float32, scales and error bounds.
     shift: (d,) float32, taken off each row first. With ``levels``, tiles are (t, head * 64), meta (t, 196), and
-    tails (n, 12 + 4 * ceil((d - head) / 4)) uint8 holds the rest of each row behind its own facts.
+    tails (n, 12 + 4 * ceil((d - head) / 4)) uint8 holds the rest of each row behind its own facts. In halves, tiles and
+    low are (t, 4 * ceil(d / 8) * 64), the high and the low four bits, and high_error (t, 64) what
+    the high halves alone may be off by.
     usable: False where a norm is beyond what float32 products bear.
     """
 
@@ -50,6 +53,8 @@ class Shadow:
     levels: Levels | None = None
     tails: Any = None
     guard: Guard | None = None
+    low: Any = None
+    high_error: Any = None
 
     @cached_property  # it reads all of meta, which every query would feel
     def usable(self) -> bool:
@@ -66,6 +71,8 @@ class Shadow:
         arrays = [self.tiles, self.meta, self.shift]
         if self.levels is not None:
             arrays += [self.tails, self.levels.down, self.levels.up]
+        if self.low is not None:
+            arrays += [self.low, self.high_error]
         return int(sum(array.nbytes for array in arrays))
 
     def code(self) -> tuple[int, int, int, float, int]:
@@ -107,17 +114,20 @@ def _pack(
     metric: str,
     shift: Any,
     levels: Levels | None,
+    halves: bool,
     first: int,
     threads: int,
     report: Report | None,
-) -> tuple[Any, Any, Any]:
-    """(tiles, meta, tails) of rows first..n; first is a multiple of the tile."""
+) -> tuple[Any, Any, Any, Any, Any]:
+    """(tiles, meta, tails, low, high_error) of rows first..n; first is a multiple of the tile."""
     count = gallery.n - first
     tiles = -(-count // _C.shadow_tile)
-    width, facts, rest = widths(gallery.d, levels)
+    width, facts, rest = widths(gallery.d, levels, halves)
     packed = np.empty((tiles, width), np.uint8)
     meta = np.empty((tiles, facts), np.float32)
     tails = np.empty((count, rest), np.uint8)
+    low = np.empty((tiles, width), np.uint8) if halves else None
+    high_error = np.empty((tiles, _C.shadow_tile), np.float32) if halves else None
     step = max(1, _PACKED_AT_ONCE // (gallery.d * _C.shadow_tile)) * _C.shadow_tile
     for begin in range(0, count, step):  # between two, Python hears Ctrl-C
         tile = begin // _C.shadow_tile
@@ -132,16 +142,20 @@ def _pack(
             _C.array_address(packed[tile:]),
             _C.array_address(meta[tile:]),
             _C.array_address(tails[begin:]),
+            0 if low is None else _C.array_address(low[tile:]),
+            0 if high_error is None else _C.array_address(high_error[tile:]),
             threads,
             isa(),
         )
         if report is not None:
             report(min(begin + step, count) / count)
-    return packed, meta, tails
+    return packed, meta, tails, low, high_error
 
 
-def widths(d: int, levels: Levels | None) -> tuple[int, int, int]:
+def widths(d: int, levels: Levels | None, halves: bool = False) -> tuple[int, int, int]:
     """Bytes of a tile, its facts, and bytes of a row's tail."""
+    if halves:
+        return -(-d // 8) * 4 * _C.shadow_tile, _C.shadow_meta, 0
     if levels is None:
         return -(-d // 4) * 4 * _C.shadow_tile, _C.shadow_meta, 0
     rest = _C.shadow_tail_facts + -(-(d - levels.head) // 4) * 4
@@ -158,13 +172,16 @@ def why_not_shadow(gallery: Rows) -> str:
 def build_shadow(
     gallery: Rows, metric: str, *, threads: int, levels: bool = False, report: Report | None = None
 ) -> Shadow:
-    """levels: fit two where they gain something; for a gallery that will be searched again and again."""
+    """levels: for a gallery that will be searched again and again. Two are fitted where they gain something, else the
+    bytes are cut in halves.
+    """
     shift = _shift(gallery, metric)
     fitted = None
     if levels:
         fitted = fit_levels(_sampled(gallery, metric, shift), None if metric == "l2" else shift, gallery.n)
-    tiles, meta, tails = _pack(gallery, metric, shift, fitted, 0, threads, report)
-    return Shadow(tiles, meta, shift, gallery.n, metric, fitted, tails)
+    halves = levels and fitted is None and gallery.n >= _HALVED
+    tiles, meta, tails, low, high_error = _pack(gallery, metric, shift, fitted, halves, 0, threads, report)
+    return Shadow(tiles, meta, shift, gallery.n, metric, fitted, tails, low=low, high_error=high_error)
 
 
 def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int, report: Report | None = None) -> Shadow:
@@ -173,7 +190,10 @@ def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int, report: Report
         shadow.guard.verify()
     whole = shadow.n // _C.shadow_tile
     first = whole * _C.shadow_tile
-    tiles, meta, tails = _pack(gallery, shadow.metric, shadow.shift, shadow.levels, first, threads, report)
+    halves = shadow.low is not None
+    tiles, meta, tails, low, high_error = _pack(
+        gallery, shadow.metric, shadow.shift, shadow.levels, halves, first, threads, report
+    )
     return Shadow(
         np.concatenate([shadow.tiles[:whole], tiles]),
         np.concatenate([shadow.meta[:whole], meta]),
@@ -182,6 +202,8 @@ def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int, report: Report
         shadow.metric,
         shadow.levels,
         tails if shadow.levels is None else np.concatenate([shadow.tails[:first], tails]),
+        low=np.concatenate([shadow.low[:whole], low]) if halves else None,
+        high_error=np.concatenate([shadow.high_error[:whole], high_error]) if halves else None,
     )
 
 
@@ -213,6 +235,8 @@ def topk_cpu(
             0 if shadow is None else _C.array_address(shadow.meta),
             0 if shadow is None else _C.array_address(shadow.shift),
             _code(None, None) if shadow is None else shadow.code(),
+            0 if shadow is None or shadow.low is None else _C.array_address(shadow.low),
+            0 if shadow is None or shadow.high_error is None else _C.array_address(shadow.high_error),
             METRICS.index(metric),
             k,
             start if same_items else -1,

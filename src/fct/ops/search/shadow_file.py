@@ -2,7 +2,7 @@
 
 ``fctshadow2``, the header's length (8 bytes), the header (JSON), its XXH64 (8 bytes), zeros up to 64; then the arrays,
 each on a boundary of 64, the last of which holds an XXH64 of every mebibyte of the others. ``fctshadow1`` had no
-checksums and no levels; it can still be read.
+checksums, no levels and no halves; it can still be read.
 """
 
 from __future__ import annotations
@@ -52,10 +52,13 @@ def write_shadow(path: Path, header: ShadowHeader, shadow: Shadow) -> None:
     arrays = {"tiles": shadow.tiles, "meta": shadow.meta, "shift": shadow.shift}
     if shadow.levels is not None:
         arrays |= {"tails": shadow.tails, "down": shadow.levels.down, "up": shadow.levels.up}
+    if shadow.low is not None:
+        arrays |= {"low": shadow.low, "high_error": shadow.high_error}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     arrays["sums"] = np.concatenate([_sums(array) for array in arrays.values()])
     levels = None if shadow.levels is None else {"head": shadow.levels.head, "loss": shadow.levels.loss}
-    text = json.dumps(vars(header) | {"levels": levels, "sums": _xxh64(arrays["sums"])}).encode()
+    cut = {"levels": levels, "halves": shadow.low is not None}
+    text = json.dumps(vars(header) | cut | {"sums": _xxh64(arrays["sums"])}).encode()
     lead = _NEW + len(text).to_bytes(8, "little") + text
     lead += _xxh64(np.frombuffer(lead, np.uint8)).to_bytes(8, "little")
     with atomic_path(path) as part, open(part, "wb") as file:
@@ -78,9 +81,9 @@ def read_shadow(path: Path) -> tuple[ShadowHeader, Shadow]:
         check = file.read(8) if new else b""
     if new and check != _xxh64(np.frombuffer(lead + text, np.uint8)).to_bytes(8, "little"):
         _damaged(path, "its header is not the one that was written")
-    header, levels, sums = _header(path, text)
+    header, levels, halves, sums = _header(path, text)
     start = -(-(len(lead) + length + len(check)) // _ALIGN) * _ALIGN
-    want = _layout(header, levels, new)
+    want = _layout(header, levels, halves, new)
     end = start + sum(-(-_bytes(spec) // _ALIGN) * _ALIGN for spec in want.values())
     if size < end if new else size < end - _ALIGN:
         raise ArtifactError(f"{path}: expected {end} bytes of shadow, got {size}; the file is truncated or foreign")
@@ -101,7 +104,8 @@ def read_shadow(path: Path) -> tuple[ShadowHeader, Shadow]:
     if levels is not None:
         fitted = Levels(levels[0], np.array(arrays["down"]), np.array(arrays["up"]), levels[1])
     parts = (arrays["tiles"], arrays["meta"], arrays["shift"])
-    return header, Shadow(*parts, header.n, header.metric, fitted, arrays.get("tails"), guard)
+    low, high_error = arrays.get("low"), arrays.get("high_error")
+    return header, Shadow(*parts, header.n, header.metric, fitted, arrays.get("tails"), guard, low, high_error)
 
 
 class _Guard:
@@ -153,12 +157,12 @@ def _bytes(spec: tuple[str, tuple[int, ...]]) -> int:
 
 
 def _layout(
-    header: ShadowHeader, levels: tuple[int, float] | None, new: bool
+    header: ShadowHeader, levels: tuple[int, float] | None, halves: bool, new: bool
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every array's dtype and shape, in the order of the file."""
     n, d = header.n, header.d
     fitted = None if levels is None else Levels(levels[0], None, None, levels[1])
-    tile, facts, rest = widths(d, fitted)
+    tile, facts, rest = widths(d, fitted, halves)
     tiles = -(-n // _C.shadow_tile)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {
         "tiles": ("uint8", (tiles, tile)), "meta": ("float32", (tiles, facts)), "shift": ("float32", (d,)),
@@ -166,23 +170,26 @@ def _layout(
     if levels is not None:
         head = levels[0]
         layout |= {"tails": ("uint8", (n, rest)), "down": ("float32", (d, head)), "up": ("float32", (head, d))}
+    if halves:
+        layout |= {"low": ("uint8", (tiles, tile)), "high_error": ("float32", (tiles, _C.shadow_tile))}
     if new:
         layout["sums"] = ("uint64", (sum(-(-_bytes(spec) // _BLOCK) for spec in layout.values()),))
     return layout
 
 
-def _header(path: Path, text: bytes) -> tuple[ShadowHeader, tuple[int, float] | None, int]:
-    """The header, (head, loss) or None, and the checksum of the checksums: types and sizes checked."""
+def _header(path: Path, text: bytes) -> tuple[ShadowHeader, tuple[int, float] | None, bool, int]:
+    """The header, (head, loss) or None, whether in halves, the checksum of the checksums: types and sizes checked."""
     try:
         found = json.loads(text)
         names = ("n", "d", "metric", "dtype", "fingerprint", "space")
         header = ShadowHeader(**{name: found[name] for name in names})
-        levels, sums = found.get("levels"), found.get("sums", 0)
+        levels, halves, sums = found.get("levels"), found.get("halves", False), found.get("sums", 0)
         whole = [header.n, header.d, sums] + ([] if levels is None else [levels["head"]])
         fits = all(type(x) is int and 0 <= x < 1 << 64 for x in whole) and header.n < 1 << 48
         fits = fits and 1 <= header.d <= _C.shadow_max_dim and isinstance(header.fingerprint, str)
         fits = fits and header.metric in METRICS and header.dtype in DTYPES
         fits = fits and (header.space is None or isinstance(header.space, dict))
+        fits = fits and type(halves) is bool and not (halves and levels is not None)
         if levels is not None:
             loss, head = levels["loss"], levels["head"]
             fits = fits and type(loss) is float and 0 < loss < 1 and 0 < head < header.d and head % 4 == 0
@@ -191,4 +198,4 @@ def _header(path: Path, text: bytes) -> tuple[ShadowHeader, tuple[int, float] | 
         raise ArtifactError(f"{path}: expected a shadow's header, got {type(error).__name__}: {error}") from error
     if not fits:
         raise ArtifactError(f"{path}: expected a shadow's header, got sizes, a metric or a dtype that no shadow has")
-    return header, levels, sums
+    return header, levels, halves, sums

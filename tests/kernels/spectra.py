@@ -1,0 +1,47 @@
+"""Rows whose lengths lie where a shadow may be misled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["SPECTRA", "spectrum"]
+
+
+def spectrum(rng: np.random.Generator, n: int, d: int, name: str) -> Any:
+    """Rows whose lengths lie where the name says."""
+    x = rng.standard_normal((n, d))
+    turned = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    if name == "falling":
+        x = (x * 0.9 ** np.arange(d)) @ turned
+    elif name == "one direction":
+        x = x[:, :1] * turned[:1]
+    elif name == "tails of zero":
+        x = np.concatenate([x[:, :16], np.zeros((n, d - 16))], axis=1) @ turned
+    elif name == "outliers in the last direction":
+        x = (x * 0.8 ** np.arange(d)) @ turned
+        x[rng.integers(0, n, 9)] += 30 * turned[-1]
+    elif name == "duplicates":
+        x = (x * 0.9 ** np.arange(d))[rng.integers(0, 60, n)]
+    elif name == "sorted by cluster":
+        x = np.repeat(3 * rng.standard_normal((20, d)), -(-n // 20), axis=0)[:n] + 0.05 * x
+    elif name == "far from the origin":
+        x = (x * 0.8 ** np.arange(d)) @ turned + 300
+    elif name == "nearly equal":
+        x = 1 + 1e-6 * x
+    elif name == "tiny":
+        x *= 1e-9
+    elif name == "mixed lengths":
+        x *= 10.0 ** rng.uniform(-8, 8, (n, 1))
+    elif name == "zeros":
+        x[rng.integers(0, n, n // 2)] = 0
+    else:
+        assert name == "even"
+    return x.astype(np.float32)
+
+
+SPECTRA = (
+    "falling", "one direction", "tails of zero", "outliers in the last direction", "duplicates", "sorted by cluster",
+    "far from the origin", "nearly equal", "tiny", "mixed lengths", "zeros", "even",
+)  # fmt: skip
