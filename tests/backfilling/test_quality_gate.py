@@ -69,3 +69,20 @@ def test_the_gate_runs_on_the_jobs_backend(source: Path, tmp_path: Path, monkeyp
         backend="ref", threads=1, measure_seconds=0.001,
     )  # fmt: skip
     assert seen == [("fp32", "ref", "cpu", 1)]
+
+
+def test_a_threshold_keeps_its_share_of_rows() -> None:
+    """Of five rows, 0.25 stands a quarter of the way up: from the other end where only one side is a distance."""
+    old, new = [0.0, 0.25, 0.5, 0.75, 1.0], [10.0, 20.0, 30.0, 40.0, 50.0]
+    assert quality.map_threshold(old, new, 0.25) == 20.0
+    assert quality.map_threshold(old, new, 0.25, flipped=True) == 40.0
+
+
+def test_recall_that_equals_its_limit_passes(source: Path, tmp_path: Path) -> None:
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    plan = fct.plan_backfill(
+        source, tmp_path / "new", h, precision="fp32", measure_seconds=0.001, old_model="random-old",
+        pairs=pairs_close_together(h), min_recall=1.0,
+    )  # fmt: skip
+    assert plan.quality is not None
+    assert (plan.quality.recall_at_10, plan.refusals) == (1.0, ())

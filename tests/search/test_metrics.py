@@ -147,6 +147,8 @@ def test_backfilling_curve_ends_where_evaluate_does(case: Any, rng: np.random.Ge
         ({"metric": "dot"}, "metric: expected one of"),
         ({"ks": (0,)}, "ks: expected a whole number of at least 1, got 0"),
         ({"confidence": 95}, "confidence: expected a share between 0 and 1"),
+        ({"confidence": 0.0}, "confidence: expected a share between 0 and 1"),
+        ({"confidence": 1.0}, "confidence: expected a share between 0 and 1"),
         ({"bootstrap": -1}, "bootstrap: expected"),
         ({"gallery": np.empty((0, 6), np.float32)}, "gallery: expected at least one row"),
         ({"same_items": True}, "queries: expected .* the gallery's own rows"),
