@@ -293,6 +293,34 @@ def test_a_state_leads_nowhere_else(name: Any, tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_what_load_from_disk_gave_it_opens_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    datasets = pytest.importorskip("datasets")
+    old = rng.standard_normal((50, 4), dtype=np.float32)
+    vectors = datasets.List(datasets.Value("float32"), length=4)
+    features = {"id": datasets.Value("string"), "embedding": vectors, "label": datasets.ClassLabel(names=["a", "b"])}
+    whole = datasets.Dataset.from_dict(
+        {"id": [f"i{i}" for i in range(50)], "embedding": old.tolist(), "label": [i % 2 for i in range(50)]},
+        features=datasets.Features(features),
+    )
+    whole.save_to_disk(str(tmp_path / "g"), num_shards=2)
+    h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
+    how: dict[str, Any] = {"old_model": "random-old", "progress": False, "shard_rows": 10, "precision": "fp32"}
+    fct.backfill(tmp_path / "g", tmp_path / "new", h, **how)
+    got = datasets.load_from_disk(str(tmp_path / "new"))
+    assert got["id"][:] == whole["id"][:]
+    assert got.features["label"] == whole.features["label"]
+    assert (got.features["embedding"].length, got.features["embedding"].feature.dtype) == (2, "float32")
+    np.testing.assert_array_equal(
+        np.array(got["embedding"][:], np.float32), fct.transform_batch(old, None, h, precision="fp32")
+    )
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "g").ok
+    (tmp_path / "new/_fct/done/00000002.json").unlink()
+    assert fct.backfill(tmp_path / "g", tmp_path / "new", h, **how).shards_done == 1  # and goes on
+    assert len(datasets.load_from_disk(str(tmp_path / "new"))) == 50
+    fct.backfill(tmp_path / "g", tmp_path / "plain", h, format="parquet", **how)
+    assert not (tmp_path / "plain/state.json").exists()
+
+
 def test_a_rerun_goes_on_at_the_version_it_was_begun_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

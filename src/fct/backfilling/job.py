@@ -95,6 +95,7 @@ class Job:
     vector, side_column: columns; side_column "" where side-information comes from ``side`` or there is none.
     id_column: the column named in rejects/, or "" for row numbers.
     passes: (pieces, side_pieces) there were when an earlier pass was begun; what came later stands behind them.
+    saved_dataset: whether ``datasets.load_from_disk`` opens the result, as it did the source.
     side_join: whether rows of ``side`` belong to the source's by "position" or by "id".
     begun_as: the fingerprint of a job that was begun when names still held the secrets of URLs; else "".
 
@@ -124,6 +125,7 @@ class Job:
     shard_rows: int
     batch_rows: int
     passes: tuple[tuple[int, int], ...] = since((), "the passes", check=listed(_PAIR, 1 << 20))
+    saved_dataset: bool = since(False, "a saved dataset")
     side_join: str = since("position", "how side-information is joined", meaning=True, check=one_of(("position", "id")))
     begun_as: str = since("", "the fingerprint it was begun with")
 

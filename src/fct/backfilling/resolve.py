@@ -19,10 +19,13 @@ from fct.backfilling.side_join import bound_side, join_by_id
 from fct.checks import check_path, shown
 from fct.errors import BackfillError, FctError, SpaceMismatchError
 from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
+from fct.gallery.arrow_files import ArrowDestination
 from fct.gallery.columns import SIDE_NAMES, VECTOR_NAMES, pick_column, pick_id_column
 from fct.gallery.databases import DatabaseDestination, DatabaseSource, database_destination, is_database
 from fct.gallery.interfaces import Destination
 from fct.gallery.location import Patience
+from fct.gallery.saved_dataset import SavedDatasetSource
+from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
 from fct.gallery.tables import pinned
@@ -101,6 +104,10 @@ def resolve(
     gallery = _open_gallery(source, h, options.columns, access)
     form = _format_of(destination, gallery.source) if options.cut.format == "auto" else options.cut.format
     writer, journal = _open_new(destination, form, gallery, options.database, access)
+    stored, saved = journal.job(), isinstance(gallery.source, SavedDatasetSource) and options.cut.format == "auto"
+    saved = saved and form == "arrow" and (stored is None or stored.saved_dataset)
+    if saved and isinstance(writer, ArrowDestination):
+        writer = SavedDatasetDestination(writer.where, saved_info(gallery.source.where))
     gallery = _pinned(source, gallery, journal.job(), h, options)
     join_databases(
         gallery.source, gallery.side, writer, gallery.ids, journal, options.database.journal,
@@ -122,6 +129,7 @@ def resolve(
         side_vector=gallery.side_vector,
         side_column=gallery.side_column,
         side_join=options.columns.side_join,
+        saved_dataset=isinstance(writer, SavedDatasetDestination),
         keep_side=options.output.keep_side_info,
         transformation=h.fingerprint,
         old_space=h.old_space,

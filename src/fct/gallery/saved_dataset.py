@@ -18,7 +18,7 @@ from fct.gallery.discovery import find_files
 from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.location import Location
 
-__all__ = ["IndexedDatasetSource", "SavedDatasetSource", "open_saved_dataset"]
+__all__ = ["IndexedDatasetSource", "SavedDatasetSource", "open_saved_dataset", "read_state"]
 
 
 def open_saved_dataset(root: Location, place: Location, name: str) -> ArrowSource:
@@ -28,7 +28,7 @@ def open_saved_dataset(root: Location, place: Location, name: str) -> ArrowSourc
         FctError: a DatasetDict, whose splits are galleries of their own; a pattern that means other files as well.
     """
     if "dataset_dict.json" in root.files():
-        splits = _read_state(root / "dataset_dict.json").get("splits")
+        splits = read_state(root / "dataset_dict.json").get("splits")
         known = [s for s in splits if isinstance(s, str)] if isinstance(splits, list) else root.folders()
         if not known:
             raise FctError(f"{name}: {root} holds a DatasetDict without splits")
@@ -36,7 +36,7 @@ def open_saved_dataset(root: Location, place: Location, name: str) -> ArrowSourc
         raise FctError(
             f"{name}: {root} holds a DatasetDict; name one of its splits ({which}), such as {root / known[0]}"
         )
-    state = _read_state(root / "state.json")
+    state = read_state(root / "state.json")
     files = _names(state, "_data_files", root)
     if place.is_pattern:
         others = sorted({f.name for f in find_files(place, name)} - set(files))
@@ -71,7 +71,7 @@ class SavedDatasetSource(ArrowSource):
     of_log = True
 
     def find(self) -> list[Location]:
-        return [self.where / file for file in _names(_read_state(self.where / "state.json"), "_data_files", self.where)]
+        return [self.where / file for file in _names(read_state(self.where / "state.json"), "_data_files", self.where)]
 
 
 class IndexedDatasetSource(SavedDatasetSource):
@@ -107,7 +107,7 @@ class IndexedDatasetSource(SavedDatasetSource):
             yield from part.to_batches()
 
 
-def _read_state(file: Location) -> dict[str, Any]:
+def read_state(file: Location) -> dict[str, Any]:
     """A small JSON object. Raises FctError that names the file."""
     if file.version().bytes > 64 << 20:
         raise FctError(f"source: expected at most 64 MB of JSON in {file}, it has {file.version().bytes} bytes")
