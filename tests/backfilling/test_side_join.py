@@ -76,6 +76,7 @@ class Pair:
         pa.array([-i * 10**12 for i in range(N)]),
         pa.array([i.to_bytes(16, "little") for i in range(N)], pa.binary(16)),
         pa.array(range(N), pa.timestamp("ns")),
+        pa.ExtensionArray.from_storage(pa.uuid(), pa.array([i.to_bytes(16, "big") for i in range(N)], pa.binary(16))),
     ],
     ids=lambda ids: str(ids.type),
 )
@@ -187,3 +188,17 @@ def test_from_the_command_line(h: fct.Transformation, tmp_path: Path, capsys: py
         with pytest.raises(SystemExit) as left:
             main(command)
         assert left.value.code == 0, capsys.readouterr()
+
+
+def test_side_information_without_rows_and_ids_of_another_kind(h: fct.Transformation, tmp_path: Path) -> None:
+    pair = Pair(tmp_path, pa.array(range(40)))
+    for file in sorted((tmp_path / "s").glob("*"))[1:]:
+        file.unlink()
+    (file,) = (tmp_path / "s").glob("*")
+    whole = pq.read_table(file)
+    pq.write_table(whole.slice(0, 0), file)
+    with pytest.raises(BackfillError, match=r"40 ids missing in the side-information \(0, 1, 2\)$"):
+        pair.run(h)
+    pq.write_table(whole.set_column(0, "pk", whole["pk"].cast(pa.string())), file)
+    with pytest.raises(BackfillError, match=r"side_source: expected ids of the gallery's type: .*string.*int64"):
+        pair.run(h)

@@ -81,6 +81,8 @@ class IdPartitions:
                 f"side_join: expected ids that are whole numbers, text, bytes or times, got {ids.type}: name another "
                 "column with id_column (--id-column)"
             )
+        if isinstance(ids, pa.ExtensionArray):
+            ids = ids.storage
         self._nulls[side] += ids.null_count
         first, self._rows[side] = self._rows[side], self._rows[side] + len(ids)
         rows = pa.array(np.arange(first, first + len(ids)))

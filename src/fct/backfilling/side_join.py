@@ -27,7 +27,7 @@ from fct.backfilling.confined import read_confined, refuse_links
 from fct.backfilling.id_partitions import IdPartitions, Spill
 from fct.backfilling.job import Job
 from fct.backfilling.shard_reader import ShardReader
-from fct.errors import BackfillError
+from fct.errors import BackfillError, FctError
 from fct.gallery.arrow_files import ArrowSource
 from fct.gallery.databases import DatabaseSource
 from fct.gallery.interfaces import Batches, Piece, Source
@@ -70,6 +70,8 @@ class JoinedSide(Source):
             return self
         bound = copy.copy(self)
         bound._job, bound._patience, bound._ready = job, patience, None
+        if sum(p.rows for p in job.side_pieces) != job.rows:
+            bound.joined()  # which says what is missing: position by position there is nothing to read
         return bound
 
     @property
@@ -80,7 +82,10 @@ class JoinedSide(Source):
     def _id_type(self) -> pa.DataType:
         kinds = [pa.schema([("id", _decoded(s.schema.field(n).type))])
                  for s, n in ((self.source, self._ids), (self.inner, self._side_ids))]  # fmt: skip
-        return unify(kinds, ["the gallery", "the side-information"]).field("id").type
+        try:
+            return unify(kinds, ["the gallery", "the side-information"]).field("id").type
+        except FctError as error:
+            raise BackfillError(f"side_source: expected ids of the gallery's type: {error}") from error
 
     @property
     def schema(self) -> pa.Schema:
