@@ -104,10 +104,10 @@ def resolve(
     gallery = _open_gallery(source, h, options.columns, access)
     form = _format_of(destination, gallery.source) if options.cut.format == "auto" else options.cut.format
     writer, journal = _open_new(destination, form, gallery, options.database, access)
-    stored, saved = journal.job(), isinstance(gallery.source, SavedDatasetSource) and options.cut.format == "auto"
-    saved = saved and form == "arrow" and (stored is None or stored.saved_dataset)
-    if saved and isinstance(writer, ArrowDestination):
-        writer = SavedDatasetDestination(writer.where, saved_info(gallery.source.where))
+    stored, old = journal.job(), gallery.source
+    saved = options.cut.format == "auto" and (stored is None or stored.saved_dataset)
+    if saved and isinstance(old, SavedDatasetSource) and isinstance(writer, ArrowDestination):
+        writer = SavedDatasetDestination(writer.where, saved_info(old.where))
     gallery = _pinned(source, gallery, journal.job(), h, options)
     join_databases(
         gallery.source, gallery.side, writer, gallery.ids, journal, options.database.journal,
