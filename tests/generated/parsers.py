@@ -59,7 +59,7 @@ def same(mine: pa.Table, theirs: pa.Table) -> bool:
     """The same values under the same names, whatever the spelling; NaN is itself."""
     if mine.schema.names != theirs.schema.names or len(mine) != len(theirs):
         return False
-    return all(_same_column(mine[name], theirs[name]) for name in mine.schema.names)
+    return all(_same_column(mine.column(i), theirs.column(i)) for i in range(mine.num_columns))
 
 
 def _same_column(mine: pa.ChunkedArray, theirs: pa.ChunkedArray) -> bool:

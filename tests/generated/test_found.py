@@ -176,3 +176,17 @@ def test_null_rows_that_pyarrow_does_not_read_are_no_damage(tmp_path: Path) -> N
     plan = fct.plan_backfill(tmp_path / "a.parquet", tmp_path / "new", transformation(), old_model="random-old")
     assert "a.parquet has null rows in a column of fixed-size lists" in plan.refusals[0]
     assert "write that column as lists of any length" in plan.refusals[0]
+
+
+def test_a_column_whose_name_is_no_text_is_refused_by_its_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.ipc
+
+    table = pa.table({"needle": [1], "old": [[0.0] * 8]})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    raw = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(raw.replace(b"needle", b"need\xff\xff"))
+    plan = fct.plan_backfill(tmp_path / "a.arrow", tmp_path / "new", transformation(), old_model="random-old")
+    assert "expected names of columns in UTF-8" in plan.refusals[0]
+    assert "a.arrow is damaged" in plan.refusals[0]

@@ -84,6 +84,11 @@ class FileSource(Source):
         for file in self._files:
             try:
                 schema = self.file_schema(file)
+                if not any(s.equals(schema, check_metadata=True) for s in kinds):
+                    _ = str(schema), schema.names  # decodes every name, inner ones too
+            except UnicodeDecodeError as error:
+                broken.append(f"source: expected names of columns in UTF-8, {file} is damaged: {error}")
+                continue
             except FctError as error:
                 broken.append(str(error))
                 continue
