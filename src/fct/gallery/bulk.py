@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from fct.atomic_files import refuse_existing
 from fct.checks import check_choice
-from fct.errors import FctWarning
+from fct.errors import FctError, FctWarning
 from fct.gallery.beside_rows import BesideRows
 from fct.gallery.bulk_files import WRITERS, BulkWriter, Names
 from fct.gallery.columns import pick_column, pick_id_column
@@ -198,10 +198,11 @@ class _Rows:
         d = self.source.space.dim if self.source.space else None
         done = 0
         for batch, numbers in self._batches():
+            self._require_sound(batch, done)
             column = batch.column(self.vector)
             d = d or vector_dim(column)
             if d is None:
-                raise ValueError(f"gallery: row {done} has no vector: null")
+                raise ValueError(f"gallery: row {done} has no vector: null, in {self.source.url}")
             held = vector_dim(column) or d
             if held != d and self.source.space is not None:
                 raise ValueError(
@@ -212,14 +213,29 @@ class _Rows:
             if block.bad:  # a row left out here would shift those behind it
                 row, why = min(block.bad.items())
                 more = f" (and {len(block.bad) - 1} more)" if len(block.bad) > 1 else ""
-                raise ValueError(f"gallery: row {done + row} has no vector: {why}{more}; take such rows out before")
+                raise ValueError(
+                    f"gallery: row {done + row} has no vector: {why}{more}, in {self.source.url}; take such rows out "
+                    "before"
+                )
             values = block.values.astype(np.float32, copy=False)
             wild = ~np.isfinite(values).all(axis=1)
             if wild.any():
-                raise ValueError(f"gallery: row {done + int(wild.argmax())} has no vector: NaN or infinity")
+                raise ValueError(
+                    f"gallery: row {done + int(wild.argmax())} has no vector: NaN or infinity, in {self.source.url}"
+                )
             ids = batch.column(self.id_column) if self.id_column else numbers
             yield ids, values, batch.select(self.payload)
             done += batch.num_rows
+
+    def _require_sound(self, batch: pa.RecordBatch, first: int) -> None:
+        """Text that is no UTF-8 reads without an error, and would fail in the middle of a file's writing."""
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise FctError(
+                f"gallery: rows {first} to {first + batch.num_rows - 1} of {self.source.url} are damaged: {error}; run "
+                "the backfill again"
+            ) from error
 
     def ids(self) -> Iterator[pa.Array]:
         for batch, _ in self._batches():

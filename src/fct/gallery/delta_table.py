@@ -25,6 +25,7 @@ _FEATURES = {
     *("typeWidening", "typeWidening-preview"),
 }
 Array = np.ndarray[Any, Any]
+_LONGEST = 1024  # characters of a file's path below its table; what object stores take
 
 
 class DeltaSource(ParquetSource):
@@ -155,4 +156,8 @@ def _inside(where: Location, path: str) -> str:
     plain = unquote(path)
     if "://" in plain or plain.startswith("/") or ".." in plain.split("/"):
         raise FctError(f"source: the Delta table {where} names a file outside it, which is not opened: {plain}")
+    if len(plain) > _LONGEST:
+        raise FctError(
+            f"source: the log of the Delta table {where} is damaged: it names a file by {len(plain)} characters"
+        )
     return plain

@@ -25,7 +25,9 @@ __all__ = ["find_files", "natural", "partition_columns", "root_of"]
 
 def natural(name: str) -> tuple[Any, ...]:
     """Sorts part-2 before part-10. Digits are what ``int`` reads: ``10²`` is 10 and a sign."""
-    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
+    return tuple(
+        (0, int(p), "") if p.isdecimal() and len(p) < 4300 else (1, 0, p) for p in re.split(r"(\d+)", name) if p
+    )
 
 
 def root_of(where: Location) -> str:
