@@ -31,6 +31,8 @@ EXTRAS = {
     "gcsfs": "gs",
     "deltalake": "delta",
     "pyiceberg": "iceberg",
+    "h5py": "hdf5",
+    "zarr": "zarr",
     "psycopg": "postgres",
     "qdrant_client": "qdrant",
     "pymilvus": "milvus",

@@ -1,6 +1,7 @@
 """Whatever a user names as vectors or labels, as an array: the one loader of fit, evaluate, search and transform.
 
-``FILE_OR_FOLDER``, ``GLOB``, ``TABLE`` or ``URL``, each with ``:COLUMN`` behind it where there are several columns.
+``FILE_OR_FOLDER``, ``GLOB``, ``TABLE`` or ``URL``, each with ``:COLUMN`` behind it where there are several columns; an
+array in a container (``FILE.npz:MEMBER``, ``FILE.hdf5:/PATH``, ``STORE.zarr:/PATH``) is a gallery of one column.
 What :func:`fct.gallery.open_source` opens is loaded here, so that a gallery that a backfill took or wrote is evaluated
 as it is. A single local ``.npy`` file is mapped, all else is read into memory.
 """
@@ -17,6 +18,7 @@ import pyarrow as pa
 from fct.gallery.columns import VECTOR_NAMES, pick_column
 from fct.gallery.interfaces import Batches, Source
 from fct.gallery.location import Patience, location_of
+from fct.gallery.members import split_member
 from fct.gallery.stores import open_source
 from fct.gallery.vectors import vector_block, vector_dim
 
@@ -37,7 +39,7 @@ def split_column(where: str, *, storage_options: Mapping[str, Any] | None = None
         (('pairs.parquet', 'old'), ('s3://bucket/gallery', None))
     """
     gallery, _, column = where.rpartition(":")
-    if not gallery or not column or "/" in column:
+    if not gallery or not column or "/" in column or split_member(where)[1]:
         return where, None
     if "://" not in where and location_of(where).exists():
         return where, None

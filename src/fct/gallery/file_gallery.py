@@ -14,7 +14,7 @@ import pyarrow as pa
 from fct.errors import FctError
 from fct.gallery.discovery import find_files, natural, partition_columns, root_of
 from fct.gallery.interfaces import Batches, Destination, Piece, Shard, Source
-from fct.gallery.location import Location
+from fct.gallery.location import Location, Version
 from fct.gallery.schemas import RULE, conform, difference, readable, unify
 from fct.gallery.space_tags import SIDE_FILE, side_file_space, space_of_schema, write_side_file
 from fct.gallery.urls import redacted
@@ -74,6 +74,10 @@ class FileSource(Source):
 
     def file_of(self, piece: Piece) -> Location:
         return self._by_name[piece.name]
+
+    def version_of(self, file: Location) -> Version:
+        """What tells a file's content from another without reading it."""
+        return file.version()
 
     @cached_property
     def _schemas(self) -> dict[str, pa.Schema]:
@@ -160,7 +164,7 @@ class FileSource(Source):
             space, first = space_of_schema(self._schemas[file.path], str(file)), space_of_schema(self.schema, self.url)
             if space is not None and first is not None:
                 first.require_same(space, f"source: {file}")
-            version = file.version()
+            version = self.version_of(file)
             try:
                 groups = self.groups(file)
             except FctError as error:
@@ -185,7 +189,7 @@ class FileSource(Source):
     def read(self, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
         file = self.file_of(piece)
         try:
-            version = file.version()
+            version = self.version_of(file)
         except FileNotFoundError:
             raise FileNotFoundError(f"source: {file} is gone; put it back and start again") from None
         if version.bytes != piece.bytes:

@@ -8,9 +8,11 @@ holds n and d as 32-bit numbers, and their product overflows one.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +22,23 @@ from fct.errors import FctError
 from fct.gallery.file_gallery import FileDestination, FileSource
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Shard
 from fct.gallery.location import Location
+from fct.gallery.members import READ, native_name
 from fct.gallery.recycler import Recycler
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["ROW", "BinDestination", "BinSource", "NpyDestination", "NpySource", "npy_header"]
+__all__ = [
+    "ROW",
+    "BinDestination",
+    "BinSource",
+    "Facts",
+    "MatrixSource",
+    "NpyDestination",
+    "NpySource",
+    "matrix_batch",
+    "npy_header",
+    "read_npy_header",
+]
 
 ROW = "row"  # the column of row numbers of a gallery that has no ids of its own
 _BIN: dict[str, np.dtype[Any]] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
@@ -37,17 +51,32 @@ def npy_header(shape: tuple[int, int], dtype: np.dtype[Any]) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", _HEADER - 10) + text.ljust(_HEADER - 11).encode() + b"\n"
 
 
-class _Matrix(FileSource):
+class Facts(NamedTuple):
+    """A matrix in a file: its shape and dtype, where its first row begins, whether it lies column by column.
+
+    inside: the member of an archive whose stream the offset counts in; "" for the file itself.
+    """
+
+    n: int
+    d: int
+    dtype: np.dtype[Any]
+    offset: int
+    fortran: bool = False
+    inside: str = ""
+
+
+class MatrixSource(FileSource):
     """An (n, d) matrix behind a header."""
 
     @cached_property
     def _memory(self) -> Recycler:
         return Recycler()
 
-    def _facts(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
-        """(n, d, dtype, offset of the first row, Fortran order), checked against the file's real size."""
-        n, d, dtype, offset, fortran = self._header(file)
-        if dtype.newbyteorder("=").name not in ("float64", "float32", "float16", "uint8", "int8"):
+    def _facts(self, file: Location) -> Facts:
+        """What the header says, checked against the file's real size."""
+        facts = self._header(file)
+        n, d, dtype, offset = facts[:4]
+        if native_name(dtype) not in READ:
             raise FctError(f"source: expected floats of 16 to 64 bits or 8-bit integers in {file}, got {dtype}")
         size, want = file.version().bytes, offset + n * d * dtype.itemsize
         if size < want:
@@ -58,23 +87,30 @@ class _Matrix(FileSource):
             raise FctError(
                 f"source: {file} has a wrong header: it says ({n}, {d}) {dtype}, {want} bytes, the file has {size}"
             )
-        return n, d, dtype, offset, fortran
+        return facts
 
-    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
+    def _header(self, file: Location) -> Facts:
         raise NotImplementedError
 
     def file_schema(self, file: Location) -> pa.Schema:
-        _, d, dtype, _, _ = self._facts(file)
-        return pa.schema({"vector": pa.list_(pa.from_numpy_dtype(dtype.newbyteorder("=")), d)})
+        facts = self._facts(file)
+        return pa.schema({"vector": pa.list_(pa.from_numpy_dtype(facts.dtype.newbyteorder("=")), facts.d)})
 
     def groups(self, file: Location) -> list[int]:
-        return [self._facts(file)[0]]
+        return [self._facts(file).n]
+
+    @contextmanager
+    def _stream(self, file: Location, facts: Facts, at: int) -> Iterator[Any]:
+        """What the matrix is read from, standing at a byte."""
+        with file.open() as stream:
+            stream.seek(at)
+            yield stream
 
     def read_file(self, file: Location, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
-        n, d, dtype, offset, fortran = self._facts(file)
+        facts = self._facts(file)
+        n, d, dtype, offset, fortran = facts[:5]
         native = dtype.newbyteorder("=")
-        with file.open() as stream:
-            stream.seek(offset + start * d * dtype.itemsize)
+        with self._stream(file, facts, offset + start * d * dtype.itemsize) as stream:
             while rows:
                 take = min(rows, batch_rows)
                 if fortran:
@@ -84,9 +120,14 @@ class _Matrix(FileSource):
                     _fill(stream, block, file)
                 if not dtype.isnative:
                     block.byteswap(inplace=True)
-                child = pa.Array.from_buffers(pa.from_numpy_dtype(native), block.size, [None, pa.py_buffer(block)])
-                yield pa.RecordBatch.from_arrays([pa.FixedSizeListArray.from_arrays(child, d)], ["vector"])
+                yield matrix_batch(block)
                 start, rows = start + take, rows - take
+
+
+def matrix_batch(block: np.ndarray[Any, Any]) -> pa.RecordBatch:
+    """(n, d) rows in the machine's byte order as a batch of one column, ``vector``, without a copy."""
+    child = pa.Array.from_buffers(pa.from_numpy_dtype(block.dtype), block.size, [None, pa.py_buffer(block)])
+    return pa.RecordBatch.from_arrays([pa.FixedSizeListArray.from_arrays(child, block.shape[1])], ["vector"])
 
 
 def _fill(stream: Any, block: np.ndarray[Any, Any], file: Location) -> None:
@@ -109,45 +150,50 @@ def _transposed(
     return np.ascontiguousarray(columns.T)
 
 
-class NpySource(_Matrix):
+def read_npy_header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, Fortran order, dtype, bytes of the header) of an .npy stream. where: names it in a message."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version in ((2, 0), (3, 0)):  # 3.0 is 2.0 with field names in UTF-8, which a plain dtype lacks
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"version {version}")
+    except OSError:
+        raise
+    except Exception as error:  # numpy's parser of a damaged header raises what it likes, tokenize's errors too
+        raise FctError(
+            f"source: expected a whole .npy file, {where} has no readable header ({error}): was its writer killed?"
+        ) from error
+    return tuple(int(n) for n in shape), bool(fortran), np.dtype(dtype), int(stream.tell())
+
+
+class NpySource(MatrixSource):
     kind = "npy"
     suffixes = (".npy",)
 
-    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
+    def _header(self, file: Location) -> Facts:
         with file.open() as stream:
-            try:
-                version = np.lib.format.read_magic(stream)
-                if version == (1, 0):
-                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-                elif version in ((2, 0), (3, 0)):  # 3.0 is 2.0 with field names in UTF-8, which a plain dtype lacks
-                    shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-                else:
-                    raise ValueError(f"version {version}")
-            except OSError:
-                raise
-            except Exception as error:  # numpy's parser of a damaged header raises what it likes, tokenize's errors too
-                raise FctError(
-                    f"source: expected a whole .npy file, {file} has no readable header ({error}): "
-                    "was its writer killed?"
-                ) from error
-            if dtype.hasobject:
-                raise FctError(f"source: expected numbers in {file}, got pickled objects, which are never loaded")
-            if len(shape) != 2:
-                raise FctError(f"source: expected (n, d) rows in {file}, got {shape} {dtype.str}")
-            return int(shape[0]), int(shape[1]), np.dtype(dtype), int(stream.tell()), bool(fortran)
+            shape, fortran, dtype, offset = read_npy_header(stream, str(file))
+        if dtype.hasobject:
+            raise FctError(f"source: expected numbers in {file}, got pickled objects, which are never loaded")
+        if len(shape) != 2:
+            raise FctError(f"source: expected (n, d) rows in {file}, got {shape} {dtype.str}")
+        return Facts(shape[0], shape[1], dtype, offset, fortran)
 
 
-class BinSource(_Matrix):
+class BinSource(MatrixSource):
     kind = "bin"
     suffixes = tuple(_BIN)
 
-    def _header(self, file: Location) -> tuple[int, int, np.dtype[Any], int, bool]:
+    def _header(self, file: Location) -> Facts:
         dtype = _BIN["." + file.name.rpartition(".")[2]]
         with file.open() as stream:
             head = np.empty(2, "<u4")
             _fill(stream, head, file)
         n, d = (int(x) for x in head)
-        return n, d, dtype, 8, False
+        return Facts(n, d, dtype, 8)
 
 
 class _MatrixDestination(FileDestination):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -9,11 +10,15 @@ from fct.checks import check_choice
 from fct.errors import FctError
 from fct.gallery.arrow_files import ArrowDestination, ArrowSource
 from fct.gallery.arrow_stream import arrow_stream
+from fct.gallery.chunked_arrays import Hdf5Source, ZarrSource, is_zarr
+from fct.gallery.clip_folder import ClipSource, is_clip_folder
 from fct.gallery.databases import database_destination, database_source, is_database
 from fct.gallery.file_gallery import FileDestination, FileSource, find_files
 from fct.gallery.interfaces import Destination, Source
 from fct.gallery.location import Location, Patience, location_of
 from fct.gallery.matrix_files import BinDestination, BinSource, NpyDestination, NpySource
+from fct.gallery.members import split_member
+from fct.gallery.npz_files import NpzSource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 from fct.gallery.tables import open_table, split_version
 from fct.options.groups import StoreAccess
@@ -21,7 +26,7 @@ from fct.types import FileSystem
 
 __all__ = ["FORMATS", "Opening", "journal_location", "lance_in", "open_destination", "open_source", "opening"]
 
-_SOURCES: tuple[type[FileSource], ...] = (NpySource, BinSource, ParquetSource, ArrowSource)
+_SOURCES: tuple[type[FileSource], ...] = (NpySource, BinSource, ParquetSource, ArrowSource, NpzSource, Hdf5Source)
 _DESTINATIONS: dict[str, type[FileDestination]] = {
     c.kind: c for c in (NpyDestination, BinDestination, ParquetDestination, ArrowDestination)
 }
@@ -61,6 +66,8 @@ def open_source(
     Source, which is returned. ``TABLE?version=N`` is one version of a table.
 
     Args:
+        where: ``FILE.npz:MEMBER``, ``FILE.hdf5:/PATH`` and ``STORE.zarr:/PATH`` are one array of a container; a
+            clip-retrieval folder is one gallery.
         filesystem, storage_options: an fsspec or pyarrow filesystem, or what fsspec passes to the one that a URL names.
         patience: how a store over a network is waited for.
 
@@ -83,8 +90,9 @@ def open_source(
     stream = None if isinstance(where, (str, Location)) else arrow_stream(where, name)
     if stream is not None:
         return stream
-    version = None
-    if isinstance(where, str):
+    version, member = None, ""
+    if isinstance(where, (str, os.PathLike)):
+        where, member = split_member(os.fspath(where))
         where, version = split_version(where)
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
@@ -96,6 +104,10 @@ def open_source(
         return LanceSource(str(place), storage_options, version)
     if (place / "_fct/job.json").exists() and not (place / "_fct/manifest.json").exists():
         raise FctError(f"{name}: {place} is an unfinished backfill; run it to the end first")
+    if place.name.endswith(".zarr") or is_zarr(place):
+        return ZarrSource(_there(place, name), [place], member)
+    if is_clip_folder(place):
+        return ClipSource(place)
     table = open_table(place, version, storage_options, name)
     if table is not None:
         return table
@@ -107,7 +119,17 @@ def open_source(
     if len(found) != 1 or sum(map(len, found.values())) != len(files):
         raise FctError(_not_one_format(place, files, found, name))
     ((kind, some),) = found.items()
+    if kind in (NpzSource, Hdf5Source):
+        return kind(place, some, member)
     return kind(place, some)
+
+
+def _there(place: Location, name: str) -> Location:
+    if place.is_pattern:
+        raise FctError(f"{name}: expected one Zarr store, got the pattern {place}")
+    if not place.exists():
+        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {place}")
+    return place
 
 
 def _not_one_format(
