@@ -21,7 +21,7 @@ Written by ``python -m tools.option_keywords``; change the groups, not this file
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypedDict
 

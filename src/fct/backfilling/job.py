@@ -98,6 +98,8 @@ class Job:
     saved_dataset: whether ``datasets.load_from_disk`` opens the result, as it did the source.
     side_join: whether rows of ``side`` belong to the source's by "position" or by "id".
     begun_as: the fingerprint of a job that was begun when names still held the secrets of URLs; else "".
+    reembed, true_column: of a partial backfill, the rule by which rows get true vectors, and the column that says which
+    have; else "".
 
     Fields that came later are made by :func:`since`; ``tests/backfilling/test_resuming_0_1.py`` holds jobs of then.
     """
@@ -128,6 +130,8 @@ class Job:
     saved_dataset: bool = since(False, "a saved dataset")
     side_join: str = since("position", "how side-information is joined", meaning=True, check=one_of(("position", "id")))
     begun_as: str = since("", "the fingerprint it was begun with")
+    reembed: str = since("", "the rule by which rows are re-embedded", meaning=True)
+    true_column: str = since("", "the column that says which rows are re-embedded", meaning=True)
 
     @property
     def rows(self) -> int:

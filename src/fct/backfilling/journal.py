@@ -34,7 +34,7 @@ __all__ = ["Journal", "rejected_rows", "shard_marker", "system_errors"]
 
 _MANIFEST_BYTES = 1 << 20
 _H_BYTES = 16 << 30
-_FOLDERS = ("done", "rejects", "parts")
+_FOLDERS = ("done", "rejects", "parts", "true", "chosen")
 
 
 class Journal:
@@ -69,7 +69,7 @@ class Journal:
         for name in ("", *_FOLDERS, "lock"):
             self.inside(name)
 
-    def _read(self, name: str, most: int, size: int | None = None) -> bytes:
+    def read(self, name: str, most: int, size: int | None = None) -> bytes:
         """A file of the journal. Raises FileNotFoundError, or BackfillError for one that is too large or no file."""
         place = self.inside(name)
         if place.is_local:
@@ -80,11 +80,22 @@ class Journal:
             raise BackfillError(f"destination: {place} is larger than {most:,} bytes: no backfill wrote it; remove it")
         return data
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file in a folder of the journal, by name; {} where there is no such folder."""
+        place = self.inside(folder)
+        if not place.is_local:
+            return place.sizes()
+        try:
+            with os.scandir(place.path) as entries:
+                return {e.name: e.stat(follow_symlinks=False).st_size for e in entries if not e.is_dir()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
     # ---- the job ----
     def job(self) -> Job | None:
         """The job that was begun here. Raises BackfillError where it cannot be continued."""
         try:
-            data = self._read("job.json", JOB_BYTES)
+            data = self.read("job.json", JOB_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
         job = Job.from_json(data, str(self.root / "job.json"))
@@ -103,7 +114,7 @@ class Journal:
         """The shard's marker, or None where there is no whole one."""
         name = f"done/{shard:08d}.json"
         try:
-            return Marker.from_json(self._read(name, MARKER_BYTES, self._sizes.get(name)))
+            return Marker.from_json(self.read(name, MARKER_BYTES, self._sizes.get(name)))
         except FileNotFoundError:
             return None
 
@@ -113,7 +124,7 @@ class Journal:
         if place.is_local:
             names = os.listdir(place.path) if os.path.isdir(place.path) else []
         else:
-            self._sizes = {f"done/{name}": size for name, size in place.sizes().items()}
+            self._sizes = {f"done/{name}": size for name, size in self.sizes("done").items()}
             names = [name.partition("/")[2] for name in self._sizes]
         numbers = (int(n[:-5]) for n in names if re.fullmatch(r"[0-9]{8,18}\.json", n))
         return sorted(set(numbers))
@@ -168,7 +179,7 @@ class Journal:
         if marker.rejected is None:
             return []
         name = marker.rejected.name
-        data = self._read(name, min(REJECT_BYTES, marker.rejected.bytes), marker.rejected.bytes)
+        data = self.read(name, min(REJECT_BYTES, marker.rejected.bytes), marker.rejected.bytes)
         if checksum_bytes(data) != marker.rejected.xxh64:
             raise BackfillError(f"{self.root / name} does not match its checksum; run the backfill again")
         return rejected_of(data, shard, marker.rejects, str(self.root / name))
@@ -185,7 +196,7 @@ class Journal:
     def manifest(self) -> dict[str, Any] | None:
         """What the finished backfill counted, or None. Raises BackfillError for a damaged one."""
         try:
-            body = unsealed(parse(self._read("manifest.json", _MANIFEST_BYTES), _MANIFEST_BYTES))
+            body = unsealed(parse(self.read("manifest.json", _MANIFEST_BYTES), _MANIFEST_BYTES))
             return _MANIFEST(body, "")
         except FileNotFoundError:
             return None
@@ -203,7 +214,7 @@ class Journal:
         """h as it lies with a finished gallery."""
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "h.safetensors"
-            copy.write_bytes(self._read("transformation.safetensors", _H_BYTES))
+            copy.write_bytes(self.read("transformation.safetensors", _H_BYTES))
             return Transformation.load(copy)
 
     @contextmanager

@@ -36,7 +36,8 @@ class Marker:
 
     input: XXH64 of the rows as they were read. outputs: files below the destination. rejects: rows that went to
     rejects/. extra: what the destination needs to finish (a Lance fragment). piece, start: which rows these are; None
-    in markers of version 0.1. digest: how ``input`` was computed, 1 there.
+    in markers of version 0.1. digest: how ``input`` was computed, 1 there. true_rows: how many were re-embedded; not
+    written where none was.
     """
 
     shard: int
@@ -52,9 +53,13 @@ class Marker:
     piece: int | None = None
     start: int | None = None
     digest: int = 1
+    true_rows: int = 0
 
     def to_json(self) -> bytes:
-        body = json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if not self.true_rows:
+            del values["true_rows"]
+        body = json.dumps(values, sort_keys=True)
         return json.dumps({"marker": body, "xxh64": checksum_bytes(body.encode())}).encode()
 
     @classmethod
@@ -101,7 +106,7 @@ _OUTPUT = record(Output, name=file_name, bytes=whole(0, 1 << 62), xxh64=_DIGEST)
 _ENVELOPE: Check = record(dict, marker=text(MARKER_BYTES), xxh64=_DIGEST)
 _MARKER = record(
     Marker,
-    ("extra", "piece", "start", "digest"),
+    ("extra", "piece", "start", "digest", "true_rows"),
     shard=whole(0, _COUNT),
     fingerprint=text(200),
     rows_in=whole(0, _COUNT),
@@ -115,6 +120,7 @@ _MARKER = record(
     piece=either(whole(0, _COUNT), None),
     start=either(whole(0, _COUNT), None),
     digest=whole(1, 2),
+    true_rows=whole(0, _COUNT),
 )
 
 

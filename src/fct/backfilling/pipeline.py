@@ -28,6 +28,7 @@ from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.marker import Marker
+from fct.backfilling.reembedding import TrueRows
 from fct.backfilling.row_mapper import RowMapper, output_schema
 from fct.backfilling.shard_reader import BATCH_BYTES, ShardReader
 from fct.errors import BackfillError, StoreError
@@ -49,6 +50,7 @@ class _Work:
     rejects: list[dict[str, Any]] = field(default_factory=list)
     rows_in: int = 0
     rows_out: int = 0
+    true_rows: int = 0
 
     def fail(self, error: BaseException) -> None:
         with contextlib.suppress(Exception):  # the first error stands
@@ -78,7 +80,9 @@ class ShardPipeline:
         device: str = "cpu",
         patience: Patience | None = None,
         on_rows: Callable[[int], None] | None = None,
+        true_rows: TrueRows | None = None,
     ) -> None:
+        self.true_rows = true_rows
         self.job, self.destination, self.journal = job, destination, journal
         self.mapper = RowMapper(job, source.schema, h, threads=threads, device=device)
         self.on_rows = on_rows
@@ -142,6 +146,10 @@ class ShardPipeline:
                     mapped, rejects = self.mapper(batch, side, work.shard.first + work.rows_in, work.digest)
                     for reject in rejects:
                         reject["piece"] = self.job.pieces[work.shard.piece].name
+                    if self.true_rows is not None:
+                        gone = [reject["row"] for reject in rejects]
+                        mapped, true = self.true_rows(mapped, batch, gone, work.shard, work.rows_in)
+                        work.true_rows += true
                     work.rejects += rejects
                     work.rows_in += batch.num_rows
                     work.rows_out += mapped.num_rows
@@ -151,8 +159,18 @@ class ShardPipeline:
                 except BaseException as error:
                     work.fail(error)
                 item = batch = side = mapped = None
+            self._tidy(work)
             self._queues[2].put(None)
         self._queues[2].put(_END)
+
+    def _tidy(self, work: _Work) -> None:
+        """Joins the files of a shard's true vectors, once it is mapped."""
+        if self.true_rows is None or work.done.done() or self._left:
+            return
+        try:
+            self.true_rows.done(work.shard)
+        except BaseException as error:
+            work.fail(error)
 
     # ---- write ----
     def _write_all(self) -> None:
@@ -226,6 +244,7 @@ class ShardPipeline:
             work.shard.piece,
             work.shard.start,
             work.digest.version,
+            work.true_rows,
         )
         self.journal.mark(marker)
         return marker

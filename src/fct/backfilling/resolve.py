@@ -15,6 +15,8 @@ from fct.backfilling.database_job import database_journal, join_databases
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
+from fct.backfilling.reembedding import Reembedding, TrueRows, partial_job, reembedding_of, writes_mixed
+from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.side_join import bound_side, join_by_id
 from fct.checks import check_path, shown
 from fct.errors import BackfillError, FctError, SpaceMismatchError
@@ -30,7 +32,6 @@ from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
 from fct.gallery.tables import pinned
 from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
-from fct.mixed_gallery import mixed_transformation
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
 from fct.options.groups import BackfillOptions, Columns, Database, JobOptions
@@ -54,6 +55,7 @@ class Resolved:
     h: Transformation
     device: str
     patience: Patience
+    reembedding: Reembedding | None = None
 
     def mapper(self, job: Job, *, threads: int | None = None) -> RowMapper:
         """What maps the rows of ``job``: this one, or one that was cut, or stored, otherwise."""
@@ -76,7 +78,14 @@ class Resolved:
             device=self.device,
             patience=self.patience,
             on_rows=on_rows,
+            true_rows=self.true_rows(job),
         )
+
+    def true_rows(self, job: Job) -> TrueRows | None:
+        """What puts true vectors into the rows of ``job`` that were chosen; None for a whole backfill."""
+        if self.reembedding is None:
+            return None
+        return TrueRows(self.reembedding, kept_choice(self.journal, job), self.journal, job)
 
 
 def load_transformation(transformation: TransformationLike) -> Transformation:
@@ -97,8 +106,7 @@ def resolve(
 ) -> Resolved:
     """Opens everything and settles every "auto"; raises for what can never run. See :func:`fct.plan_backfill`."""
     h = load_transformation(transformation)
-    if options.output.mixed:
-        h = mixed_transformation(h)
+    h = writes_mixed(options.partial, h, options.output.mixed)
     check_precision(options.execution.precision, gpu=True)
     access = opening(options.access)
     gallery = _open_gallery(source, h, options.columns, access)
@@ -144,8 +152,9 @@ def resolve(
         batch_rows=options.cut.batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
     )
     _require_rows(job)
-    patience = access["patience"]
-    return Resolved(job, gallery.source, gallery.side, writer, journal, h, options.execution.device, patience)
+    how = reembedding_of(options.partial, h, gallery.source.schema, gallery.vector, gallery.ids, access)
+    device, patience = options.execution.device, access["patience"]
+    return Resolved(partial_job(job, how), gallery.source, gallery.side, writer, journal, h, device, patience, how)
 
 
 def _pinned(

@@ -55,7 +55,7 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
         _check_unsealed(found, stored, say)
     if journal.root.is_local:
         shutil.rmtree(journal.root.local / "parts", ignore_errors=True)
-        folders = [journal.root.local, journal.root.local / "done"]
+        folders = [journal.root.local, *(journal.root.local / name for name in ("done", "true", "chosen"))]
         if journal.destination.local.is_dir():
             folders.append(journal.destination.local)
         for part in (p for folder in folders for p in folder.glob(".*.part")):

@@ -33,6 +33,8 @@ def output_schema(job: Job, schema: pa.Schema) -> pa.Schema:
             fields.append(entry)
     if len(fields) == 1:
         fields.insert(0, pa.field(ROW, pa.int64(), nullable=False))
+    if job.true_column:
+        fields.append(pa.field(job.true_column, pa.bool_(), nullable=False))
     metadata = {k: v for k, v in (schema.metadata or {}).items() if k not in (b"huggingface", SPACE_KEY)}
     metadata |= {VECTOR_KEY: job.vector.encode(), JOB_KEY: job.fingerprint.encode()}
     return with_space(pa.schema(fields, metadata=metadata), job.new_space)
@@ -93,6 +95,8 @@ class RowMapper:
         for entry in self.schema:
             if entry.name == job.vector:
                 columns.append(vector_array(out, job.vector_format))
+            elif job.true_column and entry.name == job.true_column:
+                columns.append(pa.array(np.zeros(len(out), bool)))
             elif entry.name == ROW and ROW not in batch.schema.names:
                 numbers = np.arange(first, first + n, dtype=np.int64)
                 columns.append(pa.array(numbers if keep is None else numbers[keep]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing_extensions import Unpack
 
 from fct.backfilling.backfill_bar import Bar, backfill_bar
+from fct.backfilling.choosing import choose_rows
 from fct.backfilling.database_job import require_journal
 from fct.backfilling.growth import Growth
 from fct.backfilling.job import Job
@@ -21,6 +22,7 @@ from fct.backfilling.marker import Marker
 from fct.backfilling.quality import Writing, check_quality, held_out_pairs
 from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
 from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards
+from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.row_mapper import output_schema
 from fct.backfilling.sample import refuse_misfit
 from fct.backfilling.side_join import JoinedSide, bound_side
@@ -44,6 +46,9 @@ class BackfillReport:
     """What :func:`backfill` did. rows_in = rows_out + rejects, or it would have raised.
 
     shards_done: of them, in this run; shards_kept: proven done before. seconds, rows_per_second: of this run alone.
+    reembedded: rows with true vectors. chosen: rows that were to have them; fewer have where a function gave none, or
+    their old vector was rejected. unknown_ids: of the pairs, what the gallery has not, the first three named; counted
+    when rows are chosen, so only in the run that chose them.
     rejects_folder: where the rejected rows' ids and reasons are. left_to_do: of a database, what was made and what its
     owner runs now: an index, an alias.
     """
@@ -62,6 +67,10 @@ class BackfillReport:
     precision: str
     backend: str
     left_to_do: tuple[str, ...] = ()
+    reembedded: int = 0
+    chosen: int = 0
+    unknown: int = 0
+    unknown_ids: tuple[str, ...] = ()
 
 
 @takes(BackfillOptions)
@@ -148,6 +157,10 @@ def backfill(
         precision=one.job.precision,
         backend=one.job.backend,
         left_to_do=tuple(found.destination.after(one.job.new_space)),
+        reembedded=sum(m.true_rows for m in one.markers.values()),
+        chosen=kept_choice(journal, one.job).count() if found.reembedding else 0,
+        unknown=found.reembedding.unknown if found.reembedding else 0,
+        unknown_ids=found.reembedding.unknown_ids if found.reembedding else (),
     )
 
 
@@ -176,6 +189,8 @@ def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool
     found.source.settle()
     job = begin(found, bar.say, follow=follow)
     markers = kept_shards(journal, job, content=not how.trust_sizes, bar=bar)
+    if found.reembedding is not None:
+        choose_rows(found, job, bar)
     kept, todo = len(markers), [shard for shard in job.shards if shard.number not in markers]
     rejects = sum(m.rejects for m in markers.values())
     _check_rejects(rejects, how.max_rejects, journal)

@@ -14,6 +14,8 @@ from fct.artifact.transformation import Transformation
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, rejected_rows, shard_marker
 from fct.backfilling.row_mapper import RowMapper
+from fct.backfilling.true_check import TrueCheck
+from fct.backfilling.true_source import TruePairs
 from fct.gallery.interfaces import Shard, Source, rows_at
 from fct.gallery.vectors import VectorBlock, vector_block
 from fct.ops.numerics.rounding import SIGMAS, rounding_variance
@@ -28,16 +30,26 @@ Rows = np.ndarray[Any, Any]
 
 @dataclass
 class VectorCheck:
-    """rows: compared. worst: largest error of a row, relative to its length. problems: each in a sentence."""
+    """rows: compared with h. worst: largest error of a row, relative to its length. true_rows: compared with their true
+    vectors; unchecked: true rows without any to compare with. problems: each in a sentence."""
 
     rows: int = 0
     worst: float = 0.0
+    true_rows: int = 0
+    unchecked: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 class _Checker:
     def __init__(
-        self, journal: Journal, job: Job, old: Source, side: Source | None, new: Source, h: Transformation
+        self,
+        journal: Journal,
+        job: Job,
+        old: Source,
+        side: Source | None,
+        new: Source,
+        h: Transformation,
+        pairs: TruePairs | None,
     ) -> None:
         self.journal, self.job, self.old, self.side, self.new, self.h = journal, job, old, side, new, h
         plain = replace(job, precision="fp32", backend="ref", dtype="float32")
@@ -47,6 +59,7 @@ class _Checker:
         counts = [shard_marker(journal, n).rows_out for n in range(len(job.shards))]
         self.starts = np.cumsum([0, *counts])
         self.found = VectorCheck()
+        self.true = TrueCheck(journal, job, pairs) if job.true_column else None
 
     def check(self, shard: Shard, start: int, rows: int) -> None:
         """Rows ``[start, start + rows)`` of a shard."""
@@ -69,6 +82,13 @@ class _Checker:
         stored = pa.concat_batches(list(rows_at(self.new, self.pieces, at, len(kept))))
         column = job.vector if job.vector in stored.schema.names else "vector"
         got = vector_block(stored.column(column), self.h.d_new, job.dtype).values.astype(np.float64)
+        if self.true is not None:
+            true = self.true.flags(stored, shard, start - sum(row < first for row in gone), kept)
+            if true.any():
+                self.true.compare(got[true], kept[true], batch, first, shard)
+            got, kept = got[~true], kept[~true]
+        if not len(kept):
+            return
         old, side = self._inputs(batch, beside, kept - first)
         self._judge(got, old, side, shard, kept)
 
@@ -114,13 +134,25 @@ def check_vectors(
     seed: int,
     deep: bool,
     tell: Report | None = None,
+    pairs: TruePairs | None = None,
 ) -> VectorCheck:
-    """Maps ``count`` rows again (all with ``deep``) by the float64 reference and compares. tell: of the share done."""
+    """Maps ``count`` rows again (all with ``deep``) by the float64 reference and compares; true rows are compared
+    with their pairs, or with what the journal keeps of them. tell: of the share done."""
     try:
         rounding_variance(np.zeros((1, h.d_old)), np.zeros((1, h.d_side)), h, job.precision, job.backend)
     except KeyError:
         return VectorCheck(problems=[f"the job's precision {job.precision!r} is none that h can be checked at"])
-    checker, rng = _Checker(journal, job, old, side, new, h), np.random.default_rng(seed)
+    checker = _Checker(journal, job, old, side, new, h, pairs)
+    _look(checker, job, count, seed, deep, tell)
+    found = checker.found
+    if checker.true is not None:
+        found.problems[:0] = checker.true.problems[:20]  # what explains an error comes before it
+        found.true_rows, found.unchecked = checker.true.checked, checker.true.unchecked
+    return found
+
+
+def _look(checker: _Checker, job: Job, count: int, seed: int, deep: bool, tell: Report | None) -> None:
+    """Has rows checked: all of them, or some from shards that are drawn by chance."""
     if deep or count >= job.rows:
         for shard in job.shards:
             for start in range(0, shard.rows, _BLOCK_ROWS):
@@ -128,8 +160,9 @@ def check_vectors(
                 if tell is not None:
                     tell((shard.first + start) / job.rows)
                 if len(checker.found.problems) >= 20:
-                    return checker.found
-        return checker.found
+                    return
+        return
+    rng = np.random.default_rng(seed)
     numbers = rng.choice(len(job.shards), min(_SHARDS, count, len(job.shards)), replace=False)
     each = -(-count // len(numbers))
     for i, number in enumerate(sorted(numbers.tolist())):
@@ -139,4 +172,3 @@ def check_vectors(
         for start in range(0, min(each, shard.rows), _BLOCK_ROWS):
             take = min(each - start, _BLOCK_ROWS, shard.rows)
             checker.check(shard, int(rng.integers(0, shard.rows - take + 1)), take)
-    return checker.found

@@ -16,6 +16,7 @@ from fct.backfilling.marker import Marker
 from fct.backfilling.resolve import load_transformation
 from fct.backfilling.side_join import join_by_id
 from fct.backfilling.spot_check import VectorCheck, check_vectors
+from fct.backfilling.true_source import load_true_pairs
 from fct.errors import BackfillError, FctError
 from fct.gallery import journal_location, lance_in, location_of, open_source
 from fct.gallery.interfaces import Source
@@ -37,9 +38,10 @@ class VerifyReport:
     """What :func:`verify_gallery` found. ``ok``: there are no problems; ``proven``: and nothing was left out.
 
     rows_in = rows_out + rejects. spot_checked: rows compared with the reference, 0 with ``spot_check_skipped`` saying
-    why not; worst_error: the largest relative error of a row among them. source_rows: the source's rows by another
-    reader's count, None where there is none; compared: rows whose ids and payload were compared with the source's;
-    checksums: XXH64 of each column of these, whatever the cut into files. unproven: what could not be checked, and why.
+    why not; worst_error: the largest relative error of a row among them. true_rows: re-embedded rows compared with
+    their pairs or, without, with the vectors that the journal keeps. source_rows: the source's rows by another reader's
+    count, None where there is none; compared: rows whose ids and payload were compared with the source's; checksums:
+    XXH64 of each column of these, whatever the cut into files. unproven: what could not be checked, and why.
     """
 
     destination: str
@@ -56,6 +58,7 @@ class VerifyReport:
     compared: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
     unproven: tuple[str, ...] = ()
+    true_rows: int = 0
 
     @property
     def ok(self) -> bool:
@@ -132,8 +135,18 @@ def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> Veri
         source_rows=against.rows,
         compared=against.compared,
         checksums=against.checksums,
-        unproven=tuple(against.unproven),
+        unproven=(*against.unproven, *_unchecked(vectors)),
+        true_rows=vectors.true_rows,
     )
+
+
+def _unchecked(vectors: VectorCheck) -> list[str]:
+    if not vectors.unchecked:
+        return []
+    return [
+        f"not proven: the vectors of {vectors.unchecked:,} re-embedded rows among those looked at: name their pairs "
+        "with --reembed (reembed=)"
+    ]
 
 
 class _Journalled:
@@ -269,10 +282,14 @@ class _Outside:
         if h.fingerprint != self.job.transformation:
             return VectorCheck(problems=["the transformation is not the one that this gallery was made with"]), ""
         try:
+            pairs = None
+            if spot.reembed is not None:
+                kind = old.schema.field(self.job.id_column).type if self.job.id_column else None
+                pairs = load_true_pairs(spot.reembed, self.job.new_space, kind, self.access)
             how = (spot.spot_check, spot.seed, spot.deep)
             with LongCall(spot.progress) as call:
                 tell = call.stage("mapping rows again")
-                return check_vectors(self.journal, self.job, old, side, new, h, *how, tell), ""
+                return check_vectors(self.journal, self.job, old, side, new, h, *how, tell, pairs), ""
         except (FctError, OSError, ValueError) as error:
             return VectorCheck(problems=[f"the rows could not be mapped again: {error}"]), str(error)
 

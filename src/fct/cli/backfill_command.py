@@ -51,6 +51,13 @@ def backfill(
         f"({report.backend}, {report.precision})",
         soft_wrap=True,
     )
+    if report.chosen:
+        console.print(f"{report.reembedded:,} rows re-embedded of {report.chosen:,} that were chosen")
+    if report.unknown:
+        named = ", ".join(report.unknown_ids) + (", ..." if report.unknown > len(report.unknown_ids) else "")
+        console.print(
+            f"--reembed: {report.unknown:,} ids are not in the gallery ({named})", soft_wrap=True, markup=False
+        )
     for line in report.left_to_do:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if faiss is not None:

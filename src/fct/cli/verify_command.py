@@ -67,6 +67,8 @@ def _show(report: VerifyReport) -> None:
         console.print(f"{report.compared:,} rows compared with the source's: {names}", soft_wrap=True)
     if report.spot_checked:
         console.print(f"{report.spot_checked:,} rows against the reference: worst error {report.worst_error:.2g}")
+    if report.true_rows:
+        console.print(f"{report.true_rows:,} re-embedded rows are the vectors that they were given")
     for problem in report.problems:
         console.say("problem:", problem, "bold red")
     for what in report.unproven:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
@@ -25,6 +25,7 @@ __all__ = [
     "Gate",
     "JobOptions",
     "Output",
+    "PartialRows",
     "PlanOptions",
     "Prediction",
     "Running",
@@ -87,6 +88,18 @@ def storage_options(given: Sequence[str] | None) -> dict[str, Any] | None:
         except ValueError:
             options[key] = value
     return options
+
+
+def _part(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a share of the rows from 0 to 1, got {shown(value)}")
+    return float(value)
+
+
+def _reembed(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, (str, PathLike, Mapping)) or callable(value):
+        return value
+    raise TypeError(f"{name}: expected a function, a mapping of id and new, or the path of a table, got {shown(value)}")
 
 
 _A_PATH = Flag(type=str | None)
@@ -160,6 +173,37 @@ class Output(Group):
     mixed: bool = option(
         False, "Write rows that will stand among re-embedded ones: of the length that was measured when h was fitted."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialRows(Group):
+    """Which rows get the new model's own vectors instead of mapped ones, and where these come from."""
+
+    reembed: str | PathLike[str] | Mapping[str, Any] | Callable[..., Any] | None = option(
+        None,
+        "True vectors for a part of the rows: a table or .npz of ids and vectors of the new model; from Python also a "
+        "function from a list of ids to (n, d_new), None in the place of a vector that there is not.",
+        check=_reembed,
+        flag=_A_PATH,
+    )
+    budget: float | None = option(
+        None, "Share of the rows to re-embed, from 0 to 1; by default all that a table has.", check=optional(_part)
+    )
+    order: str = option(
+        "random",
+        "Which rows first: random; access (access_log); variance (1 - |h|^2, a diagnostic: measured no better than "
+        "random); or a column of numbers, the highest first.",
+        check=text("random, access, variance or the name of a column"),
+    )
+    access_log: GalleryLike | None = option(
+        None, "For order access: a table of ids, and counts or a row for each access.", flag=_A_PATH
+    )
+    reembed_seed: int = option(0, "Of the choice by lot.", check=check_seed)
+    reembed_ids: int = option(256, "Ids that the function is asked for at once.", check=whole(1), flag=False)
+    reembed_payload: bool = option(
+        False, "Call the function with (ids, rows), rows a pyarrow.RecordBatch of all their columns.", flag=False
+    )
+    true_column: str = option("reembedded", "Name of the column that says which rows are true.", check=text("a name"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +324,9 @@ class SpotCheck(Group):
     side_join: Literal["auto", "position", "id"] = option(
         "auto", "How it was joined; auto: as the journal says, and another answer is a problem."
     )
+    reembed: str | PathLike[str] | Mapping[str, Any] | None = option(
+        None, "Of a partial backfill: the table of ids and true vectors that re-embedded rows came from.", flag=_A_PATH
+    )
     trust_journal: bool = option(False, "Open the source that the gallery's own journal names.")
     expect_rows: int | None = option(None, "Rows that the source had, by your own table.", check=optional(whole(0)))
     deep: bool = option(False, "Map every row again by the float64 reference.")
@@ -337,6 +384,7 @@ class TransformFileOptions(OptionSet):
 class JobOptions(TransformFileOptions):
     """What a backfill's job is made of."""
 
+    partial: PartialRows = field(default_factory=PartialRows)
     cut: Cut = field(default_factory=Cut)
     database: Database = field(default_factory=Database)
 

@@ -5,7 +5,7 @@ Written by ``python -m tools.option_keywords``; change the groups, not this file
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypedDict
 
@@ -22,6 +22,7 @@ __all__ = [
     "GateKeywords",
     "JobKeywords",
     "OutputKeywords",
+    "PartialRowsKeywords",
     "PlanKeywords",
     "PredictionKeywords",
     "RunningKeywords",
@@ -77,6 +78,29 @@ class OutputKeywords(TypedDict, total=False):
     """Keep the side-information column."""
     mixed: bool
     """Write rows that will stand among re-embedded ones: of the length that was measured when h was fitted."""
+
+
+class PartialRowsKeywords(TypedDict, total=False):
+    """Which rows get the new model's own vectors instead of mapped ones, and where these come from."""
+
+    reembed: str | PathLike[str] | Mapping[str, Any] | Callable[..., Any] | None
+    """True vectors for a part of the rows: a table or .npz of ids and vectors of the new model; from Python also a
+    function from a list of ids to (n, d_new), None in the place of a vector that there is not."""
+    budget: float | None
+    """Share of the rows to re-embed, from 0 to 1; by default all that a table has."""
+    order: str
+    """Which rows first: random; access (access_log); variance (1 - |h|^2, a diagnostic: measured no better than
+    random); or a column of numbers, the highest first."""
+    access_log: GalleryLike | None
+    """For order access: a table of ids, and counts or a row for each access."""
+    reembed_seed: int
+    """Of the choice by lot."""
+    reembed_ids: int
+    """Ids that the function is asked for at once."""
+    reembed_payload: bool
+    """Call the function with (ids, rows), rows a pyarrow.RecordBatch of all their columns."""
+    true_column: str
+    """Name of the column that says which rows are true."""
 
 
 class ExecutionKeywords(TypedDict, total=False):
@@ -172,6 +196,8 @@ class SpotCheckKeywords(TypedDict, total=False):
     """Gallery of the side-information, where it is no column of the source."""
     side_join: Literal["auto", "position", "id"]
     """How it was joined; auto: as the journal says, and another answer is a problem."""
+    reembed: str | PathLike[str] | Mapping[str, Any] | None
+    """Of a partial backfill: the table of ids and true vectors that re-embedded rows came from."""
     trust_journal: bool
     """Open the source that the gallery's own journal names."""
     expect_rows: int | None
@@ -218,6 +244,7 @@ class JobKeywords(
     ColumnsKeywords,
     OutputKeywords,
     ExecutionKeywords,
+    PartialRowsKeywords,
     CutKeywords,
     DatabaseKeywords,
     total=False,
@@ -230,6 +257,7 @@ class PlanKeywords(
     ColumnsKeywords,
     OutputKeywords,
     ExecutionKeywords,
+    PartialRowsKeywords,
     CutKeywords,
     DatabaseKeywords,
     GateKeywords,
@@ -244,6 +272,7 @@ class BackfillKeywords(
     ColumnsKeywords,
     OutputKeywords,
     ExecutionKeywords,
+    PartialRowsKeywords,
     CutKeywords,
     DatabaseKeywords,
     GateKeywords,
