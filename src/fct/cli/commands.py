@@ -13,6 +13,7 @@ from fct.cli.export_command import export
 from fct.cli.fit_command import fit
 from fct.cli.info_command import info
 from fct.cli.inspect_command import inspect
+from fct.cli.judge_command import judge
 from fct.cli.plan_command import plan
 from fct.cli.quickstart_command import quickstart
 from fct.cli.reproduce_command import reproduce
@@ -34,6 +35,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     plan,
     backfill,
     verify,
+    judge,
     transform,
     export,
     reproduce,
