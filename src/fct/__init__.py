@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fct.metrics import RetrievalMetrics, evaluate
     from fct.mixed_gallery import evaluate_mixed
     from fct.packed_int4 import PackedInt4
+    from fct.rerank_depth import RerankCurve, rerank_curve
     from fct.rows import ScaledInt8
     from fct.search import PreparedGallery, TopK, prepare_gallery, topk
     from fct.spaces import EmbeddingSpace
@@ -82,6 +83,8 @@ _PUBLIC = {
     "evaluate_mixed": "fct.mixed_gallery",
     "judge_upgrade": "fct.judging.upgrade_systems",
     "read_qrels": "fct.judging.judgements",
+    "RerankCurve": "fct.rerank_depth",
+    "rerank_curve": "fct.rerank_depth",
     "fit_transformation": "fct.fit.transformation_fit",
     "prepare_gallery": "fct.search",
     "side_info_from": "fct.fit.layer_side_info",
@@ -110,6 +113,7 @@ __all__ = [
     "PreparedGallery",
     "QualityGateError",
     "RejectLimitError",
+    "RerankCurve",
     "RetrievalMetrics",
     "ScaledInt8",
     "SpaceMismatchError",
@@ -131,6 +135,7 @@ __all__ = [
     "plan_backfill",
     "prepare_gallery",
     "read_qrels",
+    "rerank_curve",
     "side_info_from",
     "topk",
     "train_side_info",

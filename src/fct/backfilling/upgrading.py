@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from typing_extensions import Unpack
 
+from fct.backfilling.cascade import Cascade
 from fct.backfilling.journal import rejected_rows
 from fct.backfilling.resolve import resolve
+from fct.backfilling.true_source import Id, Reembed, row_ids
 from fct.checks import check_whole
 from fct.errors import FctError
 from fct.gallery import open_source
@@ -99,6 +101,7 @@ class UpgradingGallery:
         self._held: dict[int, _Held] = {}
         self._cache_bytes = cache_bytes
         self._lock, self._making = threading.Lock(), threading.Lock()
+        self._cascade = Cascade(found.journal, self._job, self._ids)
 
     @property
     def space(self) -> EmbeddingSpace:
@@ -123,6 +126,54 @@ class UpgradingGallery:
             SpaceMismatchError: queries of another model. ValueError: a bad argument, or fewer than k rows.
         """
         check_whole(k, "k", 1)
+        found = self._nearest(queries, k, query_space)
+        if found.indices.shape[1] < k:
+            raise ValueError(f"k: expected at most the gallery's rows, got {k}")
+        return found
+
+    def search(
+        self,
+        queries: Any,
+        k: int,
+        *,
+        rerank: Reembed | None = None,
+        depth: int = 200,
+        query_space: EmbeddingSpace | None = None,
+    ) -> TopK:
+        """The k nearest rows, the nearest ``depth`` of which are ranked by the new model's own vectors.
+
+        Args:
+            queries, k, query_space: as :meth:`topk` has them.
+            rerank: from a list of ids (row numbers where the gallery has none) to (n, d_new) vectors, None in the place
+                of one that there is not, which keeps its mapped score. It is asked once for each row, 256 ids at a
+                time. What it gives is kept in the gallery's ``_fct/true`` once the backfill is begun: for later
+                searches, other processes, and a partial backfill (``reembed=``). So a gallery is re-embedded in the
+                order of its use. None: :meth:`topk`.
+            depth: at least k. :func:`fct.rerank_curve` tells what a depth is worth.
+
+        Raises:
+            BackfillError: the function raised, or gave other than n finite vectors of the new space; what it gave
+            before is kept. Others as :meth:`topk`.
+        """
+        if rerank is None:
+            return self.topk(queries, k, query_space=query_space)
+        check_whole(k, "k", 1)
+        check_whole(depth, "depth", k)
+        near = self._nearest(queries, depth, query_space)
+        if near.indices.shape[1] < k:
+            raise ValueError(f"k: expected at most the gallery's rows, got {k}")
+        return self._cascade.rank(queries, near, k, rerank)
+
+    def _ids(self, shard: Shard) -> list[Id]:
+        """The ids of a shard's rows."""
+        found: list[Id] = []
+        with self._making:
+            for batch, _ in self._reader.batches(shard):
+                found += row_ids(batch, self._job.id_column, shard.first + len(found))
+        return found
+
+    def _nearest(self, queries: Any, k: int, query_space: EmbeddingSpace | None) -> TopK:
+        """The k nearest rows, or all where there are fewer."""
         check_space(query_space, "query_space")
         if query_space is not None:
             self.space.require_same(query_space, "queries")
@@ -142,8 +193,8 @@ class UpgradingGallery:
                 both = np.concatenate([where, found], axis=1)
                 order = np.argsort(scores if metric == "l2" else -scores, axis=1, kind="stable")[:, :k]
                 best, where = np.take_along_axis(scores, order, 1), np.take_along_axis(both, order, 1)
-        if best is None or where is None or best.shape[1] < k:
-            raise ValueError(f"k: expected at most the gallery's rows, got {k}")
+        if best is None or where is None:
+            return TopK(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
         return TopK(best, where)
 
     def _shard(self, shard: Shard, marked: bool) -> _Held:
