@@ -36,7 +36,7 @@ def plain(text: str) -> str:
 def test_the_commands_stand_in_the_order_of_an_upgrade() -> None:
     assert list(COMMANDS) == [
         "quickstart", "inspect", "train-side-info", "compare", "fit", "evaluate", "search", "plan",
-        "backfill", "verify", "judge", "transform", "export", "reproduce", "info", "doctor", "bench",
+        "backfill", "verify", "judge", "report", "transform", "export", "reproduce", "info", "doctor", "bench",
     ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from fct.cli.inspect_command import inspect
 from fct.cli.judge_command import judge
 from fct.cli.plan_command import plan
 from fct.cli.quickstart_command import quickstart
+from fct.cli.report_command import report
 from fct.cli.reproduce_command import reproduce
 from fct.cli.search_command import search
 from fct.cli.side_info_command import train_side_info
@@ -36,6 +37,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     backfill,
     verify,
     judge,
+    report,
     transform,
     export,
     reproduce,
