@@ -102,22 +102,43 @@ def metadata(fields: list[dict[str, Any]], **configuration: str) -> dict[str, An
                          "configuration": configuration}}  # fmt: skip
 
 
-def add(root: Path, made: pa.Table, **more: Any) -> dict[str, Any]:
-    pq.write_table(made, root / "a.parquet", row_group_size=30)
-    size = (root / "a.parquet").stat().st_size
-    return {"add": {"path": "a.parquet", "partitionValues": {}, "size": size, "modificationTime": 0,
+def add(root: Path, made: pa.Table, name: str = "a.parquet", **more: Any) -> dict[str, Any]:
+    (root / name).parent.mkdir(exist_ok=True)
+    pq.write_table(made, root / name, row_group_size=30)
+    size = (root / name).stat().st_size
+    return {"add": {"path": name, "partitionValues": {}, "size": size, "modificationTime": 0,
                     "dataChange": True, "stats": json.dumps({"numRecords": made.num_rows}), **more}}  # fmt: skip
 
 
-def test_delta_deletion_vectors_are_respected(tmp_path: Path) -> None:
+def deletion_vector(gone: list[int]) -> dict[str, Any]:
     bitmaps = pytest.importorskip("pyroaring")
-    gone = [0, 1, 29, 30, 55, 99]
     data = struct.pack("<i", 1681511377) + bitmaps.BitMap64(gone).serialize()
     data += bytes(-len(data) % 4)
     z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
     b85 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~"
     text = base64.b85encode(data).decode().translate(str.maketrans(b85, z85))
-    vector = {"storageType": "i", "pathOrInlineDv": text, "sizeInBytes": len(data), "cardinality": len(gone)}
+    return {"storageType": "i", "pathOrInlineDv": text, "sizeInBytes": len(data), "cardinality": len(gone)}
+
+
+def test_a_deletion_vector_goes_to_its_own_file(tmp_path: Path) -> None:
+    """Of files of which one's path ends with the other's, as partitions have them."""
+    names = ["deletionVectors"]
+    features = {"readerFeatures": names, "writerFeatures": names}
+    protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7, **features}}
+    (tmp_path / "t").mkdir()
+    actions = [protocol, metadata([field("id", "long"), field("embedding", FLOATS), field("lang", "string")])]
+    gone = {"b.parquet": [1], "t/b.parquet": [12, 13], "x/b.parquet": [25]}
+    for number, (name, rows_) in enumerate(gone.items()):
+        vector = deletion_vector([row - 10 * number for row in rows_])
+        actions.append(add(tmp_path / "t", table(range(10 * number, 10 * number + 10)), name, deletionVector=vector))
+    write_log(tmp_path / "t", actions)
+    left = [i for i in range(30) if i not in (1, 12, 13, 25)]
+    assert sorted(rows(tmp_path / "t")["id"].to_pylist()) == left
+
+
+def test_delta_deletion_vectors_are_respected(tmp_path: Path) -> None:
+    gone = [0, 1, 29, 30, 55, 99]
+    vector = deletion_vector(gone)
     names = ["deletionVectors"]
     features = {"readerFeatures": names, "writerFeatures": names}
     protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7, **features}}

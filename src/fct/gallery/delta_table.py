@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
@@ -63,8 +63,7 @@ class DeltaSource(ParquetSource):
         }
         self._kept: dict[str, Array] = {}
         for mask in masks:
-            path = next(p for p in self._adds if unquote(mask["filepath"]).endswith(p[len(where.path.rstrip("/")) :]))
-            self._kept[path] = np.array(mask["selection_vector"], bool)
+            self._kept[_masked(where, mask["filepath"], self._adds)] = np.array(mask["selection_vector"], bool)
 
     @property
     def url(self) -> str:
@@ -149,6 +148,19 @@ def _physical_names(table: Any, where: Location) -> dict[str, str]:
                 "does not read: write the table once without it"
             )
     return names
+
+
+def _masked(where: Location, uri: str, files: Iterable[str]) -> str:
+    """The file that a deletion vector is of: the log has its path, deltalake the whole URI. A file's name may end
+    another's, so that the longest that fits is meant."""
+    below = len(where.path.rstrip("/"))
+    plain = unquote(uri)
+    fits = [file for file in files if plain.endswith(file)] or [f for f in files if plain.endswith(f[below:])]
+    if not fits:
+        raise FctError(
+            f"source: the log of the Delta table {where} is damaged: it deletes rows of {uri}, no file of it"
+        )
+    return max(fits, key=len)
 
 
 def _inside(where: Location, path: str) -> str:
