@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import uuid
 from collections.abc import Callable
@@ -154,6 +155,9 @@ FILES: dict[str, tuple[str, Callable[[pa.Table, Path], None]]] = {
     "stream": (".arrow", _stream),
     "numpy": (".npy", _numpy),
 }
+_POLARS = importlib.util.find_spec("polars") is not None  # in no extra: it is asked where it is installed
+if not _POLARS:
+    del FILES["polars"]
 TABLES = ("lance", "deltalake", "datasets")
 WRITERS = (*FILES, *TABLES)
 _PLACES = {
@@ -253,6 +257,10 @@ READERS: dict[str, Callable[[list[str]], pa.Table]] = {
     "duckdb": _read_duckdb,
     "pyarrow": lambda files: ds.dataset(files, format="parquet").to_table(),
 }
+
+
+if not _POLARS:
+    del READERS["polars"]
 
 
 def plain_rows(table: pa.Table) -> Rows:

@@ -189,6 +189,10 @@ def read_back(drawn: Drawn, new: str) -> tuple[Rows, Any]:
         import lance
 
         table = lance.dataset(new).to_table()
+    elif (Path(new) / "state.json").exists():  # what was a saved dataset is one
+        import datasets
+
+        table = datasets.load_from_disk(new).data.table
     else:
         files = [str(f) for f in sorted(Path(new).glob("*")) if f.is_file()]
         suffix = Path(files[0]).suffix
