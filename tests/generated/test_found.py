@@ -174,8 +174,13 @@ def test_null_rows_that_pyarrow_does_not_read_are_no_damage(tmp_path: Path) -> N
     rows = [[0.0] * 8, None, [1.0] * 8]
     pq.write_table(pa.table({"old": pa.array(rows, pa.list_(pa.float32(), 8))}), tmp_path / "a.parquet")
     plan = fct.plan_backfill(tmp_path / "a.parquet", tmp_path / "new", transformation(), old_model="random-old")
-    assert "a.parquet has null rows in a column of fixed-size lists" in plan.refusals[0]
-    assert "write that column as lists of any length" in plan.refusals[0]
+    if plan.refusals:  # pyarrow 25
+        assert "a.parquet has null rows in a column of fixed-size lists" in plan.refusals[0]
+        assert "write that column as lists of any length" in plan.refusals[0]
+        return
+    h = transformation()
+    report = fct.backfill(tmp_path / "a.parquet", tmp_path / "new", h, old_model="random-old", progress=False)
+    assert (report.rows_in, report.rows_out, report.rejects) == (3, 2, 1)
 
 
 def test_a_column_whose_name_is_no_text_is_refused_by_its_file(tmp_path: Path) -> None:

@@ -433,6 +433,7 @@ def test_a_shadow_past_two_to_the_31_elements(
 def test_ctrl_c_stops_a_long_call(call: str) -> None:
     code = f"""
     import numpy as np, os, signal, threading, time, fct
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without it
     x = np.random.default_rng(0).standard_normal((60_000, 256), dtype=np.float32)
     def interrupt():
         time.sleep(0.5)

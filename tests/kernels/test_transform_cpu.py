@@ -439,6 +439,7 @@ print("survived")
 
 
 def test_ctrl_c_stops_a_long_call_within_a_second() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without it
     h = fct.Transformation.random(128, 128, 128)
     x = np.zeros((400_000, 128), np.float32)
     out = np.empty_like(x)
@@ -455,6 +456,7 @@ def test_ctrl_c_stops_a_long_call_within_a_second() -> None:
         fct.transform_batch(x, x, h, out=out, precision="fp32", backend="cpu", threads=2)
     assert time.monotonic() - sent[0] < 1.0
     timer.join()
+    signal.signal(signal.SIGINT, before)
     got = fct.transform_batch(x[:3], x[:3], h, precision="fp32", backend="cpu")  # and all works on
     np.testing.assert_allclose(got, ref.transform(x[:3], x[:3], h), rtol=1e-3, atol=1e-4)
 

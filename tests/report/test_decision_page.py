@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -30,9 +32,17 @@ CLICK = """<script>
 const first = () => [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent);
 const press = document.querySelectorAll("th button")[1], order = [];
 for (let i = 0; i < 2; i++) { press.click(); order.push(first()); }
-document.body.dataset.seen = JSON.stringify({problems, order, wide: document.documentElement.scrollWidth,
+const speed = [...document.querySelectorAll("th button")].find(b => b.textContent === "rows/s");
+const missing = [];
+for (let i = 0; i < 2; i++) { speed.click(); missing.push(first().slice(-1)); }
+const svg = document.querySelector("svg");
+const size = parseFloat(getComputedStyle(svg.querySelector("text")).fontSize);
+parent.postMessage(JSON.stringify({problems, order, missing,
+  name: document.querySelector("tbody td").getBoundingClientRect().width,
+  letters: size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width,
+  wide: document.documentElement.scrollWidth,
   window: innerWidth, links: [...document.querySelectorAll("a")].map(a => a.protocol),
-  scripts: document.scripts.length});
+  scripts: document.scripts.length}), "*");
 </script>"""
 
 
@@ -93,29 +103,59 @@ def test_the_verdict_stands_first_and_the_tables_can_be_taken_along(page: Path) 
     assert "doing nothing keeps 23.0 %" in alone
 
 
+def scripts_of(text: str) -> list[str]:
+    return re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(page: Path, width: int) -> None:
-    """No error, no request, headings that sort, nothing wider than the window."""
-    text = page.read_text().replace("<body>", f"<body>{WATCH}").replace("</body>", f"{CLICK}</body>")
+    """No error, no request, headings that sort, nothing wider than the window.
+
+    In a frame of that width: no window of Chromium is narrower than 500.
+    """
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts_of(WATCH + CLICK)
+    )
+    text = page.read_text().replace("script-src ", f"script-src {hashes} ")
+    text = text.replace("<body>", f"<body>{WATCH}").replace("</body>", f"{CLICK}</body>")
     opened = page.with_name("opened.html")
-    opened.write_text(text)
+    opened.write_text(
+        "<!doctype html><body><script>addEventListener('message', e => document.body.dataset.seen = e.data)</script>"
+        f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(text)}"></iframe></body>'
+    )
     with tempfile.TemporaryDirectory() as profile:
         command = [
             str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={profile}",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--window-size={width},900", "--dump-dom", opened.as_uri(),
+            "--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom", opened.as_uri(),
         ]  # fmt: skip
         dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     found = re.search(r'data-seen="([^"]*)"', dom)
     assert found, dom[-2000:]
-    seen = json.loads(found[1].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    seen = json.loads(html.unescape(found[1]))
     assert seen["problems"] == []
+    assert seen["window"] == width
     assert seen["wide"] <= seen["window"]
     assert set(seen["links"]) == {"data:"}
     assert seen["scripts"] == 3, "the page's own and the two of this test"
     assert seen["order"][0] == seen["order"][1][::-1]
     assert seen["order"][1][0] == "auto"
+    assert seen["missing"] == [["nothing"], ["nothing"]], "what has no figure stands last, whichever way it is sorted"
+    assert seen["name"] >= 100, "a column of names that breaks between letters"
+    assert seen["letters"] >= 9, "the charts' letters, in pixels"
+
+
+def test_no_script_but_the_page_s_own_may_run(page: Path) -> None:
+    """One script, and the policy names it by its hash."""
+    text = page.read_text()
+    (script,) = scripts_of(text)
+    ours = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy
+    assert f"script-src 'sha256-{ours}';" in policy[1]
+    assert "default-src 'none'" in policy[1]
 
 
 def test_from_the_command_line(tmp_path: Path, rng: np.random.Generator, capfd: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +186,8 @@ def test_from_the_command_line(tmp_path: Path, rng: np.random.Generator, capfd: 
     assert "--pairs: expected -t beside it" in run("--overwrite", *pairs)[1]
     (tmp_path / "compare.json").write_text("{}")
     assert "report: expected the figures that fct compare --out" in run("--overwrite")[1]
+    (tmp_path / "compare.json").write_text(json.dumps(COMPARISON | {"unlike_gallery": float("nan")}))
+    assert "a figure is NaN" in run("--overwrite")[1]
     (tmp_path / "compare.json").write_text("[" * 100_000)
     assert "COMPARISON: expected JSON" in run("--overwrite")[1]
 

@@ -73,12 +73,16 @@ def _figures(path: Path, option: str) -> dict[str, Any]:
     if path.stat().st_size > _MOST_BYTES:
         raise FctError(f"{option}: expected a file of figures, {path} has {path.stat().st_size:,} bytes")
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes(), parse_constant=_refused)
     except (ValueError, RecursionError) as error:
         raise FctError(f"{option}: expected JSON, {path} holds other text: {error}") from error
     if not isinstance(found, dict):
         raise FctError(f"{option}: expected an object of figures, {path} holds {type(found).__name__}")
     return found
+
+
+def _refused(name: str) -> None:
+    raise ValueError(f"a figure is {name}")
 
 
 def _neighbours(where: str, texts: str | None, h: Any, items: int, access: dict[str, Any]) -> list[Neighbours]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import html
 import io
 import os
@@ -60,7 +61,11 @@ def write_decision_page(
             f"report: expected the figures that fct compare --out and fct judge --json write, got others "
             f"({type(error).__name__}: {error})"
         ) from error
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode("ascii")
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{ours}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     write_text(
         path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -125,7 +130,7 @@ def _compared(comparison: Figures) -> list[str]:
             str(row["name"]), _share(row["recall_at_10"]), _share(row["cmc1"]), _share(row["map"]),
             f"{row['fit_seconds']:.1f}", f"{row['mflop_per_row']:.3g}",
             "–" if row["rows_per_s"] is None else f"{row['rows_per_s']:,.0f}", f"{row['bytes_per_row']:,}",
-            f"{row['hours']:.3g}", "–" if row["cost"] is None else f"{row['cost']:,.0f}",
+            f"{row['hours']:.3g}", "–" if row["cost"] is None else f"{row['cost']:,.2f}",
         ]
         for row in alternatives
     ]  # fmt: skip
@@ -223,7 +228,7 @@ def _neighbours(neighbours: Sequence[Neighbours]) -> list[str]:
         return []
     parts = [
         "<h2>Neighbours</h2>",
-        '<p class="note">What an item finds. Green: also among what the new model finds everywhere.</p>',
+        '<p class="note">What an item finds. Green, with a tick: also among what the new model finds everywhere.</p>',
     ]
     for one in neighbours:
         wanted = set(one.wanted)
@@ -252,7 +257,8 @@ def _table(heads: Sequence[str], cells: Cells, file: str, *, best: str = "") -> 
     csv.writer(out).writerows([[head or "way" for head in heads], *([_inert(cell) for cell in row] for row in cells)])
     data = base64.b64encode(out.getvalue().encode()).decode("ascii")
     return (
-        f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{file}"><table>'
+        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
         f'<p class="note"><a download="{file}" href="data:text/csv;charset=utf-8;base64,{data}">{file}</a></p>'
     )
 

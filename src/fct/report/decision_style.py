@@ -12,7 +12,7 @@ STYLE = """
   --bad: #ff8b7d;
   --open: #e2b341; --s0: #7aa7ff; --s1: #ff9d6b; --s2: #5fd38d; --s3: #c79bff; } }
 * { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem;
   overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 .verdict { font-size: 1.1rem; border-left: 4px solid var(--open); padding: .4rem 1rem; margin: 1.2rem 0; }
@@ -21,15 +21,18 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
   }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+@media (max-width: 600px) { th:first-child, td:first-child { white-space: normal; min-width: 8rem; max-width: 9rem; } }
+.scroll:focus-visible { outline: 2px solid var(--s0); }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--s0); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 tr.best td { font-weight: 600; }
 p.note, figcaption, .legend { color: var(--muted); font-size: .9rem; margin: .4rem 0; }
-figure { margin: 1rem 0; } svg { width: 100%; height: auto; }
+figure { margin: 1rem 0; } svg { width: 100%; max-width: 40rem; height: auto; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--muted); }
+@media (max-width: 600px) { svg text { font-size: 20px; } }
 svg .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; }
 .broken { stroke-dasharray: 5 5; }
 .s0 { stroke: var(--s0); fill: var(--s0); } .s1 { stroke: var(--s1); fill: var(--s1); }
@@ -41,7 +44,7 @@ polyline.s0, polyline.s1, polyline.s2, polyline.s3 { fill: none; } circle.hollow
 .legend .s2 { background: var(--s2); } .legend .s3 { background: var(--s3); }
 .near { border-bottom: 1px solid var(--line); padding: .6rem 0; }
 .near ol { margin: .2rem 0 .6rem 1.4rem; padding: 0; }
-.near li.kept { color: var(--good); }
+.near li.kept { color: var(--good); } .near li.kept::after { content: " \\2713"; }
 .columns { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 a { color: var(--s0); }
 """
@@ -53,8 +56,8 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
   for (const other of th.parentNode.cells) other.removeAttribute("aria-sort");
   th.setAttribute("aria-sort", up ? "ascending" : "descending");
   const value = row => { const text = row.cells[at].textContent, n = parseFloat(text.replaceAll(",", ""));
-    return Number.isNaN(n) ? [1, text] : [0, n]; };
-  const order = (a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : a[1] > b[1] ? 1 : 0);
-  for (const row of [...body.rows].sort((a, b) => (up ? 1 : -1) * order(value(a), value(b)))) body.append(row);
+    return at === 0 ? [0, text] : Number.isNaN(n) ? [1, text] : [0, n]; };
+  const order = (a, b) => a[0] - b[0] || (up ? 1 : -1) * (a[1] < b[1] ? -1 : a[1] > b[1] ? 1 : 0);
+  for (const row of [...body.rows].sort((a, b) => order(value(a), value(b)))) body.append(row);
 });
 """
