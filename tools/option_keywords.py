@@ -25,13 +25,23 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypedDict
 
-from fct.types import {types}
+{types}
 
 __all__ = [
 {names}
 ]
 '''
-TYPES = ("DType", "FileSystem", "Format", "GalleryLike", "Precision", "TransformationLike", "VectorFormat")
+TYPES = (
+    "CodeArray",
+    "CodeNumber",
+    "DType",
+    "FileSystem",
+    "Format",
+    "GalleryLike",
+    "Precision",
+    "TransformationLike",
+    "VectorFormat",
+)
 
 
 def keywords_name(cls: type) -> str:
@@ -63,8 +73,11 @@ def rendered() -> str:
             parts.append(f'{head}\n    """{doc}"""\n')
     text = "\n\n".join(parts)
     names = "\n".join(f'    "{name}",' for name in sorted(keywords_name(c) for c in found))
-    used = ", ".join(t for t in TYPES if any(t in str(f.type) for c in found for f in dataclasses.fields(c)))
-    return text.replace("{types}", used).replace("{names}", names)
+    used = [t for t in TYPES if any(t in str(f.type) for c in found for f in dataclasses.fields(c))]
+    imported = f"from fct.types import {', '.join(used)}"
+    if len(imported) > 120:
+        imported = "from fct.types import (\n" + "".join(f"    {t},\n" for t in used) + ")"
+    return text.replace("{types}", imported).replace("{names}", names)
 
 
 if __name__ == "__main__":

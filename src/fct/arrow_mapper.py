@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fct.artifact.transformation import Transformation
-from fct.checks import check_choice, check_positive, check_text, check_whole
+from fct.checks import check_choice, check_text, check_whole
 from fct.gallery.vectors import VECTOR_FORMATS, vector_array, vector_block, vector_type
 from fct.ops.backend import check_precision
+from fct.options.code_options import code_number
 from fct.rows import nonfinite_rows, rows_of
 from fct.transform import transform_finite
+from fct.types import CodeNumber
 
 __all__ = ["ArrowMapper"]
 
@@ -52,7 +54,8 @@ class ArrowMapper:
         vector_format: str = "auto",
         dtype: str = "float32",
         binary_dtype: str = "float32",
-        scale: float = 1.0,
+        scale: CodeNumber = 1.0,
+        offset: CodeNumber = 0.0,
         precision: str = "auto",
         backend: str | None = None,
         threads: int = 1,
@@ -73,7 +76,9 @@ class ArrowMapper:
         self.vector_format = check_choice(vector_format, "vector_format", ("auto", *VECTOR_FORMATS))
         self.dtype = check_choice(dtype, "dtype", ("float32", "float16"))
         self.binary_dtype = check_choice(binary_dtype, "binary_dtype", ("float32", "float16"))
-        self.scale = check_positive(scale, "scale")
+        self.scale, self.offset = (
+            _of_codes(value, name, h.d_old) for name, value in (("scale", scale), ("offset", offset))
+        )
         self.precision, self.backend = check_precision(precision), backend
         self.threads = check_whole(threads, "threads", 1)
         self.fingerprint = h.fingerprint
@@ -143,11 +148,15 @@ class ArrowMapper:
         n, h = batch.num_rows, self.h
         bad: dict[int, str] = {}
         arrays = []
-        for name, d, scale in ((self.vector, h.d_old, self.scale), (self.side, h.d_side, 1.0)):
+        for name, d in ((self.vector, h.d_old), (self.side, h.d_side)):
             if name is None:
                 continue
             block = vector_block(batch.column(name), d, self.binary_dtype)
-            values = block.values if scale == 1.0 else block.values * np.float32(scale)
+            values = block.values
+            if name == self.vector:
+                with np.errstate(over="ignore"):
+                    values = values if self.scale is None else values * self.scale
+                    values = values if self.offset is None else values + self.offset
             wild = np.flatnonzero(nonfinite_rows(rows_of(values, name, finite=False)))
             where = wild if block.rows is None else block.rows[wild]
             for row, why in (*block.bad.items(), *((row, "not finite") for row in where.tolist())):
@@ -172,6 +181,17 @@ class ArrowMapper:
         whole = np.zeros((n, h.d_new), self.dtype)
         whole[mapped[~outside]] = out[~outside]
         return whole, bad
+
+
+def _of_codes(value: CodeNumber, name: str, d: int) -> Any:
+    """A scale or an offset as float32, (1,) or (d,); None where it changes nothing."""
+    given = code_number(positive=name == "scale")(value, name)
+    if isinstance(given, str):
+        raise ValueError(f"{name}: expected a number or {d} of them, one for each dimension, got {given!r}")
+    numbers = np.atleast_1d(np.asarray(given, np.float32))
+    if len(numbers) not in (1, d):
+        raise ValueError(f"{name}: expected a number or {d} of them, one for each dimension, got {len(numbers)}")
+    return None if (numbers == (1.0 if name == "scale" else 0.0)).all() else numbers
 
 
 def _no_rows(schema: pa.Schema) -> pa.RecordBatch:

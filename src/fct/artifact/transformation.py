@@ -31,6 +31,7 @@ from fct.spaces import EmbeddingSpace
 
 if TYPE_CHECKING:
     from fct.arrow_mapper import ArrowMapper
+    from fct.types import CodeNumber
 
 __all__ = [
     "BRANCHES",
@@ -315,7 +316,8 @@ class Transformation:
         vector_format: str = "auto",
         dtype: str = "float32",
         binary_dtype: str = "float32",
-        scale: float = 1.0,
+        scale: CodeNumber = 1.0,
+        offset: CodeNumber = 0.0,
         precision: str = "auto",
         backend: str | None = None,
         threads: int = 1,
@@ -332,7 +334,8 @@ class Transformation:
                 (``mapper.bad``, by reason, in that process); "raise" raises ValueError.
             why: a column to add that says of each null why; None for none.
             vector_format: "fixed_size_list", "list", "binary"; "auto": as the old vectors'. dtype: float32 or float16.
-            binary_dtype: what binary columns hold. scale: the old vectors are multiplied by this.
+            binary_dtype: what binary columns hold. scale, offset: the old vectors are multiplied
+                by the one, and then the other is added: a number or one for each dimension, (d_old,).
             precision, backend: as :func:`fct.transform_batch` has them.
             threads: of one call; engines start a process for each processor, so one.
 
@@ -363,6 +366,7 @@ class Transformation:
             dtype=dtype,
             binary_dtype=binary_dtype,
             scale=scale,
+            offset=offset,
             precision=precision,
             backend=backend,
             threads=threads,

@@ -41,7 +41,7 @@ def join_databases(
     journal: Journal,
     folder: Any,
     *,
-    needed: tuple[str, str],
+    needed: tuple[str, ...],
     rate: float | None,
     switch: bool,
 ) -> None:

@@ -130,6 +130,11 @@ class Job:
     saved_dataset: bool = since(False, "a saved dataset")
     side_join: str = since("position", "how side-information is joined", meaning=True, check=one_of(("position", "id")))
     begun_as: str = since("", "the fingerprint it was begun with")
+    offset: float = since(0.0, "offset", meaning=True)
+    scales: tuple[float, ...] = since((), "scale", meaning=True, check=listed(number(0.0, 1e300), 1 << 24))
+    offsets: tuple[float, ...] = since((), "offset", meaning=True, check=listed(number(-1e300, 1e300), 1 << 24))
+    scale_column: str = since("", "column of the scale", meaning=True)
+    offset_column: str = since("", "column of the offset", meaning=True)
     reembed: str = since("", "the rule by which rows are re-embedded", meaning=True)
     true_column: str = since("", "the column that says which rows are re-embedded", meaning=True)
 
@@ -221,7 +226,8 @@ class Job:
         } | {f.name: f.metadata["words"] for f in self._later() if f.metadata["meaning"]}
         for name, words in names.items():
             if getattr(self, name) != getattr(other, name):
-                found.append(f"{words}: {getattr(self, name)!r}, now {getattr(other, name)!r}")
+                was, now = (f"{getattr(job, name)!r:.120}" for job in (self, other))
+                found.append(f"{words}: {was}, now {now}")
         for name, words in (("pieces", "source"), ("side_pieces", "side-information")):
             mine = {p.name: (p.rows, p.bytes) for p in getattr(self, name)}
             theirs = {p.name: (p.rows, p.bytes) for p in getattr(other, name)}

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from typing_extensions import Unpack
 
+from fct.backfilling.coding import taken_as_they_are
 from fct.backfilling.job import Job
 from fct.backfilling.pace import Pace, measure_h, measure_reading, measure_writing
 from fct.backfilling.quality import Quality, ScoreShift, Writing, check_quality, held_out_pairs, score_shift
@@ -189,6 +190,11 @@ def _notes(found: Resolved) -> tuple[str, ...]:
     rounded = "source: float64 rows are rounded to float32"
     wide = any(holds_float64(source.schema.field(name).type) for source, name in sides if name in source.schema.names)
     notes = [note for source, _ in sides for note in source.notes]
+    if taken_as_they_are(found.job, found.source.schema):
+        notes.append(
+            "source: 8-bit codes are taken as they are; if a scale and an offset bring them back, give --scale and "
+            "--offset, or --code-ranges (docs/galleries.md)"
+        )
     return tuple(dict.fromkeys([*([rounded] if wide else []), *notes]))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
+from fct.backfilling.coding import code_columns, job_coding
 from fct.backfilling.database_job import database_journal, join_databases
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
@@ -117,9 +118,10 @@ def resolve(
     if saved and isinstance(old, SavedDatasetSource) and isinstance(writer, ArrowDestination):
         writer = SavedDatasetDestination(writer.where, saved_info(old.where))
     gallery = _pinned(source, gallery, journal.job(), h, options)
+    coding = job_coding(options.columns, gallery.source.schema, gallery.vector, h.d_old)
     join_databases(
         gallery.source, gallery.side, writer, gallery.ids, journal, options.database.journal,
-        needed=(gallery.vector, gallery.side_column), rate=options.database.max_rows_per_s,
+        needed=(gallery.vector, gallery.side_column, *code_columns(coding)), rate=options.database.max_rows_per_s,
         switch=options.database.switch_alias,
     )  # fmt: skip
     backend, precision = _pick(h, options, journal.job())
@@ -147,7 +149,7 @@ def resolve(
         dtype=dtype,
         vector_format=vector_format,
         binary_dtype=options.columns.binary_dtype,
-        scale=options.columns.scale,
+        **coding,
         shard_rows=options.cut.shard_rows or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
         batch_rows=options.cut.batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
+from fct.backfilling.coding import decoded
 from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.job import Job
 from fct.gallery.interfaces import JOB_KEY, VECTOR_KEY
@@ -60,16 +61,18 @@ class RowMapper:
             for row, why in other.bad.items():
                 bad.setdefault(row, f"side-information: {why}")
         n = batch.num_rows
-        blocks = [(old, job.vector, job.scale)] + ([(other, "side-information", 1.0)] if other else [])
+        blocks = [(old, job.vector)] + ([(other, "side-information")] if other else [])
         arrays = []
-        for i, (block, name, scale) in enumerate(blocks):
+        for i, (block, name) in enumerate(blocks):
             values, rows = block.values, block.rows
             stream = None if digest is None else digest.block(i, block, n)
             wild = nonfinite_rows(rows_of(values, name, finite=False), stream)
-            if scale != 1.0:
-                with np.errstate(over="ignore"):
-                    values = values * np.float32(scale)
-                wild |= nonfinite_rows(rows_of(values, name, finite=False))
+            if i == 0:
+                values, odd = decoded(job, block, batch)
+                for row, why in odd.items():
+                    bad.setdefault(row, f"{name}: {why}")
+                if values is not block.values:
+                    wild |= nonfinite_rows(rows_of(values, name, finite=False))
             for row in np.flatnonzero(wild).tolist():
                 bad.setdefault(int(row if rows is None else rows[row]), f"{name}: not finite")
             arrays.append((values, rows))

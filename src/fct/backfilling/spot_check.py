@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from fct import ref
 from fct.artifact.transformation import Transformation
+from fct.backfilling.coding import decoded
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, rejected_rows, shard_marker
 from fct.backfilling.row_mapper import RowMapper
@@ -93,15 +94,13 @@ class _Checker:
         self._judge(got, old, side, shard, kept)
 
     def _inputs(self, batch: pa.RecordBatch, beside: pa.RecordBatch | None, keep: Rows) -> tuple[Rows, Rows]:
-        def picked(block: VectorBlock) -> Rows:
+        def picked(block: VectorBlock, values: Rows) -> Rows:
             rows = np.arange(batch.num_rows) if block.rows is None else block.rows
-            values: Rows = block.values[np.isin(rows, keep)]
-            return values
+            return np.asarray(values[np.isin(rows, keep)], np.float64)
 
-        blocks = self.mapper._blocks(batch, beside)
-        old = picked(blocks[0])
-        old = (old * np.float32(self.job.scale) if self.job.scale != 1.0 else old).astype(np.float64)
-        return old, old if blocks[1] is None else picked(blocks[1]).astype(np.float64)
+        first, second = self.mapper._blocks(batch, beside)
+        old = picked(first, decoded(self.job, first, batch)[0])
+        return old, old if second is None else picked(second, second.values)
 
     def _judge(self, got: Rows, old: Rows, side: Rows, shard: Shard, kept: Rows) -> None:
         job, found = self.job, self.found

@@ -11,8 +11,19 @@ from typing import Any, Literal
 import numpy as np
 
 from fct.checks import check_number, check_positive, check_seed, check_text, check_whole, shown
+from fct.options.code_options import code_number, code_ranges, number_or_name
 from fct.options.declare import Check, Flag, Group, OptionSet, option, optional
-from fct.types import DType, FileSystem, Format, GalleryLike, Precision, TransformationLike, VectorFormat
+from fct.types import (
+    CodeArray,
+    CodeNumber,
+    DType,
+    FileSystem,
+    Format,
+    GalleryLike,
+    Precision,
+    TransformationLike,
+    VectorFormat,
+)
 
 __all__ = [
     "BackfillOptions",
@@ -156,9 +167,26 @@ class Columns(Group):
         check=optional(text("the id of a model or None")),
     )
     binary_dtype: DType = option("float32", "What binary columns hold: float32 or float16.")
-    scale: float = option(
-        1.0, "Old vectors are multiplied by this: the step of an 8-bit gallery.", check=positive()
-    )  # fmt: skip
+    scale: CodeNumber = option(
+        1.0,
+        "Old vectors are multiplied by this, the step of an 8-bit gallery: a number, an .npy file with one for each "
+        "dimension, or a column with one for each row.",
+        check=code_number(positive=True),
+        flag=Flag(type=str | None, parse=number_or_name),
+    )
+    offset: CodeNumber = option(
+        0.0,
+        "Added after that, what a code of 0 stands for: a number, an .npy file or a column likewise.",
+        check=code_number(positive=False),
+        flag=Flag(type=str | None, parse=number_or_name),
+    )
+    code_ranges: CodeArray | None = option(
+        None,
+        "Instead of both, an .npy file (2, d): the lowest and the highest value of each dimension, which "
+        "sentence-transformers cuts into int8 or uint8 codes.",
+        check=code_ranges,
+        flag=_A_PATH,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

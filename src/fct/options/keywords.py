@@ -9,7 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypedDict
 
-from fct.types import DType, FileSystem, Format, GalleryLike, Precision, TransformationLike, VectorFormat
+from fct.types import (
+    CodeArray,
+    CodeNumber,
+    DType,
+    FileSystem,
+    Format,
+    GalleryLike,
+    Precision,
+    TransformationLike,
+    VectorFormat,
+)
 
 __all__ = [
     "BackfillKeywords",
@@ -63,8 +73,14 @@ class ColumnsKeywords(TypedDict, total=False):
     """Id of the model that made the old vectors, where the gallery does not say it."""
     binary_dtype: DType
     """What binary columns hold: float32 or float16."""
-    scale: float
-    """Old vectors are multiplied by this: the step of an 8-bit gallery."""
+    scale: CodeNumber
+    """Old vectors are multiplied by this, the step of an 8-bit gallery: a number, an .npy file with one for each
+    dimension, or a column with one for each row."""
+    offset: CodeNumber
+    """Added after that, what a code of 0 stands for: a number, an .npy file or a column likewise."""
+    code_ranges: CodeArray | None
+    """Instead of both, an .npy file (2, d): the lowest and the highest value of each dimension, which sentence-
+    transformers cuts into int8 or uint8 codes."""
 
 
 class OutputKeywords(TypedDict, total=False):
