@@ -268,6 +268,45 @@ def test_naive_loop(precision: str, threads: int, record: Callable[..., None], t
     record("backfill", what="pyarrow -> torch eager -> write", inner=2048, precision=precision, rows=n, rows_per_s=rate)
 
 
+def test_float64_lists(threads: int, record: Callable[..., None], tmp_path: Path) -> None:
+    """Lists of float64, as Python's lists leave them, against float32 binary columns: the same rows, turn by turn."""
+    n, h = min(N, 2_000_000), transformation(2048)
+    sources = {kind: tmp_path / f"{kind}.parquet" for kind in ("float32 binary", "float64 lists")}
+    write_parquet(sources["float32 binary"], "binary", n, 0)
+    with pq.ParquetWriter(
+        sources["float64 lists"],
+        pa.schema({"id": pa.int64(), **dict.fromkeys(("old", "side"), pa.list_(pa.float64()))}),
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    ) as writer:
+        for first, old, side in blocks(n):
+            lists = (
+                pa.ListArray.from_arrays(
+                    np.arange(0, rows.size + 1, D, dtype=np.int32), pa.array(rows.ravel(), pa.float64())
+                )
+                for rows in (old, side)
+            )
+            ids = pa.array(np.arange(first, first + len(old)))
+            writer.write_table(pa.Table.from_arrays([ids, *lists], names=["id", "old", "side"]))
+    common: dict[str, Any] = {
+        "old_model": "random-old", "precision": "int8", "vector_column": "old", "progress": False, "threads": threads,
+        "vector_format": "binary",
+    }  # fmt: skip
+    rates: dict[str, list[float]] = {kind: [] for kind in sources}
+    for _ in range(3):
+        for kind, source in sources.items():
+            report = fct.backfill(source, tmp_path / "new", h, **common)
+            assert report.rows_out == n
+            rates[kind].append(report.rows_per_second)
+            shutil.rmtree(tmp_path / "new")
+    share = statistics.median(a / b for a, b in zip(rates["float64 lists"], rates["float32 binary"], strict=True))
+    for kind, found in rates.items():
+        rate = statistics.median(found)
+        facts = {"share_of_float32_binary": share if kind == "float64 lists" else 1.0}
+        record(TABLE, what=f"fct, parquet, {kind}", inner=2048, precision="int8", rows=n, rows_per_s=rate, **facts)
+
+
 def test_isotrieve(record: Callable[..., None], tmp_path: Path) -> None:
     """The one file-to-file tool there is. Its maps are linear, without side-information: far less work than h."""
     linear = pytest.importorskip("isotrieve.mapping.linear", reason="isotrieve 0.4 is not installed")

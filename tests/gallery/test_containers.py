@@ -16,7 +16,7 @@ import pytest
 import zarr
 
 import fct
-from fct.gallery import load_vectors, open_source
+from fct.gallery import load_labels, load_vectors, open_source
 
 D = 16
 Array = np.ndarray[Any, Any]
@@ -288,3 +288,26 @@ def test_a_clip_retrieval_folder_that_does_not_fit_together_is_refused(
     (tmp_path / "old/img_emb/extra.npy").write_bytes(b"")
     with pytest.raises(fct.FctError, match=r"expected img_emb_0\.npy, img_emb_1\.npy, .*, got extra\.npy"):
         open_source(tmp_path / "old").pieces()
+
+
+@pytest.mark.parametrize("write", [_npz, _npz_compressed], ids=["npz", "npz-deflated"])
+def test_labels_of_an_archive(write: Callable[[Path, Array], str], tmp_path: Path) -> None:
+    where = write(tmp_path, np.zeros((40, D), np.float32)).replace(":rows", ":ids")
+    assert load_labels(where).tolist() == list(range(40))
+    np.savez(tmp_path / "text.npz", names=np.array(["shoe", "bag"]))
+    assert load_labels(f"{tmp_path}/text.npz:names").tolist() == ["shoe", "bag"]
+    with pytest.raises(fct.FctError, match=r"expected \(n,\) integers or text in .*rows, got \(40, 16\) float32"):
+        load_labels(where.replace(":ids", ":rows"))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_labels_of_hdf5_and_zarr(version: int, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["labels"] = np.arange(5, dtype=">i4")
+        file["train"] = np.zeros((5, D))
+    group = zarr.open_group(f"{tmp_path}/a.zarr", mode="w", zarr_format=version)
+    group.create_array("labels", shape=(5,), dtype="i4")[:] = np.arange(5)
+    for where in (f"{tmp_path}/a.h5:labels", f"{tmp_path}/a.zarr:/labels"):
+        assert load_labels(where).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(fct.FctError, match=r"expected \(n,\) integers in .*train, got \(5, 16\) float64"):
+        load_labels(f"{tmp_path}/a.h5:/train")

@@ -202,3 +202,22 @@ def test_a_database_of_several_tables_is_not_guessed_at(old: Path, tmp_path: Pat
         lance.write_dataset(pq.read_table(old), str(tmp_path / f"{name}.lance"))
     with pytest.raises(fct.FctError, match=r"holds 2 tables: expected the path of one, such as .*a\.lance"):
         open_source(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_tensor_column_of_ray_comes_back_as_two_dimensional_batches(tmp_path: Path, rng: np.random.Generator) -> None:
+    ray = pytest.importorskip("ray")
+    values = rng.standard_normal((60, 16), dtype=np.float32)
+    h = fct.Transformation.random(16, 16, 8, inner=32, side_info=False)
+    ray.init(num_cpus=1, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
+    try:
+        ray.data.from_numpy(values).write_parquet(str(tmp_path / "old"))
+        fct.backfill(tmp_path / "old", tmp_path / "new", h, old_model="random-old", progress=False, precision="fp32")
+        data = ray.data.read_parquet(str(tmp_path / "new"))
+        shapes = data.map_batches(lambda b: {"shape": np.array([[*b["data"].shape, b["data"].dtype.itemsize]])})
+        found = {tuple(row["shape"]) for row in shapes.take_all()}
+        got = np.concatenate([batch["data"] for batch in data.iter_batches(batch_format="numpy")])
+    finally:
+        ray.shutdown()
+    assert {shape[1:] for shape in found} == {(8, 4)}, found
+    np.testing.assert_array_equal(got, fct.transform_batch(values, None, h, precision="fp32"))

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fct.gallery.chunked_arrays import ChunkedSource
 from fct.gallery.columns import VECTOR_NAMES, pick_column
 from fct.gallery.interfaces import Batches, Source
 from fct.gallery.location import Patience, location_of
 from fct.gallery.members import split_member
+from fct.gallery.npz_files import NpzSource
 from fct.gallery.stores import open_source
 from fct.gallery.vectors import vector_block, vector_dim
 
@@ -121,8 +123,8 @@ def load_labels(
     """The labels (or ids) of a gallery as one array: integers, or text in every spelling that Arrow has for it.
 
     Args:
-        where, column, filesystem, storage_options, patience: as :func:`load_vectors` has them; or a ``.npy`` file of
-            one dimension.
+        where, column, filesystem, storage_options, patience: as :func:`load_vectors` has them; or a ``.npy`` file or
+            an array of a container (``FILE.npz:MEMBER``) of one dimension.
         name: the argument or option that this is, for messages.
 
     Returns:
@@ -145,6 +147,8 @@ def load_labels(
     if flat is not None:
         return label_array(pa.array(flat), name, str(where))
     source, named = _opened(where, column, name, access)
+    if isinstance(source, (NpzSource, ChunkedSource)) and source.member:
+        return label_array(pa.array(source.flat()), name, source.url)
     names = source.schema.names
     if named not in names:
         raise ValueError(

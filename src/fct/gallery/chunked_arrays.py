@@ -26,7 +26,7 @@ from fct.gallery.location import Location, Version
 from fct.gallery.matrix_files import matrix_batch
 from fct.gallery.members import READ, native_name, pick_member, require_matrix
 
-__all__ = ["Hdf5Source", "ZarrSource", "is_zarr"]
+__all__ = ["ChunkedSource", "Hdf5Source", "ZarrSource", "is_zarr"]
 
 Array = np.ndarray[Any, Any]
 _AT_ONCE = 32 << 20  # bytes that are read at once, in whole chunks
@@ -94,7 +94,7 @@ def _coding(array: Stored, where: str) -> _Coding | None:
     return _Coding(found["scale_factor"], found["add_offset"], None if np.isnan(fill) else fill, unsigned)
 
 
-class _ChunkedSource(FileSource):
+class ChunkedSource(FileSource):
     """member: an array's path; "" for the only one that can hold rows."""
 
     def __init__(self, where: Location, files: Sequence[Location], member: str = "") -> None:
@@ -107,6 +107,16 @@ class _ChunkedSource(FileSource):
 
     def name_of(self, file: Location) -> str:
         return f"{super().name_of(file)}:{self.member}" if self.member else super().name_of(file)
+
+    def flat(self) -> Array:
+        """All values of an array of one dimension: labels, ids. Raises FctError for one of more."""
+        with self._opened(self.files[0]) as (array, name):
+            if len(array.shape) != 1 or np.dtype(array.dtype).kind not in "biuU":
+                raise FctError(
+                    f"source: expected (n,) integers in {self.files[0]}:{name}, got {array.shape} {array.dtype}"
+                )
+            values = np.asarray(array[0 : array.shape[0]])
+            return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
     @contextlib.contextmanager
     def _array(self, file: Location) -> Iterator[tuple[Stored, _Coding | None]]:
@@ -170,7 +180,7 @@ def _chunk_rows(array: Stored) -> int:
     return 1 if rows * int(array.shape[1]) * array.dtype.itemsize > _LARGE_CHUNK else max(1, rows)
 
 
-class Hdf5Source(_ChunkedSource):
+class Hdf5Source(ChunkedSource):
     """ann-benchmarks' files among them: ``glove-100-angular.hdf5:/train``."""
 
     kind = "hdf5"
@@ -213,7 +223,7 @@ def is_zarr(place: Location) -> bool:
     return not place.is_pattern and bool(set(_ZARR_MARKS) & set(place.files()))
 
 
-class ZarrSource(_ChunkedSource):
+class ZarrSource(ChunkedSource):
     """A store of format 2 or 3 as its one file: a folder, whose version is that of all files in the array's own."""
 
     kind = "zarr"

@@ -20,6 +20,8 @@ from fct.gallery.members import Found, native_name, pick_member, require_matrix
 __all__ = ["NpzSource"]
 
 _LOCAL_HEADER = 30  # bytes of a zip's local header before the name
+Header = tuple[tuple[int, ...], bool, "np.dtype[Any]", int]
+Array = np.ndarray[Any, Any]
 _IDLE = 4  # readings of compressed members kept for the next shard
 
 
@@ -44,13 +46,23 @@ class NpzSource(MatrixSource):
     def name_of(self, file: Location) -> str:
         return f"{super().name_of(file)}:{self.member}" if self.member else super().name_of(file)
 
+    def flat(self) -> Array:
+        """All values of a member of one dimension: labels, ids. Raises FctError for one of more."""
+        file = self.files[0]
+        with _archive(file) as archive:
+            headers = _headers(archive, file)
+            found: Found = {name: (shape, native_name(dtype)) for name, (_, (shape, _, dtype, _)) in headers.items()}
+            info, (shape, _, dtype, offset) = headers[pick_member(file, found, self.member)]
+            if len(shape) != 1 or dtype.kind not in "biuU":
+                raise FctError(f"source: expected (n,) integers or text in {self.url}, got {shape} {dtype}")
+            values = np.frombuffer(archive.read(info), dtype, offset=offset)
+        if values.shape != shape:
+            raise FctError(f"source: {self.url} is damaged: its header says {shape}, it holds {values.shape}")
+        return values.astype(dtype.newbyteorder("="))
+
     def _facts(self, file: Location) -> Facts:
         with _archive(file) as archive:
-            headers = {}
-            for info in archive.infolist():
-                if info.filename.endswith(".npy"):
-                    with archive.open(info) as stream:
-                        headers[info.filename[:-4]] = (info, read_npy_header(stream, f"{file}:{info.filename[:-4]}"))
+            headers = _headers(archive, file)
             found: Found = {name: (shape, native_name(dtype)) for name, (_, (shape, _, dtype, _)) in headers.items()}
             name = pick_member(file, found, self.member)
             info, (shape, fortran, dtype, offset) = headers[name]
@@ -93,6 +105,16 @@ class NpzSource(MatrixSource):
                 self._idle.remove(entry)
                 return entry[1]
         return zipfile.ZipFile(file.path if file.is_local else file.open()).open(facts.inside)
+
+
+def _headers(archive: zipfile.ZipFile, file: Location) -> dict[str, tuple[zipfile.ZipInfo, Header]]:
+    """The arrays of an archive by name, what the zip and what numpy says of each."""
+    found = {}
+    for info in archive.infolist():
+        if info.filename.endswith(".npy"):
+            with archive.open(info) as stream:
+                found[info.filename[:-4]] = (info, read_npy_header(stream, f"{file}:{info.filename[:-4]}"))
+    return found
 
 
 @contextlib.contextmanager

@@ -34,7 +34,8 @@ FORMATS = (*_DESTINATIONS, "lance")
 # Text formats, by the one line of DuckDB that makes a gallery of them (docs/galleries.md).
 _JSON = "COPY (SELECT * REPLACE (embedding::FLOAT[] AS embedding) FROM read_json('FILES')) TO 'gallery.parquet'"
 _CSV = _JSON.replace("read_json", "read_csv")
-_REWRITE = {".jsonl": _JSON, ".ndjson": _JSON, ".csv": _CSV, ".tsv": _CSV}
+_TSV = _CSV.replace("'FILES'", r"'FILES', delim='\t'")  # else the commas of a list are taken for columns
+_REWRITE = {".jsonl": _JSON, ".ndjson": _JSON, ".csv": _CSV, ".tsv": _TSV}
 
 
 class Opening(TypedDict):
@@ -155,9 +156,15 @@ def _not_one_format(
             "elsewhere or begin the name with '_', or name the data alone, "
             f"such as {place}/**/*{kind.suffixes[0]}"
         )
-    hint = next((_REWRITE[e] for e in endings if e in _REWRITE), "")
-    hint = f"; write it once as Parquet, in DuckDB: {hint.replace('FILES', str(place))}" if hint else ""
+    text = next((e for e in endings if e in _REWRITE), "")
+    hint = f"; write it once as Parquet, in DuckDB: {_rewritten(place, text)}" if text else ""
     return f"{name}: expected files of one format ({known} or .lance) at {place}, got {', '.join(endings)}{hint}"
+
+
+def _rewritten(place: Location, ending: str) -> str:
+    """The line of DuckDB for a file, a pattern, or the files below a folder."""
+    files = f"{place}/**/*{ending}" if place.is_folder() else str(place)
+    return _REWRITE[ending].replace("FILES", files.replace("'", "''"))
 
 
 def open_destination(
