@@ -9,10 +9,9 @@ arXiv:2112.02805, section 3.3 for the shape).
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fct.artifact.composition import composed_fields
 from fct.artifact.file_format import read_artifact, require_whole, write_artifact
-from fct.artifact.layers import BRANCHES, SKIP, Layer, check_chain, check_skip, fold_norm, fold_scaling
+from fct.artifact.layers import BRANCHES, SKIP, Layer, check_chain, check_skip, fold_norm, fold_scaling, untrained_chain
 from fct.artifact.ml_fct import load_ml_fct
 from fct.artifact.onnx_export import save_onnx
 from fct.artifact.tolerance import PrecisionEffect, Tolerance
@@ -305,6 +305,25 @@ class Transformation:
         except ValueError as error:
             raise ArtifactError(f"path: the layers in {path} do not fit together: {error}") from error
 
+    @classmethod
+    def compose(cls, first: Transformation, second: Transformation) -> Transformation:
+        """``second`` after ``first`` as one h: v1 -> v2 and v2 -> v3 as v1 -> v3, without pairs of v1 and v3.
+
+        Exact to fp32's rounding, where ``first`` does not normalise. It reads both side-informations, side by side
+        ("a + b"), or once where one model makes it. It runs in fp32: no activations were measured for int8.
+
+        Raises:
+            SpaceMismatchError: ``second`` does not read what ``first`` gives. ValueError: ``first`` normalises.
+
+        Example:
+            >>> import fct
+            >>> a, b = (fct.Transformation.random(*d, inner=8, side_info=False) for d in ((2, 2, 3), (3, 3, 4)))
+            >>> b = b.with_(old_space=a.new_space)
+            >>> fct.Transformation.compose(a, b).d_new
+            4
+        """
+        return cls(**composed_fields(first, second), tolerance=second.tolerance)
+
     def arrow_mapper(
         self,
         *,
@@ -418,17 +437,10 @@ class Transformation:
                 f"d_side: expected {d_old}, the old embedding's width, without side-information, got {d_side}"
             )
         rng = np.random.default_rng(seed)
-
-        def chain(widths: Sequence[int], last_relu: bool) -> tuple[Layer, ...]:
-            layers = []
-            for i, (a, b) in enumerate(itertools.pairwise(widths)):
-                weight = rng.standard_normal((b, a), dtype=np.float32) * np.float32(np.sqrt(2 / a))
-                bias = rng.standard_normal(b, dtype=np.float32) * np.float32(0.1)
-                layers.append(Layer(weight, bias, last_relu or i + 2 < len(widths)))
-            return tuple(layers)
-
-        old_branch, side_branch = chain((d_old, *widths[0]), True), chain((d_side, *widths[1]), True)
-        mixer = chain((widths[0][-1] + widths[1][-1], *blocks * (inner,), d_new), False)
+        old_branch, side_branch = (
+            untrained_chain(rng, (d, *w), True) for d, w in zip((d_old, d_side), widths, strict=True)
+        )
+        mixer = untrained_chain(rng, (widths[0][-1] + widths[1][-1], *blocks * (inner,), d_new), False)
         return cls(
             old=old_branch,
             side=side_branch,
@@ -438,5 +450,5 @@ class Transformation:
             side_model="random-side" if side_info else None,
             normalise=normalise,
             info={"untrained": True, "seed": seed},
-            skip=chain((d_old + (d_side if side_info else 0), d_new), False)[0] if skip else None,
+            skip=untrained_chain(rng, (d_old + (d_side if side_info else 0), d_new), False)[0] if skip else None,
         )
