@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from fct.info import build_info
     from fct.inspection import GalleryInspection, inspect_gallery
     from fct.judging.alternatives import Comparison, compare_alternatives
+    from fct.judging.group_losses import GroupLosses, who_loses
     from fct.judging.judgements import Judgements, read_qrels
+    from fct.judging.score_map import ScoreMap, fit_score_map, neighbour_scores
     from fct.judging.upgrade_systems import UpgradeQueries, judge_upgrade
     from fct.judging.upgrade_verdict import UpgradeVerdict
     from fct.metrics import RetrievalMetrics, evaluate
@@ -73,7 +75,12 @@ _PUBLIC = {
     "Transformation": "fct.artifact.transformation",
     "Comparison": "fct.judging.alternatives",
     "compare_alternatives": "fct.judging.alternatives",
+    "GroupLosses": "fct.judging.group_losses",
+    "who_loses": "fct.judging.group_losses",
     "Judgements": "fct.judging.judgements",
+    "ScoreMap": "fct.judging.score_map",
+    "fit_score_map": "fct.judging.score_map",
+    "neighbour_scores": "fct.judging.score_map",
     "UpgradeQueries": "fct.judging.upgrade_systems",
     "UpgradeVerdict": "fct.judging.upgrade_verdict",
     "GalleryInspection": "fct.inspection",
@@ -106,6 +113,7 @@ __all__ = [
     "FctError",
     "FctWarning",
     "GalleryInspection",
+    "GroupLosses",
     "InUseError",
     "Judgements",
     "MissingExtraError",
@@ -116,6 +124,7 @@ __all__ = [
     "RerankCurve",
     "RetrievalMetrics",
     "ScaledInt8",
+    "ScoreMap",
     "SpaceMismatchError",
     "StoreError",
     "TopK",
@@ -129,9 +138,11 @@ __all__ = [
     "compare_alternatives",
     "evaluate",
     "evaluate_mixed",
+    "fit_score_map",
     "fit_transformation",
     "inspect_gallery",
     "judge_upgrade",
+    "neighbour_scores",
     "plan_backfill",
     "prepare_gallery",
     "read_qrels",
@@ -141,6 +152,7 @@ __all__ = [
     "train_side_info",
     "transform_batch",
     "verify_gallery",
+    "who_loses",
 ]
 
 
