@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["PackedInt4", "pack_int4"]
+__all__ = ["PackedInt4", "int4_codes_of", "pack_int4"]
+
+_FIELD = re.compile(r"int4x([1-9]\d{0,8})")
+
+
+def int4_codes_of(dtype: np.dtype[Any]) -> int | None:
+    """How many 4-bit codes a record of this dtype holds, as :attr:`PackedInt4.records` has them; None for others."""
+    names = dtype.names or ()
+    match = _FIELD.fullmatch(names[0]) if len(names) == 1 else None
+    if match is None or dtype[0].subdtype is None or dtype[0].subdtype[0] != np.uint8:
+        return None
+    d = int(match[1])
+    return d if dtype[0].shape == ((d + 1) // 2,) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,27 @@ class PackedInt4:
 
     def __getitem__(self, rows: Any) -> PackedInt4:
         return PackedInt4(self.values[rows], self.d)
+
+    @property
+    def records(self) -> np.ndarray[Any, Any]:
+        """(n,) records of one field, ``int4x{d}`` of ceil(d / 2) bytes; ``numpy.save`` makes a packed ``.npy`` of them.
+
+        ``numpy.load`` gives the same records, which every fct function takes in place of this object.
+        """
+        self.codes()  # refuses what is not packed so
+        values = np.ascontiguousarray(self.values.detach().cpu() if hasattr(self.values, "detach") else self.values)
+        return values.view([(f"int4x{self.d}", np.uint8, values.shape[1:])]).reshape(len(values))
+
+    @classmethod
+    def of_records(cls, array: np.ndarray[Any, Any], name: str = "rows") -> PackedInt4:
+        """Of :attr:`records`, without a copy. ValueError: other records."""
+        d = int4_codes_of(array.dtype)
+        if d is None or array.ndim != 1:
+            raise ValueError(
+                f"{name}: expected (n,) records of one field int4xD of ceil(D / 2) bytes, as PackedInt4.records "
+                f"makes them, or rows of numbers, got {array.shape} {array.dtype.descr}"
+            )
+        return cls(array[f"int4x{d}"], d)
 
     def codes(self, name: str = "rows") -> Any:
         """(n, d) int8 codes.

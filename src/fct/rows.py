@@ -154,7 +154,7 @@ def rows_of(
     """Checks ``x`` and brings it to :class:`Rows`; copies only where the last axis is not contiguous.
 
     Args:
-        x: (n, d) array, tensor, DLPack object, ScaledInt8 or PackedInt4.
+        x: (n, d) array, tensor, DLPack object, ScaledInt8 or PackedInt4 (its records too).
         name: the argument's name, for messages.
         d, n: expected sizes, with ``d_why``/``n_why`` appended to the message ("to match the transformation").
         finite: refuse NaN and infinities (integer dtypes have none).
@@ -167,6 +167,8 @@ def rows_of(
     Raises:
         TypeError: not an array. ValueError: wrong rank, size, dtype or a non-finite value.
     """
+    if isinstance(x, np.ndarray) and x.dtype.names:
+        x = PackedInt4.of_records(x, name)
     if isinstance(x, PackedInt4):
         x = ScaledInt8(x.codes(name))
     values, scale, offset = (x.values, x.scale, x.offset) if isinstance(x, ScaledInt8) else (x, None, None)

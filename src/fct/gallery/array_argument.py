@@ -211,7 +211,7 @@ def _flat_npy(where: Any, name: str, access: dict[str, Any]) -> Array | None:
     if not place.is_local or not place.exists() or place.is_folder():
         return None
     array = map_npy(place.path, name)
-    return array if array.ndim == 1 else None
+    return array if array.ndim == 1 and not array.dtype.names else None
 
 
 def map_npy(path: str | os.PathLike[str], name: str) -> Array:

@@ -25,6 +25,7 @@ from fct.gallery.location import Location
 from fct.gallery.members import READ, native_name
 from fct.gallery.recycler import Recycler
 from fct.gallery.vectors import vector_block, vector_dim
+from fct.packed_int4 import PackedInt4, int4_codes_of
 from fct.spaces import EmbeddingSpace
 
 __all__ = [
@@ -55,6 +56,7 @@ class Facts(NamedTuple):
     """A matrix in a file: its shape and dtype, where its first row begins, whether it lies column by column.
 
     inside: the member of an archive whose stream the offset counts in; "" for the file itself.
+    int4: how many 4-bit codes the d bytes of a row hold; 0 where they are no codes.
     """
 
     n: int
@@ -63,6 +65,7 @@ class Facts(NamedTuple):
     offset: int
     fortran: bool = False
     inside: str = ""
+    int4: int = 0
 
 
 class MatrixSource(FileSource):
@@ -94,6 +97,8 @@ class MatrixSource(FileSource):
 
     def file_schema(self, file: Location) -> pa.Schema:
         facts = self._facts(file)
+        if facts.int4:
+            return pa.schema({"vector": pa.list_(pa.int8(), facts.int4)})
         return pa.schema({"vector": pa.list_(pa.from_numpy_dtype(facts.dtype.newbyteorder("=")), facts.d)})
 
     def groups(self, file: Location) -> list[int]:
@@ -120,7 +125,7 @@ class MatrixSource(FileSource):
                     _fill(stream, block, file)
                 if not dtype.isnative:
                     block.byteswap(inplace=True)
-                yield matrix_batch(block)
+                yield matrix_batch(PackedInt4(block, facts.int4).codes() if facts.int4 else block)
                 start, rows = start + take, rows - take
 
 
@@ -178,8 +183,13 @@ class NpySource(MatrixSource):
             shape, fortran, dtype, offset = read_npy_header(stream, str(file))
         if dtype.hasobject:
             raise FctError(f"source: expected numbers in {file}, got pickled objects, which are never loaded")
+        codes = int4_codes_of(dtype)
+        if codes is not None and len(shape) == 1:
+            return Facts(shape[0], (codes + 1) // 2, np.dtype(np.uint8), offset, int4=codes)
         if len(shape) != 2:
-            raise FctError(f"source: expected (n, d) rows in {file}, got {shape} {dtype.str}")
+            raise FctError(
+                f"source: expected (n, d) rows in {file}, got {shape} {dtype.descr if dtype.names else dtype}"
+            )
         return Facts(shape[0], shape[1], dtype, offset, fortran)
 
 
