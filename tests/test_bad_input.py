@@ -474,7 +474,7 @@ SCALARS |= {
     "id_column": (job("id_column"), "id_column: expected the name of a column, got", (None, 3, [], np.ones(2))),
     "old_model": (job("old_model"), "old_model: expected the id of a model or None", (3, [], np.ones(2))),
     "keep_side_info": (job("keep_side_info"), "keep_side_info: expected True or False", (None, 1, np.ones(2))),
-    "scale": (job("scale"), "scale: expected ", (None, 0, -1, True, float("nan"), float("inf"), "1", np.ones(2))),
+    "scale": (job("scale"), "scale: expected ", (None, 0, -1, True, float("nan"), float("inf"))),
     "shard_rows": (job("shard_rows"), "shard_rows: expected a whole number of at least 1", (0, True, 1.5, np.ones(2))),
     "batch_rows": (job("batch_rows"), "batch_rows: expected a whole number of at least 1", (0, True, "3", [])),
     "filesystem": (job("filesystem"), "filesystem: expected fsspec's or pyarrow's", (3, "s3", [], np.ones(2))),
