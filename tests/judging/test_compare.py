@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -119,12 +120,72 @@ def test_a_comparison_says_what_each_map_does_on_held_out_pairs(
     assert json.loads(found.to_json())["alternatives"][0]["name"] == "nothing"
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(alternatives, "fit_transformation", lambda o, s, n, **how: fit_ridge(o, n))
+    monkeypatch.setattr(alternatives, "fit_residual", lambda o, n, **how: fit_ridge(o, n))
+
+
+def compared(old: np.ndarray, new: np.ndarray, **how: object) -> fct.Comparison:
+    return fct.compare_alternatives(old, None, new, curve="none", measure_seconds=0.001, progress=False, **how)
+
+
+def test_few_pairs_are_measured_on_fifty_and_chance_is_told(rng: np.random.Generator, quick: None) -> None:
+    old, _, new, labels = made(rng, 100)
+    found = compared(old, new, labels=labels, gallery=old)
+    assert (found.train_pairs, found.held_out_pairs) == (50, 50)
+    assert found.notes == ("50 held-out pairs are few: ten rows drawn by lot would have a recall@10 of 20 % already",)
+    noise = rng.standard_normal(new.shape).astype(np.float32)
+    lot = recalls_at_10(noise[:50], noise[:50], new[:50], gallery_metric="l2", metric="l2").mean()
+    assert lot == pytest.approx(10 / 49, abs=0.05), "what the note says of chance"
+
+
+def test_copies_count_once_and_are_told(rng: np.random.Generator, quick: None) -> None:
+    old, _, new, _ = made(rng, 300)
+    found = compared(np.repeat(old, 3, axis=0), np.repeat(new, 3, axis=0))
+    assert found.held_out_pairs == 60
+    assert found.notes[0] == "120 held-out pairs are copies of others and were left out"
+    conflicting = compared(np.repeat(old, 3, axis=0), rng.standard_normal((900, 8)).astype(np.float32))
+    assert conflicting.held_out_pairs == 180, "one old vector with three new ones is no copy"
+    with pytest.raises(ValueError, match=r"old: expected at least 12 different pairs held out: .*, got \d and"):
+        compared(np.repeat(old[:12], 20, axis=0), np.repeat(new[:12], 20, axis=0))
+
+
+def test_labels_that_say_nothing_are_told(rng: np.random.Generator, quick: None) -> None:
+    old, _, new, labels = made(rng, 600)
+    assert compared(old, new, labels=labels).notes == ()
+    one, none = (compared(old, new, labels=given).notes for given in (np.zeros(600, int), np.arange(600)))
+    assert one == ("all held-out pairs are of one class: CMC and mAP are 100 % whatever is done",)
+    assert none == ("no held-out pair has another of its class: there is no CMC and no mAP",)
+
+
+def test_a_gallery_of_something_else_is_told(rng: np.random.Generator, quick: None) -> None:
+    old, _, new, _ = made(rng, 600)
+    (note,) = compared(old, new, gallery=np.concatenate([old[:300], old[300:] + 50])).notes
+    assert note.startswith("50 % of the gallery resembles no pair (1 % is usual)")
+    assert note.endswith("draw the pairs from the gallery")
+
+
+def test_the_parts_of_the_curve_do_not_repeat_the_warnings(
+    rng: np.random.Generator, quick: None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def warning(o: np.ndarray, s: None, n: np.ndarray, **how: object) -> fct.Transformation:
+        warnings.warn(f"{len(o)} pairs", fct.FctWarning, stacklevel=2)
+        return fit_ridge(o, n)
+
+    monkeypatch.setattr(alternatives, "fit_transformation", warning)
+    old, _, new, _ = made(rng)
+    fct.compare_alternatives(old, None, new, measure_seconds=0.001, progress=False)
+    assert [str(w.message) for w in recwarn if w.category is fct.FctWarning] == ["320 pairs"]
+
+
 def test_bad_input_is_named(rng: np.random.Generator) -> None:
     old, side, new, _ = made(rng)
     with pytest.raises(ValueError, match=r"new: .*400"):
         fct.compare_alternatives(old, None, new[:-1])
-    with pytest.raises(ValueError, match="old: expected"):
-        fct.compare_alternatives(old[:20], side[:20], new[:20])
+    with pytest.raises(ValueError, match="old: expected at least 100 pairs, half of them to measure on, got 99"):
+        fct.compare_alternatives(old[:99], side[:99], new[:99])
     with pytest.raises(ValueError, match="extra: expected one of paper, best"):
         fct.compare_alternatives(old, side, new, extra=["all"])
     with pytest.raises(ValueError, match="old: expected different vectors"):
@@ -149,5 +210,37 @@ def test_the_command_prints_and_writes_the_figures(
     shown = capsys.readouterr().out
     assert not ended.value.code
     assert "| ridge | " in shown, shown
+    assert "mAP" not in shown, "no column without a figure"
+    assert "money" not in shown
     assert "extrapolated" in shown, shown
     assert json.loads((tmp_path / "c.json").read_text())["train_pairs"] == 320
+
+
+def test_the_table_is_whole_on_a_terminal_of_eighty_columns(
+    rng: np.random.Generator,
+    tmp_path: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fct.cli.app import main
+
+    monkeypatch.setenv("COLUMNS", "80")
+    old, _, new, labels = made(rng)
+    np.savez(tmp_path / "pairs.npz", old=old, new=new)
+    np.save(tmp_path / "y.npy", labels)
+    words = ["compare", str(tmp_path / "pairs.npz"), "--curve", "none", "--no-progress", "--rows", "1e12"]
+    for more in ([], ["--labels", str(tmp_path / "y.npy"), "--price-per-hour", "99"]):
+        with pytest.raises(SystemExit):
+            main([*words, *more])
+        shown = capsys.readouterr().out
+        assert "…" not in shown, shown
+        assert "procrustes" in shown
+        rows = [line.split() for line in shown.splitlines() if line.startswith(("procrustes", "ridge", "auto"))]
+        assert len(rows) == 3
+        for row in rows:  # hours in 1e12 rows, then money to the cent: whole to the last digit
+            hours = float(row[-2 if more else -1].replace(",", ""))
+            assert hours > 1
+            if more:
+                assert float(row[-1].replace(",", "")) == pytest.approx(99 * hours, rel=0.05)
+                assert row[-1][-3] == "."

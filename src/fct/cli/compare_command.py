@@ -23,9 +23,9 @@ _HEADINGS = (
     "CMC top-1 %",
     "mAP %",
     "fit s",
-    "MFLOP/row",
-    "rows/s",
-    "bytes/row",
+    "MFLOP a row",
+    "1,000 rows/s",
+    "bytes a row",
     "hours",
     "money",
 )
@@ -114,31 +114,49 @@ def _cells(result: Comparison) -> list[tuple[str, ...]]:
             share(row.cmc1),
             share(row.map),
             f"{row.fit_seconds:.1f}",
-            f"{row.mflop_per_row:.3g}",
-            "-" if row.rows_per_s is None else f"{row.rows_per_s:,.0f}",
+            f"{row.mflop_per_row:.2f}" if row.mflop_per_row >= 0.01 else "< 0.01" if row.mflop_per_row else "0",
+            "-" if row.rows_per_s is None else f"{row.rows_per_s / 1e3:,.0f}",
             str(row.bytes_per_row),
-            f"{row.hours:.3g}",
+            f"{row.hours:,.0f}" if row.hours >= 100 else f"{row.hours:.3g}",
             "-" if row.cost is None else f"{row.cost:,.2f}",
         )
         for row in result.alternatives
     ]
 
 
+def _columns(result: Comparison) -> list[tuple[str, ...]]:
+    """The table by columns, those left out that hold no figure at all (no labels, no price)."""
+    columns = zip(_HEADINGS, *_cells(result), strict=True)
+    return [column for column in columns if any(cell != "-" for cell in column[1:])]
+
+
 def _show(result: Comparison, markdown: bool) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    columns = _columns(result)
+    headings, *lines = zip(*columns, strict=True)
     if markdown:
-        lines = [_HEADINGS, ("---", *["--:"] * (len(_HEADINGS) - 1)), *_cells(result)]
-        for line in lines:
+        for line in (headings, ("---", *["--:"] * (len(headings) - 1)), *lines):
             console.print(f"| {' | '.join(line)} |", highlight=False, soft_wrap=True)
         console.print("")
     else:
-        table = Table(*_HEADINGS)
-        for line in _cells(result):
+        table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+        # Widths are set: a heading may take lines, and so may a long name, but a figure is never cut.
+        widths = [max(map(len, [*heading.split(), *cells])) for heading, *cells in columns[1:]]
+        longest = max(map(len, columns[0]))
+        table.add_column(
+            "", width=max(12, min(longest, console.width - sum(widths) - 2 * len(widths))), overflow="fold"
+        )
+        for heading, width in zip(headings[1:], widths, strict=True):
+            table.add_column(heading, justify="right", width=width)
+        for line in lines:
             table.add_row(*line)
         console.print(table)
     for text in _notes(result):
         console.print(text, highlight=False, soft_wrap=True)
+    for text in result.notes:
+        console.say("note:", text, style="bold yellow")
 
 
 def _notes(result: Comparison) -> list[str]:
@@ -149,6 +167,6 @@ def _notes(result: Comparison) -> list[str]:
         lines.append(
             f"{result.curve_of} on {point.pairs:,} pairs: {100 * point.recall:.1f} ± {100 * point.error:.1f} %{what}"
         )
-    if result.unlike_gallery is not None:
+    if result.unlike_gallery is not None and not any("resembles no pair" in note for note in result.notes):
         lines.append(f"{100 * result.unlike_gallery:.1f} % of the gallery's sample resembles no pair (expected: 1 %)")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,7 +13,8 @@ import numpy.typing as npt
 
 from fct.artifact.transformation import Layer, Transformation
 from fct.baselines import fit_procrustes, fit_residual, fit_ridge
-from fct.checks import check_choice, check_number, check_positive, check_seed, check_whole
+from fct.checks import check_choice, check_number, check_positive, check_seed
+from fct.errors import FctWarning
 from fct.fit.transformation_fit import fit_transformation
 from fct.judging.learning_curve import CurvePoint, extrapolate
 from fct.judging.pair_coverage import neighbour_means, recalls_at_10, unlike_pairs
@@ -30,6 +32,10 @@ _SHARES = (8, 4, 2, 1)
 _LEAST_PAIRS = 16  # of a point of the curve
 _NEIGHBOURS = (1, 3, 10, 30)
 _MOST_HELD_OUT = 5_000
+_LEAST_HELD_OUT = 50  # where there are 100 pairs or more: among fewer rows ten neighbours are a large part of all
+_LEAST_RANKED = 12  # with eleven, every ranking finds all ten
+_LOUD_CHANCE = 0.1
+_LOUD_UNLIKE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,8 @@ class Comparison:
     ceiling: recall@10 of a k-NN oracle, "old" and, with side-information, "old + side-information". An estimate from
     below: k-NN regression with the k that is best on the held-out rows, which a good map may pass.
     unlike_gallery: share of the gallery's sample that no pair resembles, None without one.
+    held_out_pairs: that were measured on. notes: what a reader of the figures must know: copies among the pairs, what
+        chance alone reaches, labels that say nothing, a gallery that is something else.
     """
 
     metric: str
@@ -70,6 +78,7 @@ class Comparison:
     curve_of: str
     unlike_gallery: float | None
     rows: float
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Every figure, as text."""
@@ -109,12 +118,13 @@ def compare_alternatives(
     """Fits what users would do instead on the same pairs, and measures each on pairs that no fit has seen.
 
     Args:
-        old: (n, d_old), side_info: (n, d_side) or None, new: (n, d_new): embeddings of the same n items, n >= 40.
+        old: (n, d_old), side_info: (n, d_side) or None, new: (n, d_new): embeddings of the same n items, n >= 100.
         labels: (n,) integers or strings, for CMC top-1 and mAP.
         gallery: (m, d_old), a sample of the gallery's old vectors: do the pairs resemble it?
         extra: also "paper" and "best", which take minutes.
         metric: how vectors of both spaces are compared: "l2", "ip" or "cosine".
-        held_out: share of the pairs, at most 5,000 of them. Pairs of equal old vectors stay on one side.
+        held_out: share of the pairs, at most 5,000 of them and at least 50. Pairs of equal old vectors stay on one
+            side, and whole copies of a held-out pair are left out.
         curve: what the learning curve is of: "auto", "ridge", or "none".
         rows, price_per_hour: of the gallery that hours and cost are for.
         measure_seconds: how long each map's speed is measured.
@@ -142,9 +152,19 @@ def compare_alternatives(
         check_number(price_per_hour, "price_per_hour", 0)
     check_seed(seed)
     pairs = _checked(old, side_info, new)
-    check_whole(len(pairs.old), "old", 40)
+    if len(pairs.old) < 2 * _LEAST_HELD_OUT:
+        raise ValueError(
+            f"old: expected at least {2 * _LEAST_HELD_OUT} pairs, half of them to measure on, got {len(pairs.old)}"
+        )
     named = None if labels is None else check_labels(labels, "labels", len(pairs.old))
-    train_rows, held_rows = split_apart(pairs.old, held_out, seed)
+    train_rows, held_rows = split_apart(pairs.old, held_out, seed, least=_LEAST_HELD_OUT)
+    whole = len(held_rows)
+    held_rows = held_rows[_first_copies(pairs.take(held_rows))]
+    if len(held_rows) < _LEAST_RANKED:
+        raise ValueError(
+            f"old: expected at least {_LEAST_RANKED} different pairs held out: among fewer every map has the "
+            f"same ten neighbours, got {len(held_rows)} and copies of them"
+        )
     train, held = pairs.take(train_rows), pairs.take(held_rows)
     held_labels = None if named is None else named[held_rows]
     unlike = None if gallery is None else unlike_pairs(pairs.old, gallery)
@@ -165,24 +185,64 @@ def compare_alternatives(
             bar.update(task, description=f"{curve} on {size:,} pairs")
             part = train.take(np.random.default_rng([seed, 3]).permutation(len(train_rows))[:size])
             fit, with_side = fits[curve]
-            points.append(judge.map(curve, fit, part, with_side)[1])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FctWarning)  # of all pairs it was said already
+                points.append(judge.map(curve, fit, part, with_side)[1])
             bar.advance(task)
     drawn = () if curve == "none" else extrapolate(sizes, [*map(_doubles, points), _doubles(recalls[curve])], seed=seed)
+    notes = _notes(whole - len(held_rows), len(held_rows), held_labels, found, unlike)
     return Comparison(
-        metric, len(train_rows), len(held_rows), tuple(found), judge.ceilings(train), drawn, curve, unlike, rows
+        metric, len(train_rows), len(held_rows), tuple(found), judge.ceilings(train), drawn, curve, unlike, rows, notes
     )
 
 
-def split_apart(old: Floats, share: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows to fit on and rows to measure on; equal old vectors are on one side."""
+def _notes(
+    copies: int, held: int, labels: Labels | None, found: Sequence[Alternative], unlike: float | None
+) -> tuple[str, ...]:
+    lines = []
+    if copies:
+        lines.append(f"{copies:,} held-out pairs are copies of others and were left out")
+    chance = 10 / (held - 1)
+    if chance > _LOUD_CHANCE:
+        lines.append(
+            f"{held} held-out pairs are few: ten rows drawn by lot would have a recall@10 of {100 * chance:.0f} % "
+            "already"
+        )
+    if labels is not None and len(np.unique(labels)) == 1:
+        lines.append("all held-out pairs are of one class: CMC and mAP are 100 % whatever is done")
+    elif labels is not None and found[0].cmc1 is None:
+        lines.append("no held-out pair has another of its class: there is no CMC and no mAP")
+    if unlike is not None and unlike > _LOUD_UNLIKE:
+        lines.append(
+            f"{100 * unlike:.0f} % of the gallery resembles no pair (1 % is usual): the figures hold for rows like the "
+            "pairs; draw the pairs from the gallery"
+        )
+    return tuple(lines)
+
+
+def _rows_as_bytes(rows: Floats) -> npt.NDArray[np.void]:
+    """(n,) one value a row; equal where every bit is."""
+    return np.ascontiguousarray(rows).view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+
+
+def _first_copies(pairs: _Part) -> npt.NDArray[np.int64]:
+    """Positions of the pairs that are no copies of an earlier one, ascending."""
+    parts = [pairs.old, pairs.new] if pairs.side is None else [pairs.old, pairs.side, pairs.new]
+    return np.sort(np.unique(_rows_as_bytes(np.concatenate(parts, axis=1)), return_index=True)[1])
+
+
+def split_apart(
+    old: Floats, share: float, seed: int, *, least: int = 1
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows to fit on and rows to measure on, ``least`` of them at least; equal old vectors are on one side."""
     if not 0 < share < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {share!r}")
-    whole = np.ascontiguousarray(old).view(np.dtype((np.void, old.dtype.itemsize * old.shape[1]))).ravel()
-    group = np.unique(whole, return_inverse=True)[1].ravel()
+    group = np.unique(_rows_as_bytes(old), return_inverse=True)[1].ravel()
     order = np.random.default_rng([seed, 5]).permutation(int(group.max()) + 1)
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
-    chosen = position[group] < max(1, round(len(order) * min(share, _MOST_HELD_OUT / len(old))))
+    wanted = max(min(share, _MOST_HELD_OUT / len(old)), min(0.5, least / len(old)))
+    chosen = position[group] < max(1, round(len(order) * wanted))
     train, held = np.flatnonzero(~chosen), np.flatnonzero(chosen)
     if len(held) < 3 or len(train) < 3:
         raise ValueError(

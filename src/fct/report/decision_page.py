@@ -152,6 +152,7 @@ def _compared(comparison: Figures) -> list[str]:
             f'<p class="note">{_share(comparison["unlike_gallery"])} % of the gallery resembles no pair: there h is '
             "untried.</p>"
         )
+    parts += [f'<p class="note"><strong>Note:</strong> {_text(note)}.</p>' for note in comparison.get("notes", ())]
     curve = comparison["curve"]
     if len(curve) > 1:
         points = [(float(p["pairs"]), 100 * float(p["recall"]), 100 * float(p["error"])) for p in curve]
