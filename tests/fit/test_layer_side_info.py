@@ -188,3 +188,76 @@ def test_a_column_of_codes_with_nulls() -> None:
     assert (list(block.rows), block.bad) == ([0, 2], {1: "null"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="vectors: expected 8 float32 a row, got a column of fixed_size_binary"):
         vector_block(column, 8)
+
+
+class SentenceModel(nn.Module):
+    """As sentence-transformers 6 has it: the network is "model", and "auto_model" a property beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = TextModel()
+
+    @property
+    def auto_model(self) -> nn.Module:
+        return self.model
+
+    def forward(self, given: dict[str, Any]) -> Any:
+        return self.model(given["input_ids"], given["attention_mask"])
+
+    def encode(self, texts: Any) -> Any:
+        raise AssertionError("the layer is wanted, not the embedding")
+
+
+class Version6(SentenceModel):
+    def preprocess(self, texts: Any) -> dict[str, Any]:
+        return tokenised(texts)
+
+    def tokenize(self, texts: Any) -> dict[str, Any]:
+        raise AssertionError("deprecated")
+
+
+class Version5(SentenceModel):
+    def tokenize(self, texts: Any) -> dict[str, Any]:
+        return tokenised(texts)
+
+
+@pytest.mark.parametrize("kind", [Version5, Version6])
+def test_a_layer_goes_by_the_name_of_either_version_of_sentence_transformers(
+    kind: type[SentenceModel], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, texts = kind(), [f"text {i} of {i * i}" for i in range(40)]
+    side = side_info_from(model, texts, layer="auto_model.first", dim=4, progress=False)
+    other = side_info_from(model, texts, layer="model.first", dim=4, progress=False)
+    np.testing.assert_array_equal(
+        side.encode(texts, progress=False).codes(), other.encode(texts, progress=False).codes()
+    )
+    side.save(tmp_path / "side.safetensors")
+    again = LayerSideInfo.load(tmp_path / "side.safetensors", model)
+    np.testing.assert_array_equal(
+        again.encode(texts, progress=False).codes(), side.encode(texts, progress=False).codes()
+    )
+    for name in ("auto_model.second", "auto_model.forward", "training", "auto_model."):
+        with pytest.raises(
+            ValueError, match=rf"layer: expected the name of one of the model's .* modules, got '{name}'"
+        ):
+            side_info_from(model, texts, layer=name, dim=4, progress=False)
+
+
+def test_a_model_by_name_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import ModuleType
+
+    def missing(name: str, device: str) -> nn.Module:
+        raise OSError(f"nothing\nat {name}")
+
+    library = ModuleType("sentence_transformers")
+    library.SentenceTransformer = missing  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    with pytest.raises(
+        ValueError, match=r"model: expected the name or folder .*, 'no/such' could not be loaded: nothing at"
+    ):
+        side_info_from("no/such", ["a"] * 9, layer="x", progress=False)
+    library.SentenceTransformer = lambda name, device: Version6()  # type: ignore[attr-defined]
+    side = side_info_from("some-name", [f"text {i * i}" for i in range(40)], layer="model.first", dim=4, progress=False)
+    assert side.layer == "model.first"

@@ -208,17 +208,34 @@ def _network(model: Any) -> tuple[nn.Module, Batch | None]:
     if isinstance(model, (str, os.PathLike)):
         from fct.extras import need
 
-        model = need("sentence_transformers", "model").SentenceTransformer(os.fspath(model), device="cpu")
+        library, name = need("sentence_transformers", "model"), os.fspath(model)
+        try:
+            model = library.SentenceTransformer(name, device="cpu")
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(
+                f"model: expected the name or folder of a sentence-transformers model, {name!r} could not be "
+                f"loaded: {why}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module or a sentence-transformers model, got {type(model).__name__}")
-    if callable(getattr(model, "tokenize", None)) and callable(getattr(model, "encode", None)):
-        tokenise: Any = model.tokenize
+    tokenise: Any = getattr(
+        model, "preprocess", getattr(model, "tokenize", None)
+    )  # the name since version 6, and before
+    if callable(tokenise) and callable(getattr(model, "encode", None)):
         return model, lambda texts: (dict(tokenise(list(texts))),)
     return model, None
 
 
 def _module(network: nn.Module, layer: str) -> nn.Module:
     known: dict[str, nn.Module] = dict(network.named_modules())
+    if isinstance(layer, str) and layer and layer not in known:
+        # sentence-transformers 6 calls "model" what was "auto_model", and keeps that name as a property alone.
+        found: object = network
+        for part in layer.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module) and any(found is module for module in known.values()):
+            return found
     if not isinstance(layer, str) or layer not in known or not layer:
         names = [name for name in known if name]
         near = difflib.get_close_matches(str(layer), names, 5, 0.3) or names[:5]
