@@ -236,16 +236,16 @@ def test_a_precision_of_a_gpu_is_no_key_error(
 ) -> None:
     from dataclasses import replace
 
-    from fct.backfilling.spot_check import check_vectors
+    from fct.backfilling.spot_check import VectorChecker
     from fct.backfilling.verify import gallery_journal
     from fct.gallery import open_source
 
     source, new = pair
     journal, job = gallery_journal(new)
-    how: dict[str, Any] = {"count": 100, "seed": 0, "deep": False}
     coarse = replace(job, precision=precision, backend="torch" if precision == "fp16" else "triton")
     h = calibrate(h, *_inputs(rng))
-    found = check_vectors(journal, coarse, open_source(source), None, open_source(new), h, **how)
+    checker = VectorChecker(journal, coarse, open_source(source), None, open_source(new), h)
+    found = checker.run(100, seed=0, deep=False)
     assert (found.rows >= 100, found.problems) == (True, [])
 
 

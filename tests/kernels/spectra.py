@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SPECTRA", "spectrum"]
+import fct
+from fct.rows import rows_of
+
+__all__ = ["SPECTRA", "narrow_gallery", "spectrum"]
 
 
 def spectrum(rng: np.random.Generator, n: int, d: int, name: str) -> Any:
@@ -45,3 +48,17 @@ SPECTRA = (
     "falling", "one direction", "tails of zero", "outliers in the last direction", "duplicates", "sorted by cluster",
     "far from the origin", "nearly equal", "tiny", "mixed lengths", "zeros", "even",
 )  # fmt: skip
+
+
+def narrow_gallery(x: Any, dtype: str, path: Any) -> tuple[list[fct.PreparedGallery], Any]:
+    """(a gallery of these rows in float16 or int8 that was prepared by half and grown, and the same as it was saved;
+    the rows that they stand for, in float32)."""
+    g: Any = x.astype(np.float16) if dtype == "float16" else np.clip(np.rint(x / 0.03), -127, 127).astype(np.int8)
+
+    def scaled(values: Any) -> Any:
+        return values if dtype == "float16" else fct.ScaledInt8(values, 0.03)
+
+    half = len(x) // 2
+    prepared = fct.prepare_gallery(scaled(g[:half])).append(scaled(g[half:]))
+    prepared.save(path)
+    return [prepared, fct.PreparedGallery.load(path, prepared.gallery)], rows_of(scaled(g), "g").float32()

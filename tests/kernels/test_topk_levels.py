@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracle import check_search
-from spectra import SPECTRA, spectrum
+from spectra import SPECTRA, narrow_gallery, spectrum
 
 import fct
 from fct import _C
@@ -154,16 +154,9 @@ def test_own_rows_and_large_k(metric: str, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_narrow_rows_grow_and_are_saved(dtype: str, rng: np.random.Generator, tmp_path: Any) -> None:
     x = spectrum(rng, 1000, 40, "falling")
-    g: Any = x.astype(np.float16) if dtype == "float16" else np.clip(np.rint(x / 0.03), -127, 127).astype(np.int8)
-
-    def scaled(values: Any) -> Any:
-        return values if dtype == "float16" else fct.ScaledInt8(values, 0.03)
-
-    exact = rows_of(scaled(g), "g").float32()
-    prepared = fct.prepare_gallery(scaled(g[:500])).append(scaled(g[500:]))
-    assert prepared.shadow.levels is not None
-    prepared.save(tmp_path / "shadow")
-    for gallery in (prepared, fct.PreparedGallery.load(tmp_path / "shadow", prepared.gallery)):
+    galleries, exact = narrow_gallery(x, dtype, tmp_path / "shadow")
+    for gallery in galleries:
+        assert gallery.shadow.levels is not None  # type: ignore[union-attr]
         check_search(*fct.topk(x[:30], gallery, 7), x[:30], exact, "l2")
 
 

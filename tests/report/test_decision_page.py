@@ -107,6 +107,7 @@ def scripts_of(text: str) -> list[str]:
     return re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
 
 
+# Stays: the package has no browser among its extras, and a machine without one can still run every other test.
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(page: Path, width: int) -> None:

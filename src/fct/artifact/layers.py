@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ __all__ = [
     "check_skip",
     "fold_norm",
     "fold_scaling",
-    "untrained_chain",
 ]
 
 BRANCHES = ("old", "side", "mixer")
@@ -103,16 +102,6 @@ def check_skip(skip: Any, d_in: int, d_out: int) -> None:
             f"skip: expected a weight of shape ({d_out}, {d_in}), from the old embedding and the side-information "
             f"side by side to the output, got ({skip.d_out}, {skip.d_in})"
         )
-
-
-def untrained_chain(rng: np.random.Generator, widths: Sequence[int], last_relu: bool) -> tuple[Layer, ...]:
-    """Random layers between the given widths, under which activations keep about unit variance."""
-    layers = []
-    for i, (a, b) in enumerate(itertools.pairwise(widths)):
-        weight = rng.standard_normal((b, a), dtype=np.float32) * np.float32(np.sqrt(2 / a))
-        bias = rng.standard_normal(b, dtype=np.float32) * np.float32(0.1)
-        layers.append(Layer(weight, bias, last_relu or i + 2 < len(widths)))
-    return tuple(layers)
 
 
 def fold_norm(weight: Any, norm: Mapping[str, Any], eps: float) -> tuple[Any, Any]:

@@ -21,11 +21,12 @@ import numpy as np
 
 from fct.artifact.composition import composed_fields
 from fct.artifact.file_format import read_artifact, require_whole, write_artifact
-from fct.artifact.layers import BRANCHES, SKIP, Layer, check_chain, check_skip, fold_norm, fold_scaling, untrained_chain
+from fct.artifact.layers import BRANCHES, SKIP, Layer, check_chain, check_skip, fold_norm, fold_scaling
 from fct.artifact.ml_fct import load_ml_fct
 from fct.artifact.onnx_export import save_onnx
 from fct.artifact.tolerance import PrecisionEffect, Tolerance
-from fct.checks import check_flag, check_positive, check_seed, check_whole
+from fct.artifact.untrained import untrained_fields
+from fct.checks import check_flag, check_positive
 from fct.errors import ArtifactError
 from fct.spaces import EmbeddingSpace
 
@@ -422,33 +423,13 @@ class Transformation:
             blocks: how many blocks the mixer has before its linear layer.
             skip: add a linear skip.
         """
-        for name, value in (("d_old", d_old), ("d_side", d_side), ("d_new", d_new), ("inner", inner)):
-            check_whole(value, name, 1)
-        check_whole(blocks, "blocks", 0)
-        d_old, d_side, d_new, inner = (int(value) for value in (d_old, d_side, d_new, inner))
-        widths: tuple[tuple[int, ...], ...] = ((2 * d_old, 2 * d_new), (2 * d_side, 2 * d_new))
-        if branch is not None:
-            widths = ((check_whole(branch, "branch", 1),),) * 2
-        check_seed(seed)
-        check_flag(normalise, "normalise")
-        check_flag(side_info, "side_info")
-        if not side_info and d_side != d_old:
-            raise ValueError(
-                f"d_side: expected {d_old}, the old embedding's width, without side-information, got {d_side}"
-            )
-        rng = np.random.default_rng(seed)
-        old_branch, side_branch = (
-            untrained_chain(rng, (d, *w), True) for d, w in zip((d_old, d_side), widths, strict=True)
+        found = untrained_fields(
+            d_old, d_side, d_new, inner=inner, seed=seed, side_info=side_info, branch=branch, blocks=blocks, skip=skip
         )
-        mixer = untrained_chain(rng, (widths[0][-1] + widths[1][-1], *blocks * (inner,), d_new), False)
+        check_flag(normalise, "normalise")
         return cls(
-            old=old_branch,
-            side=side_branch,
-            mixer=mixer,
-            old_space=EmbeddingSpace("random-old", d_old),
-            new_space=EmbeddingSpace("random-new", d_new, normalised=normalise),
-            side_model="random-side" if side_info else None,
+            **found,
+            old_space=EmbeddingSpace("random-old", int(d_old)),
+            new_space=EmbeddingSpace("random-new", int(d_new), normalised=normalise),
             normalise=normalise,
-            info={"untrained": True, "seed": seed},
-            skip=untrained_chain(rng, (d_old + (d_side if side_info else 0), d_new), False)[0] if skip else None,
         )

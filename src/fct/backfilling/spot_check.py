@@ -22,7 +22,7 @@ from fct.gallery.vectors import VectorBlock, vector_block
 from fct.ops.numerics.rounding import SIGMAS, rounding_variance
 from fct.progress import Report
 
-__all__ = ["VectorCheck", "check_vectors"]
+__all__ = ["VectorCheck", "VectorChecker"]
 
 _SHARDS, _BLOCK_ROWS = 64, 1024
 _HALF_STEP = 2.0**-24  # of float16 near zero
@@ -41,7 +41,10 @@ class VectorCheck:
     problems: list[str] = field(default_factory=list)
 
 
-class _Checker:
+class VectorChecker:
+    """Maps rows again by the float64 reference and compares; true rows are compared with their pairs, or with what the
+    journal keeps of them."""
+
     def __init__(
         self,
         journal: Journal,
@@ -50,7 +53,7 @@ class _Checker:
         side: Source | None,
         new: Source,
         h: Transformation,
-        pairs: TruePairs | None,
+        pairs: TruePairs | None = None,
     ) -> None:
         self.journal, self.job, self.old, self.side, self.new, self.h = journal, job, old, side, new, h
         plain = replace(job, precision="fp32", backend="ref", dtype="float32")
@@ -121,53 +124,38 @@ class _Checker:
                 f"expected at most {SIGMAS:g}"
             )
 
+    def run(self, count: int, *, seed: int, deep: bool, tell: Report | None = None) -> VectorCheck:
+        """Looks at ``count`` rows, or with ``deep`` at all of them. tell: of the share done."""
+        job, h = self.job, self.h
+        try:
+            rounding_variance(np.zeros((1, h.d_old)), np.zeros((1, h.d_side)), h, job.precision, job.backend)
+        except KeyError:
+            return VectorCheck(problems=[f"the job's precision {job.precision!r} is none that h can be checked at"])
+        self._look(count, seed, deep, tell)
+        if self.true is not None:
+            self.found.problems[:0] = self.true.problems[:20]  # what explains an error comes before it
+            self.found.true_rows, self.found.unchecked = self.true.checked, self.true.unchecked
+        return self.found
 
-def check_vectors(
-    journal: Journal,
-    job: Job,
-    old: Source,
-    side: Source | None,
-    new: Source,
-    h: Transformation,
-    count: int,
-    seed: int,
-    deep: bool,
-    tell: Report | None = None,
-    pairs: TruePairs | None = None,
-) -> VectorCheck:
-    """Maps ``count`` rows again (all with ``deep``) by the float64 reference and compares; true rows are compared
-    with their pairs, or with what the journal keeps of them. tell: of the share done."""
-    try:
-        rounding_variance(np.zeros((1, h.d_old)), np.zeros((1, h.d_side)), h, job.precision, job.backend)
-    except KeyError:
-        return VectorCheck(problems=[f"the job's precision {job.precision!r} is none that h can be checked at"])
-    checker = _Checker(journal, job, old, side, new, h, pairs)
-    _look(checker, job, count, seed, deep, tell)
-    found = checker.found
-    if checker.true is not None:
-        found.problems[:0] = checker.true.problems[:20]  # what explains an error comes before it
-        found.true_rows, found.unchecked = checker.true.checked, checker.true.unchecked
-    return found
-
-
-def _look(checker: _Checker, job: Job, count: int, seed: int, deep: bool, tell: Report | None) -> None:
-    """Has rows checked: all of them, or some from shards that are drawn by chance."""
-    if deep or count >= job.rows:
-        for shard in job.shards:
-            for start in range(0, shard.rows, _BLOCK_ROWS):
-                checker.check(shard, start, min(_BLOCK_ROWS, shard.rows - start))
-                if tell is not None:
-                    tell((shard.first + start) / job.rows)
-                if len(checker.found.problems) >= 20:
-                    return
-        return
-    rng = np.random.default_rng(seed)
-    numbers = rng.choice(len(job.shards), min(_SHARDS, count, len(job.shards)), replace=False)
-    each = -(-count // len(numbers))
-    for i, number in enumerate(sorted(numbers.tolist())):
-        if tell is not None:
-            tell(i / len(numbers))
-        shard = job.shards[number]
-        for start in range(0, min(each, shard.rows), _BLOCK_ROWS):
-            take = min(each - start, _BLOCK_ROWS, shard.rows)
-            checker.check(shard, int(rng.integers(0, shard.rows - take + 1)), take)
+    def _look(self, count: int, seed: int, deep: bool, tell: Report | None) -> None:
+        """Has rows checked: all of them, or some from shards that are drawn by chance."""
+        job = self.job
+        if deep or count >= job.rows:
+            for shard in job.shards:
+                for start in range(0, shard.rows, _BLOCK_ROWS):
+                    self.check(shard, start, min(_BLOCK_ROWS, shard.rows - start))
+                    if tell is not None:
+                        tell((shard.first + start) / job.rows)
+                    if len(self.found.problems) >= 20:
+                        return
+            return
+        rng = np.random.default_rng(seed)
+        numbers = rng.choice(len(job.shards), min(_SHARDS, count, len(job.shards)), replace=False)
+        each = -(-count // len(numbers))
+        for i, number in enumerate(sorted(numbers.tolist())):
+            if tell is not None:
+                tell(i / len(numbers))
+            shard = job.shards[number]
+            for start in range(0, min(each, shard.rows), _BLOCK_ROWS):
+                take = min(each - start, _BLOCK_ROWS, shard.rows)
+                self.check(shard, int(rng.integers(0, shard.rows - take + 1)), take)

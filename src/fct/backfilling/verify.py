@@ -15,7 +15,7 @@ from fct.backfilling.journal import Journal
 from fct.backfilling.marker import Marker
 from fct.backfilling.resolve import load_transformation
 from fct.backfilling.side_join import join_by_id
-from fct.backfilling.spot_check import VectorCheck, check_vectors
+from fct.backfilling.spot_check import VectorCheck, VectorChecker
 from fct.backfilling.true_source import load_true_pairs
 from fct.errors import BackfillError, FctError
 from fct.gallery import journal_location, lance_in, location_of, open_source
@@ -286,10 +286,10 @@ class _Outside:
             if spot.reembed is not None:
                 kind = old.schema.field(self.job.id_column).type if self.job.id_column else None
                 pairs = load_true_pairs(spot.reembed, self.job.new_space, kind, self.access)
-            how = (spot.spot_check, spot.seed, spot.deep)
+            checker = VectorChecker(self.journal, self.job, old, side, new, h, pairs)
             with LongCall(spot.progress) as call:
                 tell = call.stage("mapping rows again")
-                return check_vectors(self.journal, self.job, old, side, new, h, *how, tell, pairs), ""
+                return checker.run(spot.spot_check, seed=spot.seed, deep=spot.deep, tell=tell), ""
         except (FctError, OSError, ValueError) as error:
             return VectorCheck(problems=[f"the rows could not be mapped again: {error}"]), str(error)
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,11 +20,10 @@ import pyarrow as pa
 
 from fct.errors import FctError
 from fct.extras import need
-from fct.gallery.file_gallery import FileSource
 from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.location import Location, Version
 from fct.gallery.matrix_files import matrix_batch
-from fct.gallery.members import READ, native_name, pick_member, require_matrix
+from fct.gallery.members import READ, MemberSource, native_name, pick_member, require_matrix
 
 __all__ = ["ChunkedSource", "Hdf5Source", "ZarrSource", "is_zarr"]
 
@@ -94,19 +93,8 @@ def _coding(array: Stored, where: str) -> _Coding | None:
     return _Coding(found["scale_factor"], found["add_offset"], None if np.isnan(fill) else fill, unsigned)
 
 
-class ChunkedSource(FileSource):
-    """member: an array's path; "" for the only one that can hold rows."""
-
-    def __init__(self, where: Location, files: Sequence[Location], member: str = "") -> None:
-        super().__init__(where, files)
-        self.member = member
-
-    @property
-    def url(self) -> str:
-        return f"{self.where}:{self.member}" if self.member else str(self.where)
-
-    def name_of(self, file: Location) -> str:
-        return f"{super().name_of(file)}:{self.member}" if self.member else super().name_of(file)
+class ChunkedSource(MemberSource):
+    """Arrays in chunks."""
 
     def flat(self) -> Array:
         """All values of an array of one dimension: labels, ids. Raises FctError for one of more."""

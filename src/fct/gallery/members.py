@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fct.errors import FctError
+from fct.gallery.file_gallery import FileSource
 from fct.gallery.location import Location, location_of
 
-__all__ = ["READ", "Found", "native_name", "pick_member", "require_matrix", "split_member"]
+__all__ = ["READ", "Found", "MemberSource", "native_name", "pick_member", "require_matrix", "split_member"]
 
 READ = ("float64", "float32", "float16", "uint8", "int8")  # what rows may be stored in
 _CONTAINER = re.compile(r"(.+?\.(?:npz|hdf5|h5|zarr))(?::(.+))?", re.DOTALL)
 _IN_ZARR = re.compile(r"(.+?\.zarr)/(.+)", re.DOTALL)  # a path that goes on into the store
 _SHOWN = 12
 Found = Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
+
+
+class MemberSource(FileSource):
+    """Rows of one array of each container. member: its name or path; "" for the only one that can hold rows."""
+
+    def __init__(self, where: Location, files: Sequence[Location], member: str = "") -> None:
+        super().__init__(where, files)
+        self.member = member
+
+    @property
+    def url(self) -> str:
+        return f"{self.where}:{self.member}" if self.member else str(self.where)
+
+    def name_of(self, file: Location) -> str:
+        return f"{super().name_of(file)}:{self.member}" if self.member else super().name_of(file)
 
 
 def split_member(where: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from fct.errors import FctError
 from fct.gallery.location import Location
 from fct.gallery.matrix_files import Facts, MatrixSource, read_npy_header
-from fct.gallery.members import Found, native_name, pick_member, require_matrix
+from fct.gallery.members import Found, MemberSource, native_name, pick_member, require_matrix
 
 __all__ = ["NpzSource"]
 
@@ -25,26 +25,18 @@ Array = np.ndarray[Any, Any]
 _IDLE = 4  # readings of compressed members kept for the next shard
 
 
-class NpzSource(MatrixSource):
-    """member: "" for the only one that can hold rows."""
+class NpzSource(MemberSource, MatrixSource):
+    """Arrays of ``.npz`` archives."""
 
     kind = "npz"
     suffixes = (".npz",)
 
     def __init__(self, where: Location, files: Sequence[Location], member: str = "") -> None:
-        super().__init__(where, files)
-        self.member = member
+        super().__init__(where, files, member)
         self._idle: list[tuple[str, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_idle": []}
-
-    @property
-    def url(self) -> str:
-        return f"{self.where}:{self.member}" if self.member else str(self.where)
-
-    def name_of(self, file: Location) -> str:
-        return f"{super().name_of(file)}:{self.member}" if self.member else super().name_of(file)
 
     def flat(self) -> Array:
         """All values of a member of one dimension: labels, ids. Raises FctError for one of more."""
@@ -123,6 +115,7 @@ def _archive(file: Location) -> Iterator[zipfile.ZipFile]:
         with contextlib.ExitStack() as stack:
             opened = file.path if file.is_local else stack.enter_context(file.open())
             yield stack.enter_context(zipfile.ZipFile(opened))
+    # zipfile raises NotImplementedError for a way of compressing that it lacks, RuntimeError for an encrypted member.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise FctError(f"source: expected a whole .npz file, {file} is not: {error}") from error
 

@@ -147,12 +147,13 @@ def _compared(comparison: Figures) -> list[str]:
             '<p class="note">What the old space holds of the new one, by a k-NN oracle (an estimate from below): '
             f"{said}.</p>"
         )
-    if comparison["unlike_gallery"] is not None:
+    notes = [str(note) for note in comparison.get("notes", ())]
+    if comparison["unlike_gallery"] is not None and not any("resembles no pair" in note for note in notes):
         parts.append(
             f'<p class="note">{_share(comparison["unlike_gallery"])} % of the gallery resembles no pair: there h is '
             "untried.</p>"
         )
-    parts += [f'<p class="note"><strong>Note:</strong> {_text(note)}.</p>' for note in comparison.get("notes", ())]
+    parts += [f'<p class="note"><strong>Note:</strong> {_text(note)}.</p>' for note in notes]
     curve = comparison["curve"]
     if len(curve) > 1:
         points = [(float(p["pairs"]), 100 * float(p["recall"]), 100 * float(p["error"])) for p in curve]
