@@ -112,20 +112,23 @@ def test_bounds_that_are_too_small_are_caught(rng: np.random.Generator) -> None:
     assert wrong > 0
 
 
-def test_a_gallery_that_proves_the_guess_wrong(rng: np.random.Generator) -> None:
-    """Rows whose low halves all add to the product: their keys are guessed too low, others' too high, and the search
-    has to notice and go over the bytes again."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_gallery_that_proves_the_guess_wrong(threads: int) -> None:
+    """High halves that promise too much in rows that come first, and too little in the best: the threshold that was
+    thought to hold leaves the best out, and the search has to notice and read the bytes."""
     d = 64
+    decoys = np.full((300, d), 16)  # a low half of 0: the high one stands for 8 more in each dimension
+    best = np.full((30, d), 15)  # a low half of 15: for 7 less
+    best[:, 1:11] = 31
+    rows = np.concatenate([decoys, best])
+    rows[:, 0] = 127  # so that the scale of every row is 1
+    g = np.concatenate([rows, -rows, np.tile([[1], [-1]], (2000, d))]).astype(np.float32)  # their mean is 0
     query = np.ones((1, d), np.float32)
-    for near, far in ((7.9, -7.9), (-7.9, 7.9)):
-        base = 16 * rng.integers(-6, 6, (4096, d)) + 8
-        offset = np.where(np.arange(4096)[:, None] % 50 == 0, near, far)
-        g = (base + offset).astype(np.float32)
-        g[:, 0] = 127 * np.where(rng.random(4096) < 0.5, 1, -1)  # the scale of every row is 1
-        for threads in (1, 2):
-            rows, shadow = halved(g, "ip", threads)
-            found = topk_cpu(rows_of(query, "q"), rows, shadow, 20, "ip", False, threads=threads)
-            check_search(found[0], found[1], query, g, "ip")
+    packed, shadow = halved(g, "ip", threads)
+    assert (shadow.shift == 0).all()
+    found = topk_cpu(rows_of(query, "q"), packed, shadow, 10, "ip", False, threads=threads)
+    check_search(found[0], found[1], query, g, "ip")
+    assert found[1].tolist() == [list(range(300, 310))]
 
 
 def test_batches_threads_and_preparation_change_nothing(rng: np.random.Generator) -> None:
