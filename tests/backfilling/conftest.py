@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def gallery(tmp_path: Path, rng: np.random.Generator) -> Callable[..., Path]:
     return make
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every data file of a new gallery; the journal's own files name times and places."""
+def contents(folder: Path) -> dict[str, str]:
+    """Every data file of a new gallery, its size and sum; the journal's own files name times and places."""
     return {
-        str(f.relative_to(folder)): f.read_bytes()
+        str(f.relative_to(folder)): f"{f.stat().st_size} bytes, {hashlib.sha256(f.read_bytes()).hexdigest()}"
         for f in sorted(folder.rglob("*"))
         if f.is_file() and (f.parent.name in ("done", "rejects") or "_fct" not in f.parts)
     }

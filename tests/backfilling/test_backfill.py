@@ -20,6 +20,7 @@ import pytest
 import fct
 from fct import ref
 from fct.backfilling.job import cut_shards
+from fct.backfilling.journal import Journal
 from fct.backfilling.marker import Marker
 from fct.backfilling.run import _UNDER_WAY
 from fct.errors import BackfillError, FctError, InUseError, QualityGateError, RejectLimitError
@@ -258,6 +259,28 @@ def test_full_disk_and_lost_permission_are_named(
     monkeypatch.setattr(Location, "publish", publish)
     report = fct.backfill(source, new, h, **QUICK)
     assert report.shards_kept >= 3
+    fct.backfill(source, tmp_path / "plain", h, **QUICK)
+    assert contents(new) == contents(tmp_path / "plain")
+
+
+def test_what_a_lost_worker_left_half_written_is_taken_away(
+    gallery: Make, h: fct.Transformation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, sweep, left = tmp_path / "new", Journal.sweep, []
+
+    def lost(self: Journal) -> None:
+        for name in (".part-00.parquet.k3.part", "_fct/done/.000001.json.k3.part", "_fct/parts/k3/part-00.parquet"):
+            left.append(new / name)
+            left[-1].parent.mkdir(parents=True, exist_ok=True)
+            left[-1].write_bytes(b"half")
+        sweep(self)
+
+    source = gallery()
+    monkeypatch.setattr(Journal, "sweep", lost)
+    fct.backfill(source, new, h, **QUICK)
+    monkeypatch.undo()
+    assert left
+    assert not [path for path in left if path.exists()]
     fct.backfill(source, tmp_path / "plain", h, **QUICK)
     assert contents(new) == contents(tmp_path / "plain")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -183,6 +184,17 @@ class Journal:
         if checksum_bytes(data) != marker.rejected.xxh64:
             raise BackfillError(f"{self.root / name} does not match its checksum; run the backfill again")
         return rejected_of(data, shard, marker.rejects, str(self.root / name))
+
+    def sweep(self) -> None:
+        """Takes away what processes that are no more left half-written, here and beside the outputs."""
+        if not self.root.is_local:
+            return  # an object appears whole or not at all
+        shutil.rmtree(self.root.local / "parts", ignore_errors=True)
+        folders = [self.root.local, *(self.root.local / name for name in _FOLDERS)]
+        if self.destination.is_local and self.destination.local.is_dir():
+            folders.append(self.destination.local)
+        for part in (p for folder in folders for p in folder.glob(".*.part")):
+            part.unlink(missing_ok=True)  # half-written beside: what fct.atomic_files renames when whole
 
     # ---- the end ----
     def finish(self, summary: dict[str, Any]) -> None:

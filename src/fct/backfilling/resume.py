@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -53,13 +52,7 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
     _check_stamps(found, stored, say)
     if not journal.sealed:
         _check_unsealed(found, stored, say)
-    if journal.root.is_local:
-        shutil.rmtree(journal.root.local / "parts", ignore_errors=True)
-        folders = [journal.root.local, *(journal.root.local / name for name in ("done", "true", "chosen"))]
-        if journal.destination.local.is_dir():
-            folders.append(journal.destination.local)
-        for part in (p for folder in folders for p in folder.glob(".*.part")):
-            part.unlink(missing_ok=True)  # half-written beside: what fct.atomic_files renames when whole
+    journal.sweep()
     where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
     moved = replace(stored, **where)
     if (
@@ -218,6 +211,7 @@ def finish(found: Resolved, job: Job, markers: dict[int, Marker], *, follow: boo
         grown = _require_unchanged(found.side, found.job.side_pieces, "side_source", follow) or grown
     if grown:
         return False
+    found.journal.sweep()  # what a worker on a lost machine left half-written: its shards were done by others
     ordered = [markers[number] for number in range(len(markers))]
     if isinstance(found.destination, FileDestination):
         found.destination.begin(output_schema(job, found.source.schema), job.new_space)  # its side file, once more
