@@ -22,6 +22,7 @@ from fct.types import CodeNumber
 __all__ = ["ArrowMapper"]
 
 _KEPT = 4  # transformations whose packed weights a process keeps
+_ROWS = 1024  # rows that are enough for one call of h
 _here: OrderedDict[str, Transformation] = OrderedDict()
 
 
@@ -97,7 +98,7 @@ class ArrowMapper:
         if isinstance(rows, pa.RecordBatch):
             return self._batch(rows)
         if isinstance(rows, pa.Table):
-            mapped = [self._batch(batch) for batch in rows.to_batches()]
+            mapped = [self._batch(batch) for batch in _joined(rows).to_batches()]
             return pa.Table.from_batches(mapped or [self._batch(_no_rows(rows.schema))])
         return self._each(rows)
 
@@ -192,6 +193,13 @@ def _of_codes(value: CodeNumber, name: str, d: int) -> Any:
     if len(numbers) not in (1, d):
         raise ValueError(f"{name}: expected a number or {d} of them, one for each dimension, got {len(numbers)}")
     return None if (numbers == (1.0 if name == "scale" else 0.0)).all() else numbers
+
+
+def _joined(rows: pa.Table) -> pa.Table:
+    """The table in one piece where it lies in many: engines hand over what several files' pages left, and h takes a few
+    rows at a time several times as long as many. That costs a copy of what is handed over."""
+    pieces = max((column.num_chunks for column in rows.columns), default=0)
+    return rows.combine_chunks() if pieces > 1 and rows.num_rows < pieces * _ROWS else rows
 
 
 def _no_rows(schema: pa.Schema) -> pa.RecordBatch:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "checksum_file",
     "new_checksum",
     "refuse_existing",
+    "replace_folder",
     "write_bytes",
     "write_text",
 ]
@@ -93,6 +95,25 @@ def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool | None, nam
         choice = "" if overwrite is None else " or pass --overwrite (overwrite=True)"
         raise FileExistsError(f"{name}: {target} exists; choose another place{choice}")
     return target
+
+
+def replace_folder(target: Path, part: Path) -> None:
+    """Puts the finished folder ``part``, in the same file system, in the place of ``target``.
+
+    Where something is there it is moved aside first and removed last: a crash between leaves both, whole.
+    """
+    aside = part.parent / "replaced"
+    if target.exists():
+        os.replace(target, aside)
+    try:
+        os.replace(part, target)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, target)
+        raise
+    _sync_folder(target.parent)
+    if aside.is_dir():
+        shutil.rmtree(aside)
 
 
 def new_checksum() -> Any:

@@ -33,6 +33,7 @@ EXTRAS = {
     "pyiceberg": "iceberg",
     "h5py": "hdf5",
     "zarr": "zarr",
+    "vortex": "vortex",
     "psycopg": "postgres",
     "qdrant_client": "qdrant",
     "pymilvus": "milvus",
@@ -40,7 +41,7 @@ EXTRAS = {
     "chromadb": "chroma",
 }
 # module -> its distribution, where the two names differ
-_DISTRIBUTIONS = {"yaml": "pyyaml", "lance": "pylance", "faiss": "faiss-cpu"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "lance": "pylance", "faiss": "faiss-cpu", "vortex": "vortex-data"}
 
 
 def _sentence(module: str) -> str:

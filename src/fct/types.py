@@ -22,7 +22,7 @@ __all__ = [
 Metric: TypeAlias = Literal["l2", "ip", "cosine"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "int8", "fp16", "fp8"]
 DType: TypeAlias = Literal["float32", "float16"]
-Format: TypeAlias = Literal["npy", "bin", "parquet", "arrow", "lance"]
+Format: TypeAlias = Literal["npy", "bin", "parquet", "arrow", "lance", "delta"]
 VectorFormat: TypeAlias = Literal["fixed_size_list", "list", "binary"]
 
 if TYPE_CHECKING:

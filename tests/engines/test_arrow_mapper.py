@@ -145,3 +145,17 @@ def test_a_worker_loads_no_torch(h: fct.Transformation, tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "h.safetensors")], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == "False"
+
+
+def test_a_table_in_many_small_pieces_is_mapped_at_once(
+    h: fct.Transformation, old: Any, side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, calls = batch_of(old, side), []
+    real = arrow_mapper.transform_finite
+    monkeypatch.setattr(arrow_mapper, "transform_finite", lambda *a, **k: (calls.append(len(a[0])), real(*a, **k)))
+    mapper = h.arrow_mapper(vector="v", side="s", out="new", precision="fp32")
+    table = pa.Table.from_batches([batch.slice(i, 1) for i in range(ROWS)])
+    got = mapper(table)
+    assert calls == [ROWS]
+    assert np.array_equal(values(got["new"].combine_chunks()), values(mapper(batch).column("new")))
+    assert got.select(["id", "v", "s"]).combine_chunks().equals(pa.Table.from_batches([batch]).select(["id", "v", "s"]))

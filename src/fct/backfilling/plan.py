@@ -204,7 +204,7 @@ def _standing_in_the_way(found: Resolved, bytes_out: int, free: int | None) -> l
     stored = journal.job()
     if stored is not None:
         refusals += [f"destination: holds another backfill: {d}" for d in stored.differences(job)]
-    elif job.format != "lance" and occupied(journal.destination):
+    elif not found.destination.shared and occupied(journal.destination):
         refusals.append(f"destination: {job.destination} already holds other files")
     if free is not None and free < bytes_out:
         refusals.append(f"destination: {bytes_out} bytes are needed, {free} are free")

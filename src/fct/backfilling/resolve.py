@@ -25,13 +25,15 @@ from fct.gallery import Location, Source, journal_location, lance_in, location_o
 from fct.gallery.arrow_files import ArrowDestination
 from fct.gallery.columns import SIDE_NAMES, VECTOR_NAMES, pick_column, pick_id_column
 from fct.gallery.databases import DatabaseDestination, DatabaseSource, database_destination, is_database
+from fct.gallery.file_gallery import FileDestination
+from fct.gallery.iceberg_catalog import is_iceberg
 from fct.gallery.interfaces import Destination
-from fct.gallery.location import Patience
+from fct.gallery.location import DELTA, Patience
 from fct.gallery.saved_dataset import SavedDatasetSource
 from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
-from fct.gallery.tables import pinned
+from fct.gallery.tables import TITLES, pinned, table_kind
 from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
@@ -42,6 +44,7 @@ __all__ = ["Resolved", "load_transformation", "occupied", "require_rows", "resol
 
 _log = logging.getLogger("fct.gallery")
 _SHARD_BYTES = 128 << 20
+_TABLES = {"delta": "a Delta table", "iceberg": "an Iceberg table"}
 
 
 @dataclass
@@ -111,7 +114,7 @@ def resolve(
     check_precision(options.execution.precision, gpu=True)
     access = opening(options.access)
     gallery = _open_gallery(source, h, options.columns, access)
-    form = _format_of(destination, gallery.source) if options.cut.format == "auto" else options.cut.format
+    form = _format_of(destination, gallery.source, options.cut.format)
     writer, journal = _open_new(destination, form, gallery, options.database, access)
     stored, old = journal.job(), gallery.source
     saved = options.cut.format == "auto" and (stored is None or stored.saved_dataset)
@@ -279,16 +282,31 @@ def _open_new(
             return writer, database_journal(database.journal)
         place = location_of(writer.url, storage_options=store, patience=patience)
         return writer, Journal(journal_location(place, form), place)
+    if is_iceberg(destination):
+        writer = open_destination(destination, form, storage_options=store, patience=patience)
+        return writer, _table_journal(writer, database.journal, gallery)
     place = location_of(destination, name="destination", **access)
     if form == "lance":
         table = gallery.source.url.rstrip("/").rpartition("/")[2].removesuffix(".lance")
         place = lance_in(place, table=table if gallery.source.kind == "lance" else "gallery")
     writer = open_destination(place, form, storage_options=store, patience=patience)
+    _require_apart_from(place, gallery)
+    _require_folder(place)
+    return writer, Journal(journal_location(place, form), place)
+
+
+def _table_journal(writer: Destination, folder: str | os.PathLike[str] | None, gallery: _OldGallery) -> Journal:
+    """The journal of rows that are appended to a table: below it, or in the folder that was named."""
+    assert isinstance(writer, FileDestination)
+    _require_apart_from(writer.where, gallery)
+    root = journal_location(writer.where, writer.kind) if folder is None else database_journal(folder).root
+    return Journal(root, writer.where)
+
+
+def _require_apart_from(place: Location, gallery: _OldGallery) -> None:
     for old, what in ((gallery.source, "source"), (gallery.side, "side_source")):
         if old is not None:
             _require_apart(place, getattr(old, "inner", old), what)
-    _require_folder(place)
-    return writer, Journal(journal_location(place, form), place)
 
 
 def _row_of(gallery: _OldGallery, form: str, options: JobOptions) -> tuple[str, str]:
@@ -297,11 +315,14 @@ def _row_of(gallery: _OldGallery, form: str, options: JobOptions) -> tuple[str, 
     known = vector_type(kind)
     vector_format: str = options.output.vector_format
     if vector_format == "auto":
-        vector_format = known if known and form in ("parquet", "arrow") else "fixed_size_list"
+        vector_format = known if known and form in ("parquet", "arrow", *_TABLES) else "fixed_size_list"
     dtype: str = options.output.dtype
+    halves = form != "bin" and (form not in _TABLES or vector_format == "binary")
     if dtype == "auto":
         half = vector_dtype(kind, options.columns.binary_dtype) == "float16"
-        dtype = "float16" if half and form != "bin" else "float32"
+        dtype = "float16" if half and halves else "float32"
+    if dtype == "float16" and form in _TABLES and not halves:
+        raise ValueError(f"dtype: expected float32, or vector_format binary: {_TABLES[form]} has no half floats")
     return dtype, vector_format
 
 
@@ -320,7 +341,13 @@ def _pick(h: Transformation, options: JobOptions, stored: Job | None) -> tuple[s
     return picked.name, chosen
 
 
-def _format_of(destination: GalleryLike | Destination, source: Source) -> str:
+def _format_of(destination: GalleryLike | Destination, source: Source, asked: str) -> str:
+    """The new gallery's format; a destination that names a table says it itself."""
+    table = "iceberg" if is_iceberg(destination) else "delta" if str(destination).startswith(DELTA) else ""
+    if table and asked not in ("auto", table):
+        raise ValueError(f"format: expected auto, since the destination is {_TABLES[table]}, got {asked!r}")
+    if table or asked != "auto":
+        return table or asked
     if isinstance(destination, Destination):
         return destination.kind
     if is_database(destination):
@@ -400,4 +427,5 @@ def _require_folder(where: Location) -> None:
 
 def occupied(place: Location) -> list[str]:
     """Names in a destination that no backfill of ours began."""
-    return [n for n in place.files() if n != SIDE_FILE]
+    table = TITLES.get(table_kind(place) or "")
+    return [*([table] if table else []), *(n for n in place.files() if n != SIDE_FILE)]

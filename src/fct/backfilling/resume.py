@@ -28,7 +28,7 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
     journal = found.journal
     stored = journal.job()
     if stored is None:
-        others = occupied(journal.destination) if found.job.format != "lance" else []
+        others = [] if found.destination.shared else occupied(journal.destination)
         if others:
             raise BackfillError(
                 f"destination: expected an empty folder or a backfill to continue, {journal.destination} holds "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typing_extensions import Unpack
 
-from fct.atomic_files import refuse_existing
+from fct.atomic_files import refuse_existing, replace_folder
 from fct.backfilling.job import cut_shards
 from fct.backfilling.resolve import resolve
 from fct.checks import check_flag
@@ -30,6 +30,7 @@ _FORMATS: dict[str, Format] = {
     ".pq": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".lance": "lance",
 }
 
 
@@ -45,8 +46,8 @@ def transform_file(
     """Maps the rows of ``old`` into the one file ``out``, which appears whole or not at all. Returns the row count.
 
     Args:
-        old: a file or a gallery; ``out``: .npy, .fbin, .parquet or .arrow. Other columns go along into .parquet and
-            .arrow, and are left behind by the others.
+        old: a file or a gallery; ``out``: .npy, .fbin, .parquet, .arrow or .lance. Other columns go along into
+            .parquet, .arrow and .lance, and are left behind by the others.
         overwrite: replace ``out``. options: listed below.
 
     Raises:
@@ -66,7 +67,8 @@ def transform_file(
             execution=given.execution,
             cut=Cut(format=_FORMATS[target.suffix]),
         )
-        found = resolve(old, folder, transformation, job_options)
+        part = Path(folder) / f"part{target.suffix}"
+        found = resolve(old, part if target.suffix == ".lance" else folder, transformation, job_options)
         job = found.job
         mapper, reader = found.mapper(job, threads=given.execution.threads), found.reader(job)
 
@@ -80,8 +82,12 @@ def transform_file(
                     at += batch.num_rows
                     yield mapped
 
-        assert isinstance(found.destination, FileDestination)
-        part = Path(folder) / "part"
-        found.destination.write_file(part, Shard(0, 0, 0, job.rows, 0), rows(), {})
-        Location(location_of(target).fs, str(target)).publish(part)
+        whole = Shard(0, 0, 0, job.rows, 0)
+        if isinstance(found.destination, FileDestination):
+            found.destination.write_file(part, whole, rows(), {})
+            Location(location_of(target).fs, str(target)).publish(part)
+        else:  # a dataset, which is a folder
+            _, extra = found.destination.write(whole, rows(), Path(folder))
+            found.destination.finish([extra], mapper.schema, job.new_space)
+            replace_folder(target, part)
     return job.rows

@@ -9,7 +9,13 @@ import typer
 __all__ = ["NewGallery", "OldGallery", "TransformationFile", "duration", "shards", "size"]
 
 OldGallery = Annotated[str, typer.Argument(help="Old gallery: folder, glob, file, .lance dataset, or URL (s3://...).")]
-NewGallery = Annotated[str, typer.Argument(help="New gallery: a folder or a .lance dataset that need not exist.")]
+NewGallery = Annotated[
+    str,
+    typer.Argument(
+        help="New gallery: a folder or a .lance dataset that need not exist, delta://PATH, "
+        "iceberg://CATALOG/NAMESPACE.TABLE, or a database."
+    ),
+]
 TransformationFile = Annotated[str, typer.Option("--transformation", "-t", help="h, a .safetensors file.")]
 
 

@@ -20,7 +20,7 @@ __all__ = ["transform"]
 def transform(
     old: Annotated[str, typer.Argument(help="Old vectors: a file of any format that backfill reads, or its URL.")],
     out: Annotated[
-        str, typer.Argument(help="New vectors, .npy, .fbin, .parquet, .arrow or .feather, on this machine.")
+        str, typer.Argument(help="New vectors, .npy, .fbin, .parquet, .arrow, .feather or .lance, on this machine.")
     ],
     transformation: TransformationFile,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,

@@ -14,19 +14,16 @@ import pyarrow as pa
 from fct.errors import FctError
 from fct.gallery.arrow_guard import validated
 from fct.gallery.discovery import natural
-from fct.gallery.interfaces import Batches, Piece, Source
+from fct.gallery.iceberg_catalog import NAMES
+from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Source
 from fct.gallery.location import Location
 from fct.gallery.schemas import conform
-from fct.gallery.space_tags import side_file_space, space_of_schema
+from fct.gallery.space_tags import SPACE_KEY, side_file_space, space_of_schema
 from fct.spaces import EmbeddingSpace
 
 __all__ = ["IcebergSource"]
 
-# fsspec's names for S3 and what pyiceberg calls the same.
-_NAMES = {
-    "key": "s3.access-key-id", "secret": "s3.secret-access-key", "token": "s3.session-token",
-    "endpoint_url": "s3.endpoint", "region_name": "s3.region",
-}  # fmt: skip
+_OURS = (VECTOR_KEY.decode(), SPACE_KEY.decode())  # of a table's properties: what a backfill wrote down
 
 
 class IcebergSource(Source):
@@ -47,7 +44,8 @@ class IcebergSource(Source):
     ) -> None:
         self.where, self._metadata = where, metadata or _newest(where)
         options = {**dict(storage_options or {}), **dict((storage_options or {}).get("client_kwargs") or {})}
-        self._properties = {_NAMES[k]: str(v) for k, v in options.items() if k in _NAMES}
+        own = {k: str(v) for k, v in options.items() if k.startswith("s3.")}  # of a catalog's table
+        self._properties = own | {NAMES[k]: str(v) for k, v in options.items() if k in NAMES}
         table, _ = self._opened()
         snapshot = table.metadata.current_snapshot_id if version is None else version
         if snapshot is None or table.metadata.snapshot_by_id(snapshot) is None:
@@ -87,7 +85,9 @@ class IcebergSource(Source):
         from pyiceberg.io.pyarrow import schema_to_pyarrow
 
         table, _ = self._opened()
-        return schema_to_pyarrow(self._scan(table).projection(), include_field_ids=False)
+        schema = schema_to_pyarrow(self._scan(table).projection(), include_field_ids=False)
+        said = {key.encode(): value.encode() for key, value in table.properties.items() if key in _OURS}
+        return schema.with_metadata((schema.metadata or {}) | said) if said else schema
 
     @property
     def space(self) -> EmbeddingSpace | None:

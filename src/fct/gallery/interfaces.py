@@ -112,6 +112,7 @@ class Destination(ABC):
 
     kind: ClassVar[str]
     columns: ClassVar[bool] = True  # whether columns beside the vector have a place in the file itself
+    shared: ClassVar[bool] = False  # whether rows of others may stand there: it appends, or makes a new version
 
     @property
     @abstractmethod

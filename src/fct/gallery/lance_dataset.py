@@ -127,6 +127,7 @@ class LanceDestination(Destination):
     """
 
     kind = "lance"
+    shared = True
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self._url, self._options = url, dict(storage_options or {})

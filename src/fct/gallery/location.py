@@ -23,10 +23,11 @@ from fct.errors import FctError, StoreError
 from fct.gallery.urls import check_scheme, redacted, without_secrets
 from fct.terminal import printable
 
-__all__ = ["Location", "Patience", "Version", "location_of", "with_retries"]
+__all__ = ["DELTA", "Location", "Patience", "Version", "location_of", "with_retries"]
 
 T = TypeVar("T")
 _log = logging.getLogger("fct.gallery")
+DELTA = "delta://"  # in front of a path or a URL: a Delta table is meant
 _BLOCK = 8 << 20
 _BYTES_PER_SECOND = 1e6  # a request that moves many bytes gets a second more for each of these
 # Waiting longer does not make these go away; nor a full or read-only disk.
@@ -301,7 +302,7 @@ def location_of(
     patience: Patience | None = None,
     name: str = "path",
 ) -> Location:
-    """A Location from a path, a URL or a Location.
+    """A Location from a path, a URL or a Location; ``delta://`` in front of one is left out.
 
     filesystem: an fsspec or pyarrow filesystem that ``where`` is a path on. storage_options: what fsspec passes to the
     filesystem that the URL names (endpoint, keys, ...). patience: how a network is waited for.
@@ -315,7 +316,7 @@ def location_of(
     check_path(where, name, "a path or a URL")
     if storage_options is not None and not isinstance(storage_options, Mapping):  # they may hold keys: none is shown
         raise TypeError(f"storage_options: expected a mapping or None, got {type(storage_options).__name__}")
-    text = os.fspath(where)
+    text = os.fspath(where).removeprefix(DELTA)
     if filesystem is not None:
         if not isinstance(filesystem, fsspec.AbstractFileSystem):
             from fsspec.implementations.arrow import ArrowFSWrapper

@@ -14,6 +14,7 @@ from fct.gallery.chunked_arrays import Hdf5Source, ZarrSource, is_zarr
 from fct.gallery.clip_folder import ClipSource, is_clip_folder
 from fct.gallery.databases import database_destination, database_source, is_database
 from fct.gallery.file_gallery import FileDestination, FileSource, find_files
+from fct.gallery.iceberg_catalog import IcebergAddress, is_iceberg
 from fct.gallery.interfaces import Destination, Source
 from fct.gallery.location import Location, Patience, location_of
 from fct.gallery.matrix_files import BinDestination, BinSource, NpyDestination, NpySource
@@ -21,16 +22,20 @@ from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 from fct.gallery.tables import open_table, split_version
+from fct.gallery.vortex_files import VortexSource
 from fct.options.groups import StoreAccess
 from fct.types import FileSystem
 
 __all__ = ["FORMATS", "Opening", "journal_location", "lance_in", "open_destination", "open_source", "opening"]
 
-_SOURCES: tuple[type[FileSource], ...] = (NpySource, BinSource, ParquetSource, ArrowSource, NpzSource, Hdf5Source)
+_SOURCES: tuple[type[FileSource], ...] = (
+    *(NpySource, BinSource, ParquetSource, ArrowSource, NpzSource, Hdf5Source),
+    VortexSource,
+)
 _DESTINATIONS: dict[str, type[FileDestination]] = {
     c.kind: c for c in (NpyDestination, BinDestination, ParquetDestination, ArrowDestination)
 }
-FORMATS = (*_DESTINATIONS, "lance")
+FORMATS = (*_DESTINATIONS, "lance", "delta")
 # Text formats, by the one line of DuckDB that makes a gallery of them (docs/galleries.md).
 _JSON = "COPY (SELECT * REPLACE (embedding::FLOAT[] AS embedding) FROM read_json('FILES')) TO 'gallery.parquet'"
 _CSV = _JSON.replace("read_json", "read_csv")
@@ -88,6 +93,8 @@ def open_source(
         return where
     if is_database(where):
         return database_source(where, patience or Patience(), name=name)
+    if is_iceberg(where):
+        return _of_catalog(os.fspath(where), storage_options, patience or Patience(), name)
     stream = None if isinstance(where, (str, Location)) else arrow_stream(where, name)
     if stream is not None:
         return stream
@@ -123,6 +130,21 @@ def open_source(
     if kind in (NpzSource, Hdf5Source):
         return kind(place, some, member)
     return kind(place, some)
+
+
+def _of_catalog(url: str, storage_options: Mapping[str, Any] | None, patience: Patience, name: str) -> Source:
+    """The table that a catalog has by the URL's name, at its current snapshot or the one of ``?version=``."""
+    from fct.gallery.iceberg_table import IcebergSource
+
+    url, version = split_version(url)
+    address = IcebergAddress.of(url, storage_options, name)
+    table = address.load(address.open())
+    if table is None:
+        raise FileNotFoundError(f"{name}: expected a table of the catalog {address.catalog!r}, found no {address.url}")
+    root, newest = (
+        address.folder(at, table.io.properties, patience) for at in (str(table.location()), table.metadata_location)
+    )
+    return IcebergSource(root, version, table.io.properties, metadata=newest)
 
 
 def _there(place: Location, name: str) -> Location:
@@ -175,11 +197,17 @@ def open_destination(
     storage_options: Mapping[str, Any] | None = None,
     patience: Patience | None = None,
 ) -> Destination:
-    """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, or a Destination, as it is."""
+    """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, a Delta table, a table of an
+    Iceberg catalog (``iceberg://CATALOG/NAMESPACE.TABLE``), or a Destination, as it is."""
     if isinstance(where, Destination):
         return where
     if is_database(where):
         return database_destination(where, patience or Patience())
+    if is_iceberg(where):
+        from fct.gallery.iceberg_destination import IcebergDestination
+
+        address = IcebergAddress.of(os.fspath(where), storage_options, "destination")
+        return IcebergDestination(address, patience or Patience())
     check_choice(format, "format", FORMATS)
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name="destination"
@@ -188,6 +216,10 @@ def open_destination(
         from fct.gallery.lance_dataset import LanceDestination
 
         return LanceDestination(str(place), storage_options)
+    if format == "delta":
+        from fct.gallery.delta_destination import DeltaDestination
+
+        return DeltaDestination(place, storage_options)
     return _DESTINATIONS[format](place)
 
 

@@ -17,11 +17,11 @@ from fct.gallery.discovery import root_of
 from fct.gallery.interfaces import Source
 from fct.gallery.location import Location
 
-__all__ = ["open_table", "pinned", "split_version"]
+__all__ = ["TITLES", "open_table", "pinned", "split_version", "table_kind"]
 
 _VERSION = re.compile(r"(.+)\?version=(\d+)")
 _ABOVE, _ABOVE_REMOTE = 12, 3  # folders looked at above a place: each is a request over a network
-_TITLES = {"delta": "a Delta table", "iceberg": "an Iceberg table", "hudi": "a Hudi table"}
+TITLES = {"delta": "a Delta table", "iceberg": "an Iceberg table", "hudi": "a Hudi table"}
 
 
 def split_version(where: str) -> tuple[str, int | None]:
@@ -64,12 +64,12 @@ def open_table(
         need("pyiceberg", f"{name}: {place}, an Iceberg table,")
         return IcebergSource(place.parent.parent, version, storage_options, metadata=place)
     root = place.at(root_of(place)) if place.is_pattern else place
-    kind = _kind_of(root)
+    kind = table_kind(root)
     if kind is None:
         _refuse_inside(root, name)
         return None
     if place.is_pattern and kind != "datasets":
-        raise FctError(f"{name}: {place} means files of {_TITLES[kind]}; name the table itself: {root}")
+        raise FctError(f"{name}: {place} means files of {TITLES[kind]}; name the table itself: {root}")
     if kind == "hudi":
         raise FctError(
             f"{name}: {root} is a Hudi table, whose rows are not those of its files; fct reads none: write it once as "
@@ -96,7 +96,7 @@ def _open(
     return open_saved_dataset(root, place, name)
 
 
-def _kind_of(folder: Location) -> str | None:
+def table_kind(folder: Location) -> str | None:
     """delta, iceberg, hudi, datasets or None."""
     if folder.is_local:  # asked for by name: a folder above may hold any number of files
         path = folder.path
@@ -125,9 +125,9 @@ def _refuse_inside(folder: Location, name: str) -> None:
         at = at.parent
         if not at.path.strip("/") or at.path.endswith(":/") or (at.path.count("/") == 2 and "://" in at.path):
             return  # above a web server's own name there is nothing to look at
-        kind = _kind_of(at)
-        if kind in _TITLES:
+        kind = table_kind(at)
+        if kind in TITLES:
             raise FctError(
-                f"{name}: {folder} lies in {_TITLES[kind]}, where files may hold rows that the table no longer has; "
+                f"{name}: {folder} lies in {TITLES[kind]}, where files may hold rows that the table no longer has; "
                 f"name the table itself: {at}"
             )

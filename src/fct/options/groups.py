@@ -125,7 +125,7 @@ class StoreAccess(Group):
     )
     storage_options: Mapping[str, Any] | None = option(
         None,
-        "For the store behind a URL, as fsspec names it; may be repeated.",
+        "For the store behind a URL, as fsspec names it, or the properties of an Iceberg catalog; may be repeated.",
         flag=Flag(name="--storage-option", type=list[str] | None, metavar="KEY=VALUE", parse=storage_options),
     )
     retries: int = option(6, "Further attempts, with back-off, where a store may have failed.", check=_attempts)
@@ -252,7 +252,7 @@ class Execution(Group):
 class Cut(Group):
     """The new gallery's files: their format, and how it is cut into shards."""
 
-    format: Literal["auto"] | Format = option("auto", "npy, bin, parquet, arrow or lance; auto: the source's.")
+    format: Literal["auto"] | Format = option("auto", "npy, bin, parquet, arrow, lance or delta; auto: the source's.")
     shard_rows: int | None = option(
         None, "Rows of a shard; by default as many as take about 128 MB.", check=optional(whole(1))
     )

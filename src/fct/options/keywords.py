@@ -49,7 +49,7 @@ class StoreAccessKeywords(TypedDict, total=False):
     filesystem: FileSystem | None
     """An fsspec or pyarrow filesystem that the paths are on; None for what a URL names."""
     storage_options: Mapping[str, Any] | None
-    """For the store behind a URL, as fsspec names it; may be repeated."""
+    """For the store behind a URL, as fsspec names it, or the properties of an Iceberg catalog; may be repeated."""
     retries: int
     """Further attempts, with back-off, where a store may have failed."""
     timeout: float
@@ -136,7 +136,7 @@ class CutKeywords(TypedDict, total=False):
     """The new gallery's files: their format, and how it is cut into shards."""
 
     format: Literal["auto"] | Format
-    """npy, bin, parquet, arrow or lance; auto: the source's."""
+    """npy, bin, parquet, arrow, lance or delta; auto: the source's."""
     shard_rows: int | None
     """Rows of a shard; by default as many as take about 128 MB."""
     batch_rows: int | None
