@@ -72,6 +72,29 @@ def test_from_and_to_s3(
     assert {k: v for k, v in got.items() if "done" not in k} == {k: v for k, v in want.items() if "done" not in k}
 
 
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_tables_on_s3_are_committed_once(
+    kind: str, gallery: Callable[..., Path], h: fct.Transformation, tmp_path: Path, store: dict[str, Any]
+) -> None:
+    pytest.importorskip("deltalake" if kind == "delta" else "pyiceberg.catalog.sql", exc_type=ImportError)
+    lake = {
+        "type": "sql", "uri": f"sqlite:///{tmp_path}/catalog.db", "warehouse": "s3://bucket/lake",
+        "s3.endpoint": store["endpoint_url"], "s3.access-key-id": "test", "s3.secret-access-key": "test",
+        "s3.region": "us-east-1",
+    }  # fmt: skip
+    to, where, options = {
+        "delta": ("delta://s3://bucket/table", "s3://bucket/table", store),
+        "iceberg": ("iceberg://prod/shop.items", "s3://bucket/lake/shop/items", lake),
+    }[kind]
+    source = gallery(1500, bad=(3,))
+    for done in (5, 0):
+        report = fct.backfill(source, to, h, progress=False, storage_options=options)
+        assert (report.rows_out, report.shards_done > 0) == (1499, done > 0)
+    there = {**store, "client_kwargs": {"region_name": "us-east-1"}}  # pyiceberg asks Amazon for it otherwise
+    checked = fct.verify_gallery(where, source=source, storage_options=there)
+    assert (checked.problems, checked.compared) == ((), 1499)
+
+
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An emulator of Google Cloud Storage with an empty bucket; its URL."""

@@ -150,7 +150,7 @@ def test_what_a_tool_writes_is_mapped(writer: str, tmp_path: Path) -> None:
     kinds = new.schema.field(vector).type
     got = (
         np.frombuffer(b"".join(new[vector].to_pylist()), np.float32).reshape(N, -1)
-        if pa.types.is_binary(kinds)
+        if pa.types.is_binary(kinds) or pa.types.is_fixed_size_binary(kinds)
         else np.array(new[vector].to_pylist(), np.float32).reshape(N, -1)
     )
     want = fct.transform_batch(EMB, None, h, precision="fp32", progress=False)
