@@ -17,7 +17,7 @@ from rich.text import Text
 import fct
 from fct.errors import StoreError
 from fct.gallery.location import with_retries
-from fct.terminal import PlainConsole, printable
+from fct.terminal import PlainConsole, plain_log, printable
 
 SOURCE = Path(fct.__file__).parent
 EVIL = "\x1b]0;title\x07\x9b31m\r\x08\u202e\udcff"
@@ -126,3 +126,16 @@ def test_nothing_is_printed_but_through_the_console() -> None:
         assert not re.search(r"TextColumn\((?!.*markup=False)[^)\n]*description", text), path
         if room == "cli":
             assert not re.search(r"\.echo\((?!json\.dumps)", text), f"{path}: echo of something that is not JSON"
+
+
+def test_logs_name_others_files_in_characters_to_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a handler Python prints a warning to stderr as it is."""
+    log = plain_log("fct.gallery")
+    log.warning("source: %s came while %d%% was read", f"a{EVIL}b", 50)
+    assert caplog.messages == [f"source: a{printable(EVIL)}b came while 50% was read"]
+
+
+def test_every_log_of_the_package_is_plain() -> None:
+    others = {"transformation_fit.py", "backfill_bar.py"}  # one says numbers alone, the other adds a handler
+    found = {f.name for f in SOURCE.rglob("*.py") if "getLogger(" in f.read_text()}
+    assert found - others == {"terminal.py"}

@@ -3,12 +3,13 @@ others, so none of them reaches a terminal as a command to it, nor as markup."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["PlainConsole", "printable"]
+__all__ = ["PlainConsole", "plain_log", "printable"]
 
 
 def printable(text: str) -> str:
@@ -23,6 +24,24 @@ def printable(text: str) -> str:
         a\x1b[31mred\nb
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class _Plain(logging.Filter):
+    """Messages of a log name files and tables of others, and without a handler Python prints them as they are."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
+
+
+_PLAIN = _Plain()
+
+
+def plain_log(name: str) -> logging.Logger:
+    """The logger of that name, whose messages are :func:`printable`."""
+    log = logging.getLogger(name)
+    log.addFilter(_PLAIN)
+    return log
 
 
 class PlainConsole(Console):

@@ -165,7 +165,9 @@ def test_columns_that_can_not_be_told_apart_or_hold_no_vectors_are_refused(
         (pa.Table.from_arrays([ids, ids, old], ["id", "id", "old"]), r"expected columns with names of.*'id' twice"),
         (pa.Table.from_arrays([ids, old, old], ["id", "old", "old"]), r"expected columns with names of.*'old' twice"),
         (
-            pa.table({"id": ids, "old": pa.array((rows * 9).astype(np.int64).tolist(), pa.list_(pa.int64()))}),
+            pa.table(
+                {"id": ids, "old": pa.array(np.nan_to_num(rows * 9).astype(np.int64).tolist(), pa.list_(pa.int64()))}
+            ),
             r"vector_column: expected a list of float.*got id \(int64\), old \(list<element: int64>\)",
         ),
     ]

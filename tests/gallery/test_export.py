@@ -6,6 +6,7 @@ import datetime
 import json
 import struct
 import uuid
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import fct
 from fct.gallery import bulk, export_bulk, tag_space
 from fct.gallery.export_ids import RULES, IdCheck
+from fct.gallery.json_values import json_values
 
 D = 4
 TARGETS = ("milvus", "qdrant", "pgvector")
@@ -334,3 +336,57 @@ def test_the_command_takes_the_same_choices(tmp_path: Path, capsys: pytest.Captu
         assert json.loads(first) == {"id": 0, "payload": payload}
         for file in (tmp_path / "out").iterdir():
             file.unlink()
+
+
+def test_a_null_that_a_dictionary_holds_is_a_null_id(tmp_path: Path) -> None:
+    for i, values in enumerate((pa.array(["a", None, "c", "d", "e"]), pa.array([1, None, 3, 4, 5]))):
+        column = pa.DictionaryArray.from_arrays(pa.array(range(5), pa.int8()), values)
+        where = gallery(tmp_path / f"g{i}", id=column)
+        for to in TARGETS:
+            with pytest.raises(ValueError, match=r"^id_column: expected .*row 1 has null"):
+                export_bulk(where, tmp_path / "out", to)
+
+
+def test_a_null_inside_a_list_is_refused_wherever_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column is one type in all of Milvus's files, whatever its first rows hold."""
+    monkeypatch.setattr(bulk, "_BATCH", 2)
+    lists = [[1], [2], [], [3], [4]]
+    assert [r["tags"] for r in exported(gallery(tmp_path / "g", tags=pa.array(lists)), "milvus")[2]] == lists
+    where = gallery(tmp_path / "late", tags=pa.array([*lists[:4], [None, 5]]))
+    with pytest.raises(ValueError, match=r"^payload: column 'tags': rows 4 to 4 have a null inside a list"):
+        export_bulk(where, tmp_path / "out", "milvus")
+    early = gallery(tmp_path / "early", tags=pa.array([[None], *lists[1:]]))
+    files = export_bulk(early, tmp_path / "out", "milvus")
+    assert pq.read_table(files[0])["tags"].to_pylist() == ["[null]", "[2]", "[]", "[3]", "[4]"]
+
+
+def test_lists_of_categories_are_lists_of_text(tmp_path: Path) -> None:
+    words = pa.array(["a", "b", "a", "c"]).dictionary_encode()
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 3, 3, 4, 4]), words)
+    assert [r["tags"] for r in exported(gallery(tmp_path / "g", tags=lists), "milvus")[2]] == lists.to_pylist()
+
+
+LISTS = [["a"], None, [], ["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.list_view(pa.string()), pa.large_list_view(pa.string()), pa.large_list(pa.string()),
+     pa.list_(pa.string_view())],
+    ids=str,
+)  # fmt: skip
+def test_every_spelling_of_a_list_is_the_same_payload(tmp_path: Path, kind: pa.DataType) -> None:
+    where = gallery(tmp_path / "g", tags=pa.array(LISTS, kind))
+    assert [r["tags"] for r in exported(where, "qdrant")[2]] == LISTS
+    assert [r["tags"] for r in exported(where, "milvus")[2]] == LISTS
+
+
+def test_times_in_maps_keep_their_digits_or_are_refused(tmp_path: Path) -> None:
+    kind = pa.map_(pa.string(), pa.timestamp("us"))
+    maps = pa.array([[], None, [("a", 1), ("b", None)], [("c", 2)], []], kind)
+    want = [{}, None, {"a": "1970-01-01T00:00:00.000001", "b": None}, {"c": "1970-01-01T00:00:00.000002"}, {}]
+    assert [r["m"] for r in exported(gallery(tmp_path / "g", m=maps), "qdrant")[2]] == want
+    assert json_values(maps.slice(2, 2), "m", 0, Counter()) == want[2:4]
+    far = gallery(tmp_path / "far", m=pa.array([[("a", 2**62)]] * 5, kind))
+    with pytest.raises(ValueError, match=r"^payload: column 'm': .*outside the years 1 to 9999"):
+        export_bulk(far, tmp_path / "out", "qdrant")

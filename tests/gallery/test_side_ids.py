@@ -13,7 +13,7 @@ import pytest
 import fct
 from fct.errors import FctError
 from fct.gallery import vector_array
-from fct.gallery.side_ids import require_same_ids
+from fct.gallery.side_ids import columns_in_common, require_same_ids
 
 N = 200
 
@@ -65,3 +65,20 @@ def test_ids_of_another_kind_are_refused() -> None:
     require_same_ids(pa.array([float("nan"), 1.0]), pa.array([float("nan"), 1.0]), 0)
     with pytest.raises(FctError, match="row 8 is None there and 2 in"):
         require_same_ids(pa.array([1, None]), pa.array([1, 2]), 7)
+
+
+@pytest.mark.parametrize("name", ["item_id", "docId", "product-key", "ID", "user.uuid"])
+def test_ids_of_a_name_that_fct_does_not_take_for_ids_are_compared_where_both_have_them(name: str) -> None:
+    side = pa.schema([(name, pa.int64()), ("side_info", pa.list_(pa.float32(), 4))])
+    assert columns_in_common(pa.schema([(name, pa.int64()), ("label", pa.int8())]), side, "") == [(name, name)]
+    with pytest.raises(
+        FctError, match=rf"row 11 is 2 there and 3 in.*--id-column {name}.*if '{name}' is no id of a row"
+    ):
+        require_same_ids(pa.array([1, 2, 3]), pa.array([1, 3, 2]), 10, name)
+
+
+def test_columns_that_are_no_ids_are_not_compared() -> None:
+    names = ["label", "paid", "valid", "keyword", "idea", "grid"]
+    schema = pa.schema([(name, pa.int64()) for name in names])
+    assert columns_in_common(schema, schema, "") == []
+    require_same_ids(pa.array(["a", "a"]), pa.array(["b", "b"]), 0, "model_id")  # one for the whole gallery

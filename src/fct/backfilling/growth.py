@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 
 from fct.gallery.file_gallery import FileSource
 from fct.gallery.interfaces import Source
+from fct.terminal import plain_log
 
 __all__ = ["Growth"]
 
-_log = logging.getLogger("fct.gallery")
+_log = plain_log("fct.gallery")
 _SECONDS, _REMOTE_SECONDS = 10.0, 60.0  # between two looks: a listing of a large store takes its time
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import socket
 import threading
@@ -17,10 +16,11 @@ from fct.backfilling.confined import open_confined, read_confined
 from fct.checks import shown
 from fct.errors import BackfillError, InUseError
 from fct.gallery.location import Location, Patience
+from fct.terminal import plain_log
 
 __all__ = ["hold"]
 
-_log = logging.getLogger("fct.gallery")
+_log = plain_log("fct.gallery")
 # What file systems without locks answer: NFS without lockd, FUSE, object stores that are mounted.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 _LOCK_BYTES = 4096

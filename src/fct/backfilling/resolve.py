@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,11 +37,12 @@ from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
 from fct.options.groups import BackfillOptions, Columns, Database, JobOptions
+from fct.terminal import plain_log
 from fct.types import GalleryLike, TransformationLike
 
 __all__ = ["Resolved", "load_transformation", "occupied", "require_rows", "resolve"]
 
-_log = logging.getLogger("fct.gallery")
+_log = plain_log("fct.gallery")
 _SHARD_BYTES = 128 << 20
 _TABLES = {"delta": "a Delta table", "iceberg": "an Iceberg table"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Generator
@@ -33,11 +32,12 @@ from fct.gallery.urls import redacted
 from fct.options.declare import takes
 from fct.options.groups import BackfillOptions
 from fct.options.keywords import BackfillKeywords
+from fct.terminal import plain_log
 from fct.types import GalleryLike, TransformationLike
 
 __all__ = ["BackfillReport", "backfill"]
 
-_log = logging.getLogger("fct.gallery")
+_log = plain_log("fct.gallery")
 _UNDER_WAY = 4  # shards between submit and marker: one in each stage
 
 

@@ -17,18 +17,19 @@ from fct.gallery.vectors import vector_dim
 __all__ = ["Reject", "misfit", "refuse_misfit", "sampled"]
 
 Reject: TypeAlias = dict[str, Any]  # id, row and reason of a row that h cannot map, as in rejects/
-_ROWS = 4096
+_ROWS, _BYTES = 4096, 128 << 20
 
 
 def sampled(found: Resolved, rows: int) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch | None]]:
-    """About ``rows`` rows with their side-information, in up to 8 runs from shards spread evenly over the gallery."""
+    """About ``rows`` rows with their side-information, in up to 8 runs from shards spread evenly over the gallery;
+    fewer where those take more than 128 MB."""
     shards = found.job.shards
     chosen = [shards[i] for i in sorted({int(x) for x in np.linspace(0, len(shards) - 1, min(8, len(shards)))})]
     each = max(1, rows // len(chosen))
     # One batch a run: no more is decoded than is looked at.
     reader = found.reader(replace(found.job, batch_rows=each))
     for shard in chosen:
-        yield reader.head(shard, each)
+        yield reader.head(shard, each, _BYTES / len(chosen))
 
 
 def misfit(job: Job, first: pa.RecordBatch, rejects: list[Reject]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +51,8 @@ class SecondReader:
         """These columns of these files, in order and under one schema; a column that a file lacks is null."""
         schema = pa.schema([self._source.schema.field(name) for name in wanted])
         for name in names:
-            for batch in columns_of_file(self._source.kind, self.files[name], wanted, name):
+            file = self.files[name]
+            for batch in columns_of_file(self._source.kind, file, wanted, self._source.partitioned_name(file)):
                 yield conform(batch, schema)
 
 
@@ -113,7 +115,8 @@ def columns_of_file(kind: str, file: Location, wanted: Sequence[str], name: str 
     """These columns of one file. name: its path below the gallery, whose folders may hold columns (``lang=de/``)."""
     if kind not in _DATASETS:
         return
-    folders = dict(part.split("=", 1) for part in name.split("/")[:-1] if "=" in part)
+    pairs = (part.split("=", 1) for part in name.split("/")[:-1] if "=" in part)
+    folders = {unquote(key): value for key, value in pairs}
     for batch in _batches(kind, file, wanted):
         arrays = [
             batch.column(n) if n in batch.schema.names else _of_folder(folders.get(n), batch.num_rows) for n in wanted
@@ -132,8 +135,6 @@ def _batches(kind: str, file: Location, wanted: Sequence[str]) -> Iterator[pa.Re
 
 
 def _of_folder(value: str | None, rows: int) -> pa.Array:
-    from urllib.parse import unquote
-
     if value is None or value == "__HIVE_DEFAULT_PARTITION__":
         return pa.nulls(rows)
     return pa.repeat(pa.scalar(unquote(value)), rows)

@@ -12,16 +12,16 @@ import pyarrow as pa
 from fct.backfilling.job import Job
 from fct.errors import BackfillError, FctError
 from fct.gallery.column_checksum import row_sizes
-from fct.gallery.interfaces import Shard, Source
+from fct.gallery.interfaces import Piece, Shard, Source
 from fct.gallery.location import Patience
-from fct.gallery.side_ids import id_column_of, require_same_ids
+from fct.gallery.side_ids import columns_in_common, require_same_ids
 from fct.gallery.vectors import rebatch
 
 __all__ = ["BATCH_BYTES", "ShardReader", "bounded"]
 
 BATCH_BYTES = 64 << 20  # what a batch of vectors takes at default settings
 _MOST_BYTES = 64 << 20  # and with all other columns, whatever they hold
-_FIRST_ROWS, _ROWS = 512, 8192  # read at once of columns that have no fixed width: until one batch was seen, and then
+_FIRST_ROWS, _ROWS = 32, 8192  # read at once of columns that have no fixed width: until one batch was seen, and then
 
 
 class ShardReader:
@@ -38,6 +38,7 @@ class ShardReader:
         self.job, self.source, self.side, self.patience = job, source, side, patience or Patience()
         self._starts = np.cumsum([0] + [p.rows for p in job.side_pieces])
         self._widest: dict[int, float] = {}  # bytes of a row, the most that a batch of each source had
+        self._stated: dict[tuple[int, str], float] = {}  # and what each piece says of itself
 
     def batches(self, shard: Shard, *, bound: bool = True) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch | None]]:
         """(rows, their side-information or None). bound: False for batches of exactly ``job.batch_rows``, which the
@@ -57,20 +58,26 @@ class ShardReader:
             first += batch.num_rows
             yield batch, side
 
-    def head(self, shard: Shard, rows: int) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
-        """The shard's first ``rows`` rows at once, side-information beside them: for a look at what is there."""
-        rows = min(rows, shard.rows)
-        batch = pa.concat_batches(list(self.rows(self.source, self.job.pieces, shard.piece, shard.start, rows)))
-        side = None if self.side is None else pa.concat_batches(list(self._side_rows(shard.first, rows)))
+    def head(self, shard: Shard, rows: int, most_bytes: float) -> tuple[pa.RecordBatch, pa.RecordBatch | None]:
+        """The shard's first rows at once, side-information beside them, for a look at what is there: ``rows`` of them,
+        fewer where those would be more than ``most_bytes``, but one batch at least."""
+        held: list[pa.RecordBatch] = []
+        for batch in self.rows(self.source, self.job.pieces, shard.piece, shard.start, min(rows, shard.rows)):
+            held.append(batch)
+            most_bytes -= batch.nbytes
+            if most_bytes <= 0:
+                break
+        batch = _joined(held)
+        side = None if self.side is None else pa.concat_batches(list(self._side_rows(shard.first, batch.num_rows)))
         if side is not None:
             self._check_ids(batch, side, shard.first)
         return batch, side
 
     def _check_ids(self, batch: pa.RecordBatch, side: pa.RecordBatch, first: int) -> None:
         """Raises FctError where both sides have ids and these are not the same, row by row."""
-        other = id_column_of(side.schema, self.job.id_column)
-        if other:
-            require_same_ids(batch.column(self.job.id_column), side.column(other), first)
+        for mine, theirs in columns_in_common(batch.schema, side.schema, self.job.id_column):
+            guessed = "" if self.job.id_column else mine
+            require_same_ids(batch.column(mine), side.column(theirs), first, guessed)
 
     def _side_rows(self, first: int, rows: int) -> Iterator[pa.RecordBatch]:
         assert self.side is not None
@@ -86,13 +93,17 @@ class ShardReader:
         vectors = {name for name in (self.job.vector, self.job.side_column, self.job.side_vector) if name}
         return fixed_width(schema, vectors, self.job.old_space.dim)
 
-    def _at_once(self, source: Source, rows: int) -> int:
+    def _at_once(self, source: Source, piece: Piece, rows: int) -> int:
         """How many rows to ask a source for at once, so that what it decodes stays small whatever a row holds."""
         width = self._width(source.schema)
         if width is not None:
             return max(1, min(rows, self.job.batch_rows, int(_MOST_BYTES // width)))
+        key = (id(source), piece.name)
+        if key not in self._stated:
+            self._stated[key] = source.row_bytes(piece) or 1.0
         seen = self._widest.get(id(source))
-        most = _FIRST_ROWS if seen is None else 1 << int(np.log2(max(1, min(_ROWS, _MOST_BYTES / 2 / seen))))
+        wide = max(seen or 1.0, self._stated[key])
+        most = 1 << int(np.log2(max(1, min(_FIRST_ROWS if seen is None else _ROWS, _MOST_BYTES / 2 / wide))))
         return max(1, min(rows, self.job.batch_rows, most))
 
     def rows(self, source: Source, pieces: Any, piece: int, start: int, rows: int) -> Iterator[pa.RecordBatch]:
@@ -103,7 +114,7 @@ class ShardReader:
         def step() -> pa.RecordBatch | None:
             nonlocal batches
             batches = batches or source.read(
-                pieces[piece], start + done, rows - done, self._at_once(source, rows - done)
+                pieces[piece], start + done, rows - done, self._at_once(source, pieces[piece], rows - done)
             )
             try:
                 return next(batches, None)

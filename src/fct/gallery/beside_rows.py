@@ -13,7 +13,7 @@ from fct.atomic_files import checksum_bytes
 from fct.errors import FctError
 from fct.gallery.columns import pick_id_column
 from fct.gallery.file_gallery import named_errors
-from fct.gallery.interfaces import Piece, Source
+from fct.gallery.interfaces import Piece, Source, rows_at_once
 from fct.gallery.location import Location
 from fct.gallery.matrix_files import ROW, BinSource, NpySource
 from fct.gallery.stores import open_source
@@ -115,7 +115,9 @@ def load_ids(where: object, wanted: str = "auto", *, name: str = "id_column") ->
 def _columns(source: Source, pieces: Sequence[Piece], beside: BesideRows, column: str) -> Iterator[pa.Array]:
     for piece, first in zip(pieces, beside.first, strict=True):
         if column in source.schema.names:
-            yield from (batch.column(column) for batch in source.read(piece, 0, piece.rows, _BATCH))
+            yield from (
+                batch.column(column) for batch in source.read(piece, 0, piece.rows, rows_at_once(source, piece, _BATCH))
+            )
             continue
         more = beside.table(piece)
         if more is None:

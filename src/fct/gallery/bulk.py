@@ -23,7 +23,7 @@ from fct.gallery.beside_rows import BesideRows
 from fct.gallery.bulk_files import WRITERS, BulkWriter, Names
 from fct.gallery.columns import pick_column, pick_id_column
 from fct.gallery.export_ids import RULES, IdCheck, id_kind
-from fct.gallery.interfaces import VECTOR_KEY, Piece, Source
+from fct.gallery.interfaces import VECTOR_KEY, Piece, Source, rows_at_once
 from fct.gallery.matrix_files import ROW
 from fct.gallery.stores import open_source, opening
 from fct.gallery.vectors import vector_block, vector_dim
@@ -245,7 +245,7 @@ class _Rows:
         """(all columns, the rows' numbers in the old gallery)"""
         for piece, first in zip(self.pieces, self.beside.first, strict=True):
             at, more = 0, self.beside.table(piece)
-            for batch in self.source.read(piece, 0, piece.rows, _BATCH):
+            for batch in self.source.read(piece, 0, piece.rows, rows_at_once(self.source, piece, _BATCH)):
                 numbers = pa.array(np.arange(first + at, first + at + batch.num_rows))
                 for entry in self.beside.schema:  # a shard without rejected rows has no file for its numbers
                     part = numbers if more is None else more[entry.name].slice(at, batch.num_rows).combine_chunks()

@@ -74,11 +74,13 @@ class BulkWriter(ABC):
                 )
 
 
+@dataclass
 class Milvus(BulkWriter):
     """``part-….parquet`` of a million rows each."""
 
     _writer: pq.ParquetWriter | None = None
     _count = 0
+    _arrays: dict[str, bool] = field(default_factory=dict)  # by column of lists: whether they are arrays there, or JSON
 
     def add(self, ids: pa.Array, values: Any, rest: pa.RecordBatch, first: int) -> None:
         self._require_free(rest.schema.names)
@@ -115,8 +117,15 @@ class Milvus(BulkWriter):
         if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
             inner = plain_array(column.flatten())
             simple = t.is_boolean(inner.type) or t.is_signed_integer(inner.type) or t.is_string(inner.type)
-            if (simple or t.is_float32(inner.type) or t.is_float64(inner.type)) and not inner.null_count:
-                return column.cast(pa.list_(inner.type))
+            if simple or t.is_float32(inner.type) or t.is_float64(inner.type):
+                as_array = self._arrays.setdefault(name, not inner.null_count)  # a file holds one type for all rows
+                if as_array and inner.null_count:
+                    raise ValueError(
+                        f"payload: column {name!r}: rows {first} to {first + len(column) - 1} have a null inside a "
+                        "list, which Milvus's arrays do not hold: leave the column out with columns"
+                    )
+                if as_array:
+                    return _list_of(column, inner)
         values = json_values(column, name, first, self.hollow)
         nested = t.is_nested(kind)
         return pa.array([json.dumps(v) if nested and v is not None else v for v in values], pa.string())
@@ -127,6 +136,15 @@ class Milvus(BulkWriter):
 
     def abandon(self) -> None:
         self.close()
+
+
+def _list_of(column: pa.Array, inner: pa.Array) -> pa.Array:
+    """A list, large_list or fixed_size_list as list<inner's type>. inner: what ``column.flatten()`` holds, plainer."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    if pa.types.is_fixed_size_list(column.type):
+        lengths = np.where(column.is_valid().to_numpy(zero_copy_only=False), lengths, 0)
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(ends, inner, mask=column.is_null() if column.null_count else None)
 
 
 class Qdrant(BulkWriter):

@@ -62,7 +62,9 @@ def _walk(column: pa.Array, at: str, add: Update) -> None:
         return
     add(f"{at}?", _valid(column))
     if column.null_count:
-        column = column.drop_null()
+        plain = _viewless(kind)  # Arrow takes no rows of lists and structs of views
+        column = (column if plain.equals(kind) else column.cast(plain)).drop_null()
+        kind = column.type
     if pa.types.is_boolean(kind):
         add(f"{at}=", np.asarray(column.to_numpy(zero_copy_only=False), np.uint8))
     elif pa.types.is_fixed_size_binary(kind) or _is_fixed(kind):
@@ -105,6 +107,23 @@ def _plain(column: pa.Array) -> pa.Array:
             column = column.cast(pa.list_(pa.struct([("key", kind.key_type), ("value", kind.item_type)])))
         else:
             return column
+
+
+def _viewless(kind: pa.DataType) -> pa.DataType:
+    """A list's or struct's type with string and binary instead of their views, however deep."""
+    if _named(kind, "string_view"):
+        return pa.large_string()
+    if _named(kind, "binary_view"):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return pa.struct([f.with_type(_viewless(f.type)) for f in fields])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = kind.value_field.with_type(_viewless(kind.value_type))
+        if pa.types.is_fixed_size_list(kind):
+            return pa.list_(inner, kind.list_size)
+        return (pa.large_list if pa.types.is_large_list(kind) else pa.list_)(inner)
+    return kind
 
 
 def _named(kind: pa.DataType, name: str) -> bool:

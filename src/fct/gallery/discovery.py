@@ -20,7 +20,7 @@ import pyarrow.dataset as ds
 from fct.errors import FctError
 from fct.gallery.location import Location
 
-__all__ = ["find_files", "natural", "partition_columns", "root_of"]
+__all__ = ["find_files", "is_partition", "natural", "partition_columns", "root_of"]
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -53,6 +53,7 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
     for file in where.find():
         parts = file.path[len(root) :].strip("/").split("/")
         _refuse_table(where, root, parts, name)
+        _refuse_stream(where, parts, name)
         if _is_hidden(parts) or file.path.endswith(".json"):
             continue
         _check_readable(file)
@@ -75,6 +76,16 @@ def _refuse_table(where: Location, root: str, parts: Sequence[str], name: str) -
         raise FctError(
             f"{name}: {where} holds a table or a saved dataset, where files may hold rows that it no longer has; "
             f"name the table itself: {table}"
+        )
+
+
+def _refuse_stream(where: Location, parts: Sequence[str], name: str) -> None:
+    """Raises FctError for what a stream of Spark wrote: its log names those of the files that count."""
+    if "_spark_metadata" in parts[:-1]:
+        raise FctError(
+            f"{name}: {where} is what a stream of Spark wrote, whose rows are those of the files that _spark_metadata "
+            "names: read it once by Spark and write it as Parquet, or name its files (such as "
+            f"{where}/*.parquet) if all of them count"
         )
 
 
@@ -114,7 +125,7 @@ def partition_columns(names: Sequence[str]) -> tuple[pa.Schema, list[dict[str, A
     Returns:
         (their schema, the values of each file, None for null).
     """
-    folders = [[part for part in name.split("/")[:-1] if _is_partition(part)] for name in names]
+    folders = [[part for part in name.split("/")[:-1] if is_partition(part)] for name in names]
     keys = list(dict.fromkeys(unquote(part.partition("=")[0]) for parts in folders for part in parts))
     if not keys:
         return pa.schema([]), [{} for _ in names]
@@ -133,6 +144,7 @@ def partition_columns(names: Sequence[str]) -> tuple[pa.Schema, list[dict[str, A
     return schema, [{key: values[key][i].as_py() for key in keys} for i in range(len(names))]
 
 
-def _is_partition(folder: str) -> bool:
+def is_partition(folder: str) -> bool:
+    """Whether a folder's name is that of a partition, ``key=value``."""
     key, equals, _ = folder.partition("=")
     return bool(key and equals)

@@ -76,9 +76,9 @@ class IdCheck:
 
     def __call__(self, ids: pa.Array, first: int) -> pa.Array:
         """The ids as the database gets them: int64, uint64 or string. first: the number of the first one's row."""
+        ids = plain_array(ids)  # a dictionary may hold a null among its values
         if ids.null_count:
             raise self._wrong(first + pc.index(ids.is_null(), True).as_py(), "null")
-        ids = plain_array(ids)
         if self.kind == "integer":
             return self._integers(ids, first)
         if self.kind == "uuid":

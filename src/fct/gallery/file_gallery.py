@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from fct.errors import FctError
-from fct.gallery.discovery import find_files, natural, partition_columns, root_of
+from fct.errors import FctError, SpaceMismatchError
+from fct.gallery.discovery import find_files, is_partition, natural, partition_columns, root_of
 from fct.gallery.interfaces import Batches, Destination, Piece, Shard, Source
 from fct.gallery.location import Location, Version
 from fct.gallery.schemas import RULE, conform, difference, readable, unify
@@ -56,6 +56,14 @@ class FileSource(Source):
         """The piece's name and identity: its path below the gallery, or below a pattern's fixed part."""
         name = file.path[len(self._root) :].lstrip("/") if file.path.startswith(self._root + "/") else file.name
         return name if file.is_local else redacted(name)
+
+    def partitioned_name(self, file: Location) -> str:
+        """:meth:`name_of`, behind the partitions that the gallery's own place ends with: ``g/lang=de`` is one."""
+        folders = self._root.split("/")
+        while folders and is_partition(folders[-1]):
+            folders.pop()
+        above = self._root.split("/")[len(folders) :]
+        return "/".join([*above, self.name_of(file)])
 
     def find(self) -> list[Location]:
         """The files as they are now."""
@@ -111,7 +119,7 @@ class FileSource(Source):
     @cached_property
     def _folders(self) -> tuple[pa.Schema, dict[str, dict[str, Any]]]:
         """(columns in folders' names, their values by file)."""
-        schema, values = partition_columns([self.name_of(file) for file in self._files])
+        schema, values = partition_columns([self.partitioned_name(file) for file in self._files])
         return schema, {file.path: row for file, row in zip(self._files, values, strict=True)}
 
     @property
@@ -159,11 +167,9 @@ class FileSource(Source):
         if not self._unified().equals(self.schema):
             lines = "; ".join(difference(self.schema, self._unified()))
             raise FctError(f"source: {self.url} has files whose columns differ from those it began with: {lines}")
+        self._require_one_space()
         pieces, broken = [], []
         for file, name in zip(self._files, names, strict=True):
-            space, first = space_of_schema(self._schemas[file.path], str(file)), space_of_schema(self.schema, self.url)
-            if space is not None and first is not None:
-                first.require_same(space, f"source: {file}")
             version = self.version_of(file)
             try:
                 groups = self.groups(file)
@@ -174,6 +180,24 @@ class FileSource(Source):
         if broken:
             raise FctError("; ".join([broken[0], *(b.removeprefix("source: ") for b in broken[1:])]))
         return pieces
+
+    def _require_one_space(self) -> None:
+        """Raises SpaceMismatchError where one file's schema names another space than the others', or none."""
+        kinds: dict[int, tuple[EmbeddingSpace | None, Location]] = {}
+        for file in self._files:
+            schema = self._schemas[file.path]
+            if id(schema) not in kinds:
+                kinds[id(schema)] = (space_of_schema(schema, str(file)), file)
+        spaces = list(kinds.values())
+        tagged = [(space, file) for space, file in spaces if space is not None]
+        for space, file in tagged[1:]:
+            tagged[0][0].require_same(space, f"source: {file}")
+        silent = [file for space, file in spaces if space is None]
+        if tagged and silent and side_file_space(self.where) is None:
+            raise SpaceMismatchError(
+                f"source: expected vectors of one space, {tagged[0][1]} says {tagged[0][0]} and {silent[0]} does not "
+                "say what it holds: name the one alone, or write it down for the folder with fct.gallery.tag_space"
+            )
 
     @abstractmethod
     def file_schema(self, file: Location) -> pa.Schema:

@@ -61,6 +61,7 @@ class IcebergSource(Source):
     def _opened(self) -> tuple[Any, Any]:
         """(table, its files). The table's own properties choose nothing: they may name code to be loaded."""
         from pyiceberg.catalog.noop import NoopCatalog
+        from pyiceberg.exceptions import ValidationError
         from pyiceberg.io.pyarrow import PyArrowFileIO
         from pyiceberg.serializers import FromInputFile
         from pyiceberg.table import Table
@@ -68,7 +69,7 @@ class IcebergSource(Source):
         io, place = PyArrowFileIO(self._properties), str(self._metadata)
         try:
             metadata = FromInputFile.table_metadata(io.new_input(place))
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, ValidationError) as error:
             raise FctError(f"source: {place} is no metadata of an Iceberg table: {error}") from error
         return Table(("table",), metadata, place, io, NoopCatalog("none")), io
 

@@ -16,10 +16,22 @@ import pyarrow as pa
 
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["JOB_KEY", "VECTOR_KEY", "Batches", "Destination", "Output", "Piece", "Shard", "Source", "rows_at"]
+__all__ = [
+    "JOB_KEY",
+    "VECTOR_KEY",
+    "Batches",
+    "Destination",
+    "Output",
+    "Piece",
+    "Shard",
+    "Source",
+    "rows_at",
+    "rows_at_once",
+]
 
 Batches = Iterator[pa.RecordBatch]
 JOB_KEY = b"fct.job"  # schema metadata: the fingerprint of the backfill that wrote it
+_BATCH_BYTES = 32 << 20
 VECTOR_KEY = b"fct.vector"  # schema metadata: the name of the column that holds the vectors
 
 
@@ -83,6 +95,10 @@ class Source(ABC):
         """What whoever reads a plan should know: what is read otherwise than it is stored."""
         return ()
 
+    def row_bytes(self, piece: Piece) -> float | None:
+        """About how many bytes a row of the piece takes in memory, where its files say so before they are read."""
+        return None
+
     def refresh(self) -> None:  # noqa: B027 (a dataset of one version has nothing to do)
         """Looks again at which pieces there are, for the next :meth:`pieces`."""
 
@@ -144,6 +160,11 @@ class Destination(ABC):
 
         May be called again after a crash, and must then leave the same.
         """
+
+
+def rows_at_once(source: Source, piece: Piece, most: int) -> int:
+    """How many rows of a piece to ask for at a time: ``most``, fewer where they are known to take over 32 MB."""
+    return max(1, min(most, int(_BATCH_BYTES / (source.row_bytes(piece) or 1.0))))
 
 
 def rows_at(source: Source, pieces: Sequence[Piece], first: int, rows: int) -> Batches:

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
+from fct.gallery.schemas import without_views
+
 __all__ = ["Json", "json_values", "plain_array", "text_of_times"]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -24,7 +26,7 @@ def plain_array(column: pa.Array) -> pa.Array:
         return column.cast(pa.string()) if column.nbytes < 1 << 31 else column.cast(pa.large_string())
     if pa.types.is_binary_view(column.type):
         return column.cast(pa.large_binary())
-    return column
+    return without_views(column)
 
 
 def _is_uuid(kind: pa.DataType) -> bool:
@@ -126,12 +128,9 @@ def _objects(column: Any, name: str, first: int, hollow: Counter[str]) -> list[J
 def _lists(column: Any, name: str, first: int, hollow: Counter[str]) -> list[Json]:
     """Lists of all kinds and maps, which are lists of pairs."""
     if pa.types.is_map(column.type):
-        pairs = [None if row is None else list(row) for row in column.to_pylist()]
-        flat = [cell for row in pairs if row for cell in row]
-        keys = json_values(pa.array([k for k, _ in flat], column.type.key_type), name, first, hollow)
-        items = json_values(pa.array([v for _, v in flat], column.type.item_type), name, first, hollow)
-        lengths = [None if row is None else len(row) for row in pairs]
-        cells: list[Any] = list(zip(keys, items, strict=True))
+        keys, items, lengths = _pairs(column)
+        both = (json_values(part, name, first, hollow) for part in (keys, items))
+        cells: list[Any] = list(zip(*both, strict=True))
     else:
         if not pa.types.is_fixed_size_list(column.type) and not pa.types.is_large_list(column.type):
             column = column.cast(pa.large_list(column.type.value_type))
@@ -154,6 +153,17 @@ def _lists(column: Any, name: str, first: int, hollow: Counter[str]) -> list[Jso
         else:
             found.append([list(pair) for pair in part])
     return found
+
+
+def _pairs(column: pa.Array) -> tuple[pa.Array, pa.Array, list[int | None]]:
+    """(keys, values, how many of them each row has; None for null) of a map. Not by way of Python's values, whose
+    times do not hold all of Arrow's."""
+    ends = column.offsets.to_pylist()
+    valid = column.is_valid().to_pylist()
+    spans = [(a, b) if ok else (a, a) for a, b, ok in zip(ends, ends[1:], valid, strict=False)]
+    at = pa.array([i for a, b in spans for i in range(a, b)], pa.int64())
+    lengths = [b - a if ok else None for (a, b), ok in zip(spans, valid, strict=True)]
+    return column.keys.take(at), column.items.take(at), lengths
 
 
 def _is_text(kind: pa.DataType) -> bool:

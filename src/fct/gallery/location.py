@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,14 +21,15 @@ from fct.atomic_files import checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError, StoreError
 from fct.gallery.urls import check_scheme, redacted, without_secrets
-from fct.terminal import printable
+from fct.terminal import plain_log, printable
 
 __all__ = ["DELTA", "Location", "Patience", "Version", "location_of", "with_retries"]
 
 T = TypeVar("T")
-_log = logging.getLogger("fct.gallery")
+_log = plain_log("fct.gallery")
 DELTA = "delta://"  # in front of a path or a URL: a Delta table is meant
 _BLOCK = 8 << 20
+_SMALL = 64 << 20  # bytes of what is read whole: tags, states, markers
 _BYTES_PER_SECOND = 1e6  # a request that moves many bytes gets a second more for each of these
 # Waiting longer does not make these go away; nor a full or read-only disk.
 _FINAL = (FctError, FileNotFoundError, PermissionError, IsADirectoryError, TypeError, ValueError, MemoryError)
@@ -199,8 +200,9 @@ class Location:
         return open(self.path, "rb", buffering=0) if self.is_local else _Remote(self)
 
     def read_bytes(self) -> bytes:
+        """All of a small file. Raises FctError, at once, for what is no file (a pipe, a device) or is over 64 MB."""
         if self.is_local:
-            return Path(self.path).read_bytes()
+            return _small_file(self.path)
         return self._ask("reading", lambda: bytes(self.fs.cat_file(self.path)))
 
     def write_bytes(self, data: bytes) -> None:
@@ -285,6 +287,23 @@ class _Remote(io.RawIOBase):
     def close(self) -> None:
         self._file = None
         super().close()
+
+
+def _small_file(path: str) -> bytes:
+    """A folder is somebody's: what has a file's name there may be a pipe that nobody writes to, or have no end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        state = os.fstat(descriptor)
+        if stat.S_ISDIR(state.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(state.st_mode):
+            raise FctError(f"gallery: expected a file, {path} is none (a pipe or a device): remove it")
+        if state.st_size > _SMALL:
+            raise FctError(f"gallery: expected at most {_SMALL:,} bytes in {path}, it has {state.st_size:,}: remove it")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(_SMALL)
+    finally:
+        os.close(descriptor)
 
 
 def _let_go(descriptor: int) -> None:

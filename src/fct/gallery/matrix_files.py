@@ -235,7 +235,7 @@ class _MatrixDestination(FileDestination):
                         file.write(np.ascontiguousarray(values).data.cast("B"))
                     n += len(values)
                     others = batch.drop_columns([name])
-                    if others.schema.names == [ROW]:
+                    if others.schema.names == [ROW] and others.schema.types == [pa.int64()]:
                         numbers.append(others.column(0))
                     elif others.num_columns:
                         beside = beside or pq.ParquetWriter(beside_path, others.schema)
@@ -245,9 +245,12 @@ class _MatrixDestination(FileDestination):
         finally:
             if beside is not None:
                 beside.close()
-        if numbers and n != shard.rows:
+        # What the place of a row says already is left out: numbers that count on. Not a column that a user calls so.
+        counted = pa.chunked_array([np.arange(shard.first, shard.first + shard.rows)])
+        own = bool(numbers) and not pa.chunked_array(numbers).equals(counted)
+        if own:
             pq.write_table(pa.table({ROW: pa.chunked_array(numbers)}), beside_path)
-        if beside is not None or (numbers and n != shard.rows):
+        if beside is not None or own:
             files[f"_rows/{beside_path.name}"] = beside_path
 
     def header(self, n: int, d: int, dtype: np.dtype[Any]) -> bytes:

@@ -7,6 +7,8 @@ byte arrays) avoids both; see docs/galleries.md.
 from __future__ import annotations
 
 import contextlib
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pyarrow.parquet as pq
 
 from fct.errors import FctError
 from fct.gallery.file_gallery import FileDestination, FileSource
+from fct.gallery.int96_times import columns_of_int96, unwrapped
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Shard
 from fct.gallery.location import Location
+from fct.spaces import EmbeddingSpace
 
 __all__ = ["ParquetDestination", "ParquetSource"]
 
@@ -32,6 +36,7 @@ class ParquetSource(FileSource):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._paused: list[_Run] = []
+        self._row_bytes: dict[str, float | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_paused": []}
@@ -54,7 +59,15 @@ class ParquetSource(FileSource):
 
     def groups(self, file: Location) -> list[int]:
         with self._open(file) as parquet:
-            return [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+            groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        self._row_bytes[file.path] = max((g.total_byte_size / g.num_rows for g in groups if g.num_rows), default=None)
+        return [group.num_rows for group in groups]
+
+    def row_bytes(self, piece: Piece) -> float | None:
+        file = self.file_of(piece)
+        if file.path not in self._row_bytes:
+            ParquetSource.groups(self, file)
+        return self._row_bytes[file.path]
 
     def read_file(self, file: Location, piece: Piece, start: int, rows: int, batch_rows: int) -> Batches:
         end = start + rows
@@ -111,7 +124,13 @@ class ParquetSource(FileSource):
             parquet.close()
             parquet = self._open(file, metadata=metadata, pre_buffer=True)
         # With few processors Arrow's threads only take turns with the kernel's.
-        batches = parquet.iter_batches(batch_rows, row_groups=wanted, use_threads=pa.cpu_count() > 4)
+        threads = pa.cpu_count() > 4
+        batches = parquet.iter_batches(batch_rows, row_groups=wanted, use_threads=threads)
+        wrapping = columns_of_int96(parquet.schema)
+        if wrapping:
+            micro = self._open(file, metadata=metadata, coerce_int96_timestamp_unit="us")
+            again = micro.iter_batches(batch_rows, row_groups=wanted, columns=wrapping, use_threads=threads)
+            batches = unwrapped(batches, iter(again), wrapping, file)
         return _Run(name, parquet, batches, at, last).skip(start)
 
 
@@ -147,6 +166,12 @@ class ParquetDestination(FileDestination):
     kind = "parquet"
     suffix = ".parquet"
 
+    def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
+        for entry in schema:
+            with _named(entry):
+                pq.ParquetWriter(io.BytesIO(), pa.schema([entry])).close()
+        super().begin(schema, space)
+
     def write_file(self, path: Path, shard: Shard, batches: Batches, files: dict[str, Path]) -> None:
         writer: pq.ParquetWriter | None = None
         try:
@@ -164,6 +189,23 @@ class ParquetDestination(FileDestination):
                         write_page_checksum=True,
                     )
                 writer.write_batch(batch)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            for entry, column in zip(batch.schema, batch.columns, strict=True):
+                with _named(entry):
+                    pq.write_table(pa.Table.from_arrays([column], schema=pa.schema([entry])), io.BytesIO())
+            raise error
         finally:
             if writer is not None:
                 writer.close()
+
+
+@contextlib.contextmanager
+def _named(entry: pa.Field) -> Iterator[None]:
+    """What Parquet cannot hold, by its type or its values, comes out as an FctError that names the column."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise FctError(
+            f"destination: the column {entry.name!r} ({entry.type}) cannot be kept in Parquet: {error}; write Arrow "
+            "files with --format arrow (format='arrow'), or change that column before"
+        ) from error

@@ -101,4 +101,6 @@ def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location
 def write_side_file(folder: Location, space: EmbeddingSpace, file: str = "") -> None:
     """Tags a folder, or one file in it."""
     place = folder / OURS / (f"{file}.{SIDE_FILE}" if file else SIDE_FILE)
+    if folder.is_local and os.path.islink(place.parent.path):
+        raise FctError(f"gallery: {place.parent} is a link, and a gallery's own files are not followed elsewhere")
     place.write_bytes(json.dumps(space.to_dict(), sort_keys=True).encode())

@@ -14,6 +14,7 @@ from fct.gallery.chunked_arrays import Hdf5Source, ZarrSource, is_zarr
 from fct.gallery.clip_folder import ClipSource, is_clip_folder
 from fct.gallery.databases import database_destination, database_source, is_database
 from fct.gallery.file_gallery import FileDestination, FileSource, find_files
+from fct.gallery.gathered_files import refuse_mixtures
 from fct.gallery.iceberg_catalog import IcebergAddress, is_iceberg
 from fct.gallery.interfaces import Destination, Source
 from fct.gallery.location import Location, Patience, location_of
@@ -122,6 +123,8 @@ def open_source(
     if version is not None:
         raise FctError(f"{name}: expected a table of versions, {place} is none")
     files = find_files(place, name)
+    if files != [place]:
+        refuse_mixtures(place, files, name)
     kinds = {kind: [f for f in files if f.path.endswith(kind.suffixes)] for kind in _SOURCES}
     found = {kind: some for kind, some in kinds.items() if some}
     if len(found) != 1 or sum(map(len, found.values())) != len(files):

@@ -17,11 +17,17 @@ from fct.gallery.discovery import root_of
 from fct.gallery.interfaces import Source
 from fct.gallery.location import Location
 
-__all__ = ["TITLES", "open_table", "pinned", "split_version", "table_kind"]
+__all__ = ["TITLES", "open_table", "pinned", "refuse_inside", "split_version", "table_kind"]
 
 _VERSION = re.compile(r"(.+)\?version=(\d+)")
+_MARKS = ("_delta_log", ".hoodie", "metadata", "snapshot", "manifest", "schema")
 _ABOVE, _ABOVE_REMOTE = 12, 3  # folders looked at above a place: each is a request over a network
-TITLES = {"delta": "a Delta table", "iceberg": "an Iceberg table", "hudi": "a Hudi table"}
+TITLES = {
+    "delta": "a Delta table",
+    "iceberg": "an Iceberg table",
+    "hudi": "a Hudi table",
+    "paimon": "a Paimon table",
+}
 
 
 def split_version(where: str) -> tuple[str, int | None]:
@@ -66,14 +72,16 @@ def open_table(
     root = place.at(root_of(place)) if place.is_pattern else place
     kind = table_kind(root)
     if kind is None:
-        _refuse_inside(root, name)
+        refuse_inside(root, name)
+        if root.is_local and os.path.realpath(root.path) != os.path.abspath(root.path):
+            refuse_inside(root.at(os.path.realpath(root.path)), name)
         return None
     if place.is_pattern and kind != "datasets":
         raise FctError(f"{name}: {place} means files of {TITLES[kind]}; name the table itself: {root}")
-    if kind == "hudi":
+    if kind in ("hudi", "paimon"):
         raise FctError(
-            f"{name}: {root} is a Hudi table, whose rows are not those of its files; fct reads none: write it once as "
-            "Parquet (in Spark: spark.read.format('hudi').load(table).write.parquet(folder))"
+            f"{name}: {root} is {TITLES[kind]}, whose rows are not those of its files; fct reads none: write it once "
+            f"as Parquet (in Spark: spark.read.format('{kind}').load(table).write.parquet(folder))"
         )
     return _open(kind, place, root, version, storage_options, name)
 
@@ -97,10 +105,10 @@ def _open(
 
 
 def table_kind(folder: Location) -> str | None:
-    """delta, iceberg, hudi, datasets or None."""
+    """delta, iceberg, hudi, paimon, datasets or None: what a folder is by what lies in it."""
     if folder.is_local:  # asked for by name: a folder above may hold any number of files
         path = folder.path
-        folders = [n for n in ("_delta_log", ".hoodie", "metadata") if os.path.isdir(os.path.join(path, n))]
+        folders = [n for n in _MARKS if os.path.isdir(os.path.join(path, n))]
         marks = ("dataset_dict.json", "state.json", "dataset_info.json")
         files = [n for n in marks if os.path.isfile(os.path.join(path, n))]
     else:
@@ -109,6 +117,8 @@ def table_kind(folder: Location) -> str | None:
         return "delta"
     if ".hoodie" in folders:
         return "hudi"
+    if {"snapshot", "manifest", "schema"} <= set(folders) and "schema-0" in (folder / "schema").files():
+        return "paimon"
     if "metadata" in folders and any(n.endswith(".metadata.json") for n in (folder / "metadata").files()):
         return "iceberg"
     if "dataset_dict.json" in files or ("state.json" in files and "dataset_info.json" in files):
@@ -116,7 +126,7 @@ def table_kind(folder: Location) -> str | None:
     return None
 
 
-def _refuse_inside(folder: Location, name: str) -> None:
+def refuse_inside(folder: Location, name: str) -> None:
     """Raises FctError for a place inside a table: its files are not the table's rows."""
     at = folder
     for _ in range(_ABOVE if folder.is_local else _ABOVE_REMOTE):

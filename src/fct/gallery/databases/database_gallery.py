@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from abc import abstractmethod
@@ -21,11 +20,12 @@ from fct.gallery.databases.id_lists import IdLists, minus
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Destination, Piece, Shard, Source
 from fct.gallery.location import Patience
 from fct.spaces import EmbeddingSpace
+from fct.terminal import plain_log
 
 __all__ = ["JSON_KEY", "DatabaseDestination", "DatabaseError", "DatabaseSource", "json_rows"]
 
 JSON_KEY = {b"fct.json": b"row"}  # metadata of a column that holds a row's payload as one JSON object
-_log = logging.getLogger("fct.gallery")
+_log = plain_log("fct.gallery")
 
 
 class DatabaseError(FctError):
