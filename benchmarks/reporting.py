@@ -106,7 +106,7 @@ def plots(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     for table, draw in PLOTS.items():
-        mine = [row for row in rows if row["table"] == table]
+        mine = [row for row in rows if row["table"] == table and row.get("state", "warm") == "warm"]
         if mine:
             path = folder / f"{table.replace(' ', '-')}.png"
             draw(mine, rows, path)

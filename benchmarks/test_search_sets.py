@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 
 import fct
-from fct.bench.measure import interleave, timing_fields
+from fct.bench.measure import measure_batch, timing_fields
 from fct.bench.peers import Worker, best_setting, openblas_times
+from fct.ops.search.cpu_search import Shadow, topk_cpu
+from fct.rows import rows_of
 
 OURS = "fct, prepared"
 K = 10
@@ -107,6 +109,34 @@ def same_scores(q: Any, g: Any, ours: Any, theirs: Any) -> bool:
     return bool((np.abs(np.sort(a, axis=1) - np.sort(b, axis=1)) <= 1e-5 * size).all())
 
 
+def what_was_read(q: Any, prepared: fct.PreparedGallery, seconds: float, threads: int) -> dict[str, Any]:
+    """How far the first level decides: the rows that it leaves over, the bytes that follow from it, what that takes.
+
+    Of queries in one block a tile is read once, so that the bytes are those of a pass over the first level; tails and
+    exact rows are counted for each query.
+    """
+    shadow, rows = prepared.shadow, prepared.rows
+    assert isinstance(shadow, Shadow)
+    counts = topk_cpu(rows_of(q, "queries"), rows, shadow, K, prepared.metric, False, threads=threads)[2]
+    pairs = len(q) * rows.n
+    first = shadow.tiles.nbytes + shadow.meta.nbytes
+    halves = shadow.low is not None
+    if halves:
+        first += shadow.high_error.nbytes if len(q) == 1 else shadow.low.nbytes
+    after = counts["tails"] * (0 if shadow.levels is None else shadow.tails.nbytes / rows.n)
+    exact = counts["rescored"] * rows.d * rows.itemsize
+    return {
+        "kind": f"levels, {shadow.levels.head} directions first" if shadow.levels else "halves" if halves else "flat",
+        "first_level_mb": first / 1e6,
+        "left_after_first_level": counts["tails"] / pairs if shadow.levels else counts["rescored"] / pairs,
+        "tails_mb": after / 1e6,
+        "scored_in_float64": counts["rescored"] / pairs,
+        "exact_mb": exact / 1e6,
+        "gb_per_s": (first + after + exact) / seconds / 1e9,
+        "share_of_float32": (first + after + exact) / (rows.n * rows.d * 4),
+    }
+
+
 @pytest.mark.parametrize("queries", [1, QUERIES])
 @pytest.mark.parametrize("name", SETS)
 def test_search_set(
@@ -139,9 +169,14 @@ def test_search_set(
             worker()
             assert same_scores(q, g, want, worker.result()), f"{peer}: other rows than ours"
             fns[peer] = worker
-        times = interleave(fns, seconds=1.0, rounds=5, most=50, pause=0.02)
-    for who, timing in times.items():
+        states = measure_batch(fns, queries, seconds=1.0, rounds=5)
+    for state, times in states.items():
         record(
-            "search sets", set=name, who=who, queries=queries, gallery=len(g), d=g.shape[1], k=K, threads=threads,
-            times_ours=timing.median / times[OURS].median, **timing_fields(timing, rows=queries),
+            "search sets: what was read", set=name, queries=queries, state=state, gallery=len(g), d=g.shape[1],
+            **what_was_read(q, prepared, times[OURS].median, threads),
         )  # fmt: skip
+        for who, timing in times.items():
+            record(
+                "search sets", set=name, who=who, queries=queries, state=state, gallery=len(g), d=g.shape[1], k=K,
+                threads=threads, times_ours=timing.median / times[OURS].median, **timing_fields(timing, rows=queries),
+            )  # fmt: skip

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 
 import fct
-from fct.bench.measure import Peaks, interleave, timing_fields
+from fct.bench.measure import Peaks, interleave, measure_batch, timing_fields
 from fct.bench.peers import Worker, best_setting, faiss_worker, openblas_times
 from fct.bench.throughput import same_neighbours
 
 FAISS = "FAISS IndexFlatIP"
 OURS = "fct, prepared"
-PAUSE = 0.02  # other libraries' threads spin for some milliseconds after a call
 
 
 def make(n: int, d: int, queries: int) -> tuple[Any, Any]:
@@ -95,21 +94,22 @@ def measure(
     for name, ids in exact.items():
         assert same_neighbours(q, g, want, ids), f"{name}: other rows than ours"
     flop = 2.0 * len(q) * g.shape[0] * g.shape[1]
-    times = interleave(fns, seconds=seconds, rounds=3, most=30, pause=PAUSE)
-    for name, timing in times.items():
-        fields = timing_fields(timing, rows=len(q), flop=flop)
-        record(
-            table,
-            who=name,
-            queries=len(q),
-            gallery=g.shape[0],
-            d=g.shape[1],
-            k=k,
-            threads=threads,
-            times_ours=timing.median / times[OURS].median,
-            share_of_peak=flop / timing.median / peaks.ops["int8" if name.startswith("fct") else "fp32"],
-            **{key.replace("rows_per_s", "queries_per_s"): value for key, value in fields.items()},
-        )
+    for state, times in measure_batch(fns, len(q), seconds=seconds).items():
+        for name, timing in times.items():
+            fields = timing_fields(timing, rows=len(q), flop=flop)
+            record(
+                table,
+                who=name,
+                state=state,
+                queries=len(q),
+                gallery=g.shape[0],
+                d=g.shape[1],
+                k=k,
+                threads=threads,
+                times_ours=timing.median / times[OURS].median,
+                share_of_peak=flop / timing.median / peaks.ops["int8" if name.startswith("fct") else "fp32"],
+                **{key.replace("rows_per_s", "queries_per_s"): value for key, value in fields.items()},
+            )
 
 
 def ours(q: Any, prepared: Any, k: int, threads: int) -> Callable[[], Any]:

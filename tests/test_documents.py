@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import typer
 
@@ -17,7 +22,46 @@ assert commands
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN = ["README.md", "docs/index.md", "docs/store-side-information.md", "docs/quickstart.md", "docs/cli.md"]
+# Names that a page speaks of without making them. Elsewhere: docs/engines.md in tests/engines; docs/gpu.md needs a GPU;
+# docs/export.md in tests/gallery/test_importers.py.
+STAND_INS = {
+    "docs/text-embeddings.md": """
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+class new_model:
+    encode = staticmethod(lambda texts: np.ones((len(texts), 6), np.float32))
+texts = [f"text {i}" for i in range(50)]
+pq.write_table(pa.table({"id": range(50), "text": texts, "embedding": list(np.ones((50, 4)))}), "gallery.parquet")
+""",
+    "docs/retrieval.md": """
+import numpy as np
+rng = np.random.default_rng(0)
+items = rng.integers(0, 60, 300)  # near copies, as deduplication finds them
+noise = rng.standard_normal((2, 300, 8), dtype=np.float32)
+old, new = rng.standard_normal((2, 60, 8), dtype=np.float32)[:, items] + 0.3 * noise
+gallery, queries, mapped = old, old[:20], new + 0.1
+labels = gallery_labels = rng.integers(0, 3, 300)
+query_labels = labels[:20]
+""",
+    "docs/backfill.md": """
+import fct, fct.gallery, numpy as np, os, pyarrow as pa, pyarrow.parquet as pq
+rows = np.random.default_rng(0).standard_normal((400, 8), dtype=np.float32)
+h = fct.fit_transformation(rows, None, np.tanh(rows[:, :4]), progress=False)
+os.mkdir("old")
+pq.write_table(pa.table({"id": range(50), "old": list(np.ones((50, 8), np.float32))}), "old/part.parquet")
+fct.gallery.tag_space("old", h.old_space)
+pq.write_table(pa.table({"id": [3, 3, 7], "count": [1, 2, 5]}), "clicks.parquet")
+embed = lambda ids: np.ones((len(ids), 4), np.float32)
+""",
+    "docs/galleries.md": """
+import datasets, fct, fct.gallery, numpy as np, os, polars as pl, pyarrow as pa, pyarrow.parquet as pq
+for folder in ("gallery", "new-gallery"):
+    os.mkdir(folder)
+    pq.write_table(pa.table({"id": [1], "old": list(np.ones((1, 128), np.float32))}), f"{folder}/part.parquet")
+""",
+}
+RUN = [
+    "README.md", "docs/index.md", "docs/store-side-information.md", "docs/quickstart.md", "docs/cli.md", *STAND_INS,
+]  # fmt: skip
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -28,8 +72,36 @@ def blocks(document: Path, language: str) -> list[str]:
 def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
+    exec(STAND_INS.get(name, ""), scope)
     for block in blocks(ROOT / name, "python"):
         exec(compile(block, name, "exec"), scope)
+
+
+def test_every_page_with_python_is_run_somewhere() -> None:
+    elsewhere = {"docs/engines.md", "docs/export.md", "docs/gpu.md"}
+    pages = {str(d.relative_to(ROOT)) for d in DOCUMENTS if blocks(d, "python")}
+    assert pages <= {*RUN, *elsewhere}
+
+
+def test_the_readmes_commands_follow_one_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever brings a gallery and pairs gets from the first command to the last."""
+    (block,) = (b for b in blocks(ROOT / "README.md", "bash") if "fct backfill" in b)
+    rng = np.random.default_rng(0)
+    old, side = rng.standard_normal((2, 400, 8), dtype=np.float32)
+    new = np.tanh(old @ rng.standard_normal((8, 6), dtype=np.float32) + side[:, :1])
+    columns = {"id": np.arange(400), "old": list(old), "side": list(side)}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gallery").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "gallery/part-0.parquet")
+    pq.write_table(pa.table({**columns, "new": list(new)}), tmp_path / "pairs.parquet")
+    lines = [line.partition("  #")[0] for line in block.splitlines() if line.startswith("fct ")]
+    assert [line.split()[1] for line in lines] == ["fit", "plan", "backfill", "verify"]
+    for line in lines:
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(line)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, f"{line}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert done.stdout.rstrip().endswith("ok"), done.stdout
 
 
 def test_the_readme_shows_the_api_in_ten_lines() -> None:

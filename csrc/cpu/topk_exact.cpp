@@ -9,6 +9,7 @@ namespace fct::cpu {
 
 namespace {
 
+// Ties: the lower row comes first.
 struct Found {
     float cost;
     int64_t id;

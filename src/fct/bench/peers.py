@@ -220,11 +220,12 @@ import sys, time
 import numpy as np
 for line in sys.stdin:
     word, _, rest = line.strip().partition(" ")
+    begun = time.perf_counter()
     if word == "call":
         result = call()
     else:
         np.save(rest, result)
-    print("done", flush=True)
+    print("done", time.perf_counter() - begun, flush=True)
 """
 
 
@@ -233,6 +234,8 @@ _VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # what chooses OpenBLAS'
 
 class Worker:
     """A call in a process of its own, since OpenBLAS reads its settings when it is loaded.
+
+    seconds: what the last call took in there, without the way to the process and back.
 
     Args:
         setup: Python source that defines ``call()``, whose result is an array.
@@ -250,6 +253,7 @@ class Worker:
     """
 
     def __init__(self, setup: str, arguments: list[str], settings: Mapping[str, str]) -> None:
+        self.seconds = 0.0
         environment = {k: v for k, v in os.environ.items() if k not in _VARIABLES}
         self._process = subprocess.Popen(
             [sys.executable, "-c", setup + "\n" + _LOOP, *arguments],
@@ -272,9 +276,11 @@ class Worker:
             answer = process.stdout.readline()
         except BrokenPipeError:
             pass
-        if answer.strip() != "done":
+        word, _, seconds = answer.strip().partition(" ")
+        if word != "done":
             said = process.stderr.read().strip().splitlines()
             raise RuntimeError(f"the process of a peer ended: {said[-1] if said else 'it said nothing'}")
+        self.seconds = float(seconds)
 
     def __call__(self) -> None:
         self._ask("call")
