@@ -14,7 +14,9 @@ namespace fct::cpu {
 
 namespace {
 
-constexpr int64_t kBlockQueries = 192;
+// Queries that pass over a tile while it is in the first-level cache: the more, the fewer times it is fetched and its
+// halves put together; but their own bytes, which a tile's passes read in order, have to stay in a second-level cache.
+constexpr int64_t kMostQueries = 504, kLeastQueries = 192, kQueryBytes = 192 << 10;
 constexpr int64_t kGuessQueries = 24;
 constexpr int64_t kGuessTiles = 64;
 // For progress, which counts tiles times queries: about how many rows are scanned while one is scored in float64.
@@ -83,7 +85,8 @@ bool topk(const RowSource& queries, const RowSource& gallery, const Shadow& shad
     }
     const int64_t tiles = (gallery.n + kTile - 1) / kTile;
     // Blocks fill the caches and, where there are enough queries, come out even over the threads.
-    const int64_t rounds = (queries.n + kBlockQueries * threads - 1) / (kBlockQueries * threads);
+    const int64_t most = std::min(kMostQueries, std::max(kLeastQueries, kQueryBytes / std::max<int64_t>(gallery.d, 1)));
+    const int64_t rounds = (queries.n + most * threads - 1) / (most * threads);
     int64_t block = (queries.n + rounds * threads - 1) / (rounds * threads);
     block =
         std::min<int64_t>(queries.n, std::max<int64_t>(12, (block + kScanQueries - 1) / kScanQueries * kScanQueries));

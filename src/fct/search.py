@@ -24,6 +24,7 @@ __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
 
 # Queries from which packing a shadow for one search costs less than it saves.
 _WORTH_A_SHADOW = 16
+_WORTH_LEVELS = 8192  # queries of one call from which fitting levels costs less than they save
 
 
 class TopK(NamedTuple):
@@ -395,7 +396,10 @@ def _shadow_for(
     why = why_not_shadow(g)
     shadow = None
     if not why:
-        ready = build_shadow(g, metric, threads=threads, report=report) if prepared is None else prepared.shadow
+        if prepared is not None:
+            ready = prepared.shadow
+        else:  # for this call alone
+            ready = build_shadow(g, metric, threads=threads, levels=q.n >= _WORTH_LEVELS, halves=False, report=report)
         shadow = ready if isinstance(ready, Shadow) else None
         if shadow is None or not shadow.usable:
             why, shadow = "some norms are beyond 1e12, too far for float32 products", None

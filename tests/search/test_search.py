@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fct
-from fct import ref
+from fct import ref, search
 from fct.errors import ArtifactError, BackendError
+from fct.ops.search.cpu_search import Shadow, build_shadow
 
 OLD, NEW = fct.EmbeddingSpace("old", 12), fct.EmbeddingSpace("new", 12)
 
@@ -196,3 +197,23 @@ def test_a_forced_precision_runs_or_says_why(rows: Any) -> None:
         fct.topk(rows, rows, 1, precision="bf16")
     with pytest.raises(ValueError, match="metric: expected 'l2', which the gallery was prepared for, got 'ip'"):
         fct.topk(rows, fct.prepare_gallery(rows), 1, metric="ip")
+
+
+def test_many_queries_of_one_call_have_levels_fitted_and_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Shadow] = []
+
+    def build(*args: Any, **options: Any) -> Shadow:
+        built.append(build_shadow(*args, **options))
+        return built[-1]
+
+    monkeypatch.setattr(search, "build_shadow", build)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((17_000, 64), dtype=np.float32) * (0.8 ** np.arange(64, dtype=np.float32))
+    few = fct.topk(rows[:100], rows, 3, progress=False)
+    many = fct.topk(rows[:8192], rows, 3, progress=False)
+    assert [shadow.levels is not None for shadow in built] == [False, True]
+    np.testing.assert_array_equal(many.indices[:100], few.indices)
+    np.testing.assert_array_equal(many.distances[:100], few.distances)
+    fct.topk(rng.standard_normal((8192, 32), dtype=np.float32), rng.standard_normal((17_000, 32), dtype=np.float32), 3)
+    assert built[-1].levels is None
+    assert built[-1].low is None  # halves are for single queries

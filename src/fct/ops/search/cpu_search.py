@@ -170,16 +170,16 @@ def why_not_shadow(gallery: Rows) -> str:
 
 
 def build_shadow(
-    gallery: Rows, metric: str, *, threads: int, levels: bool = False, report: Report | None = None
+    gallery: Rows, metric: str, *, threads: int, levels: bool = False, halves: bool = True, report: Report | None = None
 ) -> Shadow:
     """levels: for a gallery that will be searched again and again. Two are fitted where they gain something, else the
-    bytes are cut in halves.
+    bytes are cut in halves, which single queries gain by, unless ``halves`` is False.
     """
     shift = _shift(gallery, metric)
     fitted = None
     if levels:
         fitted = fit_levels(_sampled(gallery, metric, shift), None if metric == "l2" else shift, gallery.n)
-    halves = levels and fitted is None and gallery.n >= _HALVED
+    halves = halves and levels and fitted is None and gallery.n >= _HALVED
     tiles, meta, tails, low, high_error = _pack(gallery, metric, shift, fitted, halves, 0, threads, report)
     return Shadow(tiles, meta, shift, gallery.n, metric, fitted, tails, low=low, high_error=high_error)
 

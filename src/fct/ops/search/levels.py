@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 __all__ = ["HEADS", "Levels", "fit_levels", "loss_of"]
 
@@ -48,6 +49,13 @@ def fit_levels(sample: Any, shift: Any, n: int) -> Levels | None:
     d = sample.shape[1]
     if n < _LEAST_ROWS or d < 2 * HEADS[0]:
         return None
+    # Matrices this small lose by a second thread of the BLAS: up to tenfold on a busy machine.
+    with threadpool_limits(1, "blas"):
+        return _fit(sample, shift, n)
+
+
+def _fit(sample: Any, shift: Any, n: int) -> Levels | None:
+    d = sample.shape[1]
     rows = sample.astype(np.float32)
     scale = float(np.abs(rows).max(initial=0))
     if not 1e-9 < scale < 1e12:
@@ -71,10 +79,9 @@ def _basis(rows: Any, away: Any, count: int) -> Any:
     wanted = count - first.shape[1]
     if d <= 256:
         found = np.linalg.eigh((rest.T @ rest).astype(np.float64))[1][:, ::-1][:, :wanted].astype(np.float32)
-    else:  # subspace iteration: nearly the principal directions is all that is needed
+    else:  # one step of subspace iteration: nearly the principal directions is all that is needed
         found = np.random.default_rng(0).standard_normal((d, min(d, wanted + 8)), dtype=np.float32)
-        for _ in range(2):
-            found = np.linalg.qr(rest.T @ (rest @ found))[0]
+        found = np.linalg.qr(rest[::2].T @ (rest[::2] @ found))[0]
         turned = np.linalg.eigh((rest @ found).T @ (rest @ found))[1]
         found = (found @ turned[:, ::-1])[:, :wanted]
     return np.linalg.qr(np.concatenate([first, found], axis=1).astype(np.float64))[0]
