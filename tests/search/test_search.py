@@ -208,7 +208,7 @@ def test_many_queries_of_one_call_have_levels_fitted_and_find_the_same(monkeypat
 
     monkeypatch.setattr(search, "build_shadow", build)
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((17_000, 64), dtype=np.float32) * (0.8 ** np.arange(64, dtype=np.float32))
+    rows = rng.standard_normal((17_000, 128), dtype=np.float32) * (0.8 ** np.arange(128, dtype=np.float32))
     few = fct.topk(rows[:100], rows, 3, progress=False)
     many = fct.topk(rows[:8192], rows, 3, progress=False)
     assert [shadow.levels is not None for shadow in built] == [False, True]
