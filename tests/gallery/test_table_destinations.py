@@ -250,6 +250,9 @@ def test_what_came_later_is_a_commit_of_its_own(new: Any, h: Any, tmp_path: Path
     for _ in range(2):
         fct.backfill(source, new.to, h, **QUICK, **new.how, follow=True)
         assert new.commits() == 2
+    if new.title == "delta":  # the second commit names the new shards alone, so that streaming readers see them once
+        log = (new.where / "_delta_log/00000000000000000001.json").read_text().splitlines()
+        assert sum("add" in json.loads(line) for line in log) == 3
     same(new.rows(), plain(source, h))
     assert fct.verify_gallery(new.where, source=source).problems == ()
 
@@ -455,6 +458,10 @@ def test_an_iceberg_table_is_a_source_by_its_catalog(h: Any, tmp_path: Path) -> 
     found = open_source(new.to, storage_options=new.store)
     assert sum(p.rows for p in found.pieces()) == ROWS - 2
     assert found.space == h.new_space
+    with pytest.raises(
+        ValueError, match=r"expected the folder of the Iceberg table .*got iceberg://prod/shop.items, wh"
+    ):
+        fct.verify_gallery(new.to)
     with pytest.raises(FileNotFoundError, match=r"found no iceberg://prod/shop.gone"):
         open_source("iceberg://prod/shop.gone", storage_options=new.store)
 

@@ -345,6 +345,11 @@ def location_of(
                 raise TypeError(f"filesystem: expected fsspec's or pyarrow's or None, got {shown(filesystem)}")
             filesystem = ArrowFSWrapper(filesystem)
         return Location(filesystem, str(filesystem._strip_protocol(text)), patience)
+    if text.startswith("iceberg://"):
+        raise ValueError(
+            f"{name}: expected the folder of the Iceberg table (its catalog's warehouse says where), got {text}, which "
+            "is taken as a source and as the destination of a backfill alone"
+        )
     if not check_scheme(text, name):  # fsspec would take "::" in a name for a chain of filesystems
         fs = LocalFileSystem()
         path = str(fs._strip_protocol(text))
