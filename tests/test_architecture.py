@@ -20,7 +20,7 @@ FLOORS = [
     {"backfilling", "inspection", "report", "bench", "arrow_mapper"},
     {"gallery"},
     {"baselines", "judging"},
-    {"fit", "transform", "search", "metrics", "mixed_gallery", "rerank_depth", "data", "info"},
+    {"fit", "transform", "search", "metrics", "mixed_gallery", "mixed_warning", "rerank_depth", "data", "info"},
     {"ops"},
     {"rows", "artifact"},
     {"codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C", "options"},

@@ -17,6 +17,7 @@ EXTRAS = {
     "torchvision": "train",
     "pytorch_metric_learning": "train",
     "matplotlib": "train",
+    "PIL": "train",
     "yaml": "train",
     "timm": "timm",
     "sentence_transformers": "sentence-transformers",
@@ -41,7 +42,7 @@ EXTRAS = {
     "chromadb": "chroma",
 }
 # module -> its distribution, where the two names differ
-_DISTRIBUTIONS = {"yaml": "pyyaml", "lance": "pylance", "faiss": "faiss-cpu", "vortex": "vortex-data"}
+_DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "lance": "pylance", "faiss": "faiss-cpu", "vortex": "vortex-data"}
 
 
 def _sentence(module: str) -> str:

@@ -8,7 +8,6 @@ brings rows to unit length itself (cosine): there one more coordinate does the s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,7 +16,6 @@ import numpy as np
 
 from fct.artifact.transformation import Layer, Transformation
 from fct.checks import check_positive, check_seed, check_whole
-from fct.errors import FctWarning
 from fct.metrics import evaluate, recall_at_k
 from fct.rows import check_labels, rows_of
 from fct.search import topk
@@ -34,7 +32,6 @@ __all__ = [
     "evaluate_mixed",
     "mixed_curve",
     "mixed_transformation",
-    "warn_uncorrected",
 ]
 
 MIXED_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -282,27 +279,6 @@ def mixed_transformation(transformation: Transformation, correction: MixedCorrec
     last = h.mixer[-1]
     skip = None if h.skip is None else Layer(h.skip.weight * value, h.skip.bias * value, relu=False)
     return h.with_(mixer=(*h.mixer[:-1], Layer(last.weight * value, last.bias * value, last.relu)), skip=skip)
-
-
-def warn_uncorrected(transformation: Transformation, what: str) -> None:
-    """Warns, with the measured loss, that mapped rows of ``what`` stand among true ones uncorrected.
-
-    Warns:
-        FctWarning: unless the artifact's measurement says that nothing is lost.
-    """
-    stored = transformation.info.get("mixed")
-    if not stored:
-        detail = "how much that costs was not measured when h was fitted; fct.evaluate_mixed tells"
-    else:
-        worst = max(stored["points"], key=lambda p: p["corrected_recall"] - p["recall"])
-        if worst["corrected_recall"] <= worst["recall"]:
-            return
-        detail = (
-            f"with {worst['true_share']:.0%} true rows recall@{stored['k']} is {worst['recall']:.3f} so, and "
-            f"{worst['corrected_recall']:.3f} with mapped rows written by --mixed (mixed=True)"
-        )
-    warnings.warn(f"{what}: mapped rows stand among true ones uncorrected, and crowd them out: {detail}", FctWarning,
-                  stacklevel=3)  # fmt: skip
 
 
 def evaluate_mixed(

@@ -11,6 +11,7 @@ import numpy as np
 
 from fct.checks import check_flag, check_path
 from fct.errors import ArtifactError, BackendError
+from fct.mixed_warning import warn_other_metric
 from fct.ops.backend import GpuShadow, check_precision
 from fct.ops.processors import threads_of
 from fct.ops.search.cpu_search import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
@@ -60,6 +61,8 @@ def check_pair(
         gallery_space = prepared.space
     if query_space is not None and gallery_space is not None:
         gallery_space.require_same(query_space, "queries")
+    if gallery_space is not None:
+        warn_other_metric(gallery_space, metric, "gallery", stacklevel=4)
     if prepared is not None:
         g = prepared.rows
         prepared.check_backed("gallery")

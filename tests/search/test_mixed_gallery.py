@@ -18,8 +18,8 @@ from fct.mixed_gallery import (
     correction_of,
     mixed_curve,
     mixed_transformation,
-    warn_uncorrected,
 )
+from fct.mixed_warning import warn_uncorrected
 
 
 def unit(x: Any) -> Any:

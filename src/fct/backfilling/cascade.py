@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
+from fct.backfilling.true_index import TrueIndex
 from fct.backfilling.true_source import Id, Reembed, ask_for_vectors
 from fct.backfilling.true_vectors import TrueVectors
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Shard
+from fct.gallery.location import location_of
 from fct.search import TopK
 
 __all__ = ["Cascade"]
@@ -30,20 +35,25 @@ Mask = npt.NDArray[np.bool_]
 class Cascade:
     """True vectors of a gallery's rows: asked for once, kept in the journal of its backfill once that is begun.
 
-    read_ids: the ids of a shard's rows, in order.
+    Before that they are in a temporary folder (TMPDIR), and go into the journal at the first search after it. They are
+    read through memory maps (:class:`TrueIndex`), however many there are.
+
+    read_ids: the ids of a shard's rows, in order; None where rows go by their number.
     """
 
-    def __init__(self, journal: Journal, job: Job, read_ids: Callable[[Shard], list[Id]]) -> None:
+    def __init__(self, journal: Journal, job: Job, read_ids: Callable[[Shard], pa.ChunkedArray] | None) -> None:
         self._journal, self._job, self._read_ids = journal, job, read_ids
         self._kept = TrueVectors(journal, job.new_space)
-        self._known: dict[int, Floats] = {}
-        self._ids: dict[int, list[Id]] = {}
+        self._early: TrueVectors | None = None
+        self._early_folder: tempfile.TemporaryDirectory[str] | None = None
+        self.index = TrueIndex(job, self._kept)
+        self._ids: dict[int, pa.ChunkedArray] = {}
         self._files: Counter[int] = Counter()
-        self._firsts = np.array([shard.first for shard in job.shards], np.int64)
         self._lock = threading.Lock()
 
-    def rank(self, queries: Any, near: TopK, k: int, ask: Reembed) -> TopK:
-        """The k best of ``near`` by their true vectors, which ``ask`` gives where they are not known yet."""
+    def rank(self, queries: Any, near: TopK, k: int, ask: Reembed) -> tuple[TopK, bool]:
+        """(the k best of ``near`` by their true vectors, which ``ask`` gives where they are not known yet; whether all
+        of ``near`` have some, else the others were ranked by their mapped ones)."""
         rows = np.unique(near.indices)
         vectors, there = self._vectors(rows, ask)
         distances, indices = np.empty((len(near.indices), k), np.float32), np.empty((len(near.indices), k), np.int64)
@@ -54,50 +64,76 @@ class Cascade:
             scores = np.where(there[at], _scores(query, vectors[at], metric), near.distances[i]).astype(np.float32)
             order = np.lexsort((found, scores if metric == "l2" else -scores))[:k]
             distances[i], indices[i] = scores[order], found[order]
-        return TopK(distances, indices)
+        return TopK(distances, indices), bool(there.all())
 
     def _vectors(self, rows: Rows, ask: Reembed) -> tuple[Floats, Mask]:
         """((n, d) vectors of these ascending rows, which of them there are)."""
-        shards = np.searchsorted(self._firsts, rows, "right") - 1
-        if any(int(row) not in self._known for row in rows):
-            with self._lock:  # nobody pays for what another is asking for
-                for number in np.unique(shards).tolist():
-                    self._recall(self._job.shards[number])
-                left = [i for i, row in enumerate(rows.tolist()) if row not in self._known]
-                for start in range(0, len(left), _IDS_A_CALL):
-                    some = left[start : start + _IDS_A_CALL]
-                    self._ask(rows[some], shards[some], ask)
-        there = np.array([row in self._known for row in rows.tolist()])
-        vectors = np.zeros((len(rows), self._job.new_space.dim), np.float32)
-        for i in np.flatnonzero(there):
-            vectors[i] = self._known[int(rows[i])]
-        return vectors, there
+        if self._early is not None:
+            with self._lock:
+                self._store()
+        self.index.refresh()
+        vectors, there = self.index.take(rows)
+        if there.all():
+            return vectors, there
+        with self._lock:  # nobody pays for what another is asking for
+            _, there = self.index.take(rows)
+            left = rows[~there]
+            for start in range(0, len(left), _IDS_A_CALL):
+                self._ask(left[start : start + _IDS_A_CALL], ask)
+        return self.index.take(rows)
 
-    def _recall(self, shard: Shard) -> None:
-        """Brings to mind what the journal keeps of a shard, and its ids: once."""
-        if shard.number in self._ids:
-            return
-        numbers, vectors = self._kept.load(self._job.pieces[shard.piece], shard.start, shard.rows)
-        self._known.update(zip((numbers - shard.start + shard.first).tolist(), vectors, strict=True))
-        self._ids[shard.number] = self._read_ids(shard)
-
-    def _ask(self, rows: Rows, shards: Rows, ask: Reembed) -> None:
-        ids = [self._ids[s][row - self._firsts[s]] for row, s in zip(rows.tolist(), shards.tolist(), strict=True)]
+    def _ask(self, rows: Rows, ask: Reembed) -> None:
+        shards = self.index.shard_of(rows)
+        ids = [self._id(number, row) for number, row in zip(shards.tolist(), rows.tolist(), strict=True)]
         vectors, good, why = ask_for_vectors(ask, ids, None, self._job.new_space, name="rerank")
         self._keep(rows[good], shards[good], vectors[good])
         if why:
             raise BackfillError(f"{why}; {int(good.sum())} other vectors of this call are kept")
 
+    def _id(self, number: int, row: int) -> Id:
+        if self._read_ids is None:
+            return row
+        shard = self._job.shards[number]
+        if number not in self._ids:
+            self._ids[number] = self._read_ids(shard)
+        return self._ids[number][row - shard.first].as_py()
+
     def _keep(self, rows: Rows, shards: Rows, vectors: Floats) -> None:
-        begun = self._journal.job() is not None  # a folder without a job would be refused by the backfill to come
-        for number in np.unique(shards).tolist() if begun else ():
+        store = self._store()
+        for number in np.unique(shards).tolist():
             shard, mine = self._job.shards[number], shards == number
             piece = self._job.pieces[shard.piece]
-            self._kept.save(piece, rows[mine] - shard.first + shard.start, vectors[mine])
+            store.save(piece, rows[mine] - shard.first + shard.start, vectors[mine])
             self._files[number] += 1
             if self._files[number] % _FILES == 0:
-                self._kept.merge(piece, shard.start, shard.rows)
-        self._known.update(zip(rows.tolist(), vectors, strict=True))
+                store.merge(piece, shard.start, shard.rows)
+        self.index.refresh()
+
+    def _store(self) -> TrueVectors:
+        """Where vectors go now: a folder without a job would be refused by the backfill to come."""
+        if self._journal.job() is not None:
+            self._carry_over()
+            return self._kept
+        if self._early is None:
+            self._early_folder = tempfile.TemporaryDirectory(prefix="fct-true-")
+            place = location_of(Path(self._early_folder.name))
+            self._early = TrueVectors(Journal(place, place), self._job.new_space)
+            self.index.add(self._early)
+        return self._early
+
+    def _carry_over(self) -> None:
+        """What was paid for before the backfill was begun, into its journal."""
+        if self._early is None or self._early_folder is None:
+            return
+        for shard in self._job.shards:
+            rows = self.index.rows(shard)
+            if len(rows):
+                self._kept.save(
+                    self._job.pieces[shard.piece], rows - shard.first + shard.start, self.index.take(rows)[0]
+                )
+        self.index.drop(self._early)
+        self._early_folder.cleanup()
+        self._early = self._early_folder = None
 
 
 def _scores(query: npt.NDArray[np.float64], rows: Floats, metric: str) -> npt.NDArray[np.float64]:

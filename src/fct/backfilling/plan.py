@@ -11,8 +11,10 @@ from typing_extensions import Unpack
 
 from fct.backfilling.coding import taken_as_they_are
 from fct.backfilling.job import Job
+from fct.backfilling.judged_gate import GateVerdict, JudgedQueries, check_judged, judged_queries
 from fct.backfilling.pace import Pace, measure_h, measure_reading, measure_writing
 from fct.backfilling.quality import Quality, ScoreShift, Writing, check_quality, held_out_pairs, score_shift
+from fct.backfilling.reembed_plan import ReembedPlan, planned_reembedding, with_a_budget
 from fct.backfilling.resolve import Resolved, load_transformation, occupied, require_rows, resolve
 from fct.backfilling.row_mapper import RowMapper
 from fct.backfilling.sample import Reject, misfit, sampled
@@ -47,7 +49,9 @@ class BackfillPlan:
     nonfinite_share: rows of the sample that would go to rejects/.
     refusals: every reason why the backfill would be refused; empty when it would run.
     notes: what is read otherwise than it is stored, and which version of a table.
-    quality: expected retrieval quality on the pairs, None without. scores: how old and new scores compare.
+    quality: expected retrieval quality on the pairs, None without. judged: what queries of your own say, likewise.
+    scores: how old and new scores compare. reembedding: of a partial backfill, what its true vectors take; a ``budget``
+    without ``reembed`` prices one.
     """
 
     source: str
@@ -80,6 +84,8 @@ class BackfillPlan:
     upload_rows_per_second: float | None = None
     upload_left_out: bool = False
     notes: tuple[str, ...] = ()
+    judged: GateVerdict | None = None
+    reembedding: ReembedPlan | None = None
 
 
 @takes(PlanOptions)
@@ -115,17 +121,18 @@ def plan_backfill(
         >>> fct.plan_backfill(folder, folder + "-new", h, old_model="random-old", measure_seconds=0.01).rows
         100
     """
-    given = PlanOptions.split(options)
+    given = with_a_budget(PlanOptions.split(options))
     h = load_transformation(transformation)
     pairs = held_out_pairs(given.gate, h)
+    asked = judged_queries(given.gate, h, given.access)
     try:
         found = resolve(source, destination, h, given)
     except FctError as error:
         quality = check_quality(h, given.gate, pairs, Writing.asked_for(given))
         gate = quality.refusals if quality is not None else ()
         return _refused(redacted(str(source)), redacted(str(destination)), (str(error),), gate, quality)
-    quality = check_quality(h, given.gate, pairs, Writing.of_job(found.job, found.device, given.execution.threads))
-    gate = quality.refusals if quality is not None else ()
+    writing = Writing.of_job(found.job, found.device, given.execution.threads)
+    quality = check_quality(h, given.gate, pairs, writing)
     job, bytes_out = found.job, found.job.rows * h.d_new * np.dtype(found.job.dtype).itemsize
     files = not isinstance(found.destination, DatabaseDestination)
     free = found.journal.destination.free_bytes() if files else None
@@ -133,14 +140,18 @@ def plan_backfill(
     seen = _look(found, mapper, given.prediction.sample_rows)
     if isinstance(found.side, JoinedSide):
         found.side.progress = True
+    judged, trouble = _judged(found, given, asked, writing)
+    missed = [why for each in (quality, judged) if each is not None for why in each.refusals]
     refusals = [
-        *gate,
+        *missed,
+        *trouble,
         *_counted(job, given.prediction.expect_rows),
         *_standing_in_the_way(found, bytes_out, free),
         *seen.refusals,
     ]
     pace = _pace(found, mapper, seen.mapped if not refusals else None, given, bytes_out)
     rate, binds = pace.together()
+    partial = planned_reembedding(found, given.prediction, pace.read)
     predicted, remote = given.prediction, not found.journal.destination.is_local
     return BackfillPlan(
         source=job.source,
@@ -154,14 +165,14 @@ def plan_backfill(
         backend=job.backend,
         rows_per_second=rate,
         workers=predicted.workers,
-        seconds=job.rows / (rate * predicted.workers),
+        seconds=job.rows / (rate * predicted.workers) + _more_seconds(partial),
         price_per_hour=predicted.price_per_hour,
         cost_per_billion_rows=_cost(rate, predicted),
         sample_rows=seen.rows,
         nonfinite_share=len(seen.rejects) / seen.rows if seen.rows else 0.0,
         reject_reasons=seen.reasons(),
         refusals=tuple(dict.fromkeys(refusals)),
-        gate_refusals=tuple(gate),
+        gate_refusals=tuple(missed),
         quality=quality,
         scores=None if refusals or not seen.batches else score_shift(mapper, seen.batches),
         job=job,
@@ -173,7 +184,24 @@ def plan_backfill(
         upload_rows_per_second=1 / pace.upload if pace.upload else None,
         upload_left_out=predicted.upload_mb_per_s is None and remote,
         notes=_notes(found),
+        judged=judged,
+        reembedding=partial,
     )
+
+
+def _judged(
+    found: Resolved, given: PlanOptions, asked: JudgedQueries | None, writing: Writing
+) -> tuple[GateVerdict | None, list[str]]:
+    """(what the queries said, what keeps them from saying anything)."""
+    try:
+        return check_judged(found, given.gate, asked, writing), []
+    except (FctError, ValueError) as error:
+        return None, [str(error)]
+
+
+def _more_seconds(partial: ReembedPlan | None) -> float:
+    """Of choosing rows and of asking for their vectors, as far as a rate was stated."""
+    return 0.0 if partial is None else partial.choosing_seconds + (partial.seconds or 0.0)
 
 
 def _counted(job: Job, expected: int | None) -> list[str]:

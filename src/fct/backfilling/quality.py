@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
+from fct.backfilling.coding import decoded
 from fct.backfilling.job import Job
 from fct.backfilling.row_mapper import RowMapper
 from fct.checks import shown
@@ -22,7 +23,16 @@ from fct.rows import rows_of
 from fct.search import topk
 from fct.transform import transform_finite
 
-__all__ = ["Quality", "ScoreShift", "Writing", "check_quality", "held_out_pairs", "map_threshold", "score_shift"]
+__all__ = [
+    "Quality",
+    "ScoreShift",
+    "Writing",
+    "before_and_after",
+    "check_quality",
+    "held_out_pairs",
+    "map_threshold",
+    "score_shift",
+]
 
 Array: TypeAlias = np.ndarray[Any, Any]
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -179,19 +189,27 @@ def _missed(gate: Gate, pairs: int, recall: float, closed: float | None) -> tupl
 def score_shift(mapper: RowMapper, sample: Sequence[tuple[pa.RecordBatch, pa.RecordBatch | None]]) -> ScoreShift | None:
     """Quantiles of nearest-neighbour scores among the sample's rows, in the old and in the new space."""
     job = mapper.job
-    olds, news = [], []
-    for batch, side in sample:
-        mapped, rejects = mapper(batch, side, 0)
-        keep = np.ones(batch.num_rows, bool)
-        keep[[r["row"] for r in rejects]] = False
-        column = batch.column(job.vector).filter(pa.array(keep))
-        olds.append(vector_block(column, job.old_space.dim, job.binary_dtype).values)
-        news.append(vector_block(mapped.column(job.vector), job.new_space.dim, job.dtype).values)
-    old, new = np.concatenate(olds)[:2048], np.concatenate(news)[:2048]
+    found = [before_and_after(mapper, batch, side) for batch, side in sample]
+    old, new = (np.concatenate([rows[i] for rows in found])[:2048] for i in (0, 1))
     if len(old) < 3:
         return None
-    found = []
+    scores = []
     for rows, space in ((old, job.old_space), (new, job.new_space)):
         nearest = topk(rows, rows, 1, metric=space.metric, same_items=True, progress=False).distances[:, 0]
-        found.append(tuple(float(x) for x in np.quantile(nearest, _QUANTILES)))
-    return ScoreShift(job.old_space.metric, job.new_space.metric, len(old), _QUANTILES, found[0], found[1])
+        scores.append(tuple(float(x) for x in np.quantile(nearest, _QUANTILES)))
+    return ScoreShift(job.old_space.metric, job.new_space.metric, len(old), _QUANTILES, scores[0], scores[1])
+
+
+def before_and_after(
+    mapper: RowMapper, batch: pa.RecordBatch, side: pa.RecordBatch | None
+) -> tuple[Array, Array, Array]:
+    """((m, d_old) float32, vectors that 8-bit codes stand for; (m, d_new) float32, what a backfill would store of them;
+    (m,) which rows of the batch these are: those that would not be rejected)."""
+    job = mapper.job
+    mapped, rejects = mapper(batch, side, 0)
+    keep = np.ones(batch.num_rows, bool)
+    keep[[reject["row"] for reject in rejects]] = False
+    kept = batch.filter(pa.array(keep))
+    old, _ = decoded(job, vector_block(kept.column(job.vector), job.old_space.dim, job.binary_dtype), kept)
+    new = vector_block(mapped.column(job.vector), job.new_space.dim, job.dtype).values
+    return np.array(old, np.float32), np.array(new, np.float32), np.flatnonzero(keep)

@@ -20,7 +20,7 @@ from fct.gallery.interfaces import Shard
 if TYPE_CHECKING:
     from fct.backfilling.backfill_bar import Bar
 
-__all__ = ["run_on_ray"]
+__all__ = ["check_ray", "run_on_ray"]
 
 _PER_ACTOR = 3  # shards handed to an actor at once: it reads one ahead and writes one behind
 
@@ -38,6 +38,27 @@ class _Worker:
         return self._pipeline.submit(shard).result()
 
 
+def check_ray(found: Resolved, cpus: int) -> None:
+    """Raises, before anything is written, for what can never run on a cluster.
+
+    Raises:
+        MissingExtraError: no Ray. ValueError: no number of CPUs, or a function (reembed) that cannot be sent to a
+        worker.
+    """
+    need("ray", "ray")
+    if isinstance(cpus, bool) or not isinstance(cpus, int) or cpus < 1:
+        raise ValueError(f"ray_cpus: expected a positive number, got {cpus!r}")
+    if found.reembedding is not None and found.reembedding.ask is not None:
+        pickler: Any = need("ray.cloudpickle", "ray")
+        try:
+            pickler.dumps(found.reembedding.ask)
+        except Exception as error:  # whatever an object's own __reduce__ raises
+            raise ValueError(
+                "reembed: expected a function that Ray can send to its workers, this one holds what cannot be sent "
+                f"({type(error).__name__}: {error}): open connections and models inside the function, at its first call"
+            ) from error
+
+
 def run_on_ray(
     found: Resolved,
     job: Job,
@@ -50,8 +71,6 @@ def run_on_ray(
 ) -> Generator[Marker, None, None]:
     """Yields the marker of each shard as it is done. Raises what a shard raised; lost workers are replaced."""
     ray = need("ray", "ray")
-    if isinstance(cpus, bool) or not isinstance(cpus, int) or cpus < 1:
-        raise ValueError(f"ray_cpus: expected a positive number, got {cpus!r}")
     started = not ray.is_initialized()
     if started:
         ray.init(address=None if address == "local" else address, log_to_driver=False)

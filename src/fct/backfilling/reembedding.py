@@ -27,7 +27,8 @@ from fct.errors import BackfillError
 from fct.gallery.interfaces import Shard
 from fct.gallery.stores import Opening
 from fct.gallery.vectors import vector_array, vector_block
-from fct.mixed_gallery import correction_of, mixed_transformation, warn_uncorrected
+from fct.mixed_gallery import correction_of, mixed_transformation
+from fct.mixed_warning import warn_uncorrected
 from fct.options.groups import PartialRows
 
 __all__ = ["Reembedding", "TrueRows", "partial_job", "reembedding_of", "writes_mixed"]

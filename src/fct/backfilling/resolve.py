@@ -18,6 +18,7 @@ from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, Shar
 from fct.backfilling.reembedding import Reembedding, TrueRows, partial_job, reembedding_of, writes_mixed
 from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.side_join import bound_side, join_by_id
+from fct.backfilling.true_vectors import TrueVectors
 from fct.checks import check_path, shown
 from fct.errors import BackfillError, FctError, SpaceMismatchError
 from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
@@ -84,6 +85,10 @@ class Resolved:
             on_rows=on_rows,
             true_rows=self.true_rows(job),
         )
+
+    def true_vectors(self) -> TrueVectors:
+        """What the journal keeps of the new model's own vectors."""
+        return TrueVectors(self.journal, self.job.new_space)
 
     def true_rows(self, job: Job) -> TrueRows | None:
         """What puts true vectors into the rows of ``job`` that were chosen; None for a whole backfill."""

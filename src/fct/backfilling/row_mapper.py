@@ -12,7 +12,7 @@ from fct.artifact.transformation import Transformation
 from fct.backfilling.coding import decoded
 from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.job import Job
-from fct.gallery.interfaces import JOB_KEY, VECTOR_KEY
+from fct.gallery.interfaces import JOB_KEY, TRUE_KEY, VECTOR_KEY
 from fct.gallery.matrix_files import ROW
 from fct.gallery.recycler import Recycler
 from fct.gallery.space_tags import SPACE_KEY, with_space
@@ -35,7 +35,7 @@ def output_schema(job: Job, schema: pa.Schema) -> pa.Schema:
     if len(fields) == 1:
         fields.insert(0, pa.field(ROW, pa.int64(), nullable=False))
     if job.true_column:
-        fields.append(pa.field(job.true_column, pa.bool_(), nullable=False))
+        fields.append(pa.field(job.true_column, pa.bool_(), nullable=False, metadata={TRUE_KEY: b"1"}))
     metadata = {k: v for k, v in (schema.metadata or {}).items() if k not in (b"huggingface", SPACE_KEY)}
     metadata |= {VECTOR_KEY: job.vector.encode(), JOB_KEY: job.fingerprint.encode()}
     return with_space(pa.schema(fields, metadata=metadata), job.new_space)

@@ -17,6 +17,7 @@ from fct.backfilling.database_job import require_journal
 from fct.backfilling.growth import Growth
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, system_errors
+from fct.backfilling.judged_gate import GateVerdict, check_judged, judged_queries
 from fct.backfilling.marker import Marker
 from fct.backfilling.quality import Writing, check_quality, held_out_pairs
 from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
@@ -49,6 +50,7 @@ class BackfillReport:
     reembedded: rows with true vectors. chosen: rows that were to have them; fewer have where a function gave none, or
     their old vector was rejected. unknown_ids: of the pairs, what the gallery has not, the first three named; counted
     when rows are chosen, so only in the run that chose them.
+    judged: what the gate's own queries said, None without.
     rejects_folder: where the rejected rows' ids and reasons are. left_to_do: of a database, what was made and what its
     owner runs now: an index, an alias.
     """
@@ -71,6 +73,7 @@ class BackfillReport:
     chosen: int = 0
     unknown: int = 0
     unknown_ids: tuple[str, ...] = ()
+    judged: GateVerdict | None = None
 
 
 @takes(BackfillOptions)
@@ -108,14 +111,22 @@ def backfill(
     how, threads = given.running, given.execution.threads
     h = load_transformation(transformation)
     pairs = held_out_pairs(given.gate, h)
+    asked = judged_queries(given.gate, h, given.access)
     if is_database(destination):
         require_journal(redacted(str(destination)), given.database.journal)
     found = resolve(source, destination, h, given)
+    if how.ray is not None:
+        from fct.backfilling.ray_run import check_ray
+
+        check_ray(found, how.ray_cpus)
     if not how.follow:
         require_rows(found.job.rows, how.expect_rows)
-    quality = check_quality(h, given.gate, pairs, Writing.of_job(found.job, found.device, threads))
-    if quality is not None and quality.refusals:
-        raise QualityGateError("; ".join(quality.refusals))
+    writing = Writing.of_job(found.job, found.device, threads)
+    quality = check_quality(h, given.gate, pairs, writing)
+    judged = check_judged(found, given.gate, asked, writing)
+    refusals = [why for gate in (quality, judged) if gate is not None for why in gate.refusals]
+    if refusals:
+        raise QualityGateError("; ".join(refusals))
     live = isinstance(found.source, DatabaseSource)
     journal = found.journal
     joined = isinstance(found.side, JoinedSide)  # kept in the journal, which has to be held
@@ -161,6 +172,7 @@ def backfill(
         chosen=kept_choice(journal, one.job).count() if found.reembedding else 0,
         unknown=found.reembedding.unknown if found.reembedding else 0,
         unknown_ids=found.reembedding.unknown_ids if found.reembedding else (),
+        judged=judged,
     )
 
 

@@ -9,20 +9,24 @@ not match its checksum is as good as none. Nothing in it is parsed.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fct.atomic_files import checksum_bytes
+from fct.backfilling.confined import open_confined
 from fct.backfilling.journal import Journal, system_errors
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Piece
 from fct.spaces import EmbeddingSpace
 
-__all__ = ["TrueVectors"]
+__all__ = ["TrueFile", "TrueVectors"]
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -33,7 +37,9 @@ _TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class TrueFile:
+    """What a file's name says. first, last: of its rows' numbers in the piece that ``key`` is of."""
+
     name: str
     key: str
     first: int
@@ -59,7 +65,7 @@ class TrueVectors:
         order = np.argsort(rows)
         rows, vectors = rows[order], vectors[order]
         data = np.ascontiguousarray(rows, "<i8").tobytes() + np.ascontiguousarray(vectors, "<f4").tobytes()
-        name = f"{self._key(piece)}-{rows[0]:012d}-{rows[-1]:012d}-{checksum_bytes(data)}.true"
+        name = f"{self.key(piece)}-{rows[0]:012d}-{rows[-1]:012d}-{checksum_bytes(data)}.true"
         place = self._journal.inside(f"{_FOLDER}/{name}")
         with system_errors("true vectors could not be kept", place):
             place.write_bytes(data)
@@ -94,27 +100,59 @@ class TrueVectors:
             if file.name != whole:
                 self._journal.inside(f"{_FOLDER}/{file.name}").remove()
 
+    def count(self, pieces: Sequence[Piece]) -> int:
+        """Rows of these pieces that are kept, by the sizes of their files."""
+        keys = {self.key(piece) for piece in pieces}
+        return sum(file.bytes // self._row_bytes for file in self.files() if file.key in keys)
+
     def version(self) -> frozenset[str]:
         """Changes when vectors are added."""
-        return frozenset(name for name in self._journal.sizes(_FOLDER) if _NAME.fullmatch(name))
+        return frozenset(file.name for file in self.files())
+
+    def key(self, piece: Piece) -> str:
+        """By which the files of a piece's rows are found."""
+        known = [piece.name, piece.rows, piece.bytes, self._space.plain.to_dict()]
+        return checksum_bytes(json.dumps(known, sort_keys=True).encode())
+
+    def files(self) -> list[TrueFile]:
+        """All that there are, of whatever pieces, by name."""
+        found = []
+        for name, size in sorted(self._journal.sizes(_FOLDER).items()):
+            if match := _NAME.fullmatch(name):
+                found.append(TrueFile(name, match[1], int(match[2]), int(match[3]), match[4], size))
+        return found
+
+    def open(self, file: TrueFile, scratch: Callable[[], Path]) -> tuple[Rows, Floats]:
+        """A file's rows, and their vectors memory-mapped; none where it is gone or damaged.
+
+        scratch: a folder of this machine, for the files of a journal that lies elsewhere.
+        """
+        numbers, vectors = self._read(file)
+        if not len(numbers):
+            return numbers, vectors
+        root, offset = self._journal.root, 8 * len(numbers)
+        try:
+            if root.is_local:
+                descriptor = open_confined(root.local.parent, f"{root.name}/{_FOLDER}/{file.name}")
+            else:
+                copy, offset = scratch() / file.name, 0
+                np.asarray(vectors, "<f4").tofile(copy)
+                descriptor = os.open(copy, os.O_RDONLY)
+        except FileNotFoundError:  # into a larger one meanwhile, which is listed next time
+            return numbers[:0], vectors[:0]
+        with os.fdopen(descriptor, "rb") as opened:
+            mapped: Any = np.memmap(opened, "<f4", "r", offset, vectors.shape)
+        return np.array(numbers), mapped
 
     @property
     def _row_bytes(self) -> int:
         return 8 + 4 * self._space.dim
 
-    def _key(self, piece: Piece) -> str:
-        known = [piece.name, piece.rows, piece.bytes, self._space.plain.to_dict()]
-        return checksum_bytes(json.dumps(known, sort_keys=True).encode())
+    def _files(self, piece: Piece, start: int, end: int) -> list[TrueFile]:
+        key = self.key(piece)
+        return [file for file in self.files() if file.key == key and file.first < end and file.last >= start]
 
-    def _files(self, piece: Piece, start: int, end: int) -> list[_File]:
-        key, found = self._key(piece), []
-        for name, size in sorted(self._journal.sizes(_FOLDER).items()):
-            match = _NAME.fullmatch(name)
-            if match and match[1] == key and int(match[2]) < end and int(match[3]) >= start:
-                found.append(_File(name, key, int(match[2]), int(match[3]), match[4], size))
-        return found
-
-    def _read(self, file: _File) -> tuple[Rows, Floats]:
+    def _read(self, file: TrueFile) -> tuple[Rows, Floats]:
         """The file's rows and vectors; none where it is gone (into a larger one, or away) or damaged."""
         d = self._space.dim
         none = np.empty(0, np.int64), np.empty((0, d), np.float32)

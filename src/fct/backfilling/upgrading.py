@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 from typing_extensions import Unpack
 
 from fct.backfilling.cascade import Cascade
 from fct.backfilling.journal import rejected_rows
 from fct.backfilling.resolve import resolve
-from fct.backfilling.true_source import Id, Reembed, row_ids
+from fct.backfilling.true_source import Reembed
 from fct.checks import check_whole
 from fct.errors import FctError
 from fct.gallery import open_source
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Destination, Shard
 from fct.gallery.vectors import vector_block
+from fct.mixed_warning import warn_uncorrected
 from fct.options.declare import takes
 from fct.options.groups import JobOptions
 from fct.options.keywords import JobKeywords
@@ -29,17 +33,20 @@ from fct.types import GalleryLike, TransformationLike
 
 __all__ = ["UpgradingGallery"]
 
+Rows = npt.NDArray[np.int64]
+_MORE = 64  # rows that a shard is asked for beyond k, for those that count by their true vectors
+
 
 @dataclass(frozen=True)
 class _Held:
     """A shard as it is searched. stamp: of the finished file it was read from, None where its rows were mapped by h.
 
-    rows: None where every row was rejected. numbers: (m,) of its rows in the old gallery.
+    rows: None where every row was rejected. numbers: (m,) of its rows in the old gallery, ascending.
     """
 
     stamp: tuple[int, ...] | None
     rows: PreparedGallery | None
-    numbers: Any
+    numbers: Rows
     nbytes: int
 
 
@@ -47,7 +54,8 @@ class UpgradingGallery:
     """A gallery on its way to the new space: rows that are done are read, the others are mapped by h on the fly.
 
     Answers are the same before, during and after the backfill, since both ways give a row the same values (bit for
-    bit on the compiled CPU kernels, whose results do not depend on how rows are batched). Old-model queries keep
+    bit on the compiled CPU kernels, whose results do not depend on how rows are batched). Rows that :meth:`search` has
+    got true vectors for answer by these from then on. Old-model queries keep
     going to the old gallery until cut-over; rolling back is deleting the new folder.
 
     A shard is read, or mapped, and prepared (:func:`fct.prepare_gallery`) when it is first searched, and held from
@@ -101,7 +109,8 @@ class UpgradingGallery:
         self._held: dict[int, _Held] = {}
         self._cache_bytes = cache_bytes
         self._lock, self._making = threading.Lock(), threading.Lock()
-        self._cascade = Cascade(found.journal, self._job, self._ids)
+        self._cascade = Cascade(found.journal, self._job, self._ids if self._job.id_column else None)
+        self._warned = False
 
     @property
     def space(self) -> EmbeddingSpace:
@@ -118,15 +127,25 @@ class UpgradingGallery:
     def topk(self, queries: Any, k: int, *, query_space: EmbeddingSpace | None = None) -> TopK:
         """The exact k nearest rows; indices are row numbers in the old gallery, int64.
 
+        A row counts by its true vector where the gallery's ``_fct/true`` keeps one (of :meth:`search`, of a partial
+        backfill, of whatever process), in the gallery's dtype; else by what h makes of it.
+
         Args:
             queries: (n, d_new) numpy array of the new model. k: how many. query_space: refused unless it is
                 :attr:`space`.
 
         Raises:
             SpaceMismatchError: queries of another model. ValueError: a bad argument, or fewer than k rows.
+
+        Warns:
+            FctWarning: true rows stand among mapped ones whose length is not corrected (``mixed=True`` does), and what
+            that was measured to cost; once.
         """
         check_whole(k, "k", 1)
-        found = self._nearest(queries, k, query_space)
+        self._cascade.index.refresh()
+        if self._cascade.index.any():
+            self._warn_once()
+        found = self._nearest(queries, k, query_space, true=True)
         if found.indices.shape[1] < k:
             raise ValueError(f"k: expected at most the gallery's rows, got {k}")
         return found
@@ -154,60 +173,103 @@ class UpgradingGallery:
         Raises:
             BackfillError: the function raised, or gave other than n finite vectors of the new space; what it gave
             before is kept. Others as :meth:`topk`.
+
+        Warns:
+            FctWarning: as :meth:`topk`, where the function gave None, so that a mapped row is ranked among true ones.
         """
         if rerank is None:
             return self.topk(queries, k, query_space=query_space)
         check_whole(k, "k", 1)
         check_whole(depth, "depth", k)
-        near = self._nearest(queries, depth, query_space)
+        near = self._nearest(queries, depth, query_space, true=False)  # as rerank_curve measures a depth
         if near.indices.shape[1] < k:
             raise ValueError(f"k: expected at most the gallery's rows, got {k}")
-        return self._cascade.rank(queries, near, k, rerank)
-
-    def _ids(self, shard: Shard) -> list[Id]:
-        """The ids of a shard's rows."""
-        found: list[Id] = []
-        with self._making:
-            for batch, _ in self._reader.batches(shard):
-                found += row_ids(batch, self._job.id_column, shard.first + len(found))
+        found, all_true = self._cascade.rank(queries, near, k, rerank)
+        if not all_true:
+            self._warn_once()
         return found
 
-    def _nearest(self, queries: Any, k: int, query_space: EmbeddingSpace | None) -> TopK:
-        """The k nearest rows, or all where there are fewer."""
+    def _warn_once(self) -> None:
+        """Where true rows are ranked among mapped ones that h made as if they stood alone."""
+        if self.space.mapped_length == 1.0 and not self._warned:
+            self._warned = True
+            warn_uncorrected(self._found.h, "UpgradingGallery", stacklevel=4)
+
+    def _ids(self, shard: Shard) -> pa.ChunkedArray:
+        """The ids of a shard's rows."""
+        with self._making:
+            return pa.chunked_array([batch.column(self._job.id_column) for batch, _ in self._reader.batches(shard)])
+
+    def _nearest(self, queries: Any, k: int, query_space: EmbeddingSpace | None, *, true: bool) -> TopK:
+        """The k nearest rows, or all where there are fewer. true: by their true vectors, where they have some."""
         check_space(query_space, "query_space")
         if query_space is not None:
             self.space.require_same(query_space, "queries")
-        metric, best, where = self.space.metric, None, None
+        best: TopK | None = None
         done = set(self._found.journal.marked())
         for shard in self._job.shards:
             held = self._shard(shard, shard.number in done)
             if held.rows is None:
                 continue
-            part = topk(queries, held.rows, min(k, len(held.rows)), metric=metric, progress=False)
-            found = held.numbers[np.asarray(part.indices)]
-            if best is None or where is None:
-                best, where = np.asarray(part.distances), found
-            else:
-                # Earlier shards stand first and the sort is stable: ties go to the lower row number.
-                scores = np.concatenate([best, np.asarray(part.distances)], axis=1)
-                both = np.concatenate([where, found], axis=1)
-                order = np.argsort(scores if metric == "l2" else -scores, axis=1, kind="stable")[:, :k]
-                best, where = np.take_along_axis(scores, order, 1), np.take_along_axis(both, order, 1)
-        if best is None or where is None:
+            beside = self._true_rows(shard, held) if true else None
+            part = self._of_shard(queries, held, beside, min(k, len(held.rows)))
+            best = part if best is None else self._nearer(best, part, k)
+        if best is None:
             return TopK(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
-        return TopK(best, where)
+        return best
+
+    def _of_shard(self, queries: Any, held: _Held, true: _Held | None, k: int) -> TopK:
+        """The k nearest rows of a shard. true: those of its rows that count by their true vectors."""
+        assert held.rows is not None
+        metric = self.space.metric
+        if true is None or true.rows is None:
+            near = topk(queries, held.rows, k, metric=metric, progress=False)
+            return TopK(np.asarray(near.distances), held.numbers[np.asarray(near.indices)])
+        more, enough = min(k + _MORE, len(held.rows)), False
+        while not enough:  # so many that k are left beside those that count otherwise
+            near = topk(queries, held.rows, more, metric=metric, progress=False)
+            found = held.numbers[np.asarray(near.indices)]
+            stale = np.isin(found, true.numbers)
+            enough = more == len(held.rows) or bool(((~stale).sum(axis=1) >= k).all())
+            more = min(4 * more, len(held.rows))
+        worst = np.float32(np.inf if metric == "l2" else -np.inf)
+        kept = TopK(np.where(stale, worst, near.distances), np.where(stale, np.iinfo(np.int64).max, found))
+        own = topk(queries, true.rows, min(k, len(true.rows)), metric=metric, progress=False)
+        return self._nearer(kept, TopK(np.asarray(own.distances), true.numbers[np.asarray(own.indices)]), k)
+
+    def _nearer(self, a: TopK, b: TopK, k: int) -> TopK:
+        """The k nearest of both; ties go to the lower row number."""
+        scores, rows = (np.concatenate(pair, axis=1) for pair in zip(a, b, strict=True))
+        order = np.lexsort((rows, scores if self.space.metric == "l2" else -scores), axis=1)[:, :k]
+        return TopK(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
 
     def _shard(self, shard: Shard, marked: bool) -> _Held:
         """The shard, prepared: held, or made now."""
         stamp = self._stamp(shard) if marked else None
-        held = self._held.get(shard.number)
+        return self._held_or_made(shard.number, stamp, lambda: self._make(shard, stamp))
+
+    def _true_rows(self, shard: Shard, held: _Held) -> _Held | None:
+        """Those of the shard's rows that have true vectors, prepared likewise; None where none has."""
+        rows = self._cascade.index.rows(shard)
+        if not len(rows):
+            return None
+
+        def make() -> _Held:
+            mine = rows[np.isin(rows, held.numbers)]  # a rejected row is not in the gallery
+            vectors = self._cascade.index.take(mine)[0].astype(self._job.dtype)
+            return self._prepared((len(rows),), vectors, mine)
+
+        return self._held_or_made(~shard.number, (len(rows),), make)
+
+    def _held_or_made(self, key: int, stamp: tuple[int, ...] | None, make: Callable[[], _Held]) -> _Held:
+        held = self._held.get(key)
         if held is not None and held.stamp == stamp:
             return held
         with self._making:  # the reader and h serve one at a time, and nobody makes what another is making
-            held = self._held.get(shard.number)
+            held = self._held.get(key)
             if held is None or held.stamp != stamp:
-                held = self._make(shard, stamp)
-                self._hold(shard.number, held)
+                held = make()
+                self._hold(key, held)
             return held
 
     def _hold(self, number: int, new: _Held) -> None:
@@ -248,6 +310,9 @@ class UpgradingGallery:
                 f"destination: expected {len(numbers)} rows in shard {shard.number}, as its journal says, got "
                 f"{len(rows)}"
             )
+        return self._prepared(stamp, rows, numbers)
+
+    def _prepared(self, stamp: tuple[int, ...] | None, rows: Any, numbers: Rows) -> _Held:
         if not len(rows):
             return _Held(stamp, None, numbers, numbers.nbytes)
         prepared = prepare_gallery(rows, metric=self.space.metric, space=self.space, progress=False)

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from fct.cli.console import console
 from fct.cli.flags import flags
 from fct.cli.gallery_arguments import NewGallery, OldGallery, TransformationFile, shards
+from fct.cli.judge_command import show_judged
 from fct.options.groups import BackfillOptions
 from fct.options.keywords import BackfillKeywords
 
@@ -51,6 +52,8 @@ def backfill(
         f"({report.backend}, {report.precision})",
         soft_wrap=True,
     )
+    if report.judged is not None:
+        show_judged(report.judged)
     if report.chosen:
         console.print(f"{report.reembedded:,} rows re-embedded of {report.chosen:,} that were chosen")
     if report.unknown:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fct.cli.console import console
+from fct.cli.evaluate_judged import Judged, Limits, judged_upgrade, one_system, rerank_on_pairs
 from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
@@ -16,14 +17,16 @@ from fct.options.groups import storage_options
 if TYPE_CHECKING:
     from fct.judging.group_losses import GroupLosses
 
-__all__ = ["evaluate"]
+__all__ = ["DEPTHS", "evaluate"]
+
+DEPTHS = (10, 20, 50, 100, 200, 500)
 
 _WHERE = "a file, folder, glob or URL, with :COLUMN where there are several"
 
 
 def evaluate(
-    queries: Annotated[str, typer.Option(help=f"(n, d): {_WHERE}.")],
-    query_labels: Annotated[str, typer.Option(help=f"(n,): {_WHERE}; integers or text.")],
+    queries: Annotated[str | None, typer.Option(help=f"(n, d): {_WHERE}.")] = None,
+    query_labels: Annotated[str | None, typer.Option(help=f"(n,): {_WHERE}; integers or text.")] = None,
     gallery: Annotated[str | None, typer.Option(help="(m, d), likewise; without: the queries' own rows.")] = None,
     gallery_labels: Annotated[str | None, typer.Option(help="(m,), likewise; without: the queries' labels.")] = None,
     groups: Annotated[
@@ -33,6 +36,27 @@ def evaluate(
         str | None, typer.Option(help="The same queries before an upgrade: with --groups, who loses by it?")
     ] = None,
     before_gallery: Annotated[str | None, typer.Option(help="The gallery's rows before, where it has its own.")] = None,
+    qrels: Annotated[
+        str | None,
+        typer.Option(help="Judgements instead of labels: TREC, BEIR's tsv, or a table of query, item, grade."),
+    ] = None,
+    query_ids: Annotated[str | None, typer.Option(help="(n,), as the judgements name the queries.")] = None,
+    min_ndcg: Annotated[float | None, typer.Option(help="Exit code 3 below this nDCG@10.")] = None,
+    min_recall: Annotated[float | None, typer.Option(help="Exit code 3 below this recall@10, with --qrels.")] = None,
+    allow_inconclusive: Annotated[
+        bool, typer.Option("--allow-inconclusive", help="Exit code 0, not 5, where the queries decide nothing.")
+    ] = False,
+    transformation: Annotated[
+        Path | None,
+        typer.Option("-t", "--transformation", help="h, for --pairs; with --qrels it maps --before-gallery."),
+    ] = None,
+    side_info: Annotated[str | None, typer.Option(help="Side-information of --before-gallery, for h.")] = None,
+    precision: Annotated[str, typer.Option(help="At which h maps: as the backfill would.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="In which the mapped rows are kept: float32 or float16.")] = "float32",
+    pairs: Annotated[
+        str | None, typer.Option(help="Held-out pairs (old, new, perhaps side): how deep should be ranked again?")
+    ] = None,
+    depth: Annotated[list[int] | None, typer.Option(help="Of that curve; may be repeated.")] = None,
     metric: Annotated[str, typer.Option(help="l2, ip or cosine.")] = "l2",
     same_items: Annotated[
         bool, typer.Option("--same-items", help="The gallery holds the queries' items in order: leave each one's own.")
@@ -44,19 +68,101 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     storage_option: StorageOption = None,
 ) -> None:
-    """Measure CMC and mean average precision of queries against a gallery, exactly.
+    """Measure queries against a gallery, exactly: CMC and mAP by labels, or nDCG, MRR and recall by judgements.
+
+    With --qrels and a before: go (exit 0), no-go (exit 3) or inconclusive (exit 5), as fct judge. With --pairs and -t:
+    which quality ranking how many of the nearest mapped rows by their true vectors gives.
 
     Example: fct evaluate --queries new.npy --query-labels y.npy --gallery g.parquet:embedding --gallery-labels
     g.parquet:label
     """
-    from rich.table import Table
-
-    import fct
+    from fct.artifact.transformation import Transformation
     from fct.atomic_files import refuse_existing, write_text
 
     if out is not None:
         refuse_existing(out, overwrite=overwrite, name="--out")
+    if pairs is not None and transformation is None:
+        raise ValueError("--pairs: expected -t beside it, the transformation that maps them")
+    if depth and pairs is None:
+        raise ValueError("--depth: expected --pairs beside it, on which depths are measured")
+    h = None if transformation is None else Transformation.load(transformation)
     access: dict[str, Any] = {"storage_options": storage_options(storage_option)}
+    figures: dict[str, object] = {}
+    code = 0
+    if qrels is not None:
+        limits = Limits(min_ndcg, min_recall, allow_inconclusive)
+        given = (queries, query_ids, gallery, before_queries, before_gallery)
+        judged = _judged(qrels, given, metric, limits, access, h, side_info, precision, dtype)
+        figures, code = judged.figures, judged.code
+    elif (min_ndcg, min_recall, query_ids) != (None, None, None) or allow_inconclusive:
+        raise ValueError("--qrels: expected judgements beside --query-ids, --min-ndcg and --min-recall, got none")
+    elif queries is not None or pairs is None:
+        figures = _labelled(
+            _needed(queries, "--queries"), _needed(query_labels, "--query-labels"), gallery, gallery_labels, groups,
+            before_queries, before_gallery, metric, same_items, tuple(k or ()), bootstrap, seed, access,
+        )  # fmt: skip
+    if pairs is not None:
+        curve = rerank_on_pairs(pairs, h, tuple(depth or DEPTHS), access)
+        figures = figures | {"rerank": {str(depth): recall for depth, recall in curve.recalls.items()}}
+    if out is not None:
+        write_text(out, json.dumps(figures, indent=2) + "\n")
+        console.print(f"wrote {out}")
+    if code:
+        raise typer.Exit(code)
+
+
+def _needed(given: str | None, option: str) -> str:
+    if given is None:
+        raise ValueError(f"{option}: expected it (or --qrels and --query-ids; or --pairs and -t), got none")
+    return given
+
+
+def _judged(
+    qrels: str,
+    given: tuple[str | None, ...],
+    metric: str,
+    limits: Limits,
+    access: dict[str, Any],
+    h: Any,
+    side_info: str | None,
+    precision: str,
+    dtype: str,
+) -> Judged:
+    """One system, or an upgrade where there is a before."""
+    queries, ids = _needed(given[0], "--queries"), _needed(given[1], "--query-ids")
+    gallery, before_queries, before_gallery = given[2:]
+    if (before_queries is None) != (before_gallery is None):
+        raise ValueError("--before-queries, --before-gallery: expected both or none, got one of them")
+    if before_queries is None or before_gallery is None:
+        return one_system(qrels, queries, ids, _needed(gallery, "--gallery"), metric, limits, access)
+    if gallery is None and h is None:
+        raise ValueError("--gallery: expected the mapped gallery, or -t, which maps --before-gallery, got neither")
+    return judged_upgrade(
+        qrels, (before_queries, queries), ids, (before_gallery, gallery), metric, limits, access, h=h,
+        side_info=side_info, precision=precision, dtype=dtype,
+    )  # fmt: skip
+
+
+def _labelled(
+    queries: str,
+    query_labels: str,
+    gallery: str | None,
+    gallery_labels: str | None,
+    groups: str | None,
+    before_queries: str | None,
+    before_gallery: str | None,
+    metric: str,
+    same_items: bool,
+    ks: tuple[int, ...],
+    bootstrap: int,
+    seed: int,
+    access: dict[str, Any],
+) -> dict[str, object]:
+    """CMC and mAP by labels, printed; who loses, where there are groups."""
+    from rich.table import Table
+
+    import fct
+
     rows = named_vectors(queries, "--queries", **access)
     others = None if gallery_labels is None else named_labels(gallery_labels, "--gallery-labels", **access)
     options = {"queries": "--queries", "query_labels": "--query-labels"}
@@ -80,7 +186,7 @@ def evaluate(
             others,
             metric=metric,
             same_items=same_items or gallery is None,
-            ks=tuple(k or ()),
+            ks=ks,
             bootstrap=resamples,
             seed=seed,
         )
@@ -109,10 +215,7 @@ def evaluate(
     console.print(f"{found.queries} queries; {found.queries_without_match} more have no match and were left out")
     if losses is not None:
         _show_groups(losses, since=before_queries is not None)
-    if out is not None:
-        extra = {} if losses is None else {"groups": losses.to_dict()}
-        write_text(out, json.dumps(found.to_dict() | extra, indent=2) + "\n")
-        console.print(f"wrote {out}")
+    return found.to_dict() | ({} if losses is None else {"groups": losses.to_dict()})
 
 
 def _show_groups(losses: GroupLosses, *, since: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,12 +12,15 @@ from fct.cli.console import console
 from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.errors import FctError
-from fct.options.groups import storage_options
+from fct.options.groups import StoreAccess, storage_options
 
-__all__ = ["judge"]
+if TYPE_CHECKING:
+    from fct.backfilling.judged_gate import GateVerdict
+
+__all__ = ["EXIT", "item_ids", "joined_by_id", "judge", "show_judged"]
 
 _WHERE = "a file, folder, glob or URL, with :COLUMN where there are several"
-_EXIT = {"go": 0, "inconclusive": 5, "no-go": 3}
+EXIT = {"go": 0, "inconclusive": 5, "no-go": 3}
 
 
 def judge(
@@ -54,6 +57,8 @@ def judge(
     --old old-gallery/ --mapped new-gallery/
     """
     import fct
+    from fct.backfilling.judged_gate import load_judgements
+    from fct.gallery.stores import opening
 
     access: dict[str, Any] = {"storage_options": storage_options(storage_option)}
     slices = dict(_named_slice(text, access) for text in query_slices or ())
@@ -63,12 +68,12 @@ def judge(
         named_vectors(queries_new, "--queries-new", ("new",), **access),
         slices,
     )
-    ids, old_rows, new_rows, away = _joined(old, mapped, access)
+    ids, old_rows, new_rows, away = joined_by_id(old, mapped, access)
     options = {"qrels": "QRELS", "gallery_old": "--old", "mapped": "--mapped", "true_vectors": "--true"}
     with named_as_options(options):
         found = fct.judge_upgrade(
             queries,
-            _judgements(qrels, access),
+            load_judgements(qrels, opening(StoreAccess(**access)), name="QRELS"),
             ids,
             old_rows,
             new_rows,
@@ -86,17 +91,7 @@ def judge(
         console.print_json(json.dumps(found.to_dict() | {"rows_not_mapped": away}))
     else:
         _show(found, away)
-    raise typer.Exit(_EXIT[found.word])
-
-
-def _judgements(qrels: Path, access: dict[str, Any]) -> Any:
-    """Text as TREC and BEIR write it, or the columns query, item and grade of a Parquet or Arrow file."""
-    import fct
-
-    if qrels.suffix not in (".parquet", ".arrow"):
-        return fct.read_qrels(qrels)
-    columns = [named_labels(f"{qrels}:{name}", "QRELS", **access) for name in ("query", "item", "grade")]
-    return fct.Judgements.of(*(column.tolist() for column in columns))
+    raise typer.Exit(EXIT[found.word])
 
 
 def _named_slice(text: str, access: dict[str, Any]) -> tuple[str, list[str]]:
@@ -106,24 +101,27 @@ def _named_slice(text: str, access: dict[str, Any]) -> tuple[str, list[str]]:
     return name, [str(value) for value in named_labels(where, "--query-slices", **access)]
 
 
-def _joined(old: str, mapped: str, access: dict[str, Any]) -> tuple[list[str], Any, Any, int]:
+def joined_by_id(
+    old: str, mapped: str, access: dict[str, Any], options: tuple[str, str] = ("--old", "--mapped")
+) -> tuple[list[str], Any, Any, int]:
     """(ids, old rows, new rows) of the rows that both galleries have, and how many only the old one has."""
     import numpy as np
 
-    old_rows, new_rows = named_vectors(old, "--old", **access), named_vectors(mapped, "--mapped", **access)
-    old_ids, new_ids = _ids(old, len(old_rows), "--old"), _ids(mapped, len(new_rows), "--mapped")
+    old_rows, new_rows = (named_vectors(w, o, **access) for w, o in zip((old, mapped), options, strict=True))
+    old_ids, new_ids = item_ids(old, len(old_rows), options[0]), item_ids(mapped, len(new_rows), options[1])
     place = {one: row for row, one in enumerate(old_ids)}
     strange = [one for one in new_ids if one not in place]
     if strange:
         raise FctError(
-            f"--mapped: expected rows of the old gallery, {len(strange):,} of {len(new_ids):,} ids are not in {old} "
-            f"({', '.join(map(repr, strange[:3]))}): are these two galleries of the same items?"
+            f"{options[1]}: expected rows of the old gallery, {len(strange):,} of {len(new_ids):,} ids are not in "
+            f"{old} ({', '.join(map(repr, strange[:3]))}): are these two galleries of the same items?"
         )
     rows = np.fromiter((place[one] for one in new_ids), np.int64, len(new_ids))
     return new_ids, np.asarray(old_rows)[rows], new_rows, len(old_ids) - len(rows)
 
 
-def _ids(where: str, rows: int, option: str) -> list[str]:
+def item_ids(where: str, rows: int, option: str) -> list[str]:
+    """A gallery's ids as text; row numbers where it has none."""
     from fct.gallery import split_column
     from fct.gallery.beside_rows import load_ids
 
@@ -143,6 +141,14 @@ def _metric(where: str, wanted: str) -> str:
         return wanted
     space = open_source(split_column(where)[0]).space
     return "cosine" if space is None else space.metric
+
+
+def show_judged(judged: GateVerdict) -> None:
+    """The gate's verdict, and what it is about."""
+    console.print(str(judged.verdict), markup=False, highlight=False, soft_wrap=True)
+    some = "" if judged.rows + judged.rejected == judged.of else ", every judged one and others by lot"
+    away = f"; {judged.rejected:,} that h cannot map are left out on both sides" if judged.rejected else ""
+    console.print(f"searched: {judged.rows:,} of {judged.of:,} rows{some}{away}", highlight=False, soft_wrap=True)
 
 
 def _show(found: Any, away: int) -> None:

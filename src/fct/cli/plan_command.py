@@ -10,12 +10,14 @@ from typing_extensions import Unpack
 from fct.cli.console import console
 from fct.cli.flags import flags
 from fct.cli.gallery_arguments import NewGallery, OldGallery, TransformationFile, duration, shards, size
+from fct.cli.judge_command import show_judged
 from fct.options.groups import PlanOptions
 from fct.options.keywords import PlanKeywords
 
 if TYPE_CHECKING:
     from fct.backfilling.plan import BackfillPlan
     from fct.backfilling.quality import ScoreShift
+    from fct.backfilling.reembed_plan import ReembedPlan
 
 __all__ = ["plan"]
 
@@ -56,6 +58,8 @@ def _show_plan(found: BackfillPlan, threshold: float | None) -> None:
             f"quality on {found.quality.pairs} pairs: recall@10 {found.quality.recall_at_10:.3f}"
             + ("" if closed is None else f", {closed:.3f} of the mAP gap closed")
         )
+    if found.judged is not None:
+        show_judged(found.judged)
     if found.scores is not None:
         _show_scores(found.scores, threshold)
     for note in found.notes:
@@ -89,10 +93,29 @@ def _show_prediction(found: BackfillPlan) -> None:
         )
     if found.cost_per_billion_rows is not None:
         console.print(f"{found.cost_per_billion_rows:,.2f} per billion rows at {found.price_per_hour:g} an hour")
+    if found.reembedding is not None:
+        _show_reembedding(found.reembedding, found.rows)
     if found.sample_rows:
         console.print(f"sample of {found.sample_rows:,} rows: {found.nonfinite_share:.2%} would go to rejects/")
     for reason, count in found.reject_reasons.items():
         console.print(f"  {count} x {reason}")
+
+
+def _show_reembedding(partial: ReembedPlan, rows: int) -> None:
+    most = "" if partial.chosen or partial.calls or not partial.rows else "at most "
+    kept = f", {partial.kept:,} of which are kept from before" if partial.kept else ""
+    calls = f", in about {partial.calls:,} calls" if partial.calls else ""
+    console.print(f"re-embedded: {most}{partial.rows:,} of {rows:,} rows{kept}{calls}", soft_wrap=True)
+    if partial.cost is not None:
+        console.print(f"  {partial.cost:,.2f} for {partial.asked:,} true vectors at the price you stated")
+    if partial.seconds is not None:
+        console.print(f"  {duration(partial.seconds)} for them at the rate you stated, in the time above")
+    elif partial.calls:
+        console.print(
+            "  The time of these calls is not in the figures, since a plan asks for no vector: state the model's rate "
+            "with --embeddings-per-s.",
+            soft_wrap=True,
+        )
 
 
 def _show_scores(scores: ScoreShift, threshold: float | None) -> None:

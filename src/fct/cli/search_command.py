@@ -41,6 +41,7 @@ def search(
     """
     import fct
     from fct.atomic_files import refuse_existing
+    from fct.gallery.mixed_rows import warn_of_mixed
 
     if out is not None:
         refuse_existing(out, overwrite=overwrite, name="--out")
@@ -54,6 +55,7 @@ def search(
         space.require_same(asked_source.space, "--queries")
     if metric == "auto":
         metric = space.metric if space is not None else "l2"
+    warn_of_mixed(stored_source, "--gallery", metric=metric)
     with named_as_options({"queries": "--queries", "gallery": "--gallery", "k": "-k", "metric": "--metric"}):
         found = fct.topk(asked, stored, k, metric=metric)
     _write(

@@ -25,6 +25,7 @@ from fct.gallery.columns import pick_column, pick_id_column
 from fct.gallery.export_ids import RULES, IdCheck, id_kind
 from fct.gallery.interfaces import VECTOR_KEY, Piece, Source, rows_at_once
 from fct.gallery.matrix_files import ROW
+from fct.gallery.mixed_rows import warn_of_mixed
 from fct.gallery.stores import open_source, opening
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.options.declare import takes
@@ -72,7 +73,8 @@ def export_bulk(
         FileExistsError: ``out`` holds something.
 
     Warns:
-        FctWarning: NaN or infinities in a payload became null, since JSON has neither; they are counted.
+        FctWarning: true and mapped rows of a partial backfill stand side by side uncorrected, with the loss that was
+        measured when h was fitted. NaN or infinities in a payload became null, since JSON has neither: counted.
 
     Example:
         >>> import numpy as np, tempfile
@@ -106,6 +108,7 @@ def export_bulk(
         if rows.id_column:
             check.close(rows.ids)
         _publish(folder, target)
+    warn_of_mixed(source, "export")
     for name, count in sorted(writer.hollow.items()):
         warnings.warn(
             f"payload: {count} {'value' if count == 1 else 'values'} of {name!r} that are NaN or infinite became null: "

@@ -18,6 +18,7 @@ from fct.spaces import EmbeddingSpace
 
 __all__ = [
     "JOB_KEY",
+    "TRUE_KEY",
     "VECTOR_KEY",
     "Batches",
     "Destination",
@@ -32,6 +33,7 @@ __all__ = [
 Batches = Iterator[pa.RecordBatch]
 JOB_KEY = b"fct.job"  # schema metadata: the fingerprint of the backfill that wrote it
 _BATCH_BYTES = 32 << 20
+TRUE_KEY = b"fct.true"  # field metadata: the column says which rows are the new model's own
 VECTOR_KEY = b"fct.vector"  # schema metadata: the name of the column that holds the vectors
 
 

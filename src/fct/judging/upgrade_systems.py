@@ -66,6 +66,7 @@ def judge_upgrade(
     old_metric: str = "cosine",
     new_metric: str = "cosine",
     candidate: str = "mapped",
+    fused: bool = True,
     depth: int = 200,
     k: int = 10,
     margin: float = 0.0,
@@ -85,6 +86,7 @@ def judge_upgrade(
             "mapped + rerank", and where all are given for "new/new", the ceiling.
         old_metric, new_metric: of each space: "l2", "ip" or "cosine".
         candidate: the system that would go into service: "mapped", "mapped + rerank" or "fused".
+        fused: measure a search over both spaces at once, too: nine searches.
         depth: how many of the nearest mapped rows are ranked again by their true vectors.
         k: of nDCG@k, MRR@k and recall@k. margin: the loss of nDCG, in [0, 1], that you would accept for other gains.
         confidence, resamples, seed: of the paired bootstrap over queries.
@@ -130,9 +132,9 @@ def judge_upgrade(
     if true_vectors is not None:
         rows = _reranked(asked.new, new_rows, true_vectors, depth, k, new_metric)
         found["mapped + rerank"] = (measured(rows), f"depth {min(depth, len(items))}")
-    if old_metric == new_metric or "l2" not in (old_metric, new_metric):
-        fused = _Fused(old_rows, new_rows, old_metric, new_metric)
-        tried = [measured(fused.search(asked.old, asked.new, alpha, k)) for alpha in _ALPHAS]
+    if fused and (old_metric == new_metric or "l2" not in (old_metric, new_metric)):
+        both = _Fused(old_rows, new_rows, old_metric, new_metric)
+        tried = [measured(both.search(asked.old, asked.new, alpha, k)) for alpha in _ALPHAS]
         found["fused"] = _cross_fitted(tried, seed)
     if true_vectors is not None and not callable(true_vectors):
         whole = rows_of(true_vectors, "true_vectors", n=len(items), n_why="to match item_ids").float32()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
-import numpy as np
-
-from fct.checks import check_number, check_positive, check_seed, check_text, check_whole, shown
+from fct.checks import check_seed
 from fct.options.code_options import code_number, code_ranges, number_or_name
-from fct.options.declare import Check, Flag, Group, OptionSet, option, optional
+from fct.options.declare import Flag, Group, OptionSet, option, optional
+from fct.options.option_checks import (
+    at_least,
+    attempts,
+    part,
+    positive,
+    reembedder,
+    share,
+    storage_options,
+    table_or_mapping,
+    text,
+    whole,
+)
 from fct.types import (
     CodeArray,
     CodeNumber,
@@ -48,71 +57,6 @@ __all__ = [
 ]
 
 
-def whole(least: int) -> Check:
-    """A whole number of at least ``least``."""
-    return lambda value, name: check_whole(value, name, least)
-
-
-def text(what: str) -> Check:
-    """A string that is ``what``."""
-    return lambda value, name: check_text(value, name, what)
-
-
-def at_least(least: float) -> Check:
-    """A finite number of at least ``least``."""
-    return lambda value, name: check_number(value, name, least)
-
-
-def positive(what: str = "a positive number") -> Check:
-    """A finite number above 0."""
-    return lambda value, name: check_positive(value, name, what)
-
-
-def _attempts(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}: expected a number of further attempts, got {shown(value)}")
-    return value
-
-
-def _share(value: Any, name: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
-        raise ValueError(f"{name}: expected a share or None, got {shown(value)}")
-    return value
-
-
-def storage_options(given: Sequence[str] | None) -> dict[str, Any] | None:
-    """``KEY=VALUE`` as fsspec takes them. VALUE is JSON where it can be read as such (true, 60, {...}), else a string.
-
-    They may hold keys: no message repeats a value.
-    """
-    if not given:
-        return None
-    options: dict[str, Any] = {}
-    for number, pair in enumerate(given, 1):
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise ValueError(f"--storage-option: expected KEY=VALUE, got no {'=' if key else 'KEY'} in number {number}")
-        if key in options:
-            raise ValueError(f"--storage-option: expected each KEY once, got {key} twice")
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return options
-
-
-def _part(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a share of the rows from 0 to 1, got {shown(value)}")
-    return float(value)
-
-
-def _reembed(value: Any, name: str) -> Any:
-    if value is None or isinstance(value, (str, PathLike, Mapping)) or callable(value):
-        return value
-    raise TypeError(f"{name}: expected a function, a mapping of id and new, or the path of a table, got {shown(value)}")
-
-
 _A_PATH = Flag(type=str | None)
 
 
@@ -128,7 +72,7 @@ class StoreAccess(Group):
         "For the store behind a URL, as fsspec names it, or the properties of an Iceberg catalog; may be repeated.",
         flag=Flag(name="--storage-option", type=list[str] | None, metavar="KEY=VALUE", parse=storage_options),
     )
-    retries: int = option(6, "Further attempts, with back-off, where a store may have failed.", check=_attempts)
+    retries: int = option(6, "Further attempts, with back-off, where a store may have failed.", check=attempts)
     timeout: float = option(
         60.0,
         "Seconds to wait for a store's answer, and 1 more per MB moved.",
@@ -211,11 +155,11 @@ class PartialRows(Group):
         None,
         "True vectors for a part of the rows: a table or .npz of ids and vectors of the new model; from Python also a "
         "function from a list of ids to (n, d_new), None in the place of a vector that there is not.",
-        check=_reembed,
+        check=reembedder,
         flag=_A_PATH,
     )
     budget: float | None = option(
-        None, "Share of the rows to re-embed, from 0 to 1; by default all that a table has.", check=optional(_part)
+        None, "Share of the rows to re-embed, from 0 to 1; by default all that a table has.", check=optional(part)
     )
     order: str = option(
         "random",
@@ -276,15 +220,42 @@ class Database(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Gate(Group):
-    """What retrieval quality on held-out pairs a backfill must promise."""
+    """What retrieval quality a backfill must promise, on held-out pairs and on queries of your own."""
 
     pairs: str | PathLike[str] | Mapping[str, Any] | None = option(
         None, "Held-out pairs, .npz with old, side, new and perhaps labels.", flag=_A_PATH
     )
     min_gap_closed: float | None = option(
-        None, "Refuse (exit code 3) below this share of the mAP gap closed.", check=optional(_share)
+        None, "Refuse (exit code 3) below this share of the mAP gap closed.", check=optional(share)
     )
-    min_recall: float | None = option(None, "Refuse (exit code 3) below this recall@10.", check=optional(_share))
+    min_recall: float | None = option(
+        None, "Refuse (exit code 3) below this recall@10 on the pairs.", check=optional(share)
+    )
+    queries: str | PathLike[str] | Mapping[str, Any] | None = option(
+        None,
+        "Queries of your own, embedded by both models: a table or an .npz with id, old and new.",
+        check=table_or_mapping("a mapping of id, old and new, or the path of a table"),
+        flag=_A_PATH,
+    )
+    qrels: object = option(
+        None,
+        "What answers them: a file of TREC or BEIR, or a table with query, item and grade; items are ids of the "
+        "source. No-go and inconclusive are refused (exit code 3).",
+        check=table_or_mapping("a mapping of query, item and grade, fct.Judgements, or the path of a file"),
+        flag=_A_PATH,
+    )
+    min_ndcg: float | None = option(
+        None, "Refuse (exit code 3) below this nDCG@10 of the mapped rows on these queries.", check=optional(share)
+    )
+    min_query_recall: float | None = option(
+        None, "Refuse (exit code 3) below this recall@10 of the relevant items.", check=optional(share)
+    )
+    ndcg_margin: float = option(
+        0.0, "Loss of nDCG@10 against the old gallery, from 0 to 1, that you accept for other gains.", check=part
+    )
+    allow_inconclusive: bool = option(
+        False, "Go on where the queries decide nothing: too few, or an interval with both a gain and a loss in it."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +270,14 @@ class Prediction(Group):
         None,
         "10^6 bytes a second that one machine uploads; a plan cannot measure it.",
         check=optional(positive("a positive number of MB a second or None")),
+    )
+    price_per_million_embeddings: float | None = option(
+        None, "What a million true vectors of a partial backfill cost.", check=optional(at_least(0))
+    )
+    embeddings_per_s: float | None = option(
+        None,
+        "True vectors a second that the new model gives, for the time of a partial backfill; a plan asks for none.",
+        check=optional(positive("a positive number of vectors a second or None")),
     )
     sample_rows: int = option(4096, "Rows of the sample that is looked at.", check=whole(1))
     measure_seconds: float = option(

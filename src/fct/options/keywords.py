@@ -155,14 +155,27 @@ class DatabaseKeywords(TypedDict, total=False):
 
 
 class GateKeywords(TypedDict, total=False):
-    """What retrieval quality on held-out pairs a backfill must promise."""
+    """What retrieval quality a backfill must promise, on held-out pairs and on queries of your own."""
 
     pairs: str | PathLike[str] | Mapping[str, Any] | None
     """Held-out pairs, .npz with old, side, new and perhaps labels."""
     min_gap_closed: float | None
     """Refuse (exit code 3) below this share of the mAP gap closed."""
     min_recall: float | None
-    """Refuse (exit code 3) below this recall@10."""
+    """Refuse (exit code 3) below this recall@10 on the pairs."""
+    queries: str | PathLike[str] | Mapping[str, Any] | None
+    """Queries of your own, embedded by both models: a table or an .npz with id, old and new."""
+    qrels: object
+    """What answers them: a file of TREC or BEIR, or a table with query, item and grade; items are ids of the source.
+    No-go and inconclusive are refused (exit code 3)."""
+    min_ndcg: float | None
+    """Refuse (exit code 3) below this nDCG@10 of the mapped rows on these queries."""
+    min_query_recall: float | None
+    """Refuse (exit code 3) below this recall@10 of the relevant items."""
+    ndcg_margin: float
+    """Loss of nDCG@10 against the old gallery, from 0 to 1, that you accept for other gains."""
+    allow_inconclusive: bool
+    """Go on where the queries decide nothing: too few, or an interval with both a gain and a loss in it."""
 
 
 class PredictionKeywords(TypedDict, total=False):
@@ -174,6 +187,10 @@ class PredictionKeywords(TypedDict, total=False):
     """What one machine costs, in your currency."""
     upload_mb_per_s: float | None
     """10^6 bytes a second that one machine uploads; a plan cannot measure it."""
+    price_per_million_embeddings: float | None
+    """What a million true vectors of a partial backfill cost."""
+    embeddings_per_s: float | None
+    """True vectors a second that the new model gives, for the time of a partial backfill; a plan asks for none."""
     sample_rows: int
     """Rows of the sample that is looked at."""
     measure_seconds: float

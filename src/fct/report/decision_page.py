@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import html
 import io
 import os
-import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,21 +15,14 @@ from fct.atomic_files import write_text
 from fct.errors import FctError
 from fct.report.charts import Line, line_chart
 from fct.report.decision_style import SCRIPT, STYLE
+from fct.report.escaped_text import escaped
+from fct.report.neighbour_lists import Neighbours, neighbour_lists
 
-__all__ = ["Neighbours", "write_decision_page"]
+__all__ = ["write_decision_page"]
 
 Figures: TypeAlias = Mapping[str, Any]  # what JSON holds
 Cells: TypeAlias = list[list[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """What one item finds: by the new model alone, today, and in the mapped gallery. Texts or ids, nearest first."""
-
-    query: str
-    wanted: Sequence[str]
-    today: Sequence[str]
-    mapped: Sequence[str]
+SHOWN = 30  # groups, of which a file may hold thousands
 
 
 def write_decision_page(
@@ -41,6 +31,7 @@ def write_decision_page(
     *,
     verdict: Figures | None = None,
     mixed: Figures | None = None,
+    losses: Figures | None = None,
     neighbours: Sequence[Neighbours] = (),
     title: str = "Upgrade of an embedding model",
 ) -> Path:
@@ -48,42 +39,36 @@ def write_decision_page(
 
     Args:
         path: where to. comparison: of :meth:`fct.Comparison.to_json`. verdict: of :meth:`fct.UpgradeVerdict.to_dict`.
-        mixed: what an artifact holds of mixed galleries (``h.info["mixed"]``). neighbours: a few items.
+        mixed: what an artifact holds of mixed galleries (``h.info["mixed"]``). losses: of
+            :meth:`fct.GroupLosses.to_dict`. neighbours: a few items.
 
     Raises:
         FctError: figures that are not of these forms.
     """
     try:
-        parts = [f"<h1>{_text(title)}</h1>", _sentence(comparison, verdict), *_compared(comparison)]
-        parts += _judged(verdict) + _mixed(mixed) + _neighbours(neighbours) + [_foot(comparison)]
+        parts = [f"<h1>{escaped(title)}</h1>", _sentence(comparison, verdict), *_compared(comparison)]
+        parts += _judged(verdict) + _losses(losses) + _mixed(mixed) + neighbour_lists(neighbours)
+        parts.append(_foot(comparison))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FctError(
-            f"report: expected the figures that fct compare --out and fct judge --json write, got others "
+            f"report: expected the figures that fct compare --out, fct judge --json and fct evaluate --out write, got "
+            "others "
             f"({type(error).__name__}: {error})"
         ) from error
     ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode("ascii")
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{ours}'; "
-        "base-uri 'none'; form-action 'none'"
+        "img-src data:; base-uri 'none'; form-action 'none'"
     )
     write_text(
         path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}"
+        f"<title>{escaped(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}"
         f"<script>{SCRIPT}</script></body></html>\n",
     )
     return Path(path)
-
-
-def _text(value: object) -> str:
-    """Escaped, and without what a terminal or a browser would obey: control characters, marks that turn text round."""
-    plain = "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{ord(c):04x}"
-        for c in str(value)
-    )
-    return html.escape(plain)
 
 
 def _share(value: float | None) -> str:
@@ -94,7 +79,7 @@ def _sentence(comparison: Figures, verdict: Figures | None) -> str:
     if verdict is not None:
         word = str(verdict["word"])
         kind = word if word in ("go", "no-go") else "open"
-        return f'<p class="verdict {kind}"><b>{_text(word)}</b>: {_text(verdict["reason"])}</p>'
+        return f'<p class="verdict {kind}"><b>{escaped(word)}</b>: {escaped(verdict["reason"])}</p>'
     rows = {str(row["name"]): row for row in comparison["alternatives"]}
     today = rows.pop("nothing", None)
     best = max(rows.values(), key=lambda row: float(row["recall_at_10"]))
@@ -105,7 +90,7 @@ def _sentence(comparison: Figures, verdict: Figures | None) -> str:
     if today is not None:
         said += f"; doing nothing keeps {_share(today['recall_at_10'])} %"
     return (
-        f'<p class="verdict"><b>undecided</b>: {_text(said)}. Pairs of documents rank maps well and cannot decide: '
+        f'<p class="verdict"><b>undecided</b>: {escaped(said)}. Pairs of documents rank maps well and cannot decide: '
         "what counts is what queries find (fct judge).</p>"
     )
 
@@ -142,7 +127,7 @@ def _compared(comparison: Figures) -> list[str]:
     )
     ceiling = comparison["ceiling"]
     if ceiling:
-        said = ", ".join(f"{_text(name)} {_share(value)} %" for name, value in ceiling.items())
+        said = ", ".join(f"{escaped(name)} {_share(value)} %" for name, value in ceiling.items())
         parts.append(
             '<p class="note">What the old space holds of the new one, by a k-NN oracle (an estimate from below): '
             f"{said}.</p>"
@@ -153,7 +138,7 @@ def _compared(comparison: Figures) -> list[str]:
             f'<p class="note">{_share(comparison["unlike_gallery"])} % of the gallery resembles no pair: there h is '
             "untried.</p>"
         )
-    parts += [f'<p class="note"><strong>Note:</strong> {_text(note)}.</p>' for note in notes]
+    parts += [f'<p class="note"><strong>Note:</strong> {escaped(note)}.</p>' for note in notes]
     curve = comparison["curve"]
     if len(curve) > 1:
         points = [(float(p["pairs"]), 100 * float(p["recall"]), 100 * float(p["error"])) for p in curve]
@@ -225,35 +210,48 @@ def _mixed(mixed: Figures | None) -> list[str]:
     ]
 
 
-def _neighbours(neighbours: Sequence[Neighbours]) -> list[str]:
-    if not neighbours:
+def _losses(losses: Figures | None) -> list[str]:
+    """Group by group, the greatest loss first; all of them in the CSV."""
+    if losses is None:
         return []
-    parts = [
-        "<h2>Neighbours</h2>",
-        '<p class="note">What an item finds. Green, with a tick: also among what the new model finds everywhere.</p>',
-    ]
-    for one in neighbours:
-        wanted = set(one.wanted)
-        columns = []
-        for name, found in (("new model alone", one.wanted), ("today", one.today), ("mapped gallery", one.mapped)):
-            rows = "".join(f"<li{' class=kept' if text in wanted else ''}>{_text(text)}</li>" for text in found)
-            columns.append(f"<div>{name}<ol>{rows}</ol></div>")
-        parts.append(f'<div class="near"><b>{_text(one.query)}</b><div class="columns">{"".join(columns)}</div></div>')
+    rows = [losses["overall"], *losses["groups"]]
+    cells = [
+        [
+            str(row["name"]), f"{int(row['queries']):,}", _share(row["before"]), _share(row["after"]),
+            f"{100 * float(row['change']):+.1f}", _share(row["negative_flips"]), "loses" if row["loses"] else "–",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    measure = str(losses["measure"])
+    heads = ["group", "queries", f"{measure} before %", "after %", "change", "negative flips %", "beyond chance"]
+    parts = ["<h2>Who loses</h2>", _table(heads, cells, "losses.csv", shown=SHOWN + 1)]
+    losers = sum(bool(row["loses"]) for row in losses["groups"])
+    said = [f"{len(losses['groups']):,} groups, {losers:,} of which lose beyond what chance explains"]
+    if len(losses["groups"]) > SHOWN:
+        said.append(f"the {SHOWN} that lose most are shown, all are in the file")
+    if losses["gap_before"] is not None and losses["gap_after"] is not None:
+        said.append(
+            f"the worst group of at least 10 queries is {_share(losses['gap_before'])} points below the mean before, "
+            f"{_share(losses['gap_after'])} after"
+        )
+    parts.append(
+        f'<p class="note">{"; ".join(said)}. A negative flip is a query that scores less after than before.</p>'
+    )
     return parts
 
 
 def _foot(comparison: Figures) -> str:
-    return f'<p class="note">Vectors are compared by {_text(comparison["metric"])}. Made by fct report.</p>'
+    return f'<p class="note">Vectors are compared by {escaped(comparison["metric"])}. Made by fct report.</p>'
 
 
-def _table(heads: Sequence[str], cells: Cells, file: str, *, best: str = "") -> str:
+def _table(heads: Sequence[str], cells: Cells, file: str, *, best: str = "", shown: int | None = None) -> str:
     """A table whose columns sort, without those that hold nothing, and the same as CSV to take along."""
     full = [at for at in range(len(heads)) if at == 0 or any(row[at] != "–" for row in cells)]
     heads, cells = [heads[at] for at in full], [[row[at] for at in full] for row in cells]
-    top = "".join(f'<th scope="col"><button type="button">{_text(head or "way")}</button></th>' for head in heads)
+    top = "".join(f'<th scope="col"><button type="button">{escaped(head or "way")}</button></th>' for head in heads)
     body = "".join(
-        f"<tr{' class=best' if row[0] == best else ''}>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>"
-        for row in cells
+        f"<tr{' class=best' if row[0] == best else ''}>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>"
+        for row in cells[:shown]
     )
     out = io.StringIO()
     csv.writer(out).writerows([[head or "way" for head in heads], *([_inert(cell) for cell in row] for row in cells)])

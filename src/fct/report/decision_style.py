@@ -45,6 +45,13 @@ polyline.s0, polyline.s1, polyline.s2, polyline.s3 { fill: none; } circle.hollow
 .near { border-bottom: 1px solid var(--line); padding: .6rem 0; }
 .near ol { margin: .2rem 0 .6rem 1.4rem; padding: 0; }
 .near li.kept { color: var(--good); } .near li.kept::after { content: " \\2713"; }
+.asked { display: flex; gap: .7rem; align-items: center; }
+.near img { width: 4.5rem; height: 4.5rem; object-fit: contain; background: #fff; border: 1px solid var(--line);
+  border-radius: 4px; flex: none; }
+.near ol.pictures { list-style: none; margin: .3rem 0 .8rem; display: flex; flex-wrap: wrap; gap: .5rem; }
+.pictures li { width: 4.5rem; font-size: .8rem; line-height: 1.3; }
+.pictures li img { display: block; margin-bottom: .15rem; }
+.pictures li.kept img { border: 2px solid var(--good); }
 .columns { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 a { color: var(--s0); }
 """

@@ -13,6 +13,7 @@ from fct.extras import need
 from fct.gallery.databases.address import Address
 from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError, json_rows
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
+from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
 
 __all__ = ["ChromaDestination", "ChromaSource"]
@@ -99,7 +100,11 @@ class ChromaDestination(DatabaseDestination):
 
     def prepare(self, schema: pa.Schema, space: EmbeddingSpace, *, begun: bool) -> None:
         def make() -> None:
-            if _collection(self.address) is None:
+            there = _collection(self.address)
+            if there is not None:
+                metric = str(((there.configuration or {}).get("hnsw") or {}).get("space", space.metric))
+                warn_other_metric(space, metric, f"destination: {self.url}", stacklevel=2)
+            else:
                 _client(self.address).create_collection(
                     self.address.table,
                     configuration={"hnsw": {"space": _SPACES[space.metric]}},

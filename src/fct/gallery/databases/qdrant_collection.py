@@ -11,6 +11,7 @@ from fct.extras import need
 from fct.gallery.databases.address import Address
 from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError, json_rows
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
+from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
 
 __all__ = ["QdrantDestination", "QdrantSource"]
@@ -125,6 +126,10 @@ class QdrantDestination(DatabaseDestination):
         elif vectors[name or _UNNAMED].size != space.dim:
             size = vectors[name or _UNNAMED].size
             raise DatabaseError(f"destination: expected {space.dim}-d vectors, {self.address.table} has {size}-d ones")
+        else:
+            there = {distance: metric for metric, distance in _DISTANCES.items()}
+            metric = there.get(str(vectors[name or _UNNAMED].distance.value), "another metric")
+            warn_other_metric(space, metric, f"destination: {self.url}", stacklevel=2)
 
     def put(self, batches: Sequence[pa.RecordBatch]) -> None:
 

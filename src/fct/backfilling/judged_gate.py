@@ -1,0 +1,219 @@
+"""The quality gate on queries of your own: rows of the old gallery, mapped as the job will map them, and judged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fct.artifact.transformation import Transformation
+from fct.backfilling.quality import Writing, before_and_after
+from fct.backfilling.resolve import Resolved
+from fct.backfilling.true_source import named_ids, row_ids
+from fct.checks import shown
+from fct.gallery.array_argument import load_labels
+from fct.gallery.beside_rows import load_ids
+from fct.gallery.named_pairs import load_pairs
+from fct.gallery.stores import Opening, open_source, opening
+from fct.judging.judgements import Judgements, read_qrels
+from fct.judging.upgrade_systems import UpgradeQueries, judge_upgrade
+from fct.judging.upgrade_verdict import UpgradeVerdict
+from fct.options.groups import Gate, StoreAccess
+from fct.rows import rows_of
+
+__all__ = ["GateVerdict", "JudgedQueries", "check_judged", "judged_queries", "load_judgements"]
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+_MOST_ROWS = 100_000
+_MOST_BYTES = 1 << 30  # of their vectors
+_TABLES = (".parquet", ".arrow", ".feather", ".ipc", ".lance")
+
+
+@dataclass(frozen=True)
+class JudgedQueries:
+    """What a gate asks, and what answers it."""
+
+    queries: UpgradeQueries
+    judgements: Judgements
+
+
+@dataclass(frozen=True)
+class GateVerdict:
+    """What the queries said.
+
+    verdict: as :func:`fct.judge_upgrade` has it, without the ceiling, since nobody has the gallery's true vectors yet.
+    rows: of the gallery that were searched: every judged one, and others by lot. of: how many it has.
+    rejected: of those, rows that h cannot map; they are left out on both sides. refusals: which limits it misses.
+    """
+
+    verdict: UpgradeVerdict
+    rows: int
+    of: int
+    rejected: int
+    refusals: tuple[str, ...]
+
+
+def judged_queries(gate: Gate, h: Transformation, access: StoreAccess) -> JudgedQueries | None:
+    """The gate's queries and judgements, looked at before anything else is opened; None where there are none.
+
+    Raises:
+        ValueError: one without the other, a limit without both, arrays that do not fit h.
+    """
+    if gate.queries is None and gate.qrels is None:
+        for name in ("min_ndcg", "min_query_recall"):
+            if getattr(gate, name) is not None:
+                raise ValueError(f"queries: expected queries and qrels to check {name} on, got None")
+        for name, idle in (("ndcg_margin", 0.0), ("allow_inconclusive", False)):
+            if getattr(gate, name) != idle:
+                raise ValueError(f"{name}: expected queries and qrels beside it, got none")
+        return None
+    for name in ("queries", "qrels"):
+        if getattr(gate, name) is None:
+            raise ValueError(f"{name}: expected them beside {'qrels' if name == 'queries' else 'queries'}, got None")
+    how = opening(access)
+    return JudgedQueries(_queries(gate.queries, h, how), load_judgements(gate.qrels, how))
+
+
+def _queries(given: object, h: Transformation, access: Opening) -> UpgradeQueries:
+    found = given if isinstance(given, UpgradeQueries) else _columns(given, access)
+    if not isinstance(found, UpgradeQueries):
+        missing = [name for name in ("id", "old", "new") if name not in found]
+        if missing:
+            raise ValueError(f"queries: expected id, old and new, got {', '.join(sorted(found)) or 'none'}")
+        ids = found["id"]
+        found = UpgradeQueries(ids.to_pylist() if isinstance(ids, pa.Array) else list(ids), found["old"], found["new"])
+    for name, d in (("old", h.d_old), ("new", h.d_new)):
+        rows_of(getattr(found, name), f"queries: {name}", d=d, d_why="to match the transformation")
+    return found
+
+
+def _columns(given: object, access: Opening) -> Mapping[str, Any]:
+    if isinstance(given, Mapping):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"queries: expected a mapping of id, old and new, or the path of a table, got {shown(given)}")
+    found = load_pairs(given, name="queries", **access)
+    if "id" not in found and not os.fspath(given).endswith(".npz"):
+        ids = load_ids(open_source(given, **access, name="queries"), name="queries")
+        found = found if ids is None else found | {"id": ids}
+    return found
+
+
+def load_judgements(given: object, access: Opening, *, name: str = "qrels") -> Judgements:
+    """Judgements from a file of TREC or BEIR, a table with columns query, item and grade, or a mapping of them.
+
+    Raises:
+        ValueError, FctError: no such columns, or judgements that contradict each other. FileNotFoundError: no file.
+    """
+    if isinstance(given, Judgements):
+        return given
+    if isinstance(given, Mapping):
+        missing = [column for column in ("query", "item", "grade") if column not in given]
+        if missing:
+            there = ", ".join(sorted(map(str, given))) or "none"
+            raise ValueError(f"{name}: expected query, item and grade, got {there}")
+        return Judgements.of(given["query"], given["item"], given["grade"])
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(
+            f"{name}: expected a file, a mapping of query, item and grade, or Judgements, got {shown(given)}"
+        )
+    where = os.fspath(given)
+    if not where.endswith(_TABLES) and not os.path.isdir(where):
+        return read_qrels(PurePath(where))
+    source = open_source(where, **access, name=name)
+    columns = [load_labels(source, name=name, column=column) for column in ("query", "item", "grade")]
+    return Judgements.of(*(column.tolist() for column in columns))
+
+
+def check_judged(found: Resolved, gate: Gate, asked: JudgedQueries | None, writing: Writing) -> GateVerdict | None:
+    """Searches rows of the gallery, old and as the job will store them, and compares with the limits.
+
+    A gate that was asked for and cannot decide refuses: inconclusive passes with ``allow_inconclusive`` alone.
+
+    Raises:
+        ValueError: ids of the judgements that are not the gallery's, or none that counts.
+    """
+    if asked is None:
+        return None
+    items = _gallery_rows(found, asked, writing)
+    verdict = judge_upgrade(
+        asked.queries,
+        asked.judgements,
+        items.ids,
+        np.concatenate(items.old),
+        np.concatenate(items.new),
+        old_metric=found.job.old_space.metric,
+        new_metric=found.job.new_space.metric,
+        fused=False,
+        margin=gate.ndcg_margin,
+    )
+    refusals = tuple(f"quality gate: {why}" for why in _missed(gate, verdict))
+    return GateVerdict(verdict, len(items.ids), found.job.rows, items.rejected, refusals)
+
+
+def _missed(gate: Gate, verdict: UpgradeVerdict) -> list[str]:
+    missed = []
+    if verdict.word == "no-go":
+        missed.append(f"no-go: {verdict.reason}")
+    if verdict.word == "inconclusive" and not gate.allow_inconclusive:
+        missed.append(f"inconclusive (allow_inconclusive, --allow-inconclusive, goes on): {verdict.reason}")
+    measures = verdict.result("mapped").measures
+    limits = (("ndcg", f"nDCG@{measures.k}", gate.min_ndcg), ("recall", f"recall@{measures.k}", gate.min_query_recall))
+    for name, words, least in limits:
+        if least is not None and not (value := measures.mean(name)) >= least:
+            missed.append(f"{words} of the mapped rows is {value:.3f} on {verdict.queries} queries, below {least}")
+    return missed
+
+
+@dataclass
+class _Items:
+    """Rows of the gallery: their ids, and their vectors in the old space and as they will be in the new one."""
+
+    ids: list[str] = field(default_factory=list)
+    old: list[Floats] = field(default_factory=list)
+    new: list[Floats] = field(default_factory=list)
+    rejected: int = 0
+
+
+def _gallery_rows(found: Resolved, asked: JudgedQueries, writing: Writing) -> _Items:
+    job, items = found.job, _Items()
+    judged = {item for query in asked.judgements.queries for item in asked.judgements.grades[query]}
+    most = min(_MOST_ROWS, max(1000, _MOST_BYTES // (4 * (job.old_space.dim + job.new_space.dim))))
+    lot = np.ones(job.rows, bool) if job.rows <= most else _drawn(job.rows, most)
+    mapper, reader = found.mapper(job, threads=writing.threads), found.reader(job)
+    known: set[str] = set()
+    for shard in job.shards:
+        at = shard.first
+        for batch, side in reader.batches(shard):
+            ids = [str(one) for one in row_ids(batch, job.id_column, at)]
+            known.update(judged.intersection(ids))
+            wanted = lot[at : at + len(ids)] | np.fromiter((one in judged for one in ids), bool, len(ids))
+            rows = np.flatnonzero(wanted)
+            at += len(ids)
+            if not len(rows):
+                continue
+            taken = pa.array(rows)
+            old, new, kept = before_and_after(mapper, batch.take(taken), None if side is None else side.take(taken))
+            items.ids += [ids[row] for row in rows[kept].tolist()]
+            items.old.append(old)
+            items.new.append(new)
+            items.rejected += len(rows) - len(kept)
+    if not known:
+        where = f"the column {job.id_column!r}" if job.id_column else "the rows' numbers, since there is no id column"
+        raise ValueError(
+            f"qrels: expected items by their ids in the source ({where}), none of {len(judged):,} judged items is in "
+            f"{job.source} ({named_ids(sorted(judged))})"
+        )
+    return items
+
+
+def _drawn(rows: int, most: int) -> npt.NDArray[np.bool_]:
+    out = np.zeros(rows, bool)
+    out[np.random.default_rng(0).choice(rows, most, replace=False, shuffle=False)] = True
+    return out
