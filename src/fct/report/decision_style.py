@@ -50,6 +50,7 @@ polyline.s0, polyline.s1, polyline.s2, polyline.s3 { fill: none; } circle.hollow
   border-radius: 4px; flex: none; }
 .near ol.pictures { list-style: none; margin: .3rem 0 .8rem; display: flex; flex-wrap: wrap; gap: .5rem; }
 .pictures li { width: 4.5rem; font-size: .8rem; line-height: 1.3; }
+.pictures li span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden; }
 .pictures li img { display: block; margin-bottom: .15rem; }
 .pictures li.kept img { border: 2px solid var(--good); }
 .columns { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
