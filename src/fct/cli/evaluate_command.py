@@ -83,6 +83,8 @@ def evaluate(
         refuse_existing(out, overwrite=overwrite, name="--out")
     if pairs is not None and transformation is None:
         raise ValueError("--pairs: expected -t beside it, the transformation that maps them")
+    if qrels is not None and query_labels is not None:
+        raise ValueError("--qrels: expected it or --query-labels, got both")
     if depth and pairs is None:
         raise ValueError("--depth: expected --pairs beside it, on which depths are measured")
     h = None if transformation is None else Transformation.load(transformation)
