@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +72,17 @@ def torch_module(h: Transformation, dtype: Any, *, convolutions: bool = False) -
 
 
 def torch_peer(
-    h: Transformation, old: Any, side: Any, precision: str, *, compiled: bool = False, convolutions: bool = False
+    h: Transformation, old: Any, side: Any, precision: str, *, compiled: str = "", convolutions: bool = False
 ) -> Callable[[], Any]:
+    """compiled: by torch's own "inductor" or AMD's "zentorch"; not at all by default."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     module = torch_module(h, dtype, convolutions=convolutions)
-    if compiled:
+    if compiled == "zentorch":
+        importlib.import_module(compiled)  # it registers itself
+        module = torch.compile(module, backend=compiled, dynamic=False)
+    elif compiled:
         module = torch.compile(module, mode="max-autotune-no-cudagraphs")
     a, b = torch.from_numpy(old), torch.from_numpy(side)
 
@@ -192,7 +198,7 @@ def transform_peers(
         old, side: (n, d_old) and (n, d_side) float32 rows that every call transforms.
         threads: of ONNX Runtime and OpenVINO; torch's are set by ``torch.set_num_threads``.
         folder: where h.onnx goes.
-        compiled: torch.compile too, which takes tens of seconds to compile.
+        compiled: torch.compile too, which takes tens of seconds to compile, and AMD's zentorch where it is installed.
     """
     found = {
         # as published: eager 1x1 convolutions, batch norm beside them
@@ -209,8 +215,9 @@ def transform_peers(
         ),
     }
     if compiled:
-        found[("torch.compile", "fp32")] = lambda: torch_peer(h, old, side, "fp32", compiled=True)
-        found[("torch.compile", "bf16")] = lambda: torch_peer(h, old, side, "bf16", compiled=True)
+        for name, by in (("torch.compile", "inductor"), ("zentorch", "zentorch")):
+            found[(name, "fp32")] = partial(torch_peer, h, old, side, "fp32", compiled=by)
+            found[(name, "bf16")] = partial(torch_peer, h, old, side, "bf16", compiled=by)
     return found
 
 
