@@ -12,6 +12,7 @@ import gzip
 import importlib.util
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import numpy as np
 import pytest
 
 import fct
-from fct.bench.measure import measure_batch, timing_fields
+from fct.bench.measure import interleave, measure_batch, timing_fields
 from fct.bench.peers import Worker, best_setting, openblas_times
-from fct.ops.search.cpu_search import Shadow, topk_cpu
+from fct.ops.search.cpu_search import Shadow, build_shadow, topk_cpu
 from fct.rows import rows_of
 
 OURS = "fct, prepared"
@@ -171,12 +172,39 @@ def test_search_set(
             fns[peer] = worker
         states = measure_batch(fns, queries, seconds=1.0, rounds=5)
     for state, times in states.items():
-        record(
-            "search sets: what was read", set=name, queries=queries, state=state, gallery=len(g), d=g.shape[1],
-            **what_was_read(q, prepared, times[OURS].median, threads),
-        )  # fmt: skip
         for who, timing in times.items():
             record(
                 "search sets", set=name, who=who, queries=queries, state=state, gallery=len(g), d=g.shape[1], k=K,
                 threads=threads, times_ours=timing.median / times[OURS].median, **timing_fields(timing, rows=queries),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("queries", [1, QUERIES])
+@pytest.mark.parametrize("name", SETS)
+def test_against_a_whole_shadow(name: str, queries: int, threads: int, record: Callable[..., None]) -> None:
+    """What levels and halves bring: the same search of the same rows in whole bytes, as before there were any."""
+    q, g = SETS[name]()
+    q = q[:queries]
+    prepared = fct.prepare_gallery(g, threads=threads, progress=False)
+    rows = prepared.rows
+    whole = fct.PreparedGallery(g, rows, build_shadow(rows, "l2", threads=threads), "l2", None)
+    galleries = {OURS: prepared, "fct, whole shadow": whole}
+    fns = {who: partial(fct.topk, q, gallery, K, threads=threads, progress=False) for who, gallery in galleries.items()}
+    np.testing.assert_array_equal(*(fn().indices for fn in fns.values()))
+    packing = {
+        OURS: partial(fct.prepare_gallery, g, threads=threads, progress=False),
+        "fct, whole shadow": partial(build_shadow, rows, "l2", threads=threads),
+    }
+    taken = interleave(packing, seconds=1.0, rounds=5, most=9)
+    for state, times in measure_batch(fns, queries, seconds=1.0, rounds=5).items():
+        for who, timing in times.items():
+            record(
+                "search sets: against a whole shadow", set=name, who=who, queries=queries, state=state,
+                gallery=len(g), d=g.shape[1], times_ours=timing.median / times[OURS].median,
+                **timing_fields(timing, rows=queries), preparing_ms=1e3 * taken[who].median,
+                memory_ratio=galleries[who].memory_ratio,
+            )  # fmt: skip
+        record(
+            "search sets: what was read", set=name, queries=queries, state=state, gallery=len(g), d=g.shape[1],
+            **what_was_read(q, prepared, times[OURS].median, threads),
+        )  # fmt: skip
