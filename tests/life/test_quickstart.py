@@ -18,8 +18,10 @@ from fct.cli import main
 from fct.data import load_fashion_mnist
 from fct.errors import BackfillError, FctError, SpaceMismatchError
 from fct.fit.recipes import FitConfig
-from fct.life.quickstart import BCT_NEW, BCT_OLD, WITH, WITHOUT, QuickstartConfig, run_quickstart
-from fct.life.stages import model_flop, upgrade_gallery
+from fct.life.costs import model_flop
+from fct.life.gallery_stage import upgrade_gallery
+from fct.life.quickstart import QuickstartConfig, run_quickstart
+from fct.life.table_stage import BCT_NEW, BCT_OLD, WITH, WITHOUT
 from fct.report import ResultTable
 
 FIT = FitConfig(inner=64, epochs=8, batch_size=64, lr=2e-3, warmup_epochs=1.0, standardise=True)
@@ -59,6 +61,31 @@ def test_the_table(run: Any) -> None:
     new, old = rows[-1], rows[0]
     assert new.map > old.map, "ten classes against five"
     assert run.table.row(WITH).map > old.map
+
+
+def test_the_tables_schema(run: Any) -> None:
+    """Other programs read table.json: its keys stay."""
+    contents = json.loads(run.files["table (JSON)"].read_text())
+    assert sorted(contents) == [
+        "ceiling", "config", "facts", "floor", "notes", "rows", "stages, seconds", "title", "verdict",
+    ]  # fmt: skip
+    for row in contents["rows"]:
+        assert sorted(row) == [
+            "cmc1",
+            "cmc5",
+            "gap_closed_cmc1",
+            "gap_closed_map",
+            "map",
+            "name",
+            "recall10",
+            "seconds",
+        ]
+    assert sorted(contents["facts"]) == [
+        "backfill, rows a second", "fct", "gallery", "h alone, rows a second", "h, MFLOP an item",
+        "new model, MFLOP an item", "queries", "re-embedding, images a second", "seed", "threads", "torch",
+        "training images",
+    ]  # fmt: skip
+    assert contents["verdict"]["migrate"] in (True, False)
 
 
 def test_the_files(run: Any) -> None:

@@ -90,14 +90,14 @@ def tiny() -> Experiment:
 def small_fashion(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The embedded images, 12 of each class for training and 6 for testing."""
     from fct.data import load_fashion_mnist
-    from fct.life import reproduce as run
+    from fct.life import experiment_data
 
     def load(split: str, root: Any = None) -> Any:
         whole = load_fashion_mnist(split, root)
         each = 12 if split == "train" else 6
         return whole.take(np.concatenate([np.flatnonzero(whole.labels == c)[:each] for c in range(10)]))
 
-    monkeypatch.setattr(run, "load_fashion_mnist", load)
+    monkeypatch.setattr(experiment_data, "load_fashion_mnist", load)
 
 
 def test_stages_are_skipped_redone_and_refused(tmp_path: Path, small_fashion: Any) -> None:
@@ -131,20 +131,20 @@ def test_stages_are_skipped_redone_and_refused(tmp_path: Path, small_fashion: An
 
 
 def test_an_interrupted_stage_goes_on(tmp_path: Path, small_fashion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.life import reproduce as run
+    from fct.life import stages
 
-    real = run.train_bct
+    real = stages.train_bct
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
     quiet = Console(quiet=True)
-    monkeypatch.setattr(run, "train_bct", stopped)
+    monkeypatch.setattr(stages, "train_bct", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(tiny(), None, tmp_path, progress=False, console=quiet)
     assert not (tmp_path / tiny().name / "bct" / "stage.json").exists()
     kept = (tmp_path / tiny().name / "new" / "test.npy").stat().st_mtime_ns
-    monkeypatch.setattr(run, "train_bct", real)
+    monkeypatch.setattr(stages, "train_bct", real)
     run_experiment(tiny(), None, tmp_path, progress=False, console=quiet)
     assert (tmp_path / tiny().name / "new" / "test.npy").stat().st_mtime_ns == kept
 

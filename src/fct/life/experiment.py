@@ -13,6 +13,7 @@ from fct.fit.loop import TrainConfig
 from fct.fit.recipes import FitConfig, paper_config, resolve_config
 from fct.fit.side_info import METHODS
 from fct.fit.supervised import LOSSES
+from fct.types import JsonDict
 
 __all__ = ["DataPlan", "Experiment", "ModelPlan", "SidePlan", "experiment_names", "load_experiment"]
 
@@ -108,8 +109,8 @@ class Experiment:
     old: ModelPlan
     side_info: SidePlan
     new: ModelPlan
-    bct: Mapping[str, Any] = field(default_factory=dict)
-    h: str | Mapping[str, Any] = "paper"
+    bct: Mapping[str, object] = field(default_factory=dict)
+    h: str | Mapping[str, object] = "paper"
     normalise: bool = True
     seed: int = 0
 
@@ -147,14 +148,14 @@ class Experiment:
             h=fit.to_dict(),
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         return asdict(self)
 
 
 _T = TypeVar("_T")
 
 
-def _build(kind: type[_T], values: Any, where: str) -> _T:
+def _build(kind: type[_T], values: object, where: str) -> _T:
     """A dataclass from a mapping; an unknown or a missing key is named."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a mapping, got {shown(values)}")
@@ -169,7 +170,7 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _positive(name: str, value: Any) -> None:
+def _positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a positive int, got {shown(value)}")
 

@@ -1,124 +1,216 @@
-"""Stages of the quickstart that work on a gallery's file: write, upgrade by the product, read, count the costs."""
+"""The stages of one upgrade: old model, side-information, new model, BCT, pairs, h.
+
+The quickstart and every experiment run these and no others. What differs is the order, what is kept on the disk, and
+which images ask and which are asked.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
+from torch import nn
 
-import fct
 from fct.artifact.transformation import Transformation
-from fct.atomic_files import atomic_path
-from fct.errors import BackfillError
+from fct.data import first_classes
+from fct.fit.backbones import EmbeddingModel
+from fct.fit.bct import train_bct
+from fct.fit.images import embed
+from fct.fit.side_info import train_side_info
+from fct.fit.supervised import ArcFaceHead, SoftmaxHead, train_supervised
+from fct.fit.transformation_fit import fit_transformation
+from fct.life.experiment import Experiment, ModelPlan
+from fct.life.experiment_data import ImageSplit, crop_of, plain_images, training_images
 from fct.spaces import EmbeddingSpace
+from fct.types import Floats
 
-__all__ = ["Costs", "Gallery", "model_flop", "read_gallery", "upgrade_gallery", "write_gallery"]
-
-SPACE_KEY = b"fct.space"
-VECTORS = "embedding"  # a backfill keeps the column's name, so it names neither model
-_RESNET50_GFLOP = 8.2  # 4.1 GMAC an image of 224 x 224 (He et al., CVPR 2016)
-_BILLION = 1e9
+__all__ = ["Classifier", "SpaceNames", "Stages", "Stopwatch", "vectors_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
-    """What a gallery holds: ids, (n, d) float32 vectors, labels; no images."""
+class Classifier:
+    """A model that makes embeddings, and the head that it was trained with."""
 
-    ids: Any
-    vectors: Any
-    labels: Any
-
-
-def _vectors(values: Any) -> pa.Array:
-    flat = np.ascontiguousarray(values, np.float32)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
+    model: EmbeddingModel
+    head: SoftmaxHead | ArcFaceHead
 
 
-def write_gallery(path: Path, vectors: Any, side_info: Any, labels: Any, space: EmbeddingSpace) -> None:
-    """id, embedding, side_info, label as one Parquet file that says which model made its vectors."""
-    columns = {VECTORS: _vectors(vectors), "side_info": _vectors(side_info)}
-    table = pa.table({"id": pa.array(np.arange(len(labels))), **columns, "label": pa.array(labels)})
-    metadata = {SPACE_KEY: json.dumps(space.to_dict(), sort_keys=True).encode()}
-    with atomic_path(path) as part:
-        pq.write_table(table.replace_schema_metadata(metadata), part, row_group_size=1024)
+@dataclass(frozen=True, slots=True)
+class SpaceNames:
+    """What the models are called in galleries and in h."""
+
+    old: str
+    side_model: str
+    new: str
 
 
-def read_gallery(path: Path) -> Gallery:
-    """A Parquet file or a folder of them, in the order of its ids."""
-    table = pq.read_table(path).sort_by("id").combine_chunks()
-    column = table[VECTORS].combine_chunks()
-    matrix = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    return Gallery(table["id"].to_numpy(), matrix, table["label"].to_numpy())
+class Stopwatch:
+    """Seconds of each stage, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begun
 
 
-def clear_upgraded(path: Path) -> None:
-    """Removes the destination of an earlier run's backfill, and nothing that is not one."""
-    if (path / "_fct" / "job.json").is_file():
-        shutil.rmtree(path)
+def vectors_of(
+    experiment: Experiment,
+    model: nn.Module,
+    images: ImageSplit,
+    size: int,
+    *,
+    workers: int = 0,
+    progress: bool = False,
+) -> Floats:
+    """(n, dim) float32 of images at (size, size), of unit length where the experiment says so."""
+    vectors: Floats = embed(model, plain_images(images, size, workers), progress=progress)
+    if experiment.normalise:
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+    return vectors
 
 
-def upgrade_gallery(source: Path, destination: Path, h: Transformation, *, progress: bool) -> tuple[Any, Any, Any]:
-    """(plan, report, verification) of a backfill from Parquet to Parquet.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """The stages that a model or h comes from, each with a seed of its own.
 
-    Raises:
-        BackfillError: the plan refuses, or what was written is not proven to be the source's.
+    experiment: what is trained, and how.
+    images: the training split; the old model and the side-information see its first classes only.
+    names: of the spaces that h leads from and to.
+    device, workers, progress: where networks are trained, processes that read image files, whether bars are shown.
     """
-    columns = {"vector_column": VECTORS, "id_column": "id"}
-    if h.uses_side_info:
-        columns["side_column"] = "side_info"
-    plan = fct.plan_backfill(source, destination, h, **columns)  # type: ignore[arg-type]
-    if plan.refusals:
-        raise BackfillError("; ".join(plan.refusals))
-    report = fct.backfill(source, destination, h, progress=progress, **columns)  # type: ignore[arg-type]
-    checked = fct.verify_gallery(destination, source=source)
-    if not checked.proven:
-        raise BackfillError("; ".join((*checked.problems, *checked.unproven)))
-    return plan, report, checked
 
+    experiment: Experiment
+    images: ImageSplit
+    names: SpaceNames
+    device: str = "cpu"
+    workers: int = 0
+    progress: bool = True
 
-def model_flop(model: torch.nn.Module, image: Any) -> int:
-    """FLOP of one image (1, 1, h, w) through the convolutions and linear layers: two for each multiply-add."""
-    from torch.utils.flop_counter import FlopCounterMode
+    def __post_init__(self) -> None:
+        if self.experiment.old_classes > self.classes:
+            raise ValueError(
+                f"old_classes: expected at most the {self.classes} that the data has, got {self.experiment.old_classes}"
+            )
 
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.eval()(torch.as_tensor(image, dtype=torch.float32))
-    return int(counter.get_total_flops())
+    @property
+    def classes(self) -> int:
+        return len(self.images.class_names)
 
+    @property
+    def old_images(self) -> ImageSplit:
+        """What the past had."""
+        return self.images.of_classes(first_classes(self.classes, self.experiment.old_classes))
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What one item costs by h and by re-embedding. h_flop, model_flop: FLOP an item; the rates: items a second."""
+    @property
+    def old_space(self) -> EmbeddingSpace:
+        return self._space(self.names.old, self.experiment.old)
 
-    h_flop: int
-    model_flop: int
-    h_rate: float
-    backfill_rate: float
-    model_rate: float
+    @property
+    def new_space(self) -> EmbeddingSpace:
+        return self._space(self.names.new, self.experiment.new)
 
-    def facts(self) -> dict[str, float]:
-        return {
-            "h, MFLOP an item": round(self.h_flop / 1e6, 3),
-            "new model, MFLOP an item": round(self.model_flop / 1e6, 3),
-            "h alone, rows a second": round(self.h_rate),
-        }
+    def _space(self, name: str, plan: ModelPlan) -> EmbeddingSpace:
+        return EmbeddingSpace(name, plan.dim, normalised=self.experiment.normalise)
 
-    def sentences(self) -> tuple[str, str]:
-        speed = self.model_flop * self.model_rate
-        large = _RESNET50_GFLOP * 1e9 / speed * _BILLION
-        hours = [_BILLION / rate / 3600 for rate in (self.backfill_rate, self.model_rate)]
-        return (
-            f"One item: {self.h_flop / 1e6:,.2f} MFLOP by h, {self.h_rate:,.0f} rows a second measured "
-            f"({self.backfill_rate:,.0f} with reading and writing); {self.model_flop / 1e6:,.2f} MFLOP by the new "
-            f"model, {self.model_rate:,.0f} images a second measured, decoding not counted.",
-            f"A billion items, by arithmetic from these rates on this machine: {hours[0]:,.1f} hours by h, "
-            f"{hours[1]:,.1f} hours by this toy model, {large / 86400:,.0f} days by a ResNet-50 (4.1 GMAC = "
-            f"{_RESNET50_GFLOP} GFLOP an image) at the {speed / 1e9:,.0f} GFLOP/s that the toy model reached here.",
+    # ---- the past ----
+    def old_model(self, seed: int, *, describe: str = "  old model", checkpoint: Path | None = None) -> Classifier:
+        """Trained on the first classes."""
+        plan, classes = self.experiment.old, self.experiment.old_classes
+        return self._supervised(plan, self.old_images, classes, seed, describe, checkpoint)
+
+    def side_model(self, seed: int, *, checkpoint: Path | None = None) -> nn.Module:
+        """Trained on the old model's images."""
+        plan = self.experiment.side_info
+        return train_side_info(
+            training_images(self.old_images, plan.image_size, self.workers),
+            method=plan.method,
+            dim=plan.dim,
+            backbone=plan.backbone,
+            epochs=plan.epochs,
+            batch_size=plan.batch_size,
+            lr=plan.lr,
+            seed=seed,
+            device=self.device,
+            progress=self.progress,
+            checkpoint=checkpoint,
+        )
+
+    # ---- the future ----
+    def new_model(self, seed: int, *, describe: str = "  new model", checkpoint: Path | None = None) -> Classifier:
+        """Trained on every class, under no constraint."""
+        return self._supervised(self.experiment.new, self.images, self.classes, seed, describe, checkpoint)
+
+    def bct_model(
+        self, old: Classifier, seed: int, *, describe: str = "  BCT model", checkpoint: Path | None = None
+    ) -> Classifier:
+        """The baseline: a new model that is trained to fit the old gallery."""
+        plan = self.experiment.bct_plan
+        model, head = train_bct(
+            training_images(self.images, plan.image_size, self.workers),
+            classes=self.classes,
+            old_model=old.model,
+            old_head=old.head,
+            old_images=plain_images(self.images, self.experiment.old.image_size, self.workers),
+            backbone=plan.backbone,
+            loss=plan.loss,
+            config=plan.train_config(seed, self.device),
+            crop=crop_of(self.images),
+            progress=self.progress,
+            describe=describe,
+            checkpoint=checkpoint,
+        )
+        return Classifier(model, head)
+
+    def _supervised(
+        self,
+        plan: ModelPlan,
+        images: ImageSplit,
+        classes: int,
+        seed: int,
+        describe: str,
+        checkpoint: Path | None,
+    ) -> Classifier:
+        model, head = train_supervised(
+            training_images(images, plan.image_size, self.workers),
+            classes=classes,
+            backbone=plan.backbone,
+            dim=plan.dim,
+            loss=plan.loss,
+            config=plan.train_config(seed, self.device),
+            crop=crop_of(self.images),
+            progress=self.progress,
+            describe=describe,
+            checkpoint=checkpoint,
+        )
+        return Classifier(model, head)
+
+    # ---- vectors ----
+    def embed(self, model: nn.Module, images: ImageSplit, size: int, *, progress: bool = False) -> Floats:
+        """(n, dim) float32 of images at (size, size), of unit length where the experiment says so."""
+        return vectors_of(self.experiment, model, images, size, workers=self.workers, progress=progress)
+
+    def fit(
+        self, old: Floats, side_info: Floats | None, new: Floats, seed: int, *, checkpoint: Path | None = None
+    ) -> Transformation:
+        """h, from embeddings of the training images; without side-information where there is none."""
+        return fit_transformation(
+            old,
+            side_info,
+            new,
+            config=self.experiment.fit_config,
+            seed=seed,
+            device=self.device,
+            progress=self.progress,
+            checkpoint=checkpoint,
+            old_space=self.old_space,
+            new_space=self.new_space,
+            side_model=self.names.side_model,
         )
