@@ -25,6 +25,7 @@ SECRET = {
     "error at 'http://a:PASSWORD@h/x' and 'http://b:TOKEN@h/y'": "error at 'http://redacted@h/x' and 'http://redacted@h/y'",
 }
 OPEN = [
+    *("postgresql://me@host/db?table=items&vector=v", "qdrant://host:6333?collection=c"),
     *("/data/a?b=c@d", "a.npy", "s3://bucket/folder/a.npy", "abfs://container@account.dfs.core.windows.net/a"),
     *("gs://bucket/a*b", "s3://bucket/a?versionId=3HL4k", "http://host:80/a.npy?download", "memory://x"),
 ]

@@ -27,6 +27,7 @@ from fct.backfilling.checked_json import (
 )
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Piece, Shard
+from fct.gallery.url_identity import differing_parts
 from fct.gallery.urls import redacted
 from fct.gallery.vectors import VECTOR_FORMATS
 from fct.spaces import METRICS, EmbeddingSpace
@@ -42,6 +43,7 @@ JOB_BYTES = 128 << 20  # of job.json: a million files
 _SHARDS, _ROWS = 2_000_000, 1 << 60
 _PAIR = listed(whole(0, _ROWS), 2)
 _NAME, _URL, _WORD = text(65536), text(65536), text(200)
+_PARTS = listed(listed(text(64), 2), 32)
 
 
 def cut_shards(pieces: Sequence[Piece], shard_rows: int) -> list[Shard]:
@@ -98,6 +100,8 @@ class Job:
     saved_dataset: whether ``datasets.load_from_disk`` opens the result, as it did the source.
     side_join: whether rows of ``side`` belong to the source's by "position" or by "id".
     begun_as: the fingerprint of a job that was begun when names still held the secrets of URLs; else "".
+    url_key: the key of the fingerprints in source_parts, side_parts and destination_parts, which tell without a secret
+    which part of a URL is another one (:mod:`fct.gallery.url_identity`); () for paths and in older jobs.
     reembed, true_column: of a partial backfill, the rule by which rows get true vectors, and the column that says which
     have; else "".
 
@@ -137,6 +141,10 @@ class Job:
     offset_column: str = since("", "column of the offset", meaning=True)
     reembed: str = since("", "the rule by which rows are re-embedded", meaning=True)
     true_column: str = since("", "the column that says which rows are re-embedded", meaning=True)
+    url_key: str = since("", "the key of the URLs' fingerprints", check=text(64, "([0-9a-f]{64})?"))
+    source_parts: tuple[tuple[str, str], ...] = since((), "source", check=_PARTS)
+    side_parts: tuple[tuple[str, str], ...] = since((), "side-information", check=_PARTS)
+    destination_parts: tuple[tuple[str, str], ...] = since((), "destination", check=_PARTS)
 
     @property
     def rows(self) -> int:
@@ -207,7 +215,7 @@ class Job:
 
     def differences(self, other: Job) -> list[str]:
         """What keeps ``other`` from being the same job, in words."""
-        found = []
+        found = self._moved(other)
         names = {
             "transformation": "h (another transformation)",
             "precision": "precision",
@@ -236,6 +244,19 @@ class Job:
                     found.append(
                         f"{words} {piece!r}: (rows, bytes) {mine.get(piece, 'none')}, now {theirs.get(piece, 'none')}"
                     )
+        return found
+
+    def _moved(self, other: Job) -> list[str]:
+        """Which URLs are of another place, and by which kind of part; under two keys nothing can be told."""
+        found = []
+        for name in ("source_parts", "side_parts", "destination_parts") if self.url_key == other.url_key else ():
+            kinds = differing_parts(getattr(self, name), getattr(other, name))
+            if kinds:
+                what = next(f.metadata["words"] for f in self._later() if f.name == name)
+                found.append(
+                    f"{what}: a URL with another {' and '.join(kinds)} than it was begun with (only a renewed "
+                    "signature or another password means the same place)"
+                )
         return found
 
     def to_json(self) -> bytes:

@@ -53,7 +53,13 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
     if not journal.sealed:
         _check_unsealed(found, stored, say)
     journal.sweep()
-    where = {name: getattr(found.job, name) for name in ("source", "destination", "side")}
+    where = {
+        name: getattr(found.job, name)
+        for name in (
+            *("source", "destination", "side"),
+            *("url_key", "source_parts", "side_parts", "destination_parts"),
+        )
+    }
     moved = replace(stored, **where)
     if (
         moved != stored or not journal.sealed

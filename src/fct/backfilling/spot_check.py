@@ -12,6 +12,7 @@ import pyarrow as pa
 from fct import ref
 from fct.artifact.transformation import Transformation
 from fct.backfilling.coding import decoded
+from fct.backfilling.in_database import DatabaseResult
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, rejected_rows, shard_marker
 from fct.backfilling.row_mapper import RowMapper
@@ -51,14 +52,14 @@ class VectorChecker:
         job: Job,
         old: Source,
         side: Source | None,
-        new: Source,
+        new: Source | DatabaseResult,
         h: Transformation,
         pairs: TruePairs | None = None,
     ) -> None:
         self.journal, self.job, self.old, self.side, self.new, self.h = journal, job, old, side, new, h
         plain = replace(job, precision="fp32", backend="ref", dtype="float32")
         self.mapper = RowMapper(plain, old.schema, h, threads=None, device="cpu")
-        self.pieces = new.pieces()
+        self.pieces = new.pieces() if isinstance(new, Source) else []
         self.now = {piece.name: piece for piece in old.pieces()}
         counts = [shard_marker(journal, n).rows_out for n in range(len(job.shards))]
         self.starts = np.cumsum([0, *counts])
@@ -76,15 +77,20 @@ class VectorChecker:
         first = shard.first + start
         _, rejects = self.mapper(batch, beside, first)
         gone = rejected_rows(self.journal, shard)
-        if {r["row"] for r in rejects} - {r for r in gone if first <= r < first + rows}:
+        lost = {r["row"] for r in rejects} - {r for r in gone if first <= r < first + rows}
+        if lost and isinstance(self.new, Source):  # a database may lose rows, on both sides
             self.found.problems.append(f"shard {number} holds rows that cannot be mapped as the source is now")
             return
-        kept = np.setdiff1d(np.arange(first, first + rows), gone)
+        kept = np.setdiff1d(np.arange(first, first + rows), [*gone, *lost])
         if not len(kept):
             return
         at = int(self.starts[number]) + start - sum(row < first for row in gone)
-        stored = pa.concat_batches(list(rows_at(self.new, self.pieces, at, len(kept))))
-        column = job.vector if job.vector in stored.schema.names else "vector"
+        if isinstance(self.new, Source):
+            stored = pa.concat_batches(list(rows_at(self.new, self.pieces, at, len(kept))))
+            column = job.vector if job.vector in stored.schema.names else "vector"
+        else:
+            stored = self.new.vectors(batch.column(job.id_column).take(pa.array(kept - first)))
+            column = self.new.vector
         got = vector_block(stored.column(column), self.h.d_new, job.dtype).values.astype(np.float64)
         if self.true is not None:
             true = self.true.flags(stored, shard, start - sum(row < first for row in gone), kept)

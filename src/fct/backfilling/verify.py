@@ -5,11 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from typing_extensions import Unpack
 
+from fct.artifact.transformation import Transformation
 from fct.backfilling.against_source import AgainstSource, compare_with_source
+from fct.backfilling.database_job import database_journal, require_journal
+from fct.backfilling.in_database import DatabaseResult
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.marker import Marker
@@ -17,8 +22,10 @@ from fct.backfilling.resolve import load_transformation
 from fct.backfilling.side_join import join_by_id
 from fct.backfilling.spot_check import VectorCheck, VectorChecker
 from fct.backfilling.true_source import load_true_pairs
-from fct.errors import BackfillError, FctError
+from fct.errors import BackfillError, FctError, MissingExtraError
 from fct.gallery import journal_location, lance_in, location_of, open_source
+from fct.gallery.databases import DatabaseSource, is_database
+from fct.gallery.databases.address import Address
 from fct.gallery.interfaces import Source
 from fct.gallery.stores import Opening, opening
 from fct.gallery.tables import pinned
@@ -31,6 +38,7 @@ from fct.types import GalleryLike
 __all__ = ["VerifyReport", "gallery_journal", "verify_gallery"]
 
 _SAID = 20  # problems of one kind that are listed
+_ALL = "not proven: that the gallery holds all rows of its source, with their ids, payload and vectors"
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,9 @@ class VerifyReport:
     rows_in = rows_out + rejects. spot_checked: rows compared with the reference, 0 with ``spot_check_skipped`` saying
     why not; worst_error: the largest relative error of a row among them. true_rows: re-embedded rows compared with
     their pairs or, without, with the vectors that the journal keeps. source_rows: the source's rows by another reader's
-    count, None where there is none; compared: rows whose ids and payload were compared with the source's; checksums:
-    XXH64 of each column of these, whatever the cut into files. unproven: what could not be checked, and why.
+    count, None where there is none; read_alike: rows that this reader reads as they were when they were mapped, vectors
+    and all, by the journal's checksums; compared: rows whose ids and payload were compared with the source's;
+    checksums: XXH64 of each column of these, whatever the cut into files. unproven: what could not be checked, and why.
     """
 
     destination: str
@@ -59,6 +68,7 @@ class VerifyReport:
     checksums: Mapping[str, str] = field(default_factory=dict)
     unproven: tuple[str, ...] = ()
     true_rows: int = 0
+    read_alike: int = 0
 
     @property
     def ok(self) -> bool:
@@ -69,14 +79,31 @@ class VerifyReport:
         return self.ok and not self.unproven
 
 
-def gallery_journal(path: Any, **access: Any) -> tuple[Journal, Job]:
-    """The journal and the job of a backfill's destination. Raises BackfillError when it is none."""
-    place = lance_in(location_of(path, **access))
-    journal = Journal(journal_location(place, "lance" if place.name.endswith(".lance") else ""), place)
-    job = journal.job()
+def gallery_journal(path: Any, *, journal: Any = None, **access: Any) -> tuple[Journal, Job]:
+    """The journal and the job of a backfill's destination. journal: its folder, where the destination is a database.
+
+    Raises:
+        BackfillError: it is none, or the journal is another's.
+    """
+    if is_database(path):
+        require_journal(Address.parse(path, "gallery").shown, journal)
+        found, place = database_journal(journal), Address.parse(path, "gallery").shown
+    else:
+        where = lance_in(location_of(path, **access))
+        found = Journal(journal_location(where, "lance" if where.name.endswith(".lance") else ""), where)
+        place = str(where)
+    job = found.job()
     if job is None:
-        raise BackfillError(f"gallery: expected the destination of a backfill, {place} has no _fct/job.json")
-    return journal, job
+        raise BackfillError(f"gallery: expected the destination of a backfill, {found.root} has no job.json of {place}")
+    if is_database(path) and not _same_table(str(path), job.destination):
+        raise BackfillError(f"journal: expected the journal of {place}, {found.root} is of {job.destination}")
+    return found, job
+
+
+def _same_table(one: str, other: str) -> bool:
+    """Whether two URLs mean the same vectors of one table."""
+    a, b = (Address.parse(url, "gallery") if is_database(url) else None for url in (one, other))
+    return a is not None and b is not None and (a.place(), a.vector) == (b.place(), b.vector)
 
 
 @takes(VerifyOptions)
@@ -109,7 +136,7 @@ def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> Veri
     """
     given = VerifyOptions.split(options)
     access, spot = opening(given.access), given.spot
-    journal, job = gallery_journal(path, **access)
+    journal, job = gallery_journal(path, journal=spot.journal, **access)
     count = _Journalled(journal, job)
     count.check_all(path, access)
     if spot.expect_rows is not None and job.rows != spot.expect_rows:
@@ -122,7 +149,7 @@ def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> Veri
     if not count.problems:
         against, vectors, skipped = _Outside(journal, job, path, access, spot).check()
     return VerifyReport(
-        destination=str(location_of(path, **access)),
+        destination=job.destination if is_database(path) else str(location_of(path, **access)),
         rows_in=count.rows_in,
         rows_out=count.rows_out,
         rejects=count.rejects,
@@ -137,6 +164,7 @@ def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> Veri
         checksums=against.checksums,
         unproven=(*against.unproven, *_unchecked(vectors)),
         true_rows=vectors.true_rows,
+        read_alike=against.mapped,
     )
 
 
@@ -218,6 +246,8 @@ class _Journalled:
     def _content(self, path: GalleryLike, access: Opening) -> list[str]:
         """The gallery as any reader sees it: its space, its rows, no file that no shard made."""
         job = self.job
+        if is_database(path):
+            return []  # it has no files; its rows are counted when they are compared
         try:
             gallery = open_source(path, **access)
             problems = []
@@ -249,38 +279,60 @@ class _Outside:
         found, spot = AgainstSource(), self.spot
         old, why = self._open(spot.source, self.job.source, "source")
         if old is None:
-            found.unproven.append(
-                f"not proven: that the gallery holds all rows of its source, with their ids, payload and vectors: {why}"
-            )
+            found.unproven.append(f"{_ALL}: {why}")
             return found, VectorCheck(), why
-        new = open_source(self.path, **self.access)
+        side, no_side = self._open(spot.side_source, self.job.side, "side_source") if self.job.side else (None, "")
+        h, no_h = self._transformation()
         try:
-            found = compare_with_source(self.journal, self.job, old, new)
-        except (FctError, OSError) as error:
-            found.problems.append(str(error))
-        if found.problems or not (spot.spot_check or spot.deep):
-            if not found.problems:
-                found.unproven.append("not proven: the vectors' values (no spot check)")
-            return found, VectorCheck(), "" if not found.problems else "other problems come first"
-        side, why = self._open(spot.side_source, self.job.side, "side_source") if self.job.side else (None, "")
-        if why:
-            found.unproven.append(f"not proven: the vectors' values: {why}")
-            return found, VectorCheck(), why
-        if side is not None and self.job.side_join == "id":
-            joined = join_by_id(old, side, self.job.id_column, self.job.side_vector)
-            joined.progress = spot.progress
-            side = joined.of(self.job, self.access["patience"])
-        return (found, *self._vectors(old, side, new))
+            if side is not None and self.job.side_join == "id":
+                joined = join_by_id(old, side, self.job.id_column, self.job.side_vector)
+                joined.progress = spot.progress
+                side = joined.of(self.job, self.access["patience"])
+            new, lists = self._opened(old)
+            known = None if no_side else h
+            found = compare_with_source(self.journal, self.job, old, new, side=side, h=known, lists=lists)
+        except MissingExtraError as error:
+            found = AgainstSource(unproven=[f"{_ALL}: {error}"])
+            return found, VectorCheck(), str(error)
+        except (FctError, OSError, ValueError, pa.ArrowException) as error:
+            found.problems.append(f"{old.url} could not be compared: {error}")
+        if found.problems:
+            return found, VectorCheck(), "other problems come first"
+        if not (spot.spot_check or spot.deep) or no_side:
+            found.unproven.append(f"not proven: the vectors' values{f': {no_side}' if no_side else ' (no spot check)'}")
+            return found, VectorCheck(), no_side
+        if h is None:
+            return found, VectorCheck(problems=[no_h]), no_h
+        return (found, *self._vectors(old, side, new, h))
 
-    def _vectors(self, old: Source, side: Source | None, new: Source) -> tuple[VectorCheck, str]:
-        spot = self.spot
+    def _opened(self, old: Source) -> tuple[Source | DatabaseResult, Path | None]:
+        """(the new gallery, the folder of the old one's lists of ids), both databases made to read what the job did."""
+        job, lists = self.job, None
+        if isinstance(old, DatabaseSource):
+            root = self.journal.root if self.spot.journal is None else database_journal(self.spot.journal).root
+            old.needed = tuple(filter(None, (job.vector, job.side_column, job.scale_column, job.offset_column)))
+            if root.is_local:
+                old.live_in(root.local)
+                lists = root.local / "ids"
+        if is_database(self.path):
+            return DatabaseResult(str(self.path), job, old, self.access["patience"]), lists
+        return open_source(self.path, **self.access), lists
+
+    def _transformation(self) -> tuple[Transformation | None, str]:
+        """(the job's h, or None, and why not)."""
+        given = self.spot.transformation
         try:
-            given = spot.transformation
             h = self.journal.transformation() if given is None else load_transformation(given)
         except (FctError, OSError) as error:
-            return VectorCheck(problems=[f"h cannot be read: {error}; name it with transformation (-t)"]), str(error)
+            return None, f"h cannot be read: {error}; name it with transformation (-t)"
         if h.fingerprint != self.job.transformation:
-            return VectorCheck(problems=["the transformation is not the one that this gallery was made with"]), ""
+            return None, "the transformation is not the one that this gallery was made with"
+        return h, ""
+
+    def _vectors(
+        self, old: Source, side: Source | None, new: Source | DatabaseResult, h: Transformation
+    ) -> tuple[VectorCheck, str]:
+        spot = self.spot
         try:
             pairs = None
             if spot.reembed is not None:

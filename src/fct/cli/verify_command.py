@@ -42,9 +42,8 @@ def verify(
     named = options.get("source") is not None or options.get("trust_journal")
     if not named and not as_json and sys.stdin.isatty():
         access = opening(VerifyOptions.split(options).access)
-        console.print(
-            f"The gallery's journal says that it was made from {gallery_journal(gallery, **access)[1].source}"
-        )
+        _, job = gallery_journal(gallery, journal=options.get("journal"), **access)
+        console.print(f"The gallery's journal says that it was made from {job.source}")
         options["trust_journal"] = typer.confirm("Open it and compare?", default=False)
     report = verify_gallery(gallery, **options)
     if as_json:
@@ -62,6 +61,8 @@ def _show(report: VerifyReport) -> None:
     )
     if report.source_rows is not None:
         console.print(f"the source has {report.source_rows:,} rows by another reader's count")
+    if report.read_alike:
+        console.print(f"{report.read_alike:,} rows are, by that reader, what was mapped")
     if report.compared:
         names = ", ".join(report.checksums)
         console.print(f"{report.compared:,} rows compared with the source's: {names}", soft_wrap=True)

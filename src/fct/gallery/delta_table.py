@@ -40,7 +40,7 @@ class DeltaSource(ParquetSource):
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
-        options = lance_options(dict(storage_options or {}))
+        self.storage_options = options = lance_options(dict(storage_options or {}))
         try:
             table = DeltaTable(str(where), version=version, storage_options=options)
             features = set(table.protocol().reader_features or ())

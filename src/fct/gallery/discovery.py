@@ -19,6 +19,7 @@ import pyarrow.dataset as ds
 
 from fct.errors import FctError
 from fct.gallery.location import Location
+from fct.gallery.urls import without_query
 
 __all__ = ["find_files", "is_partition", "natural", "partition_columns", "root_of"]
 
@@ -44,6 +45,8 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
     Raises:
         FileNotFoundError: nothing there. FctError: what may stand for rows and cannot be read (a link to a folder).
     """
+    if without_query(where.path) != where.path:
+        return [where]  # a URL with a query, whose "?" is no pattern
     if not where.is_pattern and not where.is_folder():
         if where.exists():
             _check_readable(where)

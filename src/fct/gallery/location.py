@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fct.atomic_files import checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError, StoreError
-from fct.gallery.urls import check_scheme, redacted, without_secrets
+from fct.gallery.urls import check_scheme, redacted, without_query, without_secrets
 from fct.terminal import plain_log, printable
 
 __all__ = ["DELTA", "Location", "Patience", "Version", "location_of", "with_retries"]
@@ -170,7 +170,7 @@ class Location:
     @property
     def is_pattern(self) -> bool:
         """Whether this is a pattern (``*``, ``?``, ``[``), and not the name of something that is there."""
-        return any(c in self.path for c in "*?[") and not self.exists()
+        return any(c in without_query(self.path) for c in "*?[") and not self.exists()
 
     def find(self) -> list[Location]:
         """Every file below this folder, or that this pattern means; in no particular order."""

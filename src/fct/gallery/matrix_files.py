@@ -24,6 +24,7 @@ from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Shard
 from fct.gallery.location import Location
 from fct.gallery.members import READ, native_name
 from fct.gallery.recycler import Recycler
+from fct.gallery.urls import without_query
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.packed_int4 import PackedInt4, int4_codes_of
 from fct.spaces import EmbeddingSpace
@@ -198,7 +199,7 @@ class BinSource(MatrixSource):
     suffixes = tuple(_BIN)
 
     def _header(self, file: Location) -> Facts:
-        dtype = _BIN["." + file.name.rpartition(".")[2]]
+        dtype = _BIN["." + without_query(file.path).rpartition(".")[2]]
         with file.open() as stream:
             head = np.empty(2, "<u4")
             _fill(stream, head, file)

@@ -39,13 +39,30 @@ def _views(kind: pa.DataType) -> bool:
 
 
 def readable(schema: pa.Schema) -> pa.Schema:
-    """The schema as batches are handed on: a dictionary over views, which Arrow takes no rows of, over plain ones."""
+    """The schema as batches are handed on: views of text and bytes as plain ones, wherever they stand, since Arrow
+    neither takes nor leaves out rows of them."""
     for i, field in enumerate(schema):
-        if pa.types.is_dictionary(field.type) and _views(field.type.value_type):
-            values = pa.string() if pa.types.is_string_view(field.type.value_type) else pa.binary()
-            kind = pa.dictionary(field.type.index_type, values, field.type.ordered)
-            schema = schema.set(i, field.with_type(kind))
+        schema = schema.set(i, field.with_type(_without_views(field.type)))
     return schema
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    if _views(kind):
+        return pa.large_string() if pa.types.is_string_view(kind) else pa.large_binary()
+    if pa.types.is_dictionary(kind) and _views(kind.value_type):
+        values = pa.string() if pa.types.is_string_view(kind.value_type) else pa.binary()
+        return pa.dictionary(kind.index_type, values, kind.ordered)
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(_without_views(f.type)) for f in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_inner(kind), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(_inner(kind))
+    return kind
+
+
+def _inner(kind: pa.DataType) -> pa.Field:
+    return kind.value_field.with_type(_without_views(kind.value_type))
 
 
 def unify(schemas: Sequence[pa.Schema], names: Sequence[str]) -> pa.Schema:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from fct.errors import FctError
 from fct.gallery.location import Location, location_of
+from fct.gallery.urls import without_query
 from fct.spaces import EmbeddingSpace
 
 __all__ = [
@@ -50,6 +51,8 @@ def side_file_space(file: Location) -> EmbeddingSpace | None:
 
     Version 0.1 wrote ``<file>.space.json`` and ``<folder>/space.json`` among the data; those are read too.
     """
+    if without_query(file.path) != file.path:
+        return None  # a signed URL is of one file
     around = file.parent
     while any(c in around.path for c in "*?[") and not around.exists():
         around = around.parent

@@ -23,7 +23,9 @@ from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 from fct.gallery.tables import open_table, split_version
-from fct.gallery.vortex_files import VortexSource
+    if files != [place]:
+        refuse_mixtures(place, files, name)
+from fct.gallery.urls import without_query
 from fct.options.groups import StoreAccess
 from fct.types import FileSystem
 
@@ -106,6 +108,8 @@ def open_source(
     place = location_of(
         where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
     )  # fmt: skip
+    if without_query(place.path) != place.path:
+        return _files_at(place, member, name)  # its signature is of one file: nothing around it may be asked for
     place = lance_in(place)
     if place.name.endswith(".lance"):
         from fct.gallery.lance_dataset import LanceSource
@@ -122,10 +126,15 @@ def open_source(
         return table
     if version is not None:
         raise FctError(f"{name}: expected a table of versions, {place} is none")
+    return _files_at(place, member, name)
+
+
+def _files_at(place: Location, member: str, name: str) -> FileSource:
+    """The files of one format at a place."""
     files = find_files(place, name)
     if files != [place]:
         refuse_mixtures(place, files, name)
-    kinds = {kind: [f for f in files if f.path.endswith(kind.suffixes)] for kind in _SOURCES}
+    kinds = {kind: [f for f in files if without_query(f.path).endswith(kind.suffixes)] for kind in _SOURCES}
     found = {kind: some for kind, some in kinds.items() if some}
     if len(found) != 1 or sum(map(len, found.values())) != len(files):
         raise FctError(_not_one_format(place, files, found, name))
@@ -163,7 +172,7 @@ def _not_one_format(
 ) -> str:
     """The refusal of a place that holds files of no format, of several, or others beside the data: each named."""
     known = ", ".join(s for kind in _SOURCES for s in kind.suffixes)
-    endings = sorted({"." + f.name.rpartition(".")[2] for f in files})
+    endings = sorted({"." + without_query(f.path).rpartition("/")[2].rpartition(".")[2] for f in files})
     if len(found) > 1:
         some = "; ".join(f"{len(fs)} as {fs[0].name}" for fs in found.values())
         return (

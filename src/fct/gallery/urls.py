@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from urllib.parse import unquote
 
-__all__ = ["SCHEMES", "check_scheme", "redacted", "scheme_of", "secrets_of", "without_secrets"]
+__all__ = ["SCHEMES", "check_scheme", "redacted", "scheme_of", "secrets_of", "without_query", "without_secrets"]
 
 # Stores that hold bytes. fsspec knows others that run commands, read mail or unpack what they are given.
 SCHEMES = (
@@ -17,6 +17,8 @@ _WEB = ("http", "https")
 _HIDDEN = "redacted"
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://([^/?#\s]*)([^?#\s]*)(\?[^#\s]*)?(#\S*)?")
 _PUBLIC = ("versionId", "generation", "version")  # which version of an object, not who may read it
+_DATABASES = ("postgresql", "postgres", "qdrant", "milvus", "chroma")
+_NAMES = ("table", "collection", "vector", "id", "side", "columns", "tenant", "database", "alias")  # of their URLs
 
 
 def scheme_of(url: str) -> str:
@@ -41,6 +43,11 @@ def check_scheme(url: str, name: str) -> str:
     return scheme
 
 
+def without_query(url: str) -> str:
+    """A web URL up to its query, where the file's name ends; anything else as it is, since a name may hold ``?``."""
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
+
+
 def redacted(url: str) -> str:
     """The URL without passwords, tokens and signatures: its user part and the values of its query. A path as it is."""
     if "://" not in url and not _signed_name(url):
@@ -62,13 +69,15 @@ def _redact(match: re.Match[str]) -> str:
     user, at, server = host.rpartition("@")
     if at and (scheme in _WEB or ":" in user):
         host = f"{_HIDDEN}@{server}"
-    shown = f"?{_query(query[1:])}" if query else ""
+    shown = f"?{_query(query[1:], _NAMES if scheme in _DATABASES else ())}" if query else ""
     return f"{scheme}://{host}{path}{shown}{'#' + _HIDDEN if fragment else ''}"
 
 
-def _query(query: str) -> str:
+def _query(query: str, names: Collection[str] = ()) -> str:
+    """names: whose values are shown beside those of every URL."""
     pairs = (pair.partition("=") for pair in query.split("&"))
-    return "&".join(f"{key}={value if key in _PUBLIC or not value else _HIDDEN}" if eq else _bare(key)
+    shown = (*_PUBLIC, *names)
+    return "&".join(f"{key}={value if key in shown or not value else _HIDDEN}" if eq else _bare(key)
                     for key, eq, value in pairs)  # fmt: skip
 
 
@@ -87,7 +96,8 @@ def secrets_of(url: str) -> tuple[str, ...]:
                 yield from (user, user.partition(":")[2])
             for pair in query[1:].split("&"):
                 key, eq, value = pair.partition("=")
-                yield value if eq and key not in _PUBLIC else "" if eq or len(key) < 16 else key
+                public = key in _PUBLIC or (match[1] in _DATABASES and key in _NAMES)
+                yield value if eq and not public else "" if eq or len(key) < 16 else key
             yield fragment[1:]
 
     parts = {spelling for part in found() if part for spelling in (part, unquote(part))}

@@ -335,6 +335,11 @@ class SpotCheck(Group):
         None, "Of a partial backfill: the table of ids and true vectors that re-embedded rows came from.", flag=_A_PATH
     )
     trust_journal: bool = option(False, "Open the source that the gallery's own journal names.")
+    journal: str | PathLike[str] | None = option(
+        None,
+        "Folder of the job's journal, where it had one: of a gallery in a database, or made from one.",
+        flag=_A_PATH,
+    )
     expect_rows: int | None = option(None, "Rows that the source had, by your own table.", check=optional(whole(0)))
     deep: bool = option(False, "Map every row again by the float64 reference.")
     progress: bool = option(True, "Show a bar for a check that lasts more than two seconds.")

@@ -233,6 +233,8 @@ class SpotCheckKeywords(TypedDict, total=False):
     """Of a partial backfill: the table of ids and true vectors that re-embedded rows came from."""
     trust_journal: bool
     """Open the source that the gallery's own journal names."""
+    journal: str | PathLike[str] | None
+    """Folder of the job's journal, where it had one: of a gallery in a database, or made from one."""
     expect_rows: int | None
     """Rows that the source had, by your own table."""
     deep: bool

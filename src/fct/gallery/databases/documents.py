@@ -48,7 +48,8 @@ def rows_of_points(points: Sequence[Point], schema: pa.Schema, id_column: str) -
         if entry.name == id_column:
             columns.append(pa.array([key for key, _, _ in points], entry.type))
         elif entry.name == PAYLOAD and (entry.metadata or {}).get(b"fct.json"):
-            texts = [None if p is None else json.dumps(p, default=str) for _, _, p in points]
+            # In one order of names, which a store may give in another each time: the same row is the same text.
+            texts = [None if p is None else json.dumps(p, default=str, sort_keys=True) for _, _, p in points]
             columns.append(pa.array(texts, pa.string()))
         else:
             rows = [v.get(entry.name) for _, v, _ in points]
