@@ -61,7 +61,7 @@ class NpzReader(_Reader):
     @contextlib.contextmanager
     def _open(self, file: Location) -> Iterator[tuple[Any, str]]:
         where = file.path if file.is_local else io.BufferedReader(file.open())
-        with np.load(where) as archive:
+        with np.load(where, allow_pickle=False) as archive:
             yield archive, self.pick({name: _facts(archive, name) for name in archive.files})
 
     def shape(self, file: Location) -> tuple[int, ...]:

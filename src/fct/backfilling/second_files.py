@@ -153,7 +153,7 @@ def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def npy_blocks(file: Location | None, stream: Any = None) -> Iterator[npt.NDArray[Any]]:
     """The rows of an .npy file by numpy.load, or of an .npy stream (a member of an archive) as it comes."""
     if file is not None and file.is_local:
-        array = np.load(file.path, mmap_mode="r")
+        array = np.load(file.path, mmap_mode="r", allow_pickle=False)
         for start in range(0, len(array), BATCH_ROWS):
             yield _codes(array[start : start + BATCH_ROWS])
         return

@@ -23,9 +23,8 @@ from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 from fct.gallery.tables import open_table, split_version
-    if files != [place]:
-        refuse_mixtures(place, files, name)
 from fct.gallery.urls import without_query
+from fct.gallery.vortex_files import VortexSource
 from fct.options.groups import StoreAccess
 from fct.types import FileSystem
 
