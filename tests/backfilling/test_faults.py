@@ -269,7 +269,9 @@ def test_a_store_that_never_answers(
     if when == "opening":
         application.mode = lambda request: "never"
     elif when == "reading":
-        monkeypatch.setattr(ParquetSource, "read_file", hang(ParquetSource.read_file, 5))  # the sample is the first
+        monkeypatch.setattr(
+            ParquetSource, "read_file", hang(ParquetSource.read_file, 7)
+        )  # twice for the sample, and for the first shard
     else:
         monkeypatch.setattr(Location, "publish", hang(Location.publish, 3))
     start = time.perf_counter()
