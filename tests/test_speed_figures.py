@@ -68,7 +68,7 @@ def test_the_readme_shows_the_report() -> None:
 
 def test_one_case_stands_in_one_table_of_the_report() -> None:
     """Two tables that measured the same case would offer the better of two figures."""
-    fields = ("who", "queries", "gallery", "d", "k", "threads")
+    fields = ("who", "queries", "state", "gallery", "d", "k", "threads")
     searches = [r for r in speed_table.rows_of_report() if str(r["table"]).startswith("topk") and "d" in r]
     cases = Counter(tuple(row.get(field) for field in fields) for row in searches)
     assert [case for case, count in cases.items() if count > 1] == []

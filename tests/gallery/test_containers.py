@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,15 @@ def test_an_array_that_lies_in_another_file_is_not_opened(tmp_path: Path) -> Non
         file.create_dataset("rows", (10, D), "f4", external=[(str(tmp_path / "other"), 0, h5py.h5f.UNLIMITED)])
     with pytest.raises(fct.FctError, match="lies in other files, which are not opened"):
         open_source(f"{tmp_path}/a.h5:rows").pieces()
+
+
+@pytest.mark.parametrize("name", [".zarray", "0.0"])
+def test_a_pipe_in_a_store_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    zarr.save_array(str(tmp_path / "a.zarr"), np.ones((10, D), np.float32), zarr_format=2)
+    (tmp_path / "a.zarr" / name).unlink()
+    os.mkfifo(tmp_path / "a.zarr" / name)
+    with pytest.raises(fct.FctError, match=r"expected files, .*a\.zarr.* is none"):
+        open_source(f"{tmp_path}/a.zarr").pieces()
 
 
 @pytest.mark.parametrize("version", [2, 3])

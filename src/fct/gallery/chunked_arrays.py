@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from fct.errors import FctError
 from fct.extras import need
+from fct.gallery.discovery import check_readable
 from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.location import Location, Version
 from fct.gallery.matrix_files import matrix_batch
@@ -216,6 +217,7 @@ class ZarrSource(ChunkedSource):
 
     kind = "zarr"
     suffixes = (".zarr",)
+    _looked_at = False
 
     def find(self) -> list[Location]:
         return [self.where]
@@ -246,6 +248,11 @@ class ZarrSource(ChunkedSource):
     @contextlib.contextmanager
     def _opened(self, file: Location) -> Iterator[tuple[Stored, str]]:
         zarr = need("zarr", f"source: {file}, a Zarr store,")
+        if not self._looked_at and file.is_local:  # zarr would wait for a pipe's writer
+            for folder, _, names in os.walk(file.path):
+                for name in names:
+                    check_readable(file.at(os.path.join(folder, name)))
+            self._looked_at = True
         store = os.fspath(file.path) if file.is_local else file.fs.get_mapper(file.path)
         try:
             root = zarr.open(store, mode="r")

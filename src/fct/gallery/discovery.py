@@ -21,7 +21,7 @@ from fct.errors import FctError
 from fct.gallery.location import Location
 from fct.gallery.urls import without_query
 
-__all__ = ["find_files", "is_partition", "natural", "partition_columns", "root_of"]
+__all__ = ["check_readable", "find_files", "is_partition", "natural", "partition_columns", "root_of"]
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -49,7 +49,7 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
         return [where]  # a URL with a query, whose "?" is no pattern
     if not where.is_pattern and not where.is_folder():
         if where.exists():
-            _check_readable(where)
+            check_readable(where)
             return [where]
         raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {where}")
     root, found = root_of(where), []
@@ -59,7 +59,7 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
         _refuse_stream(where, parts, name)
         if _is_hidden(parts) or file.path.endswith(".json"):
             continue
-        _check_readable(file)
+        check_readable(file)
         found.append(file)
     if not found:
         raise FileNotFoundError(f"{name}: expected a gallery, found no data files at {where}")
@@ -99,7 +99,7 @@ def _is_hidden(parts: Sequence[str]) -> bool:
     return any(f.startswith("_") and "=" not in f for f in folders)
 
 
-def _check_readable(file: Location) -> None:
+def check_readable(file: Location) -> None:
     """Raises FctError for what stands among the files and is none: it may mean rows, so it is not passed over."""
     if not file.is_local:
         return
