@@ -43,7 +43,10 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "verify": (["src/fct/backfilling/verify.py"], ["tests/backfilling/test_verify.py"]),
     "topk kernel": (
         ["csrc/cpu/topk_ranks.cpp", "csrc/cpu/topk_exact.cpp", "csrc/cpu/topk_scan.cpp", "csrc/cpu/topk_kernels.inl"],
-        ["tests/kernels/test_topk_cpu.py", "tests/search/test_metrics.py"],
+        [
+            *(f"tests/kernels/test_topk_{what}.py" for what in ("cpu", "levels", "halves")),
+            "tests/search/test_metrics.py",
+        ],
     ),
     "transform kernel": (
         ["csrc/cpu/transform.cpp", "csrc/cpu/transform_kernel.h", "csrc/cpu/transform_pack.cpp"],
