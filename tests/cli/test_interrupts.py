@@ -147,14 +147,14 @@ def test_pressed_twice_a_backfill_leaves_its_shards_at_once(place: Path, start: 
     run.until(lambda: list((place / f"new-{ROWS}/_fct/parts").glob("*")))
     since = run.interrupt()
     assert run.answer("finishing 1 shard, press Ctrl-C again to leave them", since) < 1
-    run.end(run.interrupt(), 2)
+    run.end(run.interrupt(), 10)  # what shows that the shard was left is below; a busy machine takes its time
     assert not list((place / f"new-{ROWS}/_fct/done").glob("0*.json"))
     check_finished(place, f"new-{ROWS}")
 
 
 def test_a_stopped_transform_leaves_no_file(place: Path, start: Callable[..., Run]) -> None:
     run = start("transform", "old", "out.npy", *SLOWLY)
-    run.until(lambda: run.reads(place / "old"))
+    run.until(lambda: list(place.glob(".out.npy.*")))
     since = run.interrupt()
     run.end(since, 15)  # the kernel ends its batch first
     assert not [p.name for p in place.iterdir() if "out.npy" in p.name]
@@ -178,7 +178,7 @@ def wordy(place: Path) -> Path:
 def test_a_stopped_export_leaves_nothing(place: Path, wordy: Path, start: Callable[..., Run]) -> None:
     run = start("export", "wordy", "out", "--to", "qdrant", "--vector-column", "embedding")
     run.until(lambda: [p for p in place.glob(".out.*.part/payload.jsonl") if p.stat().st_size > 1 << 20])
-    run.end(run.interrupt(), 2)
+    run.end(run.interrupt(), 10)
     assert not [p.name for p in place.iterdir() if "out" in p.name]
 
 
@@ -187,6 +187,6 @@ def test_a_stopped_verify_says_nothing_is_proven(place: Path, wordy: Path, start
     fct.backfill(wordy, place / "verified", h, progress=False)
     run = start("verify", "verified", "--source", "wordy")
     run.until(lambda: run.reads(place / "wordy"))
-    run.end(run.interrupt(), 2)
+    run.end(run.interrupt(), 10)
     assert run.process.stdout is not None
     assert "ok" not in run.process.stdout.read()

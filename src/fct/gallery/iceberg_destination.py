@@ -27,10 +27,11 @@ from fct.gallery.interfaces import Shard
 from fct.gallery.location import Patience
 from fct.gallery.table_types import check_names, table_schema
 from fct.spaces import EmbeddingSpace
+from fct.terminal import plain_log
 
 __all__ = ["IcebergDestination"]
 
-_log = logging.getLogger("fct.gallery")
+_log = plain_log("fct.gallery")
 
 
 class IcebergDestination(CommittedFiles):
