@@ -53,11 +53,13 @@ class Times:
 
 
 def counted(rows: Sequence[dict[str, str | int | float]]) -> list[Counted]:
-    """The report's sets, each once for one query and once for a thousand."""
+    """The report's sets, for one query, and where there are levels for a thousand."""
     found: dict[tuple[str, int], Counted] = {}
     for row in rows:
         if row["table"] != "search sets: what was read" or row["kind"] == "flat":
             continue
+        if row["kind"] == "halves" and int(row["queries"]) > 1:
+            continue  # several queries read both halves at once
         n, d = int(row["gallery"]), int(row["d"])
         head = str(row["kind"]).removeprefix("levels, ").partition(" ")[0]
         first = int(head) if head.isdigit() else -(-d // 2)
