@@ -327,6 +327,37 @@ def test_a_saved_dataset_whose_state_lost_a_file_is_found(h: fct.Transformation,
     assert any("differs from the source's" in p for p in fct.verify_gallery(tmp_path / "new", source=where).problems)
 
 
+def test_a_new_delta_table_is_what_deltalake_reads(
+    h: fct.Transformation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deltalake")
+    source, new = parquet(tmp_path), tmp_path / "new"
+    fct.backfill(source, f"delta://{new}", h, **{k: v for k, v in QUICK.items() if k != "format"})
+    assert fct.verify_gallery(new, source=source).proven
+    plant(monkeypatch, new, swapped, "number")
+    problems = fct.verify_gallery(new, source=source).problems
+    assert any("column 'number' differs" in p or "together in other rows" in p for p in problems), problems
+
+
+def test_a_new_table_of_a_catalog_is_verified_by_its_named_journal(h: fct.Transformation, tmp_path: Path) -> None:
+    pytest.importorskip("pyiceberg.catalog.sql", exc_type=ImportError)
+    (tmp_path / "lake").mkdir()
+    lake = {"type": "sql", "uri": f"sqlite:///{tmp_path}/c.db", "warehouse": str(tmp_path / "lake")}
+    source, how = parquet(tmp_path), {k: v for k, v in QUICK.items() if k != "format"}
+
+    def job(table: str) -> Any:
+        to = f"iceberg://prod/shop.{table}"
+        return fct.backfill(source, to, h, journal=tmp_path / "j", storage_options=lake, **how)
+
+    job("items")
+    where = tmp_path / "lake/shop/items"
+    assert fct.verify_gallery(where, source=source, journal=tmp_path / "j").proven
+    with pytest.raises(fct.FctError, match=r"has no job\.json"):
+        fct.verify_gallery(where, source=source)
+    with pytest.raises(fct.FctError, match="destination: a URL with another path than it was begun with"):
+        job("others")
+
+
 def test_rows_in_any_order_are_one_multiset() -> None:
     from fct.backfilling.row_multiset import RowMultiset
 

@@ -164,6 +164,22 @@ def test_a_dictionary_of_views_travels(tmp_path: Path) -> None:
     assert pa.ipc.open_file(file).read_all()["tag"].to_pylist() == ["a", "b", "a", None]
 
 
+@pytest.mark.parametrize("inner", ["top", "list", "struct"])
+def test_views_of_text_beside_a_row_that_is_rejected(inner: str, tmp_path: Path) -> None:
+    """Arrow neither takes nor leaves out rows of them: what polars writes as IPC, deltalake's rewritten files."""
+    view = pa.string_view()
+    kind = {"top": view, "list": pa.list_(view), "struct": pa.struct([("a", view)])}[inner]
+    values = [None, "a", "b", "a longer text than twelve bytes"]
+    told = values if inner == "top" else [None if v is None else [v] if inner == "list" else {"a": v} for v in values]
+    vectors = pa.array([[1.0, 2, 3, 4], [1.0, float("nan"), 3, 4], [0.0] * 4, [1.0] * 4], pa.list_(pa.float32(), 4))
+    folder = write(tmp_path / "g", {"embedding": vectors, "note": pa.array(told, kind)})
+    h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
+    assert fct.backfill(folder, tmp_path / "new", h, old_model="random-old", progress=False).rejects == 1
+    (file,) = (tmp_path / "new").glob("*.arrow")
+    assert pa.ipc.open_file(file).read_all()["note"].to_pylist() == [told[0], *told[2:]]
+    assert fct.verify_gallery(tmp_path / "new", source=folder).proven
+
+
 def test_differences_in_words() -> None:
     a = pa.schema([pa.field("x", pa.int64()), pa.field("y", pa.string())])
     assert difference(a, a) == []

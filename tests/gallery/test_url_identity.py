@@ -48,6 +48,7 @@ SAME = {
     "Azure's two ways": ("abfss://c@account.dfs.core.windows.net/g", "az://c/g"),
     "the order of the query": ("https://h/g?a=1&b=2", "https://h/g?b=2&a=1"),
     "percent-encoding": ("https://h/a%20b.npy", "https://h/a b.npy"),
+    "a Delta table that is called one": ("delta://s3://b/t", "s3://b/t"),
     "the version of a table": ("s3://b/t?version=3", "s3://b/t"),
 }  # fmt: skip
 OTHER = {
@@ -65,6 +66,8 @@ OTHER = {
     "collection": ("qdrant://h?collection=a", "qdrant://h?collection=b"),
     "query ": ("postgresql://h/d?table=a&columns=x", "postgresql://h/d?table=a&columns=x,y"),
     "query  ": ("https://h/g?sv=1", "https://h/g?sv=2"),  # Azure's short names, and no signature beside them
+    "path  ": ("iceberg://prod/shop.items", "iceberg://prod/shop.others"),
+    "host  ": ("iceberg://prod/shop.items", "iceberg://test/shop.items"),
     "host ": ("postgresql:///d?host=/run/a&table=t", "postgresql:///d?host=/run/b&table=t"),
     "path ": ("postgresql://h/d?table=t", "postgresql://h/e?table=t"),
     "user ": ("postgresql://me@h/d?table=t", "postgresql://you@h/d?table=t"),
@@ -181,6 +184,14 @@ def test_a_resumed_job_takes_a_renewed_url_and_no_other_place(
     assert fct.verify_gallery(new, source=renewed).proven
     body = json.loads((new / "_fct/job.json").read_text())
     assert (len(body["url_key"]), "SECOND" in str(body)) == (64, False)
+
+
+def test_a_signed_url_of_what_is_not_read_is_refused_without_its_signature(port: int, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    (tmp_path / "www/a.csv").write_text("x")
+    with pytest.raises(fct.FctError, match=r"expected files of one format .* got \.csv") as raised:
+        fct.gallery.open_source(f"http://127.0.0.1:{port}/a.csv?X-Amz-Signature=SECRET")
+    assert "SECRET" not in str(raised.value)
 
 
 def test_a_job_that_was_begun_without_fingerprints_goes_on(

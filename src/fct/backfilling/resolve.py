@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +19,7 @@ from fct.backfilling.reembedding import Reembedding, TrueRows, partial_job, reem
 from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.side_join import bound_side, join_by_id
 from fct.backfilling.true_vectors import TrueVectors
+from fct.backfilling.url_parts import url_parts
 from fct.checks import check_path, shown
 from fct.errors import BackfillError, FctError, SpaceMismatchError
 from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
@@ -36,7 +35,6 @@ from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
 from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
 from fct.gallery.tables import TITLES, pinned, table_kind
-from fct.gallery.url_identity import Parts, identity_parts, keyed
 from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
@@ -49,13 +47,6 @@ __all__ = ["Resolved", "load_transformation", "occupied", "require_rows", "resol
 _log = plain_log("fct.gallery")
 _SHARD_BYTES = 128 << 20
 _TABLES = {"delta": "a Delta table", "iceberg": "an Iceberg table"}
-
-
-class _UrlParts(TypedDict):
-    url_key: str
-    source_parts: Parts
-    side_parts: Parts
-    destination_parts: Parts
 
 
 @dataclass
@@ -144,7 +135,8 @@ def resolve(
     )  # fmt: skip
     backend, precision = _pick(h, options, journal.job())
     dtype, vector_format = _row_of(gallery, form, options)
-    urls = {"source": source, "side": options.columns.side_source, "destination": destination}
+    by_url = isinstance(writer, DatabaseDestination) or is_iceberg(destination)  # others are known by their journal
+    urls = (source, options.columns.side_source, destination if by_url else None)
     width = 4 * (h.d_old + (h.d_side if h.uses_side_info else 0) + h.d_new)
     job = Job(
         source=gallery.source.url,
@@ -169,7 +161,7 @@ def resolve(
         vector_format=vector_format,
         binary_dtype=options.columns.binary_dtype,
         **coding,
-        **_url_parts(urls, writer, access, stored),
+        **url_parts(urls, access["storage_options"], stored),
         shard_rows=options.cut.shard_rows or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
         batch_rows=options.cut.batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
     )
@@ -177,21 +169,6 @@ def resolve(
     how = reembedding_of(options.partial, h, gallery.source.schema, gallery.vector, gallery.ids, access)
     device, patience = options.execution.device, access["patience"]
     return Resolved(partial_job(job, how), gallery.source, gallery.side, writer, journal, h, device, patience, how)
-
-
-def _url_parts(
-    urls: dict[str, GalleryLike | Destination | None], writer: Destination, access: Opening, stored: Job | None
-) -> _UrlParts:
-    """Fingerprints of what the URLs name, under the key of the job that was begun, else a new one. A destination with
-    room for a journal is known by that."""
-    if not isinstance(writer, DatabaseDestination):
-        urls = urls | {"destination": None}
-    parts = {name: identity_parts(where, access["storage_options"]) for name, where in urls.items()}
-    if not any(parts.values()):
-        return {"url_key": "", "source_parts": (), "side_parts": (), "destination_parts": ()}
-    key = stored.url_key if stored is not None and stored.url_key else secrets.token_hex(32)
-    source, side, destination = (keyed(parts[name], key) for name in ("source", "side", "destination"))
-    return {"url_key": key, "source_parts": source, "side_parts": side, "destination_parts": destination}
 
 
 def _pinned(

@@ -80,7 +80,8 @@ class VerifyReport:
 
 
 def gallery_journal(path: Any, *, journal: Any = None, **access: Any) -> tuple[Journal, Job]:
-    """The journal and the job of a backfill's destination. journal: its folder, where the destination is a database.
+    """The journal and the job of a backfill's destination. journal: its folder, where the destination is a database
+    or a table whose job had one.
 
     Raises:
         BackfillError: it is none, or the journal is another's.
@@ -92,10 +93,14 @@ def gallery_journal(path: Any, *, journal: Any = None, **access: Any) -> tuple[J
         where = lance_in(location_of(path, **access))
         found = Journal(journal_location(where, "lance" if where.name.endswith(".lance") else ""), where)
         place = str(where)
+        if journal is not None and found.job() is None:
+            found = Journal(database_journal(journal).root, where)
     job = found.job()
     if job is None:
         raise BackfillError(f"gallery: expected the destination of a backfill, {found.root} has no job.json of {place}")
-    if is_database(path) and not _same_table(str(path), job.destination):
+    named = journal is not None and found.root == database_journal(journal).root
+    same = _same_table(str(path), job.destination) if is_database(path) else not named or job.destination == place
+    if not same:
         raise BackfillError(f"journal: expected the journal of {place}, {found.root} is of {job.destination}")
     return found, job
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from fct.gallery.databases.address import KINDS
-from fct.gallery.location import Location
+from fct.gallery.location import DELTA, Location
 
 __all__ = ["Parts", "differing_parts", "identity_parts", "keyed"]
 
@@ -52,7 +52,7 @@ def identity_parts(where: object, storage_options: Mapping[str, Any] | None = No
         >>> identity_parts("https://host/a.npy?X-Amz-Signature=12&part=3")
         {'scheme': 'https', 'host': 'host', 'port': '443', 'path': 'a.npy', 'query': 'part=3'}
     """
-    url = _url_of(where)
+    url = _url_of(where).removeprefix(DELTA)
     if "://" not in url or url.startswith(("file://", "local://")):
         return {}
     try:
