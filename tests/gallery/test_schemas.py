@@ -13,7 +13,7 @@ import pytest
 import fct
 from fct.errors import FctError
 from fct.gallery import open_source
-from fct.gallery.schemas import difference
+from fct.gallery.schemas import conform, difference
 
 TEXT = ["a", None, "c"]
 VALUES = np.arange(12, dtype=np.float32).reshape(3, 4).tolist()
@@ -187,3 +187,12 @@ def test_differences_in_words() -> None:
     assert difference(a, b) == [
         "y: only in the first", "z: only in the second", "x: int64, int32", "x: may, may not be null"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_text_of_any_kind_becomes_a_category(kind: pa.DataType) -> None:
+    wanted = pa.schema([pa.field("label", pa.dictionary(pa.int8(), pa.string()))])
+    given = pa.record_batch({"label": pa.array(["a", None, "b", "a"], kind)})
+    found = conform(given, wanted)
+    assert found.schema.equals(wanted)
+    assert found.column(0).to_pylist() == ["a", None, "b", "a"]

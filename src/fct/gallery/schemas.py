@@ -228,6 +228,8 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
         if pa.types.is_dictionary(kind):
             return pa.DictionaryArray.from_arrays(column.indices, _cast(values, kind.value_type), ordered=kind.ordered)
         return _cast(values, kind).take(column.indices)
+    if pa.types.is_dictionary(kind):  # Arrow makes none of a view
+        return _cast(column, kind.value_type).dictionary_encode().cast(kind)
     return without_views(column).cast(kind)
 
 
