@@ -145,6 +145,7 @@ def test_a_backfill_answers_at_once_finishes_what_is_under_way_and_goes_on_later
 def test_pressed_twice_a_backfill_leaves_its_shards_at_once(place: Path, start: Callable[..., Run]) -> None:
     run = start("backfill", "old", f"new-{ROWS}", *SLOWLY, "--shard-rows", str(ROWS), "--no-progress")
     run.until(lambda: list((place / f"new-{ROWS}/_fct/parts").glob("*")))
+    time.sleep(0.3)  # the folder is there a moment before its shard is under way
     since = run.interrupt()
     assert run.answer("finishing 1 shard, press Ctrl-C again to leave them", since) < 1
     run.end(run.interrupt(), 10)  # what shows that the shard was left is below; a busy machine takes its time
