@@ -16,6 +16,7 @@ import fct
 from fct.backfilling import shard_reader
 from fct.gallery import vector_array
 
+# Only Linux tells a process's own peak; getrusage's begins with its parent's.
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory a process had at most")
 
 D = 16

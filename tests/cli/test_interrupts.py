@@ -23,6 +23,7 @@ D, ROWS = 64, 24_000
 OLD = ("-t", "h.safetensors", "--old-model", "random-old")
 SLOWLY = (*OLD, "--precision", "fp32", "--threads", "1")
 
+# Only Linux tells from outside what a process has opened; Ctrl-C itself is the same elsewhere.
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process has opened")
 
 

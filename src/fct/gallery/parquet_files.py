@@ -189,6 +189,7 @@ class ParquetDestination(FileDestination):
                         write_page_checksum=True,
                     )
                 writer.write_batch(batch)
+        # Arrow's name for what Parquet cannot hold: it becomes a refusal that names the column.
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             for entry, column in zip(batch.schema, batch.columns, strict=True):
                 with _named(entry):
@@ -204,6 +205,7 @@ def _named(entry: pa.Field) -> Iterator[None]:
     """What Parquet cannot hold, by its type or its values, comes out as an FctError that names the column."""
     try:
         yield
+    # Arrow's name for what Parquet cannot hold: it becomes a refusal that names the column.
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise FctError(
             f"destination: the column {entry.name!r} ({entry.type}) cannot be kept in Parquet: {error}; write Arrow "

@@ -69,7 +69,7 @@ def _constant(column: pa.Array) -> bool:
     """Whether all rows have one value. Columns of types that are not compared so are not."""
     try:
         return len(pc.unique(column)) == 1
-    except pa.ArrowNotImplementedError:
+    except pa.ArrowNotImplementedError:  # Arrow's name for a type whose values it does not compare: lists, structs
         return False
 
 
