@@ -17,7 +17,7 @@ from fct.ops.backend import check_precision
 from fct.options.code_options import code_number
 from fct.rows import nonfinite_rows, rows_of
 from fct.transform import transform_finite
-from fct.types import CodeNumber
+from fct.types import CodeNumber, JsonDict
 
 __all__ = ["ArrowMapper"]
 
@@ -86,10 +86,10 @@ class ArrowMapper:
         self.bad: Counter[str] = Counter()
         self.h = _one_here(h, self.fingerprint)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return self.__dict__ | {"bad": Counter()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonDict) -> None:
         self.__dict__.update(state)
         self.h = _one_here(self.h, self.fingerprint)
 

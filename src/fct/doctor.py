@@ -26,6 +26,7 @@ from fct.ops.transform.reference_backend import store
 from fct.ops.weights import packed
 from fct.ref import chain
 from fct.rows import Rows
+from fct.types import JsonDict
 
 __all__ = ["Finding", "Report", "Timing", "examine"]
 
@@ -72,7 +73,7 @@ class Timing:
 class Report:
     """What ``fct doctor`` found. remembered: the file by which dispatch goes from now on, "" where no GPU was timed."""
 
-    build: dict[str, Any]
+    build: JsonDict
     devices: dict[str, str]
     findings: list[Finding]
     timings: list[Timing]
@@ -92,7 +93,7 @@ class Report:
                 best[key] = t
         return list(best.values())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         return {
             "format": "fct-doctor 2",
             "build": self.build,
@@ -105,7 +106,7 @@ class Report:
             "remembered": self.remembered,
         }
 
-    def _timing(self, t: Timing) -> dict[str, Any]:
+    def _timing(self, t: Timing) -> JsonDict:
         """With what docs/gpu.md bounds: rows a second, GFLOP/s, and the share of the data sheet's peak."""
         from fct.bench.data_sheets import published_peak
 
@@ -304,7 +305,7 @@ def _time_search(name: str, precision: str, place: str, search: _Search, full: b
     return found
 
 
-def _seconds(call: Callable[[], Any], place: str) -> tuple[float, float, float]:
+def _seconds(call: Callable[[], object], place: str) -> tuple[float, float, float]:
     """(median, p20, p80) seconds of a call and of what it queued; the first is not counted."""
     seconds: list[float] = []
     begin = time.perf_counter()
@@ -325,7 +326,7 @@ def _calibrated(h: Transformation, old: Any = None, side: Any = None) -> Transfo
     for name, rows in x.items():
         if rows is None:
             x[name] = rng.standard_normal((256, getattr(h, name)[0].d_in)).astype(np.float32)
-    ranges: dict[str, Any] = {}
+    ranges: JsonDict = {}
 
     def walk(name: str, values: Any) -> Any:
         for i, layer in enumerate(getattr(h, name)):

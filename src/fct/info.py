@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
-from typing import Any
+
+from fct.types import JsonDict
 
 __all__ = ["build_info"]
 
 
-def build_info() -> dict[str, Any]:
+def build_info() -> JsonDict:
     """What was built and what runs on this machine.
 
     Returns:
@@ -50,13 +51,13 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def _searches() -> dict[str, dict[str, Any]]:
+def _searches() -> dict[str, JsonDict]:
     from fct.ops.device.state import why_no_cuda
     from fct.ops.proof import search_verdict
     from fct.ops.registry import search_backends
     from fct.spaces import METRICS
 
-    found: dict[str, dict[str, Any]] = {"cpu": {"device": "cpu", "runs": True, "why_not": [], "proved": {}}}
+    found: dict[str, JsonDict] = {"cpu": {"device": "cpu", "runs": True, "why_not": [], "proved": {}}}
     for search in search_backends():
         why = search.why_not(1, "l2", "cuda:0")
         proved: dict[str, str] = {}

@@ -18,6 +18,7 @@ from fct.gallery.location import Patience
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.progress import step_bar
 from fct.search import topk
+from fct.types import FileSystem, StorageOptions
 
 __all__ = ["GalleryInspection", "ModelGroups", "inspect_gallery", "model_groups"]
 
@@ -130,8 +131,8 @@ def inspect_gallery(
     binary_dtype: str = "float32",
     sample_rows: int = 4096,
     seed: int = 0,
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
+    filesystem: FileSystem | None = None,
+    storage_options: StorageOptions | None = None,
     retries: int = 6,
     timeout: float = 60.0,
     progress: bool = True,

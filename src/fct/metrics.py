@@ -16,6 +16,7 @@ from fct.progress import LongCall, Report
 from fct.rows import check_labels
 from fct.search import check_pair
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = [
     "BackfillingCurve",
@@ -51,7 +52,7 @@ class RetrievalMetrics:
     first_match: Any = field(repr=False, compare=False)
     average_precision: Any = field(repr=False, compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """The figures as plain values for JSON, without the per-query arrays."""
         return {
             "cmc1": self.cmc1,

@@ -20,6 +20,7 @@ from fct.metrics import evaluate, recall_at_k
 from fct.rows import check_labels, rows_of
 from fct.search import topk
 from fct.transform import transform_batch
+from fct.types import JsonDict
 
 __all__ = [
     "MIXED_SHARES",
@@ -91,7 +92,7 @@ class MixedReport:
     k: int
     metric: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
         return asdict(self)
 

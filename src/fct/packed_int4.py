@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from fct.types import Array, NumpyDType
+
 __all__ = ["PackedInt4", "int4_codes_of", "pack_int4"]
 
 _FIELD = re.compile(r"int4x([1-9]\d{0,8})")
 
 
-def int4_codes_of(dtype: np.dtype[Any]) -> int | None:
+def int4_codes_of(dtype: NumpyDType) -> int | None:
     """How many 4-bit codes a record of this dtype holds, as :attr:`PackedInt4.records` has them; None for others."""
     names = dtype.names or ()
     match = _FIELD.fullmatch(names[0]) if len(names) == 1 else None
-    if match is None or dtype[0].subdtype is None or dtype[0].subdtype[0] != np.uint8:
+    field = dtype.fields[names[0]][0] if match is not None and dtype.fields is not None else None
+    if match is None or field is None or field.subdtype is None or field.subdtype[0] != np.uint8:
         return None
     d = int(match[1])
-    return d if dtype[0].shape == ((d + 1) // 2,) else None
+    return d if field.shape == ((d + 1) // 2,) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class PackedInt4:
         return PackedInt4(self.values[rows], self.d)
 
     @property
-    def records(self) -> np.ndarray[Any, Any]:
+    def records(self) -> Array:
         """(n,) records of one field, ``int4x{d}`` of ceil(d / 2) bytes; ``numpy.save`` makes a packed ``.npy`` of them.
 
         ``numpy.load`` gives the same records, which every fct function takes in place of this object.
@@ -66,7 +69,7 @@ class PackedInt4:
         return values.view([(f"int4x{self.d}", np.uint8, values.shape[1:])]).reshape(len(values))
 
     @classmethod
-    def of_records(cls, array: np.ndarray[Any, Any], name: str = "rows") -> PackedInt4:
+    def of_records(cls, array: Array, name: str = "rows") -> PackedInt4:
         """Of :attr:`records`, without a copy. ValueError: other records."""
         d = int4_codes_of(array.dtype)
         if d is None or array.ndim != 1:

@@ -20,6 +20,7 @@ from fct.checks import check_choice
 from fct.codes import ScaledInt8, check_per_row, is_torch, signed
 from fct.extras import need
 from fct.packed_int4 import PackedInt4
+from fct.types import Array, Bools
 
 __all__ = [
     "BYTES_OF",
@@ -237,7 +238,7 @@ def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
     raise TypeError(f"{name}: expected a numpy array, a torch tensor or a DLPack object, got {type(x).__name__}")
 
 
-def _numpy(x: np.ndarray[Any, Any], kind: str, name: str) -> tuple[str, str, Any, str]:
+def _numpy(x: Array, kind: str, name: str) -> tuple[str, str, Any, str]:
     if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
         masked = np.count_nonzero(x.mask)
         raise ValueError(f"{name}: expected values without a mask, got {masked} masked; use .filled(...)")
@@ -285,7 +286,7 @@ def _inner_contiguous(x: Any) -> Any:
     return x if plain else x.contiguous()
 
 
-def check_backed(array: np.ndarray[Any, Any], name: str) -> None:
+def check_backed(array: Array, name: str) -> None:
     """Raises ValueError where a memory-mapped file has been truncated, or its map closed, since it was mapped.
 
     To read behind the end of the file would end the process (SIGBUS).
@@ -340,7 +341,7 @@ def _first_nonfinite(rows: Rows, report: Callable[[float], None] | None) -> int:
     return int(bad.int().argmax()) if bool(bad.any()) else -1
 
 
-def nonfinite_rows(rows: Rows, checksum: Any = None) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def nonfinite_rows(rows: Rows, checksum: Any = None) -> Bools:
     """(n,) bool: which rows of a CPU block hold a NaN or an infinity; for callers that set such rows aside.
 
     checksum: an ``_C.Xxh64`` that the rows are added to in the same pass; they must be contiguous.
@@ -398,7 +399,7 @@ def _as_kind(tensor: Any, kind: str) -> Any:
     return tensor
 
 
-def check_labels(labels: Any, name: str, n: int) -> np.ndarray[Any, Any]:
+def check_labels(labels: Any, name: str, n: int) -> Array:
     """Labels as an (n,) numpy array of integers (or strings); raises ValueError on another length or rank."""
     if is_torch(labels):
         dtype = str(labels.dtype).removeprefix("torch.")
@@ -423,7 +424,7 @@ def check_labels(labels: Any, name: str, n: int) -> np.ndarray[Any, Any]:
     return array
 
 
-def _plain_labels(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+def _plain_labels(array: Array, name: str) -> Array:
     """Labels that are Python objects as integers, or as text; anything else stays as it is, to be refused."""
     values = array.tolist()
     for kind, dtype in ((str, np.dtype(np.str_)), (int, np.dtype(np.int64))):

@@ -8,6 +8,7 @@ from typing import Any
 
 from fct.checks import check_choice, check_flag, check_positive
 from fct.errors import SpaceMismatchError
+from fct.types import JsonDict
 
 __all__ = ["METRICS", "EmbeddingSpace", "check_metric", "check_space"]
 
@@ -53,7 +54,7 @@ class EmbeddingSpace:
         check_flag(self.normalised, "normalised")
         check_positive(self.mapped_length, "mapped_length")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values; mapped_length only where it says something, so that older versions read every plain space."""
         values = asdict(self)
         if self.mapped_length == 1.0:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
+from uuid import UUID
 
 __all__ = [
+    "Access",
     "Array",
     "Bools",
     "CodeArray",
     "CodeNumber",
     "DType",
     "FileSystem",
+    "Float32s",
     "Floats",
     "Format",
     "GalleryLike",
+    "Id",
     "Indices",
+    "Int64s",
     "JsonDict",
     "LabelsLike",
     "Metric",
+    "NumpyDType",
     "Precision",
     "RowsLike",
+    "StorageAccess",
     "StorageOptions",
     "SupportsDLPack",
     "TransformationLike",
@@ -36,14 +43,29 @@ Format: TypeAlias = Literal["npy", "bin", "parquet", "arrow", "lance", "delta"]
 VectorFormat: TypeAlias = Literal["fixed_size_list", "list", "binary"]
 
 JsonDict: TypeAlias = dict[str, Any]  # a JSON object, or the state of a pickled one: its reader checks the values
-StorageOptions: TypeAlias = Mapping[str, Any]  # what fsspec passes on to a store
+StorageOptions: TypeAlias = Mapping[str, object]  # what fsspec passes on to a store
+Id: TypeAlias = str | int | bytes | UUID  # what a column of ids holds
 
 
 class SupportsDLPack(Protocol):
     """An array of another library: CuPy, JAX, ..."""
 
-    def __dlpack__(self, *, stream: Any = ...) -> object: ...
-    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+    def __dlpack__(self, *, stream: int | None = ...) -> object: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+class StorageAccess(TypedDict):
+    """What the command line says of a store."""
+
+    storage_options: StorageOptions | None
+
+
+class Access(TypedDict, total=False):
+    """How a store is opened: the keywords of :func:`fct.gallery.open_source`."""
+
+    filesystem: FileSystem | None
+    storage_options: StorageOptions | None
+    patience: Patience | None
 
 
 if TYPE_CHECKING:
@@ -58,14 +80,18 @@ if TYPE_CHECKING:
     from fct.artifact.transformation import Transformation
     from fct.codes import ScaledInt8
     from fct.gallery.interfaces import Source
-    from fct.gallery.location import Location
+    from fct.gallery.location import Location, Patience
     from fct.packed_int4 import PackedInt4
 
     Array: TypeAlias = npt.NDArray[Any]  # of any dtype; the docstring says which
     Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+    Float32s: TypeAlias = npt.NDArray[np.float32]
+    Int64s: TypeAlias = npt.NDArray[np.int64]
+    NumpyDType: TypeAlias = np.dtype[np.generic]
     Indices: TypeAlias = npt.NDArray[np.integer[Any]]
     Bools: TypeAlias = npt.NDArray[np.bool_]
-    # What comes in at the gate, and what lies behind it: on a CPU numpy arrays, on a GPU torch tensors.
+    # What comes in at the gate; and what lies behind it: numpy arrays on a CPU, torch tensors on a GPU. One code
+    # calculates with both, through the operators that the two share, which no type of theirs has in common.
     RowsLike: TypeAlias = Array | torch.Tensor | ScaledInt8 | PackedInt4 | SupportsDLPack
     LabelsLike: TypeAlias = npt.ArrayLike | torch.Tensor
     Values: TypeAlias = Any
@@ -75,5 +101,5 @@ if TYPE_CHECKING:
     CodeNumber: TypeAlias = float | str | os.PathLike[str] | Array | Sequence[float]
     FileSystem: TypeAlias = fsspec.AbstractFileSystem | pyarrow.fs.FileSystem
 else:  # at run time an argument's check says what it expected; nothing heavy is loaded for a name
-    Array = Floats = Indices = Bools = RowsLike = LabelsLike = Values = Any
+    Array = Floats = Float32s = Int64s = NumpyDType = Indices = Bools = RowsLike = LabelsLike = Values = Any
     CodeArray = CodeNumber = GalleryLike = TransformationLike = FileSystem = Any

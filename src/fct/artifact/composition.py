@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fct.artifact.layers import Layer, Network
 from fct.errors import SpaceMismatchError
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["composed_fields"]
 
@@ -104,7 +105,7 @@ class _Chain:
         return now
 
 
-def composed_fields(first: Part, second: Part) -> dict[str, Any]:
+def composed_fields(first: Part, second: Part) -> JsonDict:
     """What :class:`fct.Transformation` takes for ``second`` after ``first``.
 
     Raises:

@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 
 from fct.atomic_files import new_checksum
+from fct.types import Array
 
 __all__ = ["CHECKSUM", "content_checksum"]
 
 CHECKSUM = "xxh64"  # its name in a header, which it does not cover
 
 
-def content_checksum(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any, Any]]) -> str:
+def content_checksum(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
     """XXH64 of both, as 16 hex digits. header: what JSON can hold."""
     plain = json.loads(json.dumps(header))  # names that are numbers are text in a file
     digest = new_checksum()
 
-    def add(data: np.ndarray[Any, Any]) -> None:
+    def add(data: Array) -> None:
         if data.nbytes:
             digest.update(int(data.ctypes.data), data.nbytes)
 

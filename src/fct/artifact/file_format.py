@@ -12,19 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fct.artifact.content_checksum import CHECKSUM, content_checksum
 from fct.atomic_files import write_bytes
 from fct.checks import check_path
 from fct.errors import ArtifactError
+from fct.types import Float32s, JsonDict
 
 __all__ = ["FORMAT", "NEWEST_VERSION", "read_artifact", "require_whole", "write_artifact"]
 
 FORMAT = "fct-transformation"
 NEWEST_VERSION = 2
 
-Tensors = Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]
+Tensors = Mapping[str, Float32s]
 
 
 def write_artifact(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Tensors, *, version: int) -> Path:
@@ -38,7 +37,7 @@ def write_artifact(path: str | os.PathLike[str], header: Mapping[str, Any], tens
     return target
 
 
-def read_artifact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], Tensors]:
+def read_artifact(path: str | os.PathLike[str]) -> tuple[Path, JsonDict, Tensors]:
     """(the path, its header, its tensors) of a file that is whole, fct's own, and of a version known here."""
     from safetensors import SafetensorError, safe_open
 
@@ -69,7 +68,7 @@ def read_artifact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], T
     return source, header, tensors
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> JsonDict:
     """An object whose names stand there once: of two values it would be the last that counts."""
     found = dict(pairs)
     if len(found) != len(pairs):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fct.errors import ArtifactError
+from fct.types import JsonDict
 
 __all__ = ["is_torchscript", "torchscript_tensors"]
 
@@ -32,7 +33,7 @@ _DTYPES = {
 class _Module:
     """A scripted module: its attributes by name."""
 
-    attributes: dict[str, Any] = field(default_factory=dict)
+    attributes: JsonDict = field(default_factory=dict)
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, dict):
@@ -93,7 +94,7 @@ def is_torchscript(path: Path) -> bool:
     return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
 
 
-def torchscript_tensors(path: Path) -> dict[str, Any]:
+def torchscript_tensors(path: Path) -> JsonDict:
     """Name -> array of every tensor among the modules' attributes: the state dict of that model.
 
     Raises ArtifactError for an archive that is damaged, or holds anything but plain tensors.

@@ -29,6 +29,7 @@ from fct.artifact.untrained import untrained_fields
 from fct.checks import check_flag, check_positive
 from fct.errors import ArtifactError
 from fct.spaces import EmbeddingSpace
+from fct.types import Float32s, JsonDict
 
 if TYPE_CHECKING:
     from fct.arrow_mapper import ArrowMapper
@@ -45,7 +46,6 @@ __all__ = [
     "fold_scaling",
 ]
 
-Array = np.ndarray[Any, np.dtype[np.float32]]
 _DEFAULT_TOLERANCE = Tolerance()
 
 
@@ -83,7 +83,7 @@ class Transformation:
     new_space: EmbeddingSpace
     side_model: str | None = None
     normalise: bool = False
-    calibration: Mapping[str, Array] = field(default_factory=dict)
+    calibration: Mapping[str, Float32s] = field(default_factory=dict)
     precisions: Mapping[str, PrecisionEffect] = field(default_factory=dict)
     tolerance: Tolerance = _DEFAULT_TOLERANCE
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class Transformation:
                 want = f"(2, {layer.d_in})" if layer else "the name of a layer"
                 raise ValueError(f"calibration[{name!r}]: expected {want}, got shape {np.shape(ranges)}")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         """The fields alone: packed weights and other things kept beside them stay in this process."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
@@ -170,7 +170,7 @@ class Transformation:
             digest.update(layer.bias.tobytes())
         return digest.hexdigest()
 
-    def _meaning(self) -> dict[str, Any]:
+    def _meaning(self) -> JsonDict:
         return {
             "old_space": self.old_space.to_dict(),
             "new_space": self.new_space.to_dict(),
@@ -204,7 +204,7 @@ class Transformation:
 
         Versions before 0.2 refuse, by its format version, an artifact with a skip or a length.
         """
-        tensors: dict[str, Array] = {}
+        tensors: dict[str, Float32s] = {}
         for name, layer in self.layers():
             tensors[f"{name}.weight"] = layer.weight
             tensors[f"{name}.bias"] = layer.bias

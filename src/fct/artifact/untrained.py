@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from fct.artifact.layers import Layer
 from fct.checks import check_flag, check_seed, check_whole
+from fct.types import JsonDict
 
 __all__ = ["untrained_fields"]
 
@@ -25,7 +25,7 @@ def untrained_fields(
     branch: int | None,
     blocks: int,
     skip: bool,
-) -> dict[str, Any]:
+) -> JsonDict:
     """The branches, mixer and skip of an h of this shape, and what it says of itself; arguments as
     :meth:`fct.Transformation.random` has them."""
     for name, value in (("d_old", d_old), ("d_side", d_side), ("d_new", d_new), ("inner", inner)):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from fct.atomic_files import checksum_bytes
+from fct.types import JsonDict
 
 __all__ = [
     "SEAL",
@@ -61,12 +62,12 @@ def _no_constant(name: str) -> float:
     raise SchemaError(f"expected JSON, got {name}")
 
 
-def sealed(body: dict[str, Any]) -> bytes:
+def sealed(body: JsonDict) -> bytes:
     """The body as JSON with its own checksum in it."""
     return json.dumps({SEAL: _seal(body), **body}).encode()
 
 
-def unsealed(body: object) -> dict[str, Any]:
+def unsealed(body: object) -> JsonDict:
     """The body without its checksum. Raises SchemaError where there is one and it is wrong: files that were written
     before there were checksums have none."""
     if not isinstance(body, dict):
@@ -77,7 +78,7 @@ def unsealed(body: object) -> dict[str, Any]:
     return rest
 
 
-def _seal(body: dict[str, Any]) -> str:
+def _seal(body: JsonDict) -> str:
     return checksum_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 

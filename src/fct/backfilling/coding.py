@@ -11,10 +11,10 @@ from fct.backfilling.job import Job
 from fct.gallery.vector_types import plain_type
 from fct.gallery.vectors import VectorBlock
 from fct.options.groups import Columns
+from fct.types import Array
 
 __all__ = ["JobCoding", "code_columns", "decoded", "job_coding", "taken_as_they_are"]
 
-Array = np.ndarray[Any, Any]
 _CODES = (pa.int8(), pa.uint8())
 
 

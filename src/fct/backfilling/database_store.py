@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fct.types import Id
+
 __all__ = ["PAGE", "Rows", "Store"]
 
 PAGE = 1000
-Rows = dict[Any, Mapping[str, Any]]  # by id: column -> value
+Rows = dict[Id, Mapping[str, object]]  # by id: column -> value
 
 
 class Store(ABC):
@@ -25,14 +26,14 @@ class Store(ABC):
         """The store's own count of rows."""
 
     @abstractmethod
-    def ids(self) -> Iterator[Any]:
+    def ids(self) -> Iterator[Id]:
         """The id of every row."""
 
     @abstractmethod
-    def rows(self, ids: list[Any]) -> Rows:
+    def rows(self, ids: list[Id]) -> Rows:
         """What is there of these ids."""
 
-    def key(self, value: Any) -> Any:
+    def key(self, value: Id) -> Id:
         """An id as the store gives it back."""
         return value
 
@@ -42,7 +43,7 @@ class Store(ABC):
         found: Rows = {}
         for start in range(0, len(keys), PAGE):
             found |= self.rows(keys[start : start + PAGE])
-        none: Mapping[str, Any] = {}
+        none: Mapping[str, object] = {}
         columns = []
         for field in schema:
             if field.name == id_column:
@@ -53,7 +54,7 @@ class Store(ABC):
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+def _array(values: list[object], kind: pa.DataType) -> pa.Array:
     if pa.types.is_timestamp(kind):  # microseconds
         return pa.array(values, pa.int64()).cast(pa.timestamp("us", kind.tz)).cast(kind)
     return pa.array(values, kind)

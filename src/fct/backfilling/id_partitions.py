@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +11,12 @@ import pyarrow.compute as pc
 
 from fct.checks import shown
 from fct.errors import BackfillError
+from fct.types import Array
 
 __all__ = ["IdPartitions", "Spill"]
 
 _PARTITION_ROWS, _GATHERED, _SAID = 500_000, 32 << 20, 3
 _MIX = np.uint64(0x9E3779B97F4A7C15)
-Array = np.ndarray[Any, Any]
 
 
 class Spill:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fct.artifact.transformation import Transformation
 from fct.atomic_files import checksum_bytes
@@ -30,6 +29,7 @@ from fct.backfilling.marker import MARKER_BYTES, REJECT_BYTES, Marker, rejected_
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Output, Shard
 from fct.gallery.location import Location
+from fct.types import JsonDict
 
 __all__ = ["Journal", "rejected_rows", "shard_marker", "system_errors"]
 
@@ -197,7 +197,7 @@ class Journal:
             part.unlink(missing_ok=True)  # half-written beside: what fct.atomic_files renames when whole
 
     # ---- the end ----
-    def finish(self, summary: dict[str, Any]) -> None:
+    def finish(self, summary: JsonDict) -> None:
         with system_errors("the manifest could not be written", self.root / "manifest.json"):
             self.inside("manifest.json").write_bytes(sealed(dict(sorted(summary.items()))))
 
@@ -205,7 +205,7 @@ class Journal:
         """Takes the manifest away: there is more to do."""
         self.inside("manifest.json").remove()
 
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> JsonDict | None:
         """What the finished backfill counted, or None. Raises BackfillError for a damaged one."""
         try:
             body = unsealed(parse(self.read("manifest.json", _MANIFEST_BYTES), _MANIFEST_BYTES))
@@ -265,7 +265,7 @@ def rejected_rows(journal: Journal, shard: Shard) -> list[int]:
 
 
 _COUNT = whole(0, 1 << 60)
-_MANIFEST: Callable[[object, str], dict[str, Any]] = record(
+_MANIFEST: Callable[[object, str], JsonDict] = record(
     dict,
     ("rows_in", "rows_out", "rejects", "shards", "old_space", "new_space", "transformation", "precision", "source"),
     format=text(200),

@@ -34,6 +34,7 @@ from fct.backfilling.shard_reader import BATCH_BYTES, ShardReader
 from fct.errors import BackfillError, StoreError
 from fct.gallery.interfaces import Destination, Output, Shard, Source
 from fct.gallery.location import Patience
+from fct.types import JsonDict
 
 __all__ = ["BATCH_BYTES", "RowMapper", "ShardPipeline", "ShardReader", "output_schema"]
 
@@ -47,7 +48,7 @@ class _Work:
     shard: Shard
     done: Future[Marker] = field(default_factory=Future)
     digest: InputDigest = field(default_factory=InputDigest)
-    rejects: list[dict[str, Any]] = field(default_factory=list)
+    rejects: list[JsonDict] = field(default_factory=list)
     rows_in: int = 0
     rows_out: int = 0
     true_rows: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from fct.options.groups import Gate, JobOptions
 from fct.rows import rows_of
 from fct.search import topk
 from fct.transform import transform_finite
+from fct.types import Array, JsonDict
 
 __all__ = [
     "Quality",
@@ -34,7 +35,6 @@ __all__ = [
     "score_shift",
 ]
 
-Array: TypeAlias = np.ndarray[Any, Any]
 _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -87,7 +87,7 @@ def map_threshold(old_scores: Any, new_scores: Any, threshold: float, *, flipped
     return float(np.interp(1 - share if flipped else share, np.linspace(0, 1, len(new)), new))
 
 
-def held_out_pairs(gate: Gate, h: Transformation) -> dict[str, Any] | None:
+def held_out_pairs(gate: Gate, h: Transformation) -> JsonDict | None:
     """The gate's pairs, looked at before anything else is opened; None where there are neither pairs nor limits."""
     if gate.pairs is None:
         if gate.min_gap_closed is not None or gate.min_recall is not None:
@@ -99,7 +99,7 @@ def held_out_pairs(gate: Gate, h: Transformation) -> dict[str, Any] | None:
     return data
 
 
-def _pairs(pairs: Any, h: Transformation) -> dict[str, Any]:
+def _pairs(pairs: Any, h: Transformation) -> JsonDict:
     if isinstance(pairs, (str, os.PathLike)):
         pairs = load_pairs(pairs)
     if not isinstance(pairs, Mapping):
@@ -147,7 +147,7 @@ class Writing:
         return out.astype(np.float32)
 
 
-def check_quality(h: Transformation, gate: Gate, data: dict[str, Any] | None, writing: Writing) -> Quality | None:
+def check_quality(h: Transformation, gate: Gate, data: JsonDict | None, writing: Writing) -> Quality | None:
     """Measures h on held-out pairs and compares with the limits; ``refusals`` says which it misses. None where there
     are neither pairs nor limits.
 

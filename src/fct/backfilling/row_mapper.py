@@ -19,6 +19,7 @@ from fct.gallery.space_tags import SPACE_KEY, with_space
 from fct.gallery.vectors import VectorBlock, column_type, vector_array, vector_block
 from fct.rows import nonfinite_rows, rows_of
 from fct.transform import transform_finite
+from fct.types import JsonDict
 
 __all__ = ["RowMapper", "output_schema"]
 
@@ -52,7 +53,7 @@ class RowMapper:
 
     def __call__(
         self, batch: pa.RecordBatch, side: pa.RecordBatch | None, first: int, digest: InputDigest | None = None
-    ) -> tuple[pa.RecordBatch, list[dict[str, Any]]]:
+    ) -> tuple[pa.RecordBatch, list[JsonDict]]:
         """(mapped rows, rejects). first: the number of the batch's first row in the gallery."""
         job = self.job
         old, other = self._blocks(batch, side)

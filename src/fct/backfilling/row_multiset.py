@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fct.types import Array
+
 __all__ = ["RowMultiset", "row_hashes"]
 
 Hashes = npt.NDArray[np.uint64]
@@ -127,7 +129,7 @@ def _of_width(column: Any) -> Hashes:
     return found
 
 
-def _joined(parts: Hashes, lengths: npt.NDArray[Any]) -> Hashes:
+def _joined(parts: Hashes, lengths: Array) -> Hashes:
     """One hash for each run of parts: a polynomial of them, mixed with the run's length."""
     lengths = lengths.astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from fct.gallery.interfaces import Source
+from fct.types import Array
 
 __all__ = ["BATCH_ROWS", "OwnReader", "RowReader", "WholeReader", "vector_batch"]
 
@@ -59,7 +58,7 @@ class OwnReader(RowReader):
             yield batch.select(list(columns))
 
 
-def vector_batch(block: npt.NDArray[Any]) -> pa.RecordBatch:
+def vector_batch(block: Array) -> pa.RecordBatch:
     """(n, d) rows in any byte order as a batch of the one column ``vector``."""
     plain = np.ascontiguousarray(block, block.dtype.newbyteorder("="))
     column = pa.FixedSizeListArray.from_arrays(pa.array(plain.reshape(-1)), block.shape[1])

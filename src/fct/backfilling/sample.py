@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +13,11 @@ from fct.backfilling.job import Job
 from fct.backfilling.resolve import Resolved
 from fct.errors import BackfillError
 from fct.gallery.vectors import vector_dim
+from fct.types import JsonDict
 
 __all__ = ["Reject", "misfit", "refuse_misfit", "sampled"]
 
-Reject: TypeAlias = dict[str, Any]  # id, row and reason of a row that h cannot map, as in rejects/
+Reject: TypeAlias = JsonDict  # id, row and reason of a row that h cannot map, as in rejects/
 _ROWS, _BYTES = 4096, 128 << 20
 
 

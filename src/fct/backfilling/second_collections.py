@@ -12,6 +12,7 @@ import numpy as np
 
 from fct.backfilling.database_store import PAGE, Rows, Store
 from fct.gallery.databases.documents import PAYLOAD, CollectionSource, asked
+from fct.types import Id, JsonDict
 
 __all__ = ["ChromaStore", "MilvusStore", "QdrantStore"]
 
@@ -21,12 +22,12 @@ class _CollectionStore(Store):
         self.address, self.table = source.address, source.address.table
         self.key_name, _, self.vectors = source.facts
 
-    def ask(self, do: Callable[[], Any]) -> Any:
+    def ask(self, do: Callable[[], object]) -> Any:
         return asked(self.address, do)
 
 
 def _point(vectors: Mapping[str, Any], payload: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    found: dict[str, Any] = {n: None if v is None else np.asarray(v, np.float32) for n, v in vectors.items()}
+    found: JsonDict = {n: None if v is None else np.asarray(v, np.float32) for n, v in vectors.items()}
     return found | {PAYLOAD: None if payload is None else json.dumps(payload, default=str, sort_keys=True)}
 
 
@@ -42,7 +43,7 @@ class QdrantStore(_CollectionStore):
     def count(self) -> int:
         return int(self.ask(lambda: self.client.count(self.table, exact=True)).count)
 
-    def ids(self) -> Iterator[Any]:
+    def ids(self) -> Iterator[Id]:
         at: Any = None
         while True:
             page, at = self.ask(partial(self._page, at))
@@ -53,13 +54,13 @@ class QdrantStore(_CollectionStore):
     def _page(self, at: Any) -> Any:
         return self.client.scroll(self.table, limit=PAGE, offset=at, with_payload=False, with_vectors=False)
 
-    def key(self, value: Any) -> Any:
+    def key(self, value: Id) -> Id:
         return str(uuid.UUID(value)) if isinstance(value, str) else value
 
-    def rows(self, ids: list[Any]) -> Rows:
+    def rows(self, ids: list[Id]) -> Rows:
         from qdrant_client import models
 
-        some = models.Filter(must=[models.HasIdCondition(has_id=ids)])
+        some = models.Filter(must=[models.HasIdCondition(has_id=[i for i in ids if not isinstance(i, bytes)])])
         page, _ = self.ask(
             lambda: self.client.scroll(
                 self.table, scroll_filter=some, limit=len(ids), with_payload=True, with_vectors=True
@@ -88,7 +89,7 @@ class MilvusStore(_CollectionStore):
         )  # fmt: skip
         return int(row["count(*)"])
 
-    def ids(self) -> Iterator[Any]:
+    def ids(self) -> Iterator[Id]:
         pages = self.ask(lambda: self.client.query_iterator(self.table, batch_size=PAGE, output_fields=[self.key_name]))
         try:
             while page := self.ask(pages.next):
@@ -96,7 +97,7 @@ class MilvusStore(_CollectionStore):
         finally:
             pages.close()
 
-    def rows(self, ids: list[Any]) -> Rows:
+    def rows(self, ids: list[Id]) -> Rows:
         page = self.ask(
             lambda: self.client.query(
                 self.table, filter=f"{self.key_name} in {json.dumps(ids, ensure_ascii=False)}", output_fields=["*"],
@@ -123,10 +124,10 @@ class ChromaStore(_CollectionStore):
     def count(self) -> int:
         return int(self.ask(self._collection().count))
 
-    def ids(self) -> Iterator[Any]:
+    def ids(self) -> Iterator[Id]:
         yield from self.ask(lambda: self._collection().get(include=[]))["ids"]
 
-    def rows(self, ids: list[Any]) -> Rows:
+    def rows(self, ids: list[Id]) -> Rows:
         what = {"metadata": "metadatas", "document": "documents", "uri": "uris"}
         page = self.ask(lambda: self._collection().get(ids=ids, include=["embeddings", *what.values()]))
         found = {}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from fct.backfilling.row_reader import BATCH_ROWS, RowReader, vector_batch
@@ -19,10 +18,9 @@ from fct.errors import FctError
 from fct.extras import need
 from fct.gallery.location import Location
 from fct.gallery.members import READ, MemberSource
+from fct.types import Array, JsonDict, NumpyDType
 
 __all__ = ["Hdf5Reader", "NpzReader", "ZarrReader"]
-
-Array = npt.NDArray[Any]
 
 
 class _Reader(RowReader):
@@ -47,7 +45,7 @@ class _Reader(RowReader):
     def read(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from (vector_batch(block) for block in self.blocks(self.files[name]))
 
-    def pick(self, shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
+    def pick(self, shapes: dict[str, tuple[tuple[int, ...], NumpyDType]]) -> str:
         """The member that was named, or the only one of rows."""
         rows = [n for n, (shape, kind) in shapes.items() if len(shape) == 2 and kind.newbyteorder("=").name in READ]
         return self.member or rows[0]
@@ -73,7 +71,7 @@ class NpzReader(_Reader):
             yield from npy_blocks(None, archive.zip.open(f"{name}.npy"))
 
 
-def _facts(archive: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _facts(archive: Any, name: str) -> tuple[tuple[int, ...], NumpyDType]:
     with archive.zip.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -100,7 +98,7 @@ class _Sliced(_Reader):
                 yield _decoded(np.asarray(array[start : start + step]), dict(array.attrs))
 
 
-def _decoded(block: Array, attrs: dict[str, Any]) -> Array:
+def _decoded(block: Array, attrs: JsonDict) -> Array:
     """Codes as the CF conventions' attributes say, rounded once; other values as they are."""
     if block.dtype.kind not in "iu" or not {"scale_factor", "add_offset"} & attrs.keys():
         return block
@@ -123,7 +121,7 @@ class Hdf5Reader(_Sliced):
     def opened(self, file: Location) -> Iterator[Any]:
         h5py = need("h5py", "verify")
         with h5py.File(file.path if file.is_local else file.open(), "r") as root:
-            shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+            shapes: dict[str, tuple[tuple[int, ...], NumpyDType]] = {}
 
             def note(name: str, node: Any) -> None:
                 if isinstance(node, h5py.Dataset) and node.shape is not None:
@@ -146,7 +144,7 @@ class ZarrReader(_Sliced):
         yield root[self.member] if self.member else root
 
 
-def _shapes(group: Any, prefix: str) -> Iterator[tuple[str, tuple[tuple[int, ...], np.dtype[Any]]]]:
+def _shapes(group: Any, prefix: str) -> Iterator[tuple[str, tuple[tuple[int, ...], NumpyDType]]]:
     yield from ((f"{prefix}{name}", (tuple(a.shape), np.dtype(a.dtype))) for name, a in group.arrays())
     for name, inner in group.groups():
         yield from _shapes(inner, f"{prefix}{name}/")

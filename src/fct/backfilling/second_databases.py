@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -16,6 +15,7 @@ from fct.errors import FctError
 from fct.gallery.databases import DatabaseSource
 from fct.gallery.databases.documents import CollectionSource
 from fct.gallery.databases.postgres_source import PostgresSource
+from fct.types import Id
 
 __all__ = ["DatabaseReader", "store_of"]
 
@@ -49,7 +49,7 @@ class DatabaseReader(RowReader):
         if not self.files:
             raise FctError(f"{source.url}: expected the job's lists of ids in {lists}; name its journal (--journal)")
         self._schema = source.schema
-        self.gone: set[Any] = set()
+        self.gone: set[Id] = set()
 
     def ids(self, name: str) -> pa.Array:
         with pa.OSFile(str(self.files[name])) as file:
@@ -62,7 +62,7 @@ class DatabaseReader(RowReader):
             raise FctError(
                 f"{self._source.url} counts {total:,} rows, its ids are {len(now):,} ({len(there):,} of them different)"
             )
-        found, listed = {}, set[Any]()
+        found, listed = {}, set[Id]()
         for name in self.files:
             ids = self.ids(name).to_pylist()
             twice = len(ids) - len(set(ids) - listed)

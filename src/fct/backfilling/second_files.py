@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
@@ -22,6 +21,7 @@ from fct.gallery.file_gallery import FileSource
 from fct.gallery.location import Location
 from fct.gallery.urls import without_query
 from fct.gallery.vectors import rebatch
+from fct.types import Array, NumpyDType
 
 __all__ = ["ClipReader", "FileReader", "StreamReader", "VortexReader", "columns_of_file", "listed_files", "npy_blocks"]
 
@@ -143,14 +143,14 @@ def _of_folder(value: str | None, rows: int) -> pa.Array:
 
 
 # ---- matrices ----
-def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, NumpyDType]:
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)
     return shape, fortran, dtype
 
 
-def npy_blocks(file: Location | None, stream: Any = None) -> Iterator[npt.NDArray[Any]]:
+def npy_blocks(file: Location | None, stream: Any = None) -> Iterator[Array]:
     """The rows of an .npy file by numpy.load, or of an .npy stream (a member of an archive) as it comes."""
     if file is not None and file.is_local:
         array = np.load(file.path, mmap_mode="r", allow_pickle=False)
@@ -169,7 +169,7 @@ def npy_blocks(file: Location | None, stream: Any = None) -> Iterator[npt.NDArra
             yield _codes(np.frombuffer(data, dtype).reshape(rows))
 
 
-def _codes(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _codes(block: Array) -> Array:
     """Records of 4-bit codes as codes, the low half of each byte first; other rows as they are."""
     if not block.dtype.names:
         return block
@@ -179,7 +179,7 @@ def _codes(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return ((pairs.astype(np.int8) ^ 8) - 8)[:, : int(name.removeprefix("int4x"))]
 
 
-def _bin_blocks(file: Location) -> Iterator[npt.NDArray[Any]]:
+def _bin_blocks(file: Location) -> Iterator[Array]:
     dtype = np.dtype(_BIN["." + without_query(file.path).rpartition(".")[2]])
     with io.BufferedReader(file.open()) as opened:
         n, d = (int(x) for x in np.frombuffer(opened.read(8), "<u4"))

@@ -12,6 +12,7 @@ from fct.backfilling.database_store import Rows, Store
 from fct.gallery.databases.postgres_copy import Column
 from fct.gallery.databases.postgres_server import Server, table_of
 from fct.gallery.databases.postgres_source import PostgresSource
+from fct.types import Id
 
 __all__ = ["PostgresStore"]
 
@@ -45,7 +46,7 @@ class PostgresStore(Store):
     def key(self, value: Any) -> Any:
         return str(uuid.UUID(value)) if self._key.type == "uuid" else value
 
-    def rows(self, ids: list[Any]) -> Rows:
+    def rows(self, ids: list[Id]) -> Rows:
         from psycopg import sql
 
         key, kind = sql.Identifier(self._key.name), sql.SQL(self._key.type)

@@ -36,6 +36,7 @@ from fct.gallery.schemas import conform, unify
 from fct.gallery.side_ids import id_column_of
 from fct.progress import LongCall
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["JoinedSide", "bound_side", "join_by_id"]
 
@@ -61,7 +62,7 @@ class JoinedSide(Source):
         self._ready: tuple[ArrowSource, list[Piece]] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_temporary": None, "_ready": None}
 
     def of(self, job: Job, patience: Patience) -> JoinedSide:

@@ -4,7 +4,7 @@ may be off is calculated from the roundings of the job's own precision, not chos
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +22,13 @@ from fct.gallery.interfaces import Shard, Source, rows_at
 from fct.gallery.vectors import VectorBlock, vector_block
 from fct.ops.numerics.rounding import SIGMAS, rounding_variance
 from fct.progress import Report
+from fct.types import Array
 
 __all__ = ["VectorCheck", "VectorChecker"]
 
 _SHARDS, _BLOCK_ROWS = 64, 1024
 _HALF_STEP = 2.0**-24  # of float16 near zero
-Rows = np.ndarray[Any, Any]
+Rows: TypeAlias = Array
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from fct.backfilling.job import Job
 from fct.gallery.url_identity import Parts, identity_parts, keyed
+from fct.types import StorageOptions
 
 __all__ = ["UrlParts", "url_parts"]
 
@@ -22,7 +22,7 @@ class UrlParts(TypedDict):
 
 
 def url_parts(
-    urls: tuple[object, object, object], storage_options: Mapping[str, Any] | None, stored: Job | None
+    urls: tuple[object, object, object], storage_options: StorageOptions | None, stored: Job | None
 ) -> UrlParts:
     """Fingerprints of what the URLs of source, side-information and destination name, under the key of the job that was
     begun, else a new one; none where there is no URL."""

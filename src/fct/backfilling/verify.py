@@ -33,7 +33,7 @@ from fct.options.declare import takes
 from fct.options.groups import SpotCheck, VerifyOptions
 from fct.options.keywords import VerifyKeywords
 from fct.progress import LongCall
-from fct.types import GalleryLike
+from fct.types import Access, GalleryLike, JsonDict
 
 __all__ = ["VerifyReport", "gallery_journal", "verify_gallery"]
 
@@ -79,7 +79,7 @@ class VerifyReport:
         return self.ok and not self.unproven
 
 
-def gallery_journal(path: Any, *, journal: Any = None, **access: Any) -> tuple[Journal, Job]:
+def gallery_journal(path: Any, *, journal: Any = None, **access: Unpack[Access]) -> tuple[Journal, Job]:
     """The journal and the job of a backfill's destination. journal: its folder, where the destination is a database
     or a table whose job had one.
 
@@ -206,7 +206,7 @@ class _Journalled:
         if manifest is not None and not self.problems:
             self.problems += self._content(path, access)
 
-    def _manifest(self) -> dict[str, Any] | None:
+    def _manifest(self) -> JsonDict | None:
         try:
             manifest = self.journal.manifest()
         except BackfillError as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import fct
 from fct.bench.measure import STATES
 from fct.ops.backend import PRECISIONS
+from fct.types import JsonDict
 
 __all__ = ["NEIGHBOURS", "BenchReport"]
 
@@ -26,17 +26,17 @@ class BenchReport:
     number of rows the seconds h alone takes here and the bytes read and written as float32.
     """
 
-    h: dict[str, Any]
-    machine: dict[str, Any]
+    h: JsonDict
+    machine: JsonDict
     peaks: dict[str, float]
     auto: str
-    transform: list[dict[str, Any]] = field(default_factory=list)
-    weights: list[dict[str, Any]] = field(default_factory=list)
-    search: list[dict[str, Any]] = field(default_factory=list)
-    to_come: list[dict[str, Any]] = field(default_factory=list)
+    transform: list[JsonDict] = field(default_factory=list)
+    weights: list[JsonDict] = field(default_factory=list)
+    search: list[JsonDict] = field(default_factory=list)
+    to_come: list[JsonDict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         return asdict(self)
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -98,7 +98,7 @@ class BenchReport:
         )
         return shown
 
-    def _weights_cells(self, w: dict[str, Any]) -> list[str]:
+    def _weights_cells(self, w: JsonDict) -> list[str]:
         """One row's own time stands in its table; here is only what share of it reading the weights is."""
         key = {"who": "fct", "precision": w["precision"], "rows": 1, "state": w["state"], "status": "ok"}
         row = next((r for r in self.transform if all(r[name] == value for name, value in key.items())), None)

@@ -6,12 +6,12 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fct import _C
 from fct.ops.backend import PRECISIONS
+from fct.types import JsonDict
 
 __all__ = ["SMALL_BATCH", "STATES", "Peaks", "Timing", "interleave", "measure_batch", "measure_peaks", "timing_fields"]
 
@@ -66,7 +66,7 @@ class Timing:
 
 
 def interleave(
-    fns: dict[str, Callable[[], Any]],
+    fns: dict[str, Callable[[], object]],
     *,
     seconds: float = 1.0,
     rounds: int = 5,
@@ -107,7 +107,7 @@ def interleave(
 
 
 def measure_batch(
-    fns: dict[str, Callable[[], Any]], rows: int, *, seconds: float = 1.0, rounds: int = 3
+    fns: dict[str, Callable[[], object]], rows: int, *, seconds: float = 1.0, rounds: int = 3
 ) -> dict[str, dict[str, Timing]]:
     """State -> name -> what a batch of ``rows`` rows takes: the one measurement that every table reads.
 
@@ -129,7 +129,7 @@ def measure_batch(
     return found
 
 
-def _warm(fns: dict[str, Callable[[], Any]], seconds: float, rounds: int) -> dict[str, Timing]:
+def _warm(fns: dict[str, Callable[[], object]], seconds: float, rounds: int) -> dict[str, Timing]:
     times: dict[str, list[float]] = {name: [] for name in fns}
     enabled = gc.isenabled()
     gc.disable()
@@ -144,7 +144,7 @@ def _warm(fns: dict[str, Callable[[], Any]], seconds: float, rounds: int) -> dic
     return {name: _timing(spent) for name, spent in times.items()}
 
 
-def _in_a_row(fn: Callable[[], Any], seconds: float, most: int = 2000) -> list[float]:
+def _in_a_row(fn: Callable[[], object], seconds: float, most: int = 2000) -> list[float]:
     """Seconds of calls in a row, at least one, without those of the first quarter of the time and the first call."""
     begun = time.perf_counter()
     fn()
@@ -156,7 +156,7 @@ def _in_a_row(fn: Callable[[], Any], seconds: float, most: int = 2000) -> list[f
     return spent
 
 
-def _spent(fn: Callable[[], Any]) -> float:
+def _spent(fn: Callable[[], object]) -> float:
     """Seconds of a call; a peer in a process of its own says what it took in there."""
     start = time.perf_counter()
     fn()
@@ -169,9 +169,9 @@ def _timing(spent: list[float]) -> Timing:
     return Timing(median, p20, p80, len(spent))
 
 
-def timing_fields(timing: Timing, *, rows: int | None = None, flop: float | None = None) -> dict[str, Any]:
+def timing_fields(timing: Timing, *, rows: int | None = None, flop: float | None = None) -> JsonDict:
     """Fields of a row: milliseconds, and rows and operations a second where they are known."""
-    fields: dict[str, Any] = {
+    fields: JsonDict = {
         "ms": timing.median * 1e3,
         "ms_p20": timing.p20 * 1e3,
         "ms_p80": timing.p80 * 1e3,

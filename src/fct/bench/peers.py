@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fct.artifact.transformation import Transformation
+from fct.types import JsonDict
 
 __all__ = [
     "OPENBLAS_SETTINGS",
@@ -73,7 +74,7 @@ def torch_module(h: Transformation, dtype: Any, *, convolutions: bool = False) -
 
 def torch_peer(
     h: Transformation, old: Any, side: Any, precision: str, *, compiled: str = "", convolutions: bool = False
-) -> Callable[[], Any]:
+) -> Callable[[], object]:
     """compiled: by torch's own "inductor" or AMD's "zentorch"; not at all by default."""
     import torch
 
@@ -100,7 +101,9 @@ def _onnx_file(h: Transformation, folder: Path) -> Path:
     return path
 
 
-def onnx_peer(h: Transformation, old: Any, side: Any, threads: int, folder: Path, *, int8: bool) -> Callable[[], Any]:
+def onnx_peer(
+    h: Transformation, old: Any, side: Any, threads: int, folder: Path, *, int8: bool
+) -> Callable[[], object]:
     import onnxruntime
 
     path = _onnx_file(h, folder)
@@ -133,7 +136,7 @@ def _static_int8_file(h: Transformation, old: Any, side: Any, folder: Path) -> P
     feeds = iter([dict(zip(names, (_like(old), _like(side)), strict=False))])
 
     class Rows(CalibrationDataReader):  # type: ignore[misc,unused-ignore]
-        def get_next(self) -> dict[str, Any] | None:
+        def get_next(self) -> JsonDict | None:
             return next(feeds, None)
 
     logging.disable(logging.WARNING)  # advice about preprocessing, on the root logger
@@ -162,7 +165,7 @@ def _like(rows: Any, least: int = 1024, most: int = 4096) -> Any:
 
 def openvino_peer(
     h: Transformation, old: Any, side: Any, threads: int, folder: Path, precision: str, *, hint: str = "LATENCY"
-) -> Callable[[], Any]:
+) -> Callable[[], object]:
     """OpenVINO on the batch's own shape; "int8": on a static QDQ model. hint: "LATENCY" or "THROUGHPUT"."""
     import openvino
 
@@ -191,7 +194,7 @@ def openvino_peer(
 
 def transform_peers(
     h: Transformation, old: Any, side: Any, threads: int, folder: Path, *, compiled: bool = False
-) -> dict[tuple[str, str], Callable[[], Callable[[], Any]]]:
+) -> dict[tuple[str, str], Callable[[], Callable[[], object]]]:
     """(name, precision) -> how to make the call; making it raises ImportError where the package is missing.
 
     Args:
@@ -322,6 +325,10 @@ OPENBLAS_SETTINGS: dict[str, dict[str, str]] = {
 _FAISS = """
 import sys, time
 import faiss, numpy as np
+
+if TYPE_CHECKING:
+    from torch import nn
+
 queries, gallery, k, threads = sys.argv[1:]
 faiss.omp_set_num_threads(int(threads))
 q, g = (np.load(path, mmap_mode="r") for path in (queries, gallery))

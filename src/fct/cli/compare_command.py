@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from fct.cli.console import console
 from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
+from fct.types import StorageAccess
 
 if TYPE_CHECKING:
     from fct.judging.alternatives import Comparison
@@ -66,7 +67,7 @@ def compare(
         raise ValueError("--json: expected it without --markdown, got both")
     if out is not None:
         refuse_existing(out, overwrite=overwrite, name="--out")
-    access: dict[str, Any] = {"storage_options": storage_options(storage_option)}
+    access: StorageAccess = {"storage_options": storage_options(storage_option)}
     with named_as_options({"source": "PAIRS"}):
         found = load_pairs(pairs, name="PAIRS", **access)
     for name in ("old", "new"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fct.cli.console import console, error_console
 from fct.cli.reasons import Reasons
+from fct.types import JsonDict
 
 __all__ = ["doctor"]
 
@@ -35,7 +36,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show(report: JsonDict) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -13,6 +13,7 @@ from fct.cli.evaluate_judged import Judged, Limits, judged_upgrade, one_system, 
 from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
+from fct.types import StorageAccess
 
 if TYPE_CHECKING:
     from fct.judging.group_losses import GroupLosses
@@ -88,7 +89,7 @@ def evaluate(
     if depth and pairs is None:
         raise ValueError("--depth: expected --pairs beside it, on which depths are measured")
     h = None if transformation is None else Transformation.load(transformation)
-    access: dict[str, Any] = {"storage_options": storage_options(storage_option)}
+    access: StorageAccess = {"storage_options": storage_options(storage_option)}
     figures: dict[str, object] = {}
     code = 0
     if qrels is not None:
@@ -124,7 +125,7 @@ def _judged(
     given: tuple[str | None, ...],
     metric: str,
     limits: Limits,
-    access: dict[str, Any],
+    access: StorageAccess,
     h: Any,
     side_info: str | None,
     precision: str,
@@ -158,7 +159,7 @@ def _labelled(
     ks: tuple[int, ...],
     bootstrap: int,
     seed: int,
-    access: dict[str, Any],
+    access: StorageAccess,
 ) -> dict[str, object]:
     """CMC and mAP by labels, printed; who loses, where there are groups."""
     from rich.table import Table

@@ -10,6 +10,7 @@ from fct.cli.judge_command import EXIT, item_ids, joined_by_id
 from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.errors import FctError
 from fct.options.groups import StoreAccess
+from fct.types import StorageAccess
 
 if TYPE_CHECKING:
     from fct.rerank_depth import RerankCurve
@@ -35,7 +36,7 @@ class Judged:
 
 
 def one_system(
-    qrels: str, queries: str, query_ids: str, gallery: str, metric: str, limits: Limits, access: dict[str, Any]
+    qrels: str, queries: str, query_ids: str, gallery: str, metric: str, limits: Limits, access: StorageAccess
 ) -> Judged:
     """nDCG@10, MRR@10 and recall@10 of queries against a gallery, without anything to compare with."""
     import fct
@@ -79,7 +80,7 @@ def judged_upgrade(
     galleries: tuple[str, str | None],
     metric: str,
     limits: Limits,
-    access: dict[str, Any],
+    access: StorageAccess,
     *,
     h: Any = None,
     side_info: str | None = None,
@@ -135,7 +136,7 @@ def _missed(values: dict[str, float], limits: Limits) -> bool:
     return bool(missed)
 
 
-def rerank_on_pairs(pairs: str, h: Any, depths: tuple[int, ...], access: dict[str, Any]) -> RerankCurve:
+def rerank_on_pairs(pairs: str, h: Any, depths: tuple[int, ...], access: StorageAccess) -> RerankCurve:
     """Prints what ranking the nearest mapped rows by their true vectors gives back, by how many are ranked."""
     from rich.table import Table
 
@@ -162,7 +163,7 @@ def rerank_on_pairs(pairs: str, h: Any, depths: tuple[int, ...], access: dict[st
     return curve
 
 
-def _judgements(qrels: str, access: dict[str, Any]) -> Any:
+def _judgements(qrels: str, access: StorageAccess) -> Any:
     from fct.backfilling.judged_gate import load_judgements
     from fct.gallery.stores import opening
 

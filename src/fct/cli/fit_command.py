@@ -11,6 +11,7 @@ from fct.cli.console import console
 from fct.cli.named_arrays import named_as_options, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
+from fct.types import JsonDict, StorageAccess
 
 if TYPE_CHECKING:
     from fct.artifact.transformation import Transformation
@@ -77,8 +78,8 @@ def fit(
 
 
 def _pairs(
-    old: str | None, side_info: str | None, new: str | None, pairs: str | None, access: dict[str, Any]
-) -> dict[str, Any]:
+    old: str | None, side_info: str | None, new: str | None, pairs: str | None, access: StorageAccess
+) -> JsonDict:
     """old, side_info and new as arrays, side_info None where there is none."""
     if pairs is None:
         missing = [name for name, where in (("--old", old), ("--new", new)) if where is None]

@@ -13,6 +13,7 @@ from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.errors import FctError
 from fct.options.groups import StoreAccess, storage_options
+from fct.types import StorageAccess
 
 if TYPE_CHECKING:
     from fct.backfilling.judged_gate import GateVerdict
@@ -60,7 +61,7 @@ def judge(
     from fct.backfilling.judged_gate import load_judgements
     from fct.gallery.stores import opening
 
-    access: dict[str, Any] = {"storage_options": storage_options(storage_option)}
+    access: StorageAccess = {"storage_options": storage_options(storage_option)}
     slices = dict(_named_slice(text, access) for text in query_slices or ())
     queries = fct.UpgradeQueries(
         [str(i) for i in named_labels(query_ids, "--query-ids", **access)],
@@ -94,7 +95,7 @@ def judge(
     raise typer.Exit(EXIT[found.word])
 
 
-def _named_slice(text: str, access: dict[str, Any]) -> tuple[str, list[str]]:
+def _named_slice(text: str, access: StorageAccess) -> tuple[str, list[str]]:
     name, equals, where = text.partition("=")
     if not equals or not name:
         raise ValueError(f"--query-slices: expected NAME=FILE:COLUMN, got {text!r}")
@@ -102,7 +103,7 @@ def _named_slice(text: str, access: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def joined_by_id(
-    old: str, mapped: str, access: dict[str, Any], options: tuple[str, str] = ("--old", "--mapped")
+    old: str, mapped: str, access: StorageAccess, options: tuple[str, str] = ("--old", "--mapped")
 ) -> tuple[list[str], Any, Any, int]:
     """(ids, old rows, new rows) of the rows that both galleries have, and how many only the old one has."""
     import numpy as np

@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from typing_extensions import Unpack
+
 from fct.errors import FctError
+from fct.types import Access
 
 __all__ = ["named_as_options", "named_labels", "named_vectors"]
 
 
-def named_vectors(where: str, option: str, usual: tuple[str, ...] = (), **access: Any) -> Any:
+def named_vectors(where: str, option: str, usual: tuple[str, ...] = (), **access: Unpack[Access]) -> Any:
     """(n, d) of FILE_OR_FOLDER[:COLUMN], a glob or a URL; usual: names that the column may have besides fct's own."""
     from fct.gallery import load_vectors
     from fct.gallery.columns import VECTOR_NAMES
@@ -20,7 +23,7 @@ def named_vectors(where: str, option: str, usual: tuple[str, ...] = (), **access
         return load_vectors(where, name=option, usual=(*VECTOR_NAMES, *usual), **access)
 
 
-def named_labels(where: str, option: str, **access: Any) -> Any:
+def named_labels(where: str, option: str, **access: Unpack[Access]) -> Any:
     """(n,) of FILE_OR_FOLDER:COLUMN, a glob or a URL, or of a flat .npy."""
     from fct.gallery import load_labels
 

@@ -14,6 +14,7 @@ from fct.cli.named_arrays import named_as_options, named_labels
 from fct.cli.storage_option import StorageOption
 from fct.errors import FctError
 from fct.options.groups import storage_options
+from fct.types import JsonDict, StorageAccess
 
 if TYPE_CHECKING:
     from fct.report.neighbour_lists import Neighbours
@@ -59,7 +60,7 @@ def report(
 
     refuse_existing(out, overwrite=overwrite, name="--out")
     h = None if transformation is None else fct.Transformation.load(transformation)
-    access: dict[str, Any] = {"storage_options": storage_options(storage_option)}
+    access: StorageAccess = {"storage_options": storage_options(storage_option)}
     found: list[Neighbours] = []
     lost = None if losses is None else _losses(losses)
     if pairs is not None:
@@ -91,7 +92,7 @@ def report(
     console.print(f"wrote {out}", highlight=False, markup=False)
 
 
-def _figures(path: Path, option: str) -> dict[str, Any]:
+def _figures(path: Path, option: str) -> JsonDict:
     if not path.is_file():
         raise FileNotFoundError(f"{option}: expected a file of figures, found none at {path}")
     if path.stat().st_size > _MOST_BYTES:
@@ -109,7 +110,7 @@ def _refused(name: str) -> None:
     raise ValueError(f"a figure is {name}")
 
 
-def _losses(path: Path) -> dict[str, Any]:
+def _losses(path: Path) -> JsonDict:
     figures = _figures(path, "--losses")
     found = figures.get("groups", figures)
     if not isinstance(found, dict) or "overall" not in found:
@@ -117,7 +118,7 @@ def _losses(path: Path) -> dict[str, Any]:
     return found
 
 
-def _names(texts: str | None, n: int, access: dict[str, Any]) -> list[str] | None:
+def _names(texts: str | None, n: int, access: StorageAccess) -> list[str] | None:
     """The items' texts, short; None where none are given."""
     if texts is None:
         return None
@@ -142,7 +143,7 @@ class _Held:
         return len(self.answers[0])
 
     @classmethod
-    def of(cls, where: str, h: Any, access: dict[str, Any]) -> _Held:
+    def of(cls, where: str, h: Any, access: StorageAccess) -> _Held:
         import numpy as np
 
         import fct

@@ -12,6 +12,7 @@ import typer
 from fct.cli.named_arrays import named_as_options
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
+from fct.types import JsonDict, StorageAccess
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,7 +48,7 @@ def search(
         refuse_existing(out, overwrite=overwrite, name="--out")
         if out.suffix not in _FORMS:
             raise ValueError(f"--out: expected a name ending in {', '.join(_FORMS)}, got {out}")
-    access = {"storage_options": storage_options(storage_option)}
+    access: StorageAccess = {"storage_options": storage_options(storage_option)}
     asked, asked_source = _opened(queries, "--queries", access)
     stored, stored_source = _opened(gallery, "--gallery", access)
     space = stored_source.space
@@ -68,7 +69,7 @@ def search(
     )
 
 
-def _opened(where: str, option: str, access: dict[str, Any]) -> tuple[Any, Any]:
+def _opened(where: str, option: str, access: StorageAccess) -> tuple[Any, Any]:
     """(the vectors, the open gallery)"""
     from fct.gallery import load_vectors, open_source, split_column
 
@@ -96,7 +97,7 @@ def _table(found: Any, asked: pa.Array | None, stored: pa.Array | None) -> pa.Ta
         return pa.ListArray.from_arrays(pa.array(np.arange(0, (n + 1) * k, k, dtype=np.int32)), values)
 
     rows = pa.array(np.ascontiguousarray(found.indices).ravel())
-    columns: dict[str, Any] = {"query": pa.array(np.arange(n))}
+    columns: JsonDict = {"query": pa.array(np.arange(n))}
     if asked is not None:
         columns["query_id"] = asked
     columns["rows"] = lists(rows)
@@ -126,7 +127,7 @@ def _write(table: pa.Table, out: Path | None) -> None:
         write_text(out, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+def _rows(table: pa.Table) -> Iterator[JsonDict]:
     from collections import Counter
 
     from fct.gallery.json_values import json_values

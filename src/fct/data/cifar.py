@@ -13,6 +13,7 @@ import numpy as np
 from fct.checks import check_path
 from fct.data.image_set import ImageSet
 from fct.errors import ArtifactError
+from fct.types import Array, JsonDict
 
 __all__ = ["load_cifar100"]
 
@@ -42,7 +43,7 @@ class _PlainArray:
     """What a pickle says of an array: kept, and built from the plain bytes once all of it was checked."""
 
     def __init__(self) -> None:
-        self.array: np.ndarray[Any, Any] | None = None
+        self.array: Array | None = None
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
@@ -51,7 +52,7 @@ class _PlainArray:
         self.array = _built(shape, dtype, data, fortran)
 
 
-def _built(shape: Any, dtype: Any, data: Any, fortran: Any) -> np.ndarray[Any, Any]:
+def _built(shape: Any, dtype: Any, data: Any, fortran: Any) -> Array:
     sizes = isinstance(shape, tuple) and len(shape) <= 4
     if not sizes or any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= _MOST_BYTES for n in shape):
         raise ArtifactError("pickle: expected a shape of at most 4 whole numbers")
@@ -62,7 +63,7 @@ def _built(shape: Any, dtype: Any, data: Any, fortran: Any) -> np.ndarray[Any, A
     want = math.prod(shape) * dtype.dtype.itemsize
     if want != len(data):
         raise ArtifactError(f"pickle: expected {want} bytes for an array of {shape}, got {len(data)}")
-    array: np.ndarray[Any, Any] = np.frombuffer(data, dtype.dtype).reshape(shape).copy()
+    array: Array = np.frombuffer(data, dtype.dtype).reshape(shape).copy()
     return array
 
 
@@ -76,7 +77,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return _built((), dtype, data, False)[()]
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
     return _built(shape, dtype, bytes(data) if isinstance(data, (bytearray, bytes)) else data, order in ("F", b"F"))
 
 
@@ -117,7 +118,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+def _unpickle(path: Path) -> JsonDict:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ArtifactError(f"expected at most {_MOST_BYTES:,} bytes")

@@ -9,6 +9,7 @@ import numpy as np
 from fct.artifact.transformation import Layer, Transformation
 from fct.fit.linear_map import LinearMap
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["blend_linear", "linear_transformation"]
 
@@ -23,7 +24,7 @@ def linear_transformation(
     d_side: int | None = None,
     normalise: bool = False,
     length: float = 1.0,
-    info: dict[str, Any] | None = None,
+    info: JsonDict | None = None,
 ) -> Transformation:
     """``linear`` in h's form: the skip does the work, the branches are one zero each.
 

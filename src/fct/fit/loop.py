@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from fct.fit.images import Images
 from fct.fit.training_device import training_device
 from fct.fit.training_state import read_state, write_state
 from fct.progress import step_bar
+from fct.types import JsonDict
 
 __all__ = ["TrainConfig", "train"]
 
@@ -158,7 +158,7 @@ class _State:
         tensors, header = read_state(path, self.identity, device)
         prefix = "modules."
         self.modules.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        state: dict[int, dict[str, Any]] = {}
+        state: dict[int, JsonDict] = {}
         for name, value in tensors.items():
             if name.startswith("optimiser."):
                 _, index, key = name.split(".", 2)

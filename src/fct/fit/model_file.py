@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 from fct.artifact.content_checksum import CHECKSUM, content_checksum
 from fct.atomic_files import atomic_path
 from fct.checks import check_path
 from fct.errors import ArtifactError
 from fct.fit.backbones import EmbeddingModel, embedding_model
+from fct.types import JsonDict
 
 __all__ = ["load_model", "save_model"]
 
@@ -18,7 +18,7 @@ _KEY = "fct-model"
 _NAMES = {"backbone", "dim", "image_shape", "info", CHECKSUM}  # version 0.1 wrote all but the last
 
 
-def _checksum(header: dict[str, Any], tensors: dict[str, Any]) -> str:
+def _checksum(header: JsonDict, tensors: JsonDict) -> str:
     return content_checksum(header, {name: value.numpy() for name, value in tensors.items()})
 
 
@@ -28,7 +28,7 @@ def save_model(
     *,
     backbone: str,
     image_shape: tuple[int, int, int],
-    info: dict[str, Any] | None = None,
+    info: JsonDict | None = None,
 ) -> None:
     """Writes the model beside ``path``, then renames.
 

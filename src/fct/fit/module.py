@@ -11,6 +11,7 @@ from torch import nn
 from fct.artifact.transformation import Layer, Transformation, fold_norm, fold_scaling
 from fct.fit.recipes import FitConfig
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["Block", "Scaling", "TransformationModule", "to_transformation"]
 
@@ -83,7 +84,7 @@ def to_transformation(
     side_model: str | None,
     normalise: bool,
     length: float = 1.0,
-    info: dict[str, Any],
+    info: JsonDict,
 ) -> Transformation:
     """Folds batch norm, input scaling and target scaling into float32 layers; the arithmetic is float64."""
 

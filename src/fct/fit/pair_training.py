@@ -21,6 +21,7 @@ from fct.fit.module import Scaling, TransformationModule
 from fct.fit.pairs import Pairs
 from fct.fit.recipes import FitConfig
 from fct.fit.training_state import read_state, write_state
+from fct.types import JsonDict
 
 __all__ = ["EpochReport", "PairTraining", "Scalings", "scalings_of"]
 
@@ -79,7 +80,7 @@ class PairTraining:
             self._averages = [a for a, _ in moving], [b for _, b in moving]
         self.epoch = 0
         self.step = 0
-        self.best: dict[str, Any] = {"epoch": 0, "mse": math.inf, "state": {}}
+        self.best: JsonDict = {"epoch": 0, "mse": math.inf, "state": {}}
         self.history: list[dict[str, float]] = []
         self._bf16 = config.mixed_precision and _has_fast_bf16(device)
         # Rows that lie in this process's memory are read where they are; a mapped file is brought there once.
@@ -334,7 +335,7 @@ def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Where an older torch does not tell, fp32.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: JsonDict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fct.rows import Rows, rows_of
+from fct.types import Int64s
 
 __all__ = ["Pairs", "check_pairs", "fold_pairs", "split_pairs"]
 
@@ -30,7 +31,7 @@ class Pairs:
     old: Rows
     side: Rows | None
     new: Rows
-    index: np.ndarray[Any, np.dtype[np.int64]]
+    index: Int64s
 
     def __len__(self) -> int:
         return len(self.index)
@@ -67,7 +68,7 @@ class Pairs:
             return self
         return self.part(np.random.default_rng([seed, 7]).choice(len(self), most, replace=False))
 
-    def order(self, seed: int, epoch: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    def order(self, seed: int, epoch: int) -> Iterator[Int64s]:
         """Positions of one epoch, in pools of rows to be read together; the same for the same seed and epoch."""
         rng = np.random.default_rng([seed, epoch])
         if self.fits_in_memory:

@@ -16,6 +16,7 @@ from fct.ops.backend import PRECISIONS
 from fct.rows import check_labels, rows_of
 from fct.search import topk
 from fct.transform import check_inputs, transform_batch
+from fct.types import JsonDict
 
 __all__ = ["calibrate", "measure_precisions"]
 
@@ -48,7 +49,7 @@ def calibrate(h: Transformation, old: Any, side_info: Any) -> Transformation:
     old_rows, side_rows = check_inputs(old, side_info, h)
     if old_rows.n == 0:
         raise ValueError(f"old: expected at least one row to calibrate on, got (0, {old_rows.d})")
-    ranges: dict[str, Any] = {}
+    ranges: JsonDict = {}
 
     def see(name: str, x: Any) -> None:
         seen = np.stack([x.min(axis=0), x.max(axis=0)])

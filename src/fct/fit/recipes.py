@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from fct.checks import check_choice, check_flag, check_positive, check_whole
+from fct.types import JsonDict
 
 __all__ = ["RECIPES", "SKIPS", "FitConfig", "paper_config", "resolve_config"]
 
@@ -73,7 +73,7 @@ class FitConfig:
         for name in ("decoupled_decay", "standardise", "mixed_precision", "warm_average"):
             check_flag(getattr(self, name), name)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         return asdict(self)
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fct.atomic_files import atomic_path
 from fct.errors import ArtifactError
+from fct.types import JsonDict
 
 __all__ = ["read_state", "write_state"]
 
 _KEY = "fct-fit"
 
 
-def write_state(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+def write_state(path: Path, tensors: dict[str, torch.Tensor], header: JsonDict) -> None:
     """Writes both to ``path``; a file that stood there survives until the new one is whole."""
     from safetensors.torch import save_file
 
@@ -27,7 +27,7 @@ def write_state(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, 
         save_file(owned, str(part), metadata=metadata)
 
 
-def read_state(path: Path, identity: str, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_state(path: Path, identity: str, device: torch.device) -> tuple[dict[str, torch.Tensor], JsonDict]:
     """(tensors on ``device``, header) of a file by :func:`write_state`.
 
     Raises:
@@ -54,7 +54,7 @@ def read_state(path: Path, identity: str, device: torch.device) -> tuple[dict[st
     return {name: value.to(device) for name, value in tensors.items()}, header
 
 
-def _checksum(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:
+def _checksum(tensors: dict[str, torch.Tensor], header: JsonDict) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name]

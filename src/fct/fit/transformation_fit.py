@@ -31,6 +31,7 @@ from fct.fit.repeated_pairs import find_repeated
 from fct.fit.training_device import training_device
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace, check_space
+from fct.types import JsonDict
 
 __all__ = ["EpochReport", "fit_transformation"]
 
@@ -287,7 +288,7 @@ class _Run:
         }
         return self._artifact(training, self.spaces[1].normalised, 1.0, info), held
 
-    def _artifact(self, training: PairTraining, normalise: bool, length: float, info: dict[str, Any]) -> Transformation:
+    def _artifact(self, training: PairTraining, normalise: bool, length: float, info: JsonDict) -> Transformation:
         old_scaling, side_scaling, new_scaling = training.scalings
         return to_transformation(
             training.best_module(),
@@ -353,7 +354,7 @@ class _Run:
         return self._returned(training, judged.share, judged.linear, normalise, length or 1.0, info), found.judged
 
     def _returned(
-        self, training: PairTraining, share: float, linear: Any, normalise: bool, length: float, info: dict[str, Any]
+        self, training: PairTraining, share: float, linear: Any, normalise: bool, length: float, info: JsonDict
     ) -> Transformation:
         if share == 0:
             return linear_transformation(

@@ -9,7 +9,6 @@ as it is. A single local ``.npy`` file is mapped, all else is read into memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,14 @@ from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
 from fct.gallery.stores import open_source
 from fct.gallery.vectors import vector_block, vector_dim
+from fct.types import Access, Array, FileSystem, StorageOptions
 
 __all__ = ["load_labels", "load_vectors", "map_npy", "split_column"]
 
-Array = np.ndarray[Any, Any]
 _ROWS = 16384
 
 
-def split_column(where: str, *, storage_options: Mapping[str, Any] | None = None) -> tuple[str, str | None]:
+def split_column(where: str, *, storage_options: StorageOptions | None = None) -> tuple[str, str | None]:
     """(gallery, column) of ``FILE_OR_FOLDER:COLUMN``; None where no column is named.
 
     A name that is there is taken whole, whatever colons it has.
@@ -55,8 +54,8 @@ def load_vectors(
     column: str | None = None,
     usual: tuple[str, ...] = VECTOR_NAMES,
     binary_dtype: str = "float32",
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
+    filesystem: FileSystem | None = None,
+    storage_options: StorageOptions | None = None,
     patience: Patience | None = None,
 ) -> Array:
     """The vectors of a gallery as one array.
@@ -84,7 +83,7 @@ def load_vectors(
         >>> load_vectors(folder).shape
         (3, 8)
     """
-    access = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
+    access: Access = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
     source, named = _opened(where, column, name, access)
     mapped = _mapped(source, name)
     if mapped is not None and mapped.ndim == 2 and mapped.dtype in (np.float32, np.float16):
@@ -116,8 +115,8 @@ def load_labels(
     *,
     name: str = "labels",
     column: str | None = None,
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
+    filesystem: FileSystem | None = None,
+    storage_options: StorageOptions | None = None,
     patience: Patience | None = None,
 ) -> Array:
     """The labels (or ids) of a gallery as one array: integers, or text in every spelling that Arrow has for it.
@@ -142,7 +141,7 @@ def load_labels(
         >>> load_labels(file + ":label").tolist()
         ['shoe', 'bag', 'shoe']
     """
-    access = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
+    access: Access = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
     flat = _flat_npy(where, name, access)
     if flat is not None:
         return label_array(pa.array(flat), name, str(where))
@@ -183,7 +182,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _opened(where: Any, column: str | None, name: str, access: dict[str, Any]) -> tuple[Source, str | None]:
+def _opened(where: Any, column: str | None, name: str, access: Access) -> tuple[Source, str | None]:
     if isinstance(where, (str, os.PathLike)) and column is None and access["filesystem"] is None:
         where, column = split_column(os.fspath(where))
     return open_source(where, **access, name=name), column
@@ -203,7 +202,7 @@ def _mapped(source: Source, name: str) -> Array | None:
     return map_npy(files[0].path, name)
 
 
-def _flat_npy(where: Any, name: str, access: dict[str, Any]) -> Array | None:
+def _flat_npy(where: Any, name: str, access: Access) -> Array | None:
     """A local .npy file of one dimension, which is no gallery."""
     if access["filesystem"] is not None or not isinstance(where, (str, os.PathLike)) or not str(where).endswith(".npy"):
         return None

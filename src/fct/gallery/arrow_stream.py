@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -23,6 +22,7 @@ from fct.gallery.interfaces import Batches, Piece, Source
 from fct.gallery.schemas import conform, readable
 from fct.gallery.space_tags import space_of_schema
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["ArrowStreamSource", "arrow_stream"]
 
@@ -69,10 +69,10 @@ class ArrowStreamSource(Source):
         self._sums: list[str] = []
         self._idle: list[_Reading] = []
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_lock": None, "_idle": []}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonDict) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     @property

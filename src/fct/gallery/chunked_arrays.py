@@ -25,10 +25,10 @@ from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.location import Location, Version
 from fct.gallery.matrix_files import matrix_batch
 from fct.gallery.members import READ, MemberSource, native_name, pick_member, require_matrix
+from fct.types import Array
 
 __all__ = ["ChunkedSource", "Hdf5Source", "ZarrSource", "is_zarr"]
 
-Array = np.ndarray[Any, Any]
 _AT_ONCE = 32 << 20  # bytes that are read at once, in whole chunks
 _LARGE_CHUNK = 256 << 20  # a chunk beyond this is not read whole for its sake
 _GROUP_ROWS, _GROUPS = 4096, 100_000

@@ -4,15 +4,24 @@ them: a string is the same in ``string``, ``large_string``, ``string_view`` and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fct.types import Array, Int64s
+
 __all__ = ["ColumnChecksum", "row_sizes"]
 
-Update = Callable[[str, Any], None]  # (which stream, a contiguous array of bytes or numbers)
+Update = Callable[[str, Array], None]  # (which stream, a contiguous array of bytes or numbers)
+
+
+class Checksum(Protocol):
+    """An empty digest, of bytes at an address."""
+
+    def update(self, data: int, bytes: int) -> None: ...
+    def digest(self) -> int: ...
 
 
 class ColumnChecksum:
@@ -32,9 +41,9 @@ class ColumnChecksum:
         True
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make: Callable[[], Checksum]) -> None:
         self._make = make
-        self._streams: dict[str, Any] = {}
+        self._streams: dict[str, Checksum] = {}
 
     def update(self, column: pa.Array) -> None:
         """Adds the rows of an Arrow array."""
@@ -48,7 +57,7 @@ class ColumnChecksum:
             whole.update(int(text.ctypes.data), text.nbytes)
         return f"{whole.digest():016x}"
 
-    def _add(self, stream: str, values: Any) -> None:
+    def _add(self, stream: str, values: Array) -> None:
         values = np.ascontiguousarray(values)
         if values.nbytes:
             self._streams.setdefault(stream, self._make()).update(int(values.ctypes.data), values.nbytes)
@@ -139,24 +148,24 @@ def _is_fixed(kind: pa.DataType) -> bool:
     return bool(pa.types.is_primitive(kind) or pa.types.is_decimal(kind))
 
 
-def _valid(column: pa.Array) -> Any:
+def _valid(column: pa.Array) -> Array:
     if not column.null_count:
         return np.ones(len(column), np.uint8)
     return np.asarray(column.is_valid().to_numpy(zero_copy_only=False), np.uint8)
 
 
-def _bytes(buffer: Any) -> Any:
+def _bytes(buffer: pa.Buffer | None) -> Array:
     return np.frombuffer(buffer if buffer is not None else b"", np.uint8)
 
 
-def _offsets(column: pa.Array) -> Any:
+def _offsets(column: pa.Array) -> Int64s:
     ends = column.buffers()[1]
     if ends is None or not len(column):
         return np.zeros(len(column) + 1, np.int64)
     return np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1]
 
 
-def row_sizes(batch: pa.RecordBatch) -> Any:
+def row_sizes(batch: pa.RecordBatch) -> Int64s:
     """(n,) int64: bytes of each row, of values and lengths. A function of the rows alone, whatever batch they are in;
     a dictionary's entries, which its rows share, are not counted."""
     sizes = np.zeros(batch.num_rows, np.int64)
@@ -165,17 +174,17 @@ def row_sizes(batch: pa.RecordBatch) -> Any:
     return sizes
 
 
-def _ends(column: pa.Array, at: Any) -> Any:
+def _ends(column: pa.Array, at: Int64s) -> Int64s:
     """Bytes of the column's first ``at[i]`` entries."""
     if isinstance(column, pa.ExtensionArray):
         return _ends(column.storage, at)
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return at * (kind.index_type.bit_width // 8)
+        return at * int(kind.index_type.bit_width // 8)
     if pa.types.is_fixed_size_binary(kind):
-        return at * kind.byte_width
+        return at * int(kind.byte_width)
     if pa.types.is_null(kind) or _is_fixed(kind):
-        return at * max(1, 0 if pa.types.is_null(kind) else kind.bit_width // 8)
+        return at * max(1, 0 if pa.types.is_null(kind) else int(kind.bit_width // 8))
     if pa.types.is_fixed_size_list(kind):
         child = column.values
         first = column.offset * kind.list_size
@@ -187,7 +196,10 @@ def _ends(column: pa.Array, at: Any) -> Any:
         return inner + at * 4
     if pa.types.is_struct(kind):
         fields = column.flatten()
-        return sum((_ends(part, at) for part in fields), np.zeros(len(at), np.int64))
+        sizes = np.zeros(len(at), np.int64)
+        for part in fields:
+            sizes += _ends(part, at)
+        return sizes
     if pa.types.is_string(kind) or pa.types.is_binary(kind) or _large(kind):
         return _lengths(pc.binary_length(column))[at] + at * 4
     if _named(kind, "string_view") or _named(kind, "binary_view"):
@@ -198,7 +210,7 @@ def _ends(column: pa.Array, at: Any) -> Any:
     return at * 16  # runs and unions: by what a value usually takes
 
 
-def _map_ends(column: pa.Array, at: Any) -> Any:
+def _map_ends(column: pa.Array, at: Int64s) -> Int64s:
     return _ends(column.keys, at) + _ends(column.items, at)
 
 
@@ -206,5 +218,5 @@ def _large(kind: pa.DataType) -> bool:
     return bool(pa.types.is_large_string(kind) or pa.types.is_large_binary(kind))
 
 
-def _lengths(lengths: pa.Array) -> Any:
+def _lengths(lengths: pa.Array) -> Int64s:
     return np.concatenate([[0], np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)])

@@ -17,11 +17,14 @@ from typing import Any
 import pyarrow as pa
 
 from fct.atomic_files import checksum_file
+from fct.checks import shown
+from fct.errors import FctError
 from fct.gallery.interfaces import JOB_KEY, VECTOR_KEY, Batches, Shard
 from fct.gallery.parquet_files import ParquetDestination
 from fct.gallery.space_tags import SPACE_KEY
 from fct.gallery.table_types import in_table
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["SHARDS", "CommittedFile", "CommittedFiles", "digest", "properties", "shards_committed"]
 
@@ -37,6 +40,13 @@ class CommittedFile:
     rows: int
     bytes: int
     xxh64: str
+
+    @classmethod
+    def of(cls, extra: object) -> CommittedFile:
+        """What :meth:`CommittedFiles.write` said of a shard, as it comes back from the journal."""
+        if not isinstance(extra, dict) or set(extra) != {"name", "rows", "bytes", "xxh64"}:
+            raise FctError(f"expected the journal's name, rows, bytes and xxh64 of a shard's file, got {shown(extra)}")
+        return cls(**extra)
 
 
 def digest(files: Sequence[CommittedFile], *, named: bool = True) -> str:
@@ -89,7 +99,7 @@ class CommittedFiles(ParquetDestination):
         """A shard's file below the table."""
         return f"{shard.name}{self.suffix}"
 
-    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], Any]:
+    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], JsonDict]:
         name, path, rows = self.name_of(shard), scratch / f"{shard.name}{self.suffix}", 0
         schema: pa.Schema | None = None
 
@@ -105,8 +115,8 @@ class CommittedFiles(ParquetDestination):
             written = CommittedFile(name, rows, path.stat().st_size, checksum_file(file))
         return {name: path}, asdict(written)
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
-        self.commit([CommittedFile(**extra) for extra in extras], self.stored(schema), space)
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
+        self.commit([CommittedFile.of(extra) for extra in extras], self.stored(schema), space)
 
     def describes(self, schema: pa.Schema, space: EmbeddingSpace) -> dict[str, str]:
         """The table's own properties: which model's vectors it holds, and in which column."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ from fct.gallery.lance_dataset import lance_options
 from fct.gallery.location import Location
 from fct.gallery.table_types import check_names, table_schema
 from fct.spaces import EmbeddingSpace
+from fct.types import StorageOptions
 
 __all__ = ["DeltaDestination"]
 
@@ -38,7 +39,7 @@ class DeltaDestination(CommittedFiles):
     kind = "delta"
     times = False
 
-    def __init__(self, where: Location, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, where: Location, storage_options: StorageOptions | None = None) -> None:
         super().__init__(where)
         need("deltalake", f"destination: {where}, a Delta table,")
         self._options = lance_options(dict(storage_options or {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +17,7 @@ from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.lance_dataset import lance_options
 from fct.gallery.location import Location
 from fct.gallery.parquet_files import ParquetSource
+from fct.types import Array, JsonDict, StorageOptions
 
 __all__ = ["DeltaSource"]
 
@@ -24,7 +25,6 @@ _FEATURES = {
     *("deletionVectors", "columnMapping", "timestampNtz", "vacuumProtocolCheck", "v2Checkpoint"),
     *("typeWidening", "typeWidening-preview"),
 }
-Array = np.ndarray[Any, Any]
 _LONGEST = 1024  # characters of a file's path below its table; what object stores take
 
 
@@ -36,7 +36,7 @@ class DeltaSource(ParquetSource):
 
     of_log = True
 
-    def __init__(self, where: Location, version: int | None, storage_options: Mapping[str, Any] | None) -> None:
+    def __init__(self, where: Location, version: int | None, storage_options: StorageOptions | None) -> None:
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
@@ -77,7 +77,7 @@ class DeltaSource(ParquetSource):
         """A version never changes."""
 
     @cached_property
-    def _folders(self) -> tuple[pa.Schema, dict[str, dict[str, Any]]]:
+    def _folders(self) -> tuple[pa.Schema, dict[str, JsonDict]]:
         schema = pa.schema([self._columns.field(name) for name in self._partitioned])
         values = {}
         for path, row in self._adds.items():

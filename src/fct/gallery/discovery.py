@@ -20,6 +20,7 @@ import pyarrow.dataset as ds
 from fct.errors import FctError
 from fct.gallery.location import Location
 from fct.gallery.urls import without_query
+from fct.types import JsonDict
 
 __all__ = ["check_readable", "find_files", "is_partition", "natural", "partition_columns", "root_of"]
 
@@ -118,7 +119,7 @@ def check_readable(file: Location) -> None:
         raise FctError(f"source: expected files, {file} is none (a pipe, a socket or a device)")
 
 
-def partition_columns(names: Sequence[str]) -> tuple[pa.Schema, list[dict[str, Any]]]:
+def partition_columns(names: Sequence[str]) -> tuple[pa.Schema, list[JsonDict]]:
     """The columns that folders' names hold (``year=2024/lang=de/a.parquet``), typed as pyarrow's hive partitioning
     types them: int32 where every value is one, else strings; percent-decoded; ``__HIVE_DEFAULT_PARTITION__`` is null.
 

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa
 
@@ -19,6 +19,7 @@ from fct.gallery.schemas import RULE, conform, difference, readable, unify
 from fct.gallery.space_tags import SIDE_FILE, side_file_space, space_of_schema, write_side_file
 from fct.gallery.urls import redacted
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["FileDestination", "FileSource", "find_files", "named_errors", "natural"]
 
@@ -117,7 +118,7 @@ class FileSource(Source):
         return found
 
     @cached_property
-    def _folders(self) -> tuple[pa.Schema, dict[str, dict[str, Any]]]:
+    def _folders(self) -> tuple[pa.Schema, dict[str, JsonDict]]:
         """(columns in folders' names, their values by file)."""
         schema, values = partition_columns([self.partitioned_name(file) for file in self._files])
         return schema, {file.path: row for file, row in zip(self._files, values, strict=True)}
@@ -272,7 +273,7 @@ class FileDestination(Destination):
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
         write_side_file(self.where, space)
 
-    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], Any]:
+    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], object]:
         name = f"{shard.name}{self.suffix}"
         files = {name: scratch / name}
         self.write_file(files[name], shard, batches, files)

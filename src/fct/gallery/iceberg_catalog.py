@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from fct.errors import FctError
 from fct.extras import need
 from fct.gallery.location import Location, Patience, location_of
+from fct.types import JsonDict
 
 __all__ = ["NAMES", "IcebergAddress", "fsspec_options", "is_iceberg"]
 
@@ -26,9 +27,9 @@ def is_iceberg(where: Any) -> bool:
     return isinstance(where, (str, os.PathLike)) and os.fspath(where).startswith(_ICEBERG)
 
 
-def fsspec_options(properties: Mapping[str, str]) -> dict[str, Any] | None:
+def fsspec_options(properties: Mapping[str, str]) -> JsonDict | None:
     """Properties of a table's store as fsspec takes them; None where there are none."""
-    found: dict[str, Any] = {ours: properties[theirs] for ours, theirs in NAMES.items() if theirs in properties}
+    found: JsonDict = {ours: properties[theirs] for ours, theirs in NAMES.items() if theirs in properties}
     region = found.pop("region_name", None)
     if region is not None:
         found["client_kwargs"] = {"region_name": region}

@@ -20,6 +20,7 @@ from fct.gallery.location import Location
 from fct.gallery.schemas import conform
 from fct.gallery.space_tags import SPACE_KEY, side_file_space, space_of_schema
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict, StorageOptions
 
 __all__ = ["IcebergSource"]
 
@@ -39,11 +40,13 @@ class IcebergSource(Source):
         self,
         where: Location,
         version: int | None,
-        storage_options: Mapping[str, Any] | None,
+        storage_options: StorageOptions | None,
         metadata: Location | None = None,
     ) -> None:
         self.where, self._metadata = where, metadata or _newest(where)
-        options = {**dict(storage_options or {}), **dict((storage_options or {}).get("client_kwargs") or {})}
+        given = dict(storage_options or {})
+        further = given.get("client_kwargs")
+        options = given | (dict(further) if isinstance(further, Mapping) else {})
         own = {k: str(v) for k, v in options.items() if k.startswith("s3.")}  # of a catalog's table
         self._properties = own | {NAMES[k]: str(v) for k, v in options.items() if k in NAMES}
         table, _ = self._opened()
@@ -55,7 +58,7 @@ class IcebergSource(Source):
         self.version = int(snapshot)
         self._pass: tuple[str, int, Iterator[pa.RecordBatch]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_pass": None}
 
     def _opened(self) -> tuple[Any, Any]:
@@ -97,7 +100,7 @@ class IcebergSource(Source):
     def _scan(self, table: Any) -> Any:
         return table.scan(snapshot_id=self.version)
 
-    def _tasks(self, table: Any, io: Any) -> dict[str, Any]:
+    def _tasks(self, table: Any, io: Any) -> JsonDict:
         """What is read for each data file, by its path below the table. Files that lie elsewhere are not opened."""
         snapshot = table.metadata.snapshot_by_id(self.version)
         self._inside(snapshot.manifest_list)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa
 
@@ -140,7 +140,7 @@ class Destination(ABC):
         """Called once, before the first shard of a run: say what cannot be stored, make what must exist."""
 
     @abstractmethod
-    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], Any]:
+    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], object]:
         """Stores one shard; writing the same shard twice must leave the same as writing it once.
 
         Args:
@@ -157,7 +157,7 @@ class Destination(ABC):
         """What is left to the owner when all is done, a line each: an index to build, an alias to switch."""
         return []
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:  # noqa: B027
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:  # noqa: B027
         """Called once, when every shard is done, with what :meth:`write` returned for each, in order.
 
         May be called again after a crash, and must then leave the same.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from fct.checks import shown
 from fct.errors import FctError
 from fct.extras import need
 from fct.gallery.arrow_guard import validated
@@ -18,6 +19,7 @@ from fct.gallery.location import location_of
 from fct.gallery.space_tags import side_file_space, space_of_schema
 from fct.gallery.urls import redacted
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict, StorageOptions
 
 __all__ = ["LanceDestination", "LanceSource"]
 
@@ -56,7 +58,7 @@ class LanceSource(Source):
 
     kind = "lance"
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None, version: int | None = None) -> None:
+    def __init__(self, url: str, storage_options: StorageOptions | None = None, version: int | None = None) -> None:
         self._url, self._options = url, dict(storage_options or {})
         self.transient = "://" in url  # type: ignore[misc]
         self.version = int(version or self._dataset(None).version)
@@ -129,14 +131,14 @@ class LanceDestination(Destination):
     kind = "lance"
     shared = True
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
         self._url, self._options = url, dict(storage_options or {})
 
     @property
     def url(self) -> str:
         return redacted(self._url)
 
-    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], Any]:
+    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], object]:
         first = next(batches)
 
         def stream() -> Batches:
@@ -156,19 +158,26 @@ class LanceDestination(Destination):
         )
         return {}, [fragment.to_json() for fragment in fragments]
 
-    def outputs(self, extra: Any) -> list[Output]:
+    def outputs(self, extra: object) -> list[Output]:
         """The data files behind a shard's fragments."""
         root = location_of(self._url, storage_options=self._options)
-        files = [f"data/{file['path']}" for fragment in extra for file in fragment["files"]]
+        files = [f"data/{file['path']}" for fragment in _fragments(extra) for file in fragment["files"]]
         return [Output(name, (root / name).version().bytes, (root / name).checksum()) for name in files]
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
         lance = _lance()
         with contextlib.suppress(ValueError, FileNotFoundError):  # no dataset yet
             there = lance.dataset(self._url, storage_options=lance_options(self._options)).schema.metadata or {}
             if there.get(JOB_KEY) == (schema.metadata or {})[JOB_KEY]:
                 return  # committed just before a crash
-        fragments = [lance.FragmentMetadata.from_json(json.dumps(f)) for extra in extras for f in extra]
+        fragments = [lance.FragmentMetadata.from_json(json.dumps(f)) for extra in extras for f in _fragments(extra)]
         lance.LanceDataset.commit(
             self._url, lance.LanceOperation.Overwrite(schema, fragments), storage_options=lance_options(self._options)
         )
+
+
+def _fragments(extra: object) -> list[JsonDict]:
+    """What :meth:`LanceDestination.write` said of a shard, as it comes back from the journal."""
+    if not isinstance(extra, list) or not all(isinstance(fragment, dict) for fragment in extra):
+        raise FctError(f"expected the journal's list of a shard's Lance fragments, got {shown(extra)}")
+    return extra

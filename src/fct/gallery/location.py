@@ -22,6 +22,7 @@ from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError, StoreError
 from fct.gallery.urls import check_scheme, redacted, without_query, without_secrets
 from fct.terminal import plain_log, printable
+from fct.types import FileSystem, StorageOptions
 
 __all__ = ["DELTA", "Location", "Patience", "Version", "location_of", "with_retries"]
 
@@ -316,8 +317,8 @@ def _let_go(descriptor: int) -> None:
 def location_of(
     where: Any,
     *,
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
+    filesystem: FileSystem | None = None,
+    storage_options: StorageOptions | None = None,
     patience: Patience | None = None,
     name: str = "path",
 ) -> Location:

@@ -28,6 +28,7 @@ from fct.gallery.urls import without_query
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.packed_int4 import PackedInt4, int4_codes_of
 from fct.spaces import EmbeddingSpace
+from fct.types import Array, NumpyDType
 
 __all__ = [
     "ROW",
@@ -43,11 +44,11 @@ __all__ = [
 ]
 
 ROW = "row"  # the column of row numbers of a gallery that has no ids of its own
-_BIN: dict[str, np.dtype[Any]] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
+_BIN: dict[str, NumpyDType] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
 _HEADER = 128
 
 
-def npy_header(shape: tuple[int, int], dtype: np.dtype[Any]) -> bytes:
+def npy_header(shape: tuple[int, int], dtype: NumpyDType) -> bytes:
     """A version 1.0 .npy header of exactly 128 bytes, so that it can be written after the data."""
     text = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", _HEADER - 10) + text.ljust(_HEADER - 11).encode() + b"\n"
@@ -62,7 +63,7 @@ class Facts(NamedTuple):
 
     n: int
     d: int
-    dtype: np.dtype[Any]
+    dtype: NumpyDType
     offset: int
     fortran: bool = False
     inside: str = ""
@@ -130,13 +131,13 @@ class MatrixSource(FileSource):
                 start, rows = start + take, rows - take
 
 
-def matrix_batch(block: np.ndarray[Any, Any]) -> pa.RecordBatch:
+def matrix_batch(block: Array) -> pa.RecordBatch:
     """(n, d) rows in the machine's byte order as a batch of one column, ``vector``, without a copy."""
     child = pa.Array.from_buffers(pa.from_numpy_dtype(block.dtype), block.size, [None, pa.py_buffer(block)])
     return pa.RecordBatch.from_arrays([pa.FixedSizeListArray.from_arrays(child, block.shape[1])], ["vector"])
 
 
-def _fill(stream: Any, block: np.ndarray[Any, Any], file: Location) -> None:
+def _fill(stream: Any, block: Array, file: Location) -> None:
     view = block.data.cast("B")
     while view.nbytes:
         count = stream.readinto(view)
@@ -145,9 +146,7 @@ def _fill(stream: Any, block: np.ndarray[Any, Any], file: Location) -> None:
         view = view[count:]
 
 
-def _transposed(
-    stream: Any, file: Location, offset: int, n: int, rows: slice, d: int, dtype: np.dtype[Any]
-) -> np.ndarray[Any, Any]:
+def _transposed(stream: Any, file: Location, offset: int, n: int, rows: slice, d: int, dtype: NumpyDType) -> Array:
     """Rows of a matrix that lies column by column: a run of each column, turned. In the file's byte order still."""
     columns = np.empty((d, rows.stop - rows.start), dtype.newbyteorder("="))
     for i in range(d):
@@ -156,7 +155,7 @@ def _transposed(
     return np.ascontiguousarray(columns.T)
 
 
-def read_npy_header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def read_npy_header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, NumpyDType, int]:
     """(shape, Fortran order, dtype, bytes of the header) of an .npy stream. where: names it in a message."""
     try:
         version = np.lib.format.read_magic(stream)
@@ -254,7 +253,7 @@ class _MatrixDestination(FileDestination):
         if beside is not None or own:
             files[f"_rows/{beside_path.name}"] = beside_path
 
-    def header(self, n: int, d: int, dtype: np.dtype[Any]) -> bytes:
+    def header(self, n: int, d: int, dtype: NumpyDType) -> bytes:
         raise NotImplementedError
 
 
@@ -263,7 +262,7 @@ class NpyDestination(_MatrixDestination):
     suffix = ".npy"
     header_bytes = _HEADER
 
-    def header(self, n: int, d: int, dtype: np.dtype[Any]) -> bytes:
+    def header(self, n: int, d: int, dtype: NumpyDType) -> bytes:
         return npy_header((n, d), dtype)
 
 
@@ -278,5 +277,5 @@ class BinDestination(_MatrixDestination):
             raise ValueError(f"dtype: expected float32 for .fbin, got {kind.value_type}")
         super().begin(schema, space)
 
-    def header(self, n: int, d: int, dtype: np.dtype[Any]) -> bytes:
+    def header(self, n: int, d: int, dtype: NumpyDType) -> bytes:
         return struct.pack("<II", n, d)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
+from typing_extensions import Unpack
 
 from fct.checks import check_path
 from fct.gallery.array_argument import load_labels, load_vectors
 from fct.gallery.columns import SIDE_NAMES, pick_column
 from fct.gallery.stores import open_source
+from fct.types import Access, JsonDict
 
 __all__ = ["load_pairs"]
 
 _LABELS = ("labels", "label")
 
 
-def load_pairs(where: str | os.PathLike[str], *, name: str = "pairs", **access: Any) -> dict[str, Any]:
+def load_pairs(where: str | os.PathLike[str], *, name: str = "pairs", **access: Unpack[Access]) -> JsonDict:
     """The arrays of a set of pairs: row i of each is the same item.
 
     Args:
@@ -57,7 +59,7 @@ def load_pairs(where: str | os.PathLike[str], *, name: str = "pairs", **access: 
     return found
 
 
-def _archive(where: str | os.PathLike[str], name: str) -> dict[str, Any]:
+def _archive(where: str | os.PathLike[str], name: str) -> JsonDict:
     path = check_path(where, name, "the path of an .npz")
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected an .npz file, found none at {path}")
@@ -72,7 +74,7 @@ class _Damaged(Exception):
     """What the archive's parser said."""
 
 
-def _members(opened: IO[bytes]) -> dict[str, Any]:
+def _members(opened: IO[bytes]) -> JsonDict:
     try:
         with np.load(opened, allow_pickle=False) as file:
             return {n: file[n] for n in file.files}

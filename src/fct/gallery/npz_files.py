@@ -16,12 +16,12 @@ from fct.errors import FctError
 from fct.gallery.location import Location
 from fct.gallery.matrix_files import Facts, MatrixSource, read_npy_header
 from fct.gallery.members import Found, MemberSource, native_name, pick_member, require_matrix
+from fct.types import Array, JsonDict, NumpyDType
 
 __all__ = ["NpzSource"]
 
 _LOCAL_HEADER = 30  # bytes of a zip's local header before the name
-Header = tuple[tuple[int, ...], bool, "np.dtype[Any]", int]
-Array = np.ndarray[Any, Any]
+Header = tuple[tuple[int, ...], bool, NumpyDType, int]
 _IDLE = 4  # readings of compressed members kept for the next shard
 
 
@@ -35,7 +35,7 @@ class NpzSource(MemberSource, MatrixSource):
         super().__init__(where, files, member)
         self._idle: list[tuple[str, Any]] = []
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_idle": []}
 
     def flat(self) -> Array:

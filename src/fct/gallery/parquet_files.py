@@ -21,6 +21,7 @@ from fct.gallery.int96_times import columns_of_int96, unwrapped
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Shard
 from fct.gallery.location import Location
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["ParquetDestination", "ParquetSource"]
 
@@ -38,7 +39,7 @@ class ParquetSource(FileSource):
         self._paused: list[_Run] = []
         self._row_bytes: dict[str, float | None] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_paused": []}
 
     def _open(self, file: Location, **more: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fct.types import Array
+
 __all__ = ["Recycler"]
 
 _ALIGN = 64  # bytes; what Arrow aligns to
@@ -28,7 +30,7 @@ class Recycler:
     def __reduce__(self) -> Any:
         return Recycler, (self._keep,)
 
-    def empty(self, shape: tuple[int, int], dtype: Any) -> np.ndarray[Any, Any]:
+    def empty(self, shape: tuple[int, int], dtype: Any) -> Array:
         """As ``np.empty``: what is in it is arbitrary."""
         dtype = np.dtype(dtype)
         count = shape[0] * shape[1] * dtype.itemsize

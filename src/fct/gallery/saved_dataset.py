@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +16,7 @@ from fct.gallery.arrow_files import ArrowSource
 from fct.gallery.discovery import find_files
 from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.location import Location
+from fct.types import JsonDict
 
 __all__ = ["IndexedDatasetSource", "SavedDatasetSource", "open_saved_dataset", "read_state"]
 
@@ -54,7 +54,7 @@ def open_saved_dataset(root: Location, place: Location, name: str) -> ArrowSourc
     return source
 
 
-def _names(state: dict[str, Any], key: str, root: Location) -> list[str]:
+def _names(state: JsonDict, key: str, root: Location) -> list[str]:
     entries = state.get(key) or []
     names = [e.get("filename") if isinstance(e, dict) else None for e in entries] if isinstance(entries, list) else []
     if (not names and key == "_data_files") or not all(isinstance(n, str) for n in names):
@@ -107,7 +107,7 @@ class IndexedDatasetSource(SavedDatasetSource):
             yield from part.to_batches()
 
 
-def read_state(file: Location) -> dict[str, Any]:
+def read_state(file: Location) -> JsonDict:
     """A small JSON object. Raises FctError that names the file."""
     if file.version().bytes > 64 << 20:
         raise FctError(f"source: expected at most 64 MB of JSON in {file}, it has {file.version().bytes} bytes")

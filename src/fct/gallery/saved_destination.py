@@ -14,13 +14,14 @@ from fct.gallery.interfaces import JOB_KEY, VECTOR_KEY, Batches, Shard
 from fct.gallery.location import Location
 from fct.gallery.saved_dataset import read_state
 from fct.spaces import EmbeddingSpace
+from fct.types import JsonDict
 
 __all__ = ["SavedDatasetDestination", "saved_info"]
 
 _DESCRIPTIVE = ("citation", "description", "homepage", "license")  # all else in dataset_info.json is of the old files
 
 
-def saved_info(where: Location) -> dict[str, Any]:
+def saved_info(where: Location) -> JsonDict:
     """dataset_info.json of a saved dataset."""
     return read_state(where / "dataset_info.json")
 
@@ -45,7 +46,7 @@ class SavedDatasetDestination(ArrowDestination):
             if writer is not None:
                 writer.close()
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
         files = [name for name in self.where.files() if name.startswith("part-") and name.endswith(self.suffix)]
         metadata = schema.metadata or {}
         state = {
@@ -65,7 +66,7 @@ class SavedDatasetDestination(ArrowDestination):
         (self.where / "state.json").write_bytes(json.dumps(state, indent=2).encode())
 
 
-def _features(schema: pa.Schema, old: Any, vector: str) -> dict[str, Any] | None:
+def _features(schema: pa.Schema, old: Any, vector: str) -> JsonDict | None:
     """The source's features, the vectors' anew; None, so that ``datasets`` finds them itself, where it had none."""
     if not isinstance(old, dict) or not all(name in old for name in schema.names if name not in (vector, "row")):
         return None

@@ -26,7 +26,7 @@ from fct.gallery.tables import open_table, split_version
 from fct.gallery.urls import without_query
 from fct.gallery.vortex_files import VortexSource
 from fct.options.groups import StoreAccess
-from fct.types import FileSystem
+from fct.types import FileSystem, StorageOptions
 
 __all__ = ["FORMATS", "Opening", "journal_location", "lance_in", "open_destination", "open_source", "opening"]
 
@@ -49,7 +49,7 @@ class Opening(TypedDict):
     """What :func:`open_source` and :func:`location_of` are told of a store."""
 
     filesystem: FileSystem | None
-    storage_options: Mapping[str, Any] | None
+    storage_options: StorageOptions | None
     patience: Patience
 
 
@@ -65,8 +65,8 @@ def opening(access: StoreAccess) -> Opening:
 def open_source(
     where: Any,
     *,
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
+    filesystem: FileSystem | None = None,
+    storage_options: StorageOptions | None = None,
     patience: Patience | None = None,
     name: str = "source",
 ) -> Source:
@@ -143,7 +143,7 @@ def _files_at(place: Location, member: str, name: str) -> FileSource:
     return kind(place, some)
 
 
-def _of_catalog(url: str, storage_options: Mapping[str, Any] | None, patience: Patience, name: str) -> Source:
+def _of_catalog(url: str, storage_options: StorageOptions | None, patience: Patience, name: str) -> Source:
     """The table that a catalog has by the URL's name, at its current snapshot or the one of ``?version=``."""
     from fct.gallery.iceberg_table import IcebergSource
 
@@ -204,8 +204,8 @@ def open_destination(
     where: Any,
     format: str,
     *,
-    filesystem: Any = None,
-    storage_options: Mapping[str, Any] | None = None,
+    filesystem: FileSystem | None = None,
+    storage_options: StorageOptions | None = None,
     patience: Patience | None = None,
 ) -> Destination:
     """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, a Delta table, a table of an

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from fct.errors import FctError
@@ -16,6 +15,7 @@ from fct.extras import need
 from fct.gallery.discovery import root_of
 from fct.gallery.interfaces import Source
 from fct.gallery.location import Location
+from fct.types import StorageOptions
 
 __all__ = ["TITLES", "open_table", "pinned", "refuse_inside", "split_version", "table_kind"]
 
@@ -56,7 +56,7 @@ def pinned(where: Any, source: Source, named: str) -> str | None:
 
 
 def open_table(
-    place: Location, version: int | None, storage_options: Mapping[str, Any] | None, name: str
+    place: Location, version: int | None, storage_options: StorageOptions | None, name: str
 ) -> Source | None:
     """The table at ``place``, or None where it is no table.
 
@@ -87,7 +87,7 @@ def open_table(
 
 
 def _open(
-    kind: str, place: Location, root: Location, version: int | None, options: Mapping[str, Any] | None, name: str
+    kind: str, place: Location, root: Location, version: int | None, options: StorageOptions | None, name: str
 ) -> Source:
     if kind == "delta":
         need("deltalake", f"{name}: {root}, a Delta table,")

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from fct.gallery.databases.address import KINDS
 from fct.gallery.location import DELTA, Location
+from fct.types import StorageOptions
 
 __all__ = ["Parts", "differing_parts", "identity_parts", "keyed"]
 
@@ -44,7 +45,7 @@ _HOW = (
 )
 
 
-def identity_parts(where: object, storage_options: Mapping[str, Any] | None = None) -> dict[str, str]:
+def identity_parts(where: object, storage_options: StorageOptions | None = None) -> dict[str, str]:
     """The parts of a URL that say what is read, by the name of their kind; {} for a path of this machine.
 
     Example:

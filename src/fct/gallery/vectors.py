@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +10,7 @@ import pyarrow as pa
 from fct.gallery.interfaces import Batches
 from fct.gallery.vector_types import is_tensor, plain_type, plain_vectors
 from fct.packed_int4 import PackedInt4
+from fct.types import Array
 
 __all__ = [
     "VECTOR_FORMATS",
@@ -32,7 +32,6 @@ _DTYPES = {
     pa.float32(): np.float32, pa.float64(): np.float64, pa.float16(): np.float16, pa.uint8(): np.uint8,
     pa.int8(): np.int8,
 }  # fmt: skip
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

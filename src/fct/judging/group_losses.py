@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from fct.checks import check_choice, check_whole
 from fct.metrics import RetrievalMetrics
 from fct.rows import check_labels
 from fct.terminal import printable
+from fct.types import JsonDict
 
 __all__ = ["SHOWN", "GroupChange", "GroupLosses", "who_loses"]
 
@@ -68,7 +68,7 @@ class GroupLosses:
         """The groups that lose beyond what chance explains."""
         return tuple(group for group in self.groups if group.loses)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain values for JSON."""
         rows = [{**asdict(g), "change": g.change, "loses": g.loses} for g in (self.overall, *self.groups)]
         return {

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fct import _C
 from fct.artifact.transformation import BRANCHES, Layer, Transformation
@@ -24,6 +24,11 @@ from fct.ops.device.state import chunk_rows
 from fct.ops.numerics.quantise import exact_first
 from fct.progress import Report
 from fct.rows import Rows
+from fct.types import JsonDict
+
+if TYPE_CHECKING:
+    pass
+
 
 __all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
 
@@ -54,7 +59,7 @@ class CudaRuntime:
         stream = torch.cuda.current_stream(torch.device(device))
         return int(stream.device_index), int(stream.cuda_stream)
 
-    def properties(self, index: int) -> dict[str, Any]:
+    def properties(self, index: int) -> JsonDict:
         """name, capability, multiprocessors, shared_memory (bytes a block may have), l2_bytes."""
         return _properties(self.lib, index)
 
@@ -66,7 +71,7 @@ class CudaRuntime:
 
 
 @cache
-def _properties(lib: Any, index: int) -> dict[str, Any]:
+def _properties(lib: Any, index: int) -> JsonDict:
     return dict(lib.cuda_device(index))
 
 
@@ -176,7 +181,7 @@ class CudaTransform:
         """Why cuBLASLt is not at hand, in which case large batches go through the small kernel in pieces."""
         return str(self.runtime.lib.cuda_blaslt_why_not(_blaslt_paths()))
 
-    def _scratch(self, packed: _Packed, rows: int, stream: int) -> dict[str, Any]:
+    def _scratch(self, packed: _Packed, rows: int, stream: int) -> JsonDict:
         key = (stream, rows)
         if key not in packed.scratch:
             import torch
@@ -200,11 +205,11 @@ class CudaTransform:
             packed.scratch[key] = buffers
         return packed.scratch[key]
 
-    def _plan(self, packed: _Packed, s: dict[str, Any], bias_bf16: bool) -> list[dict[str, Any]]:
+    def _plan(self, packed: _Packed, s: dict[str, Any], bias_bf16: bool) -> list[JsonDict]:
         """Every layer with its buffers, in the order and phases in which they can run."""
         chains = packed.chains
         branch_phases = max(len(chains["old"]), len(chains["side"]))
-        plan: list[dict[str, Any]] = []
+        plan: list[JsonDict] = []
         for branch in BRANCHES:
             x = s["joined"] if branch == "mixer" else s[branch]
             chain = chains[branch]
@@ -387,7 +392,7 @@ class CudaSearch:
 
     def _args(
         self, queries: Rows, shadow: Any, meta: Any, gallery: GpuShadow, part: slice, k: int, index: int
-    ) -> dict[str, Any]:
+    ) -> JsonDict:
         properties = self.runtime.properties(index)
         return {
             "queries": _at(queries),

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from typing_extensions import Self
 
 from fct.checks import check_choice, check_flag
+from fct.types import JsonDict
 
 __all__ = ["Flag", "Group", "OptionSet", "choices_of", "flat", "option", "optional", "takes", "title"]
 
@@ -57,7 +58,7 @@ def optional(check: Check) -> Check:
     return lambda value, name: None if value is None else check(value, name)
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> JsonDict:
     return get_type_hints(cls)
 
 

@@ -30,6 +30,7 @@ from fct.types import (
     Format,
     GalleryLike,
     Precision,
+    StorageOptions,
     TransformationLike,
     VectorFormat,
 )
@@ -67,7 +68,7 @@ class StoreAccess(Group):
     filesystem: FileSystem | None = option(
         None, "An fsspec or pyarrow filesystem that the paths are on; None for what a URL names.", flag=False
     )
-    storage_options: Mapping[str, Any] | None = option(
+    storage_options: StorageOptions | None = option(
         None,
         "For the store behind a URL, as fsspec names it, or the properties of an Iceberg catalog; may be repeated.",
         flag=Flag(name="--storage-option", type=list[str] | None, metavar="KEY=VALUE", parse=storage_options),

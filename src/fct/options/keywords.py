@@ -17,6 +17,7 @@ from fct.types import (
     Format,
     GalleryLike,
     Precision,
+    StorageOptions,
     TransformationLike,
     VectorFormat,
 )
@@ -48,7 +49,7 @@ class StoreAccessKeywords(TypedDict, total=False):
 
     filesystem: FileSystem | None
     """An fsspec or pyarrow filesystem that the paths are on; None for what a URL names."""
-    storage_options: Mapping[str, Any] | None
+    storage_options: StorageOptions | None
     """For the store behind a URL, as fsspec names it, or the properties of an Iceberg catalog; may be repeated."""
     retries: int
     """Further attempts, with back-off, where a store may have failed."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from fct.checks import check_number, check_positive, check_text, check_whole, shown
 from fct.options.declare import Check
+from fct.types import JsonDict
 
 __all__ = [
     "at_least",
@@ -70,14 +71,14 @@ def reembedder(value: Any, name: str) -> Any:
     raise TypeError(f"{name}: expected a function, a mapping of id and new, or the path of a table, got {shown(value)}")
 
 
-def storage_options(given: Sequence[str] | None) -> dict[str, Any] | None:
+def storage_options(given: Sequence[str] | None) -> JsonDict | None:
     """``KEY=VALUE`` as fsspec takes them. VALUE is JSON where it can be read as such (true, 60, {...}), else a string.
 
     They may hold keys: no message repeats a value.
     """
     if not given:
         return None
-    options: dict[str, Any] = {}
+    options: JsonDict = {}
     for number, pair in enumerate(given, 1):
         key, equals, value = pair.partition("=")
         if not key or not equals:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fct.checks import check_choice
+from fct.types import JsonDict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -138,7 +139,7 @@ class ResultTable:
             table.add_row(*cells, style="dim" if ends else None)
         return table
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """Plain JSON values; the shares of the gap are there too, None where there is no gap."""
         return {
             "title": self.title,

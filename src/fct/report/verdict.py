@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fct.report.table import ResultTable
+from fct.types import JsonDict
 
 __all__ = ["Verdict", "judge"]
 
@@ -17,7 +17,7 @@ class Verdict:
     migrate: bool
     sentence: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         return {"migrate": self.migrate, "sentence": self.sentence}
 
 

@@ -15,6 +15,7 @@ from fct.gallery.databases.database_gallery import DatabaseDestination, Database
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
 from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
+from fct.types import Id, JsonDict
 
 __all__ = ["ChromaDestination", "ChromaSource"]
 
@@ -74,7 +75,7 @@ class ChromaSource(CollectionSource):
             seen.update(fresh)
             yield pa.array(fresh, pa.string())
 
-    def points(self, ids: list[Any]) -> list[Point]:
+    def points(self, ids: list[Id]) -> list[Point]:
         include = ["embeddings", "metadatas", "documents", "uris"] if self.payload else ["embeddings"]
         found = _collection(self.address).get(ids=ids, include=include)
         points: list[Point] = []
@@ -136,7 +137,7 @@ class ChromaDestination(DatabaseDestination):
         for start in range(0, len(ids), _PAGE):
             asked(self.address, lambda s=start: collection.delete(ids=ids.slice(s, _PAGE).to_pylist()))
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
         super().finish(extras, schema, space)
         if self.switch:
             raise DatabaseError("switch_alias: expected False, since Chroma has no aliases, got True")
@@ -148,7 +149,7 @@ class ChromaDestination(DatabaseDestination):
 _ITS_OWN = {"metadata", "document", "uri"}
 
 
-def _record(payload: dict[str, Any], schema: pa.Schema) -> tuple[dict[str, Any] | None, str | None, str | None]:
+def _record(payload: JsonDict, schema: pa.Schema) -> tuple[JsonDict | None, str | None, str | None]:
     """(metadata, document, uri). What did not come from Chroma is metadata: numbers, texts, booleans, else as JSON."""
     if set(payload) <= _ITS_OWN and not _ITS_OWN & set(schema.names):
         return payload.get("metadata") or None, payload.get("document"), payload.get("uri")

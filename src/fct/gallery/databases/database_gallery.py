@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ from fct.gallery.interfaces import VECTOR_KEY, Batches, Destination, Piece, Shar
 from fct.gallery.location import Patience
 from fct.spaces import EmbeddingSpace
 from fct.terminal import plain_log
+from fct.types import JsonDict
 
 __all__ = ["JSON_KEY", "DatabaseDestination", "DatabaseError", "DatabaseSource", "json_rows"]
 
@@ -164,10 +165,10 @@ class DatabaseDestination(Destination):
         self._journal: Path | None = None
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return self.__dict__ | {"_lock": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonDict) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     @property
@@ -223,7 +224,7 @@ class DatabaseDestination(Destination):
             self._source.release()  # a column can not be added under a reader's transaction
         self.prepare(schema, space, begun=begun)
 
-    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], Any]:
+    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], object]:
         held = [batch for batch in batches if batch.num_rows]
         if held:
             moves = sum(batch.nbytes for batch in held)
@@ -231,7 +232,7 @@ class DatabaseDestination(Destination):
                 self.patience.ask(lambda: self.put(held), f"writing to {self.url}", moves=8 * moves)
         return {}, None
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
         gone = None if self._source is None else self._source.gone()
         if self._source is not None:
             self._source.release()
@@ -250,7 +251,7 @@ class DatabaseDestination(Destination):
         )
 
 
-def json_rows(rest: pa.RecordBatch) -> list[dict[str, Any]]:
+def json_rows(rest: pa.RecordBatch) -> list[JsonDict]:
     """Each row's payload as an object for JSON: what a column of such objects has, the other columns by name."""
     whole = [f.name for f in rest.schema if (f.metadata or {}).get(b"fct.json")]
     named = rest.drop_columns(whole)

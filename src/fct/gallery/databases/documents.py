@@ -15,6 +15,7 @@ from fct.gallery.databases.address import Address
 from fct.gallery.databases.database_gallery import JSON_KEY, DatabaseDestination, DatabaseError, DatabaseSource
 from fct.gallery.interfaces import VECTOR_KEY
 from fct.gallery.location import Patience
+from fct.types import Id, JsonDict
 
 __all__ = ["PAYLOAD", "CollectionSource", "asked", "clients", "points_of", "rows_of_points", "vectors_of"]
 
@@ -60,7 +61,7 @@ def rows_of_points(points: Sequence[Point], schema: pa.Schema, id_column: str) -
 
 def points_of(
     destination: DatabaseDestination, batch: pa.RecordBatch, payload: Any
-) -> tuple[list[Any], Any, list[dict[str, Any]]]:
+) -> tuple[list[Any], Any, list[JsonDict]]:
     """(ids, (n, d) float32, payload objects) of a batch. payload: what makes objects of the other columns."""
     ids, vectors, rest = destination.split(batch)
     return ids.to_pylist(), vectors_of(vectors), payload(rest) if rest.num_columns else [{}] * len(ids)
@@ -83,7 +84,7 @@ class CollectionSource(DatabaseSource):
         """(name of the ids, their type, names of the vectors). Raises DatabaseError where there is no collection."""
 
     @abstractmethod
-    def points(self, ids: list[Any]) -> list[Point]:
+    def points(self, ids: list[Id]) -> list[Point]:
         """The points of these ids that are there."""
 
     @property

@@ -13,6 +13,7 @@ from fct.gallery.databases.address import Address
 from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError, json_rows
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
 from fct.spaces import EmbeddingSpace
+from fct.types import Id, JsonDict
 
 __all__ = ["MilvusDestination", "MilvusSource"]
 
@@ -38,7 +39,7 @@ def _client(address: Address) -> Any:
     return clients[key]
 
 
-def _fields(client: Any, address: Address) -> list[dict[str, Any]] | None:
+def _fields(client: Any, address: Address) -> list[JsonDict] | None:
     if not client.has_collection(address.table):
         return None
     return list(client.describe_collection(address.table)["fields"])
@@ -73,7 +74,7 @@ class MilvusSource(CollectionSource):
         finally:
             rows.close()
 
-    def points(self, ids: list[Any]) -> list[Point]:
+    def points(self, ids: list[Id]) -> list[Point]:
         key, _, names = self.facts
         wanted = ["*"] if self.payload else [key, *(n for n in self.schema.names if n in names)]
         found = _client(self.address).get(self.address.table, ids, output_fields=wanted)
@@ -123,7 +124,7 @@ class MilvusDestination(DatabaseDestination):
         client.create_collection(self.address.table, schema=made, index_params=index, consistency_level="Strong")
         client.load_collection(self.address.table)
 
-    def _like_the_source(self) -> list[dict[str, Any]]:
+    def _like_the_source(self) -> list[JsonDict]:
         """The typed payload fields of a source that is Milvus too; all else is in the dynamic field."""
         if not isinstance(self._source, MilvusSource):
             return []
@@ -148,7 +149,7 @@ class MilvusDestination(DatabaseDestination):
             some = ids.slice(start, _PAGE).to_pylist()
             asked(self.address, lambda s=some: client.delete(self.address.table, ids=s))
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
         super().finish(extras, schema, space)
         client = _client(self.address)
         asked(self.address, lambda: client.flush(self.address.table))

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from fct.gallery.databases.postgres_copy import Column, arrow_type
+from fct.types import NumpyDType
 
 if TYPE_CHECKING:
     from psycopg.sql import Composable, Composed
@@ -21,7 +22,7 @@ __all__ = ["BLOCK_ROWS", "INTS", "fits_blocks", "id_blocks", "joined_ids", "join
 
 BLOCK_ROWS = 1024  # of a message: the server joins larger ones no faster, and holds them whole
 INTS = ("int2", "int4", "int8")
-_VECTORS: dict[str, np.dtype[Any]] = {"vector": np.dtype(">f4"), "halfvec": np.dtype(">f2")}
+_VECTORS: dict[str, NumpyDType] = {"vector": np.dtype(">f4"), "halfvec": np.dtype(">f2")}
 _IDS = 131_072  # of a message of ids
 
 
@@ -63,7 +64,7 @@ def joined_rows(found: Sequence[tuple[Any, ...]], columns: Sequence[Column]) -> 
     found = [block for block in found if block[0]]
     arrays = []
     for place, column in enumerate(columns, 1):
-        kind: np.dtype[Any] = _VECTORS.get(column.type, np.dtype(">i8"))
+        kind: NumpyDType = _VECTORS.get(column.type, np.dtype(">i8"))
         width = 1 if column.type in INTS else column.dim
         ahead = 0 if column.type in INTS else 2  # a vector's own dimension and a zero, 2 bytes each
         record = np.dtype([("ahead", ">i2", (ahead,)), ("values", kind, (width,))])

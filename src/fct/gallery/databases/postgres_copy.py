@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fct.types import JsonDict
+
 __all__ = ["END", "HEADER", "PG_TYPE", "Column", "arrow_type", "decode", "encode", "pg_type_of"]
 
 HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
@@ -230,7 +232,7 @@ def encode(arrays: Sequence[pa.Array], types: Sequence[str], raw: Sequence[bool]
 def _encode_block(arrays: Sequence[pa.Array], types: Sequence[str]) -> bytes | None:
     rows = len(arrays[0])
     fields: list[Any] = [("n", ">i2")]
-    blocks: dict[str, Any] = {"n": len(arrays)}
+    blocks: JsonDict = {"n": len(arrays)}
     for i, (array, kind) in enumerate(zip(arrays, types, strict=True)):
         if array.null_count:
             return None

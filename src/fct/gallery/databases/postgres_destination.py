@@ -17,6 +17,7 @@ from fct.spaces import EmbeddingSpace
 
 if TYPE_CHECKING:
     from psycopg import Connection
+    from psycopg.rows import TupleRow
 
 __all__ = ["PostgresDestination"]
 
@@ -114,7 +115,7 @@ class PostgresDestination(DatabaseDestination):
             return
         add = sql.SQL("ALTER TABLE {} ADD COLUMN {} " + wanted).format(table_of(self.address), sql.Identifier(vector))
 
-        def do(connection: Connection[Any]) -> None:
+        def do(connection: Connection[TupleRow]) -> None:
             connection.execute("SET lock_timeout = '5s'")  # who waits for a served table's lock holds up its readers
             connection.execute(add)
             connection.execute("SET lock_timeout = 0")
@@ -130,7 +131,7 @@ class PostgresDestination(DatabaseDestination):
         parts.append(sql.Identifier(vector) + sql.SQL(f" {wanted}"))
         create = sql.SQL("CREATE TABLE IF NOT EXISTS {} ({})").format(table_of(self.address), sql.SQL(", ").join(parts))
 
-        def do(connection: Connection[Any]) -> None:
+        def do(connection: Connection[TupleRow]) -> None:
             connection.execute(create)
             self._told.append(f"created: {create.as_string(connection)}")
 
@@ -146,7 +147,7 @@ class PostgresDestination(DatabaseDestination):
             ids.append(key)
         self._server.run(lambda c: self._put(c, blocks, pa.concat_arrays(ids)))
 
-    def _put(self, connection: Connection[Any], blocks: list[bytes], ids: pa.Array) -> None:
+    def _put(self, connection: Connection[TupleRow], blocks: list[bytes], ids: pa.Array) -> None:
         from psycopg import errors, sql
 
         table, names = table_of(self.address), sql.SQL(", ").join(map(sql.Identifier, self._names))
@@ -200,7 +201,7 @@ class PostgresDestination(DatabaseDestination):
         return [*self._told, f"now run: {index}", f"and: ANALYZE {table};"]
 
 
-def _copy_in(connection: Connection[Any], table: Any, names: Any, blocks: list[bytes]) -> None:
+def _copy_in(connection: Connection[TupleRow], table: Any, names: Any, blocks: list[bytes]) -> None:
     from psycopg import sql
 
     with (

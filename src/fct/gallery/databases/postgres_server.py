@@ -8,9 +8,11 @@ from fct.extras import need
 from fct.gallery.databases.address import Address
 from fct.gallery.databases.database_gallery import DatabaseError
 from fct.gallery.databases.postgres_copy import Column
+from fct.types import JsonDict
 
 if TYPE_CHECKING:
     from psycopg import Connection
+    from psycopg.rows import TupleRow
 
 __all__ = ["Server", "columns_of", "key_of", "quoted", "table_of"]
 
@@ -30,27 +32,27 @@ class Server:
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self._connection: Connection[Any] | None = None
+        self._connection: Connection[TupleRow] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JsonDict:
         return {"address": self.address, "_connection": None}
 
-    def get(self) -> Connection[Any]:
+    def get(self) -> Connection[TupleRow]:
         if self._connection is None or self._connection.closed:
             self._connection = self._connect()
         return self._connection
 
-    def _connect(self) -> Connection[Any]:
+    def _connect(self) -> Connection[TupleRow]:
         psycopg = need("psycopg", "postgresql")
         a = self.address
         own = {k: v for k, v in a.options.items() if k not in ("id", "side", "columns")}
         given = {"host": a.host, "user": a.user, "password": a.password, "dbname": a.path.strip("/")}
-        words: dict[str, Any] = {k: v for k, v in given.items() if v} | own
+        words: JsonDict = {k: v for k, v in given.items() if v} | own
         if a.host:
             words.setdefault("port", a.port)
         words.setdefault("connect_timeout", 10)
         try:
-            found: Connection[Any] = psycopg.connect(autocommit=True, application_name="fct", **words)
+            found: Connection[TupleRow] = psycopg.connect(autocommit=True, application_name="fct", **words)
         except psycopg.ProgrammingError as error:
             raise DatabaseError(
                 f"{a.shown}: expected what libpq takes in the URL, got other: {a.hidden(str(error))}"
@@ -102,7 +104,7 @@ def quoted(address: Address) -> str:
     return ".".join('"' + part.replace('"', '""') + '"' for part in address.table.split("."))
 
 
-def columns_of(connection: Connection[Any], address: Address) -> list[Column]:
+def columns_of(connection: Connection[TupleRow], address: Address) -> list[Column]:
     """[] where there is no such table."""
     if connection.execute("SELECT to_regclass(%s)", [quoted(address)]).fetchone() == (None,):
         return []
@@ -111,7 +113,7 @@ def columns_of(connection: Connection[Any], address: Address) -> list[Column]:
     return [Column(n, t, shown, max(0, m) if t in vectors else 0) for n, t, shown, m in rows]
 
 
-def key_of(connection: Connection[Any], address: Address, what: str) -> str:
+def key_of(connection: Connection[TupleRow], address: Address, what: str) -> str:
     """The one column by which rows are told apart."""
     keys = [str(name) for name, _ in connection.execute(_KEYS, [quoted(address)]).fetchall()]
     wanted = address.options.get("id", "")

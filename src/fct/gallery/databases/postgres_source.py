@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pyarrow as pa
 
@@ -27,6 +27,7 @@ from fct.spaces import EmbeddingSpace
 
 if TYPE_CHECKING:
     from psycopg import Connection
+    from psycopg.rows import TupleRow
     from psycopg.sql import Composed
 
 __all__ = ["PostgresSource"]
@@ -52,7 +53,7 @@ class PostgresSource(DatabaseSource):
             self._found = self.patience.ask(lambda: self._server.run(self._look_at), f"opening {self.url}", moves=0)
         return self._found
 
-    def _look_at(self, connection: Connection[Any]) -> list[Column]:
+    def _look_at(self, connection: Connection[TupleRow]) -> list[Column]:
         found = columns_of(connection, self.address)
         if not found:
             raise DatabaseError(f"source: expected a table, there is no {self.address.table} in {self.url}")
@@ -109,7 +110,7 @@ class PostgresSource(DatabaseSource):
         self.raw = destination.kind == self.address.kind
 
     # ---- reading ----
-    def _in_snapshot(self) -> Connection[Any]:
+    def _in_snapshot(self) -> Connection[TupleRow]:
         """A connection that sees what the first one of this run saw."""
         connection = self._server.get()
         if connection.info.transaction_status == 0:  # idle: not in the transaction yet
@@ -127,7 +128,7 @@ class PostgresSource(DatabaseSource):
             self._snapshot = str(row[0]) if row else ""
         return connection
 
-    def _copy(self, connection: Connection[Any], query: Composed) -> bytes:
+    def _copy(self, connection: Connection[TupleRow], query: Composed) -> bytes:
         from psycopg import pq, sql
         from psycopg.errors import error_from_result
 
@@ -157,7 +158,7 @@ class PostgresSource(DatabaseSource):
         columns = self.columns
         key = next(c for c in columns if c.name == self.id_column)
 
-        def ids(connection: Connection[Any]) -> pa.Array:
+        def ids(connection: Connection[TupleRow]) -> pa.Array:
             if key.type in INTS:
                 found = self._run_in_blocks(self._in_snapshot(), id_blocks(table_of(self.address), key))
                 return joined_ids(found, key)
@@ -204,6 +205,6 @@ class PostgresSource(DatabaseSource):
         found = self._server.run(lambda _: [self._run_in_blocks(self._in_snapshot(), query) for query in asked])
         return joined_rows([row for rows in found for row in rows], columns)
 
-    def _run_in_blocks(self, connection: Connection[Any], query: Composed) -> list[tuple[bytes | int, ...]]:
+    def _run_in_blocks(self, connection: Connection[TupleRow], query: Composed) -> list[tuple[bytes | int, ...]]:
         with connection.cursor(binary=True) as cursor:
             return cursor.execute(query, prepare=False).fetchall()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
+from uuid import UUID
 
 import pyarrow as pa
 
@@ -13,6 +14,7 @@ from fct.gallery.databases.database_gallery import DatabaseDestination, Database
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
 from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
+from fct.types import Id, JsonDict
 
 __all__ = ["QdrantDestination", "QdrantSource"]
 
@@ -38,7 +40,7 @@ def _client(address: Address) -> Any:
     return clients[key]
 
 
-def _vectors(client: Any, address: Address) -> dict[str, Any] | None:
+def _vectors(client: Any, address: Address) -> JsonDict | None:
     """Name -> parameters of the collection's dense vectors; None where there is no collection."""
     if not client.collection_exists(address.table):
         return None
@@ -75,7 +77,7 @@ class QdrantSource(CollectionSource):
             if at is None:
                 return
 
-    def points(self, ids: list[Any]) -> list[Point]:
+    def points(self, ids: list[Id]) -> list[Point]:
         found = _client(self.address).retrieve(
             self.address.table, ids, with_payload=self.payload, with_vectors=True, timeout=60
         )
@@ -139,7 +141,7 @@ class QdrantDestination(DatabaseDestination):
                 part = slice(start, start + _PAGE)
                 asked(self.address, lambda i=ids[part], v=vectors[part], p=payloads[part]: self._put(i, v.tolist(), p))
 
-    def _put(self, ids: list[Any], vectors: list[list[float]], payloads: list[dict[str, Any]]) -> None:
+    def _put(self, ids: list[int | str | UUID], vectors: list[list[float]], payloads: list[JsonDict]) -> None:
         from qdrant_client import models
 
         client, name = _client(self.address), self.address.vector
@@ -161,7 +163,7 @@ class QdrantDestination(DatabaseDestination):
             some = ids.slice(start, _PAGE).to_pylist()
             asked(self.address, lambda s=some: client.delete(self.address.table, s, wait=True))
 
-    def finish(self, extras: Sequence[Any], schema: pa.Schema, space: EmbeddingSpace) -> None:
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
         super().finish(extras, schema, space)
         alias = self.address.options.get("alias", "")
         if self.switch and not alias:

@@ -17,6 +17,7 @@ import numpy as np
 from fct.artifact.layers import SKIP, Layer
 from fct.artifact.transformation import Transformation
 from fct.ops.numerics.quantise import MOST_INT16, exact_first, int8_plan, layer_plans
+from fct.types import JsonDict
 
 __all__ = ["SIGMAS", "deviation", "rounding_variance"]
 
@@ -57,7 +58,7 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
         >>> bool((finer < coarser).all())
         True
     """
-    plans: dict[str, Any] = {}
+    plans: JsonDict = {}
     if precision == "int8" and backend == "triton":
         plans["mixer"] = [int8_plan(layer, h.calibration[f"mixer.{i}"]) for i, layer in enumerate(h.mixer)]
     elif precision == "int8":

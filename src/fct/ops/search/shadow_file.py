@@ -24,6 +24,7 @@ from fct.ops.search.cpu_search import Shadow, widths
 from fct.ops.search.levels import Levels
 from fct.rows import DTYPES
 from fct.spaces import METRICS
+from fct.types import JsonDict
 
 __all__ = ["ShadowHeader", "read_shadow", "write_shadow"]
 
@@ -111,7 +112,7 @@ def read_shadow(path: Path) -> tuple[ShadowHeader, Shadow]:
 class _Guard:
     """Compares a mapped shadow with its checksums, once, whoever comes first."""
 
-    def __init__(self, path: Path, arrays: dict[str, Any], sums: Any) -> None:
+    def __init__(self, path: Path, arrays: JsonDict, sums: Any) -> None:
         self._path, self._arrays, self._sums = path, arrays, sums
         self._lock, self._done = threading.Lock(), False
 

@@ -28,6 +28,7 @@ from fct.ops.device.state import MIN_CHUNK, Device, chunk_rows, device_of, why_n
 from fct.ops.numerics.quantise import exact_first, int8_plan
 from fct.progress import Report
 from fct.rows import BYTES_OF, Rows
+from fct.types import JsonDict
 
 __all__ = ["PackedTransform", "TritonTransform", "scale_mode"]
 
@@ -309,7 +310,7 @@ class _Chunks:
 
         return tiles(kernel, precision, self.device.target, width=width)[0]
 
-    def _product(self) -> dict[str, Any]:
+    def _product(self) -> JsonDict:
         """How float32 operands are multiplied: three TF32 products on tensor cores; plain where there are none."""
         exact = "ieee" if self.device.target.startswith("gfx") else "tf32x3"
         return {"PRECISION": exact if self.p.precision == "fp32" else "ieee", "UPCAST": self.device.interpreted}
