@@ -1,5 +1,5 @@
-// With cuda/bind.h and without_gil.h the only file that sees pybind11. Python passes addresses, sizes and strides that
-// src/fct/ops has checked.
+// With cuda/bind.h, repeated_call.h and without_gil.h the only file that sees pybind11. Python passes addresses, sizes
+// and strides that src/fct/ops has checked.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -18,6 +18,7 @@
 #endif
 #include "cpu/topk.h"
 #include "cpu/transform.h"
+#include "repeated_call.h"
 #include "without_gil.h"
 
 namespace py = pybind11;
@@ -181,6 +182,17 @@ void bind_transform(py::module_& m) {
             py::arg("threads"))
         .def_property_readonly("weight_bytes", &PackedTransform::weight_bytes)
         .def_property_readonly("rows_per_block", &PackedTransform::rows_per_block);
+    using fct::RepeatedCall;
+    py::class_<RepeatedCall>(m, "RepeatedCall")
+        .def(py::init<py::object, int64_t, int64_t, int64_t, int64_t, int>(), py::arg("packed"), py::arg("old"),
+             py::arg("side"), py::arg("out"), py::arg("most_rows"), py::arg("threads"))
+        .def("holds", &RepeatedCall::holds)
+        .def(
+            "run",
+            [](const RepeatedCall& self, const py::object& old, const py::object& side, const py::object& out) {
+                return self.run(old, side, out, keep_going(py::none()));
+            },
+            py::arg("old"), py::arg("side"), py::arg("out"));
 }
 
 // ---- topk ----

@@ -13,6 +13,12 @@ namespace {
 constexpr int64_t kLine = 64;
 constexpr int64_t kMostPanels = 4;  // that one call of a micro-kernel takes
 constexpr int64_t kRowsApart = 4;
+// Rows for which it pays that every worker reads all weights: near ones from its own second-level cache, far ones from
+// beyond it. With fewer rows, or weights that the workers had better read once, all share one block, layer by layer.
+constexpr int64_t kRowsEachNear = 4, kRowsEachFar = 8;
+constexpr int64_t kNearBytes = 1 << 20, kFarBytes = 8 << 20;
+// Weights that one worker has read by the time that two would have met after every layer.
+constexpr int64_t kAloneBytes = 384 << 10;
 
 }  // namespace
 
@@ -222,16 +228,22 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
                           const KeepGoing& keep_going) const {
     if (n <= 0) return true;
     const Call call{old, side, out};
-    const int64_t most = block_tiles_ * kernels_.rows;
     threads = std::max(threads, 1);
-    if (n <= most && threads > 1) {
+    const int64_t each = weight_bytes_ <= kNearBytes ? kRowsEachNear : kRowsEachFar;
+    const bool few = weight_bytes_ > kFarBytes ? n <= block_tiles_ * kernels_.rows : n < 2 * each;
+    if (threads > 1 && few && weight_bytes_ > kAloneBytes) {
         run_few(call, n, threads);
         return true;
     }
-    // Whole tiles, in blocks that differ by one tile at most, as many for every worker.
+    // As many blocks for every worker. Several each: whole tiles, blocks that differ by one tile at most. One each: as
+    // many rows for everybody, since a last tile costs what its rows do.
     const int64_t tiles = (n + kernels_.rows - 1) / kernels_.rows;
     const int64_t rounds = (tiles + block_tiles_ * threads - 1) / (block_tiles_ * threads);
-    const int64_t blocks = std::min(tiles, rounds * threads);
+    const bool several = rounds > 1;
+    const int64_t units = several ? tiles : n, unit = several ? kernels_.rows : 1;
+    const int64_t fewest = (tiles + block_tiles_ - 1) / block_tiles_;  // that hold them
+    const int64_t blocks =
+        several ? std::min(tiles, rounds * threads) : std::max(fewest, std::min<int64_t>(threads, n / each));
     const int workers = static_cast<int>(std::min<int64_t>(threads, blocks));
     std::vector<std::unique_ptr<Workspace>> spaces;
     for (int i = 0; i < workers; ++i) spaces.push_back(take());
@@ -243,8 +255,8 @@ bool PackedTransform::run(const RowsView& old, const RowsView& side, const RowsV
         for (;;) {
             const int64_t block = next.fetch_add(1);
             if (block >= blocks || stop.load(std::memory_order_relaxed)) break;
-            const int64_t first = tiles * block / blocks * kernels_.rows;
-            const int64_t end = std::min(n, tiles * (block + 1) / blocks * kernels_.rows);
+            const int64_t first = units * block / blocks * unit;
+            const int64_t end = std::min(n, units * (block + 1) / blocks * unit);
             Workspace& own = *spaces[static_cast<size_t>(worker)];
             Alone alone;
             run_block(own, own, call, first, end - first, alone);

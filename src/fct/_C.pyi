@@ -57,6 +57,19 @@ class PackedTransform:
     @property
     def rows_per_block(self) -> int: ...
 
+class RepeatedCall:
+    def __init__(
+        self,
+        packed: PackedTransform,
+        old: int,  # columns
+        side: int,  # 0 for none
+        out: int,
+        most_rows: int,
+        threads: int,
+    ) -> None: ...
+    def holds(self) -> bool: ...  # whether environment and processors are as they were
+    def run(self, old: object, side: object, out: object) -> Any: ...  # what was filled; None: not here
+
 # ---- topk: metric is an index of fct.spaces.METRICS, self -1 or the gallery row of the first query ----
 shadow_tile: int
 shadow_meta: int

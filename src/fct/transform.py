@@ -9,6 +9,7 @@ from fct.ops.backend import check_precision
 from fct.ops.device.state import numbered
 from fct.ops.processors import threads_of
 from fct.ops.registry import pick_transform
+from fct.ops.transform.repeated import remember_call, repeat_call
 from fct.ops.weights import packed
 from fct.progress import LongCall, Report
 from fct.rows import Rows, empty_like_kind, nonfinite_rows, rows_of
@@ -89,6 +90,10 @@ def transform_batch(
         >>> rows.shape, rows.dtype.name
         ((5, 16), 'float32')
     """
+    if device is None and backend is None and (progress is True or progress is False):
+        done = repeat_call(old, side_info, transformation, out=out, precision=precision, threads=threads)
+        if done is not None:
+            return done
     with LongCall(progress) as call:
         inputs = check_inputs(old, side_info, transformation)
         report = call.stage("transforming")
@@ -146,6 +151,10 @@ def _transform(
             )
         else:
             chosen.run(weights, old_rows, side_rows, out_rows, threads=count, report=report)
+            if chosen.name == "cpu" and backend is None and old_rows.kind == "numpy":
+                remember_call(
+                    transformation, precision=precision, threads=threads, chosen=chosen_precision, count=count
+                )
     return result, out_rows
 
 

@@ -271,9 +271,10 @@ def test_bits_do_not_depend_on_threads_or_batch(
     whole = run(a, b, h, isa, precision, threads=1)
     for threads in (2, 3, 7):
         np.testing.assert_array_equal(run(a, b, h, isa, precision, threads=threads), whole)
-    for start, count in ((0, 1), (3, 2), (9, 3), (11, 5), (20, 8), (31, 13), (40, 14), (50, 15), (100, 113), (258, 1)):
+    parts = ((0, 1), (3, 2), (9, 3), (11, 5), (20, 8), (31, 13), (40, 14), (50, 15), (100, 113), (9, 64), (258, 1))
+    for start, count in parts:
         part = slice(start, start + count)
-        for threads in (1, 2):
+        for threads in (1, 2, 5):
             np.testing.assert_array_equal(run(a[part], b[part], h, isa, precision, threads=threads), whole[part])
 
 
