@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ from fct.ops.backend import check_precision
 from fct.options.code_options import code_number
 from fct.rows import nonfinite_rows, rows_of
 from fct.transform import transform_finite
-from fct.types import CodeNumber, JsonDict
+from fct.types import CodeNumber, Floats, JsonDict
 
 __all__ = ["ArrowMapper"]
 
@@ -93,7 +92,7 @@ class ArrowMapper:
         self.__dict__.update(state)
         self.h = _one_here(self.h, self.fingerprint)
 
-    def __call__(self, rows: Any) -> Any:
+    def __call__(self, rows: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
         """The rows with ``out``. Raises ValueError for a column that is not there or can not hold h's vectors."""
         if isinstance(rows, pa.RecordBatch):
             return self._batch(rows)
@@ -106,7 +105,7 @@ class ArrowMapper:
         for batch in batches:
             yield self._batch(batch)
 
-    def column(self, vector: Any, side: Any = None) -> pa.Array:
+    def column(self, vector: pa.Array | pa.ChunkedArray, side: pa.Array | pa.ChunkedArray | None = None) -> pa.Array:
         """The mapped vectors alone, where an engine hands over columns. vector, side: Arrow arrays of one length."""
         arrays = [x.combine_chunks() if isinstance(x, pa.ChunkedArray) else x for x in (vector, side) if x is not None]
         names = [self.vector, *([self.side] if self.side is not None else [])]
@@ -144,7 +143,7 @@ class ArrowMapper:
             batch = batch.append_column(self.why, reasons)
         return batch
 
-    def _mapped(self, batch: pa.RecordBatch) -> tuple[Any, dict[int, str]]:
+    def _mapped(self, batch: pa.RecordBatch) -> tuple[Floats, dict[int, str]]:
         """((n, d_new), reason by row): what can not be mapped is zero there."""
         n, h = batch.num_rows, self.h
         bad: dict[int, str] = {}
@@ -184,7 +183,7 @@ class ArrowMapper:
         return whole, bad
 
 
-def _of_codes(value: CodeNumber, name: str, d: int) -> Any:
+def _of_codes(value: CodeNumber, name: str, d: int) -> Floats | None:
     """A scale or an offset as float32, (1,) or (d,); None where it changes nothing."""
     given = code_number(positive=name == "scale")(value, name)
     if isinstance(given, str):

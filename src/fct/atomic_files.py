@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -116,12 +115,12 @@ def replace_folder(target: Path, part: Path) -> None:
         shutil.rmtree(aside)
 
 
-def new_checksum() -> Any:
+def new_checksum() -> _C.Xxh64:
     """An empty XXH64 with ``update(address, bytes)`` and ``digest()``."""
     return _C.Xxh64()
 
 
-def checksum_file(file: Any) -> str:
+def checksum_file(file: io.RawIOBase | io.BufferedIOBase) -> str:
     """XXH64 of what is left of a binary file object, as 16 hex digits: what ``xxhsum -H64`` prints."""
     block = np.empty(_BLOCK, np.uint8)
     digest = new_checksum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 
@@ -22,27 +22,27 @@ __all__ = [
 ]
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """``value`` as it may stand in a message: its repr, on one line and not longer than that."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> str:
+def check_choice(value: object, name: str, choices: Sequence[str]) -> str:
     """``value`` itself; raises ValueError unless it is one of the strings in ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
     return value
 
 
-def check_text(value: Any, name: str, what: str) -> str:
+def check_text(value: object, name: str, what: str) -> str:
     """``value`` itself; raises TypeError unless it is a string. what: "the name of a column", for the message."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected {what}, got {shown(value)}")
     return value
 
 
-def check_path(value: Any, name: str, what: str = "a path") -> Path:
+def check_path(value: object, name: str, what: str = "a path") -> Path:
     """``value`` as a Path; raises TypeError unless it is a string or os.PathLike, ValueError for an empty one.
 
     Bytes are no path here: they would be compared with names that are strings.
@@ -55,38 +55,44 @@ def check_path(value: Any, name: str, what: str = "a path") -> Path:
     return Path(text)
 
 
-def check_flag(value: Any, name: str) -> bool:
+def check_flag(value: object, name: str) -> bool:
     """``value`` as a bool; raises ValueError unless it is one (or numpy's)."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 
 
-def check_whole(value: Any, name: str, least: int, most: int | None = None) -> int:
+def check_whole(value: object, name: str, least: int, most: int | None = None) -> int:
     """``value`` as an int; raises ValueError unless it is a whole number (or numpy's) in the range; True is none."""
-    fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not fits or value < least or (most is not None and value > most):
+    if (
+        not isinstance(value, (int, np.integer))
+        or isinstance(value, bool)
+        or value < least
+        or (most is not None and value > most)
+    ):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}: expected a whole number {span}, got {value!r}")
     return int(value)
 
 
-def check_number(value: Any, name: str, least: float) -> float:
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def check_number(value: object, name: str, least: float) -> float:
     """``value`` as a float; raises ValueError unless it is a finite number of at least ``least``."""
-    fits = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not fits or not np.isfinite(float(value)) or value < least:
+    if not _is_number(value) or not np.isfinite(float(value)) or value < least:
         raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {value!r}")
     return float(value)
 
 
-def check_positive(value: Any, name: str, what: str = "a positive number") -> float:
+def check_positive(value: object, name: str, what: str = "a positive number") -> float:
     """``value`` as a float; raises ValueError unless it is a finite number above 0. what: for the message."""
-    fits = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not fits or not 0 < value < float("inf"):
+    if not _is_number(value) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected {what}, got {shown(value)}")
     return float(value)
 
 
-def check_seed(seed: Any, name: str = "seed") -> int:
+def check_seed(seed: object, name: str = "seed") -> int:
     """``seed`` as an int; raises ValueError unless both numpy and torch take it."""
     return check_whole(seed, name, 0, 2**63 - 1)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
 from fct.checks import shown
+from fct.types import Values
+
+if TYPE_CHECKING:
+    import torch
+
 
 __all__ = ["ScaledInt8", "check_per_row", "is_torch", "signed"]
 
@@ -30,9 +35,9 @@ class ScaledInt8:
         (2, 3)
     """
 
-    values: Any
-    scale: Any = 1.0
-    offset: Any = 0.0
+    values: Values
+    scale: Values = 1.0
+    offset: Values = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,12 +47,12 @@ class ScaledInt8:
         return int(self.values.shape[0])
 
 
-def is_torch(x: Any) -> bool:
+def is_torch(x: object) -> TypeGuard[torch.Tensor]:
     torch = sys.modules.get("torch")  # a tensor can only exist once torch is imported
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def signed(codes: Any) -> Any:
+def signed(codes: Values) -> Values:
     """uint8 codes less 128, as int8: the same bits but the first."""
     if isinstance(codes, np.ndarray):
         return (codes ^ np.uint8(0x80)).view(np.int8)
@@ -56,7 +61,7 @@ def signed(codes: Any) -> Any:
     return (codes ^ 0x80).view(torch.int8)
 
 
-def check_per_row(given: Any, what: str, shape: tuple[int, int], like: Any, name: str) -> Any:
+def check_per_row(given: Values, what: str, shape: tuple[int, int], like: Values, name: str) -> Values:
     """A "scale" or an "offset" as float32 (1, 1), (n, 1) or (1, d), where the values lie."""
     n, d = shape
     kind = "a scale of positive floats" if what == "scale" else "an offset of floats"

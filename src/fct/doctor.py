@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +26,11 @@ from fct.ops.transform.reference_backend import store
 from fct.ops.weights import packed
 from fct.ref import chain
 from fct.rows import Rows
-from fct.types import JsonDict
+from fct.types import JsonDict, Values
+
+if TYPE_CHECKING:
+    from fct.ops.backend import SearchBackend
+
 
 __all__ = ["Finding", "Report", "Timing", "examine"]
 
@@ -212,8 +216,8 @@ class _Search:
     """A search on a device. prepare: (gallery rows, metric) -> what ``run`` takes besides the queries, k and metric."""
 
     why_not: Callable[[], list[str]]
-    prepare: Callable[[Rows, str], Any]
-    run: Callable[[Rows, Any, int, str], tuple[Any, Any]]
+    prepare: Callable[[Rows, str], Values]
+    run: Callable[[Rows, Values, int, str], tuple[Values, Values]]
 
 
 def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
@@ -231,7 +235,7 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
             lambda q, ready, k, metric: topk_cpu(q, ready[0], ready[1], k, metric, False, threads=threads)[:2],
         )
 
-    def shadowed(search: Any, kind: str) -> _Search:
+    def shadowed(search: SearchBackend, kind: str) -> _Search:
         return _Search(
             lambda: search.why_not(SEARCH_K, "l2", place),
             lambda g, metric: search.prepare(g, metric, kind),
@@ -279,7 +283,7 @@ def _prove_search(name: str, precision: str, place: str, search: _Search) -> Fin
     return Finding(name, precision, place, "right", "", worst, "search")
 
 
-def _array(x: Any, place: str) -> Any:
+def _array(x: Values, place: str) -> Values:
     if isinstance(x, np.ndarray):
         return x
     from fct.ops.device.state import device_of
@@ -319,7 +323,7 @@ def _seconds(call: Callable[[], object], place: str) -> tuple[float, float, floa
     return median(seconds), seconds[len(seconds) // 5], seconds[min(len(seconds) - 1, len(seconds) * 4 // 5)]
 
 
-def _calibrated(h: Transformation, old: Any = None, side: Any = None) -> Transformation:
+def _calibrated(h: Transformation, old: Values = None, side: Values = None) -> Transformation:
     """h with activation ranges from the rows, or from random ones, so that the 8-bit precisions can run."""
     rng = np.random.default_rng(1)
     x = {"old": old, "side": side}
@@ -328,7 +332,7 @@ def _calibrated(h: Transformation, old: Any = None, side: Any = None) -> Transfo
             x[name] = rng.standard_normal((256, getattr(h, name)[0].d_in)).astype(np.float32)
     ranges: JsonDict = {}
 
-    def walk(name: str, values: Any) -> Any:
+    def walk(name: str, values: Values) -> Values:
         for i, layer in enumerate(getattr(h, name)):
             ranges[f"{name}.{i}"] = np.stack([values.min(0), values.max(0)]).astype(np.float32)
             values = chain(values, [layer], np.float32)
@@ -379,7 +383,7 @@ def _prove(backend: TransformBackend, precision: str, place: str, full: bool) ->
     return Finding(backend.name, precision, place, "right", "", worst)
 
 
-def _rows(x: Any, dtype: str, place: str) -> Rows:
+def _rows(x: Values, dtype: str, place: str) -> Rows:
     """Host float32 values as a block of the dtype on a device."""
     bits = Rows(np.empty(x.shape, "uint16" if dtype == "bfloat16" else dtype), dtype, None, "cpu", "numpy")
     store(x, bits)
@@ -394,7 +398,7 @@ def _rows(x: Any, dtype: str, place: str) -> Rows:
     return Rows(device_of(place).upload(host), dtype, None, place, "torch")
 
 
-def _host(rows: Rows) -> Any:
+def _host(rows: Rows) -> Values:
     if rows.kind_is_numpy:
         return rows.float32()
     from fct.ops.device.state import device_of
@@ -414,7 +418,7 @@ def _time(
         old, out = _rows(x, "float32", place), _rows(np.zeros((n, h.d_new), np.float32), "float32", place)
         weights = packed(backend, h, precision, place)
 
-        def call(old: Rows = old, out: Rows = out, weights: Any = weights) -> None:
+        def call(old: Rows = old, out: Rows = out, weights: Values = weights) -> None:
             backend.run(weights, old, old, out, threads=default_threads())
 
         found.append(Timing(backend.name, precision, place, n, *_seconds(call, place)))

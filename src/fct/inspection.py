@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from fct.gallery.location import Patience
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.progress import step_bar
 from fct.search import topk
-from fct.types import FileSystem, StorageOptions
+from fct.types import FileSystem, GalleryLike, StorageOptions
 
 __all__ = ["GalleryInspection", "ModelGroups", "inspect_gallery", "model_groups"]
 
@@ -125,7 +124,7 @@ def _are_codes(values: Floats) -> bool:
 
 
 def inspect_gallery(
-    source: Any,
+    source: GalleryLike,
     *,
     vector_column: str = "auto",
     binary_dtype: str = "float32",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,12 @@ from fct.progress import LongCall, Report
 from fct.rows import check_labels
 from fct.search import check_pair
 from fct.spaces import EmbeddingSpace
-from fct.types import JsonDict
+from fct.types import Array, Bools, Floats, Indices, Int64s, JsonDict, LabelsLike, RowsLike
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
 
 __all__ = [
     "BackfillingCurve",
@@ -49,8 +54,8 @@ class RetrievalMetrics:
     queries_without_match: int
     intervals: Mapping[str, tuple[float, float]]
     metric: str
-    first_match: Any = field(repr=False, compare=False)
-    average_precision: Any = field(repr=False, compare=False)
+    first_match: Int64s = field(repr=False, compare=False)
+    average_precision: Floats = field(repr=False, compare=False)
 
     def to_dict(self) -> JsonDict:
         """The figures as plain values for JSON, without the per-query arrays."""
@@ -67,10 +72,10 @@ class RetrievalMetrics:
 
 
 def evaluate(
-    queries: Any,
-    gallery: Any,
-    query_labels: Any,
-    gallery_labels: Any = None,
+    queries: RowsLike,
+    gallery: RowsLike,
+    query_labels: LabelsLike,
+    gallery_labels: LabelsLike | None = None,
     *,
     metric: str = "l2",
     same_items: bool = False,
@@ -136,7 +141,9 @@ def evaluate(
         return _summary(first, ap, wanted, metric, bootstrap, confidence, seed, call.stage("resampling"))
 
 
-def _checked_labels(query_labels: Any, gallery_labels: Any, queries: int, rows: int) -> tuple[Any, Any]:
+def _checked_labels(
+    query_labels: LabelsLike, gallery_labels: LabelsLike | None, queries: int, rows: int
+) -> tuple[Array, Array]:
     q_labels = check_labels(query_labels, "query_labels", queries)
     if gallery_labels is not None:
         return q_labels, check_labels(gallery_labels, "gallery_labels", rows)
@@ -148,7 +155,7 @@ def _checked_labels(query_labels: Any, gallery_labels: Any, queries: int, rows: 
     return q_labels, q_labels
 
 
-def _codes(q_labels: Any, g_labels: Any) -> tuple[Any, Any]:
+def _codes(q_labels: Array, g_labels: Array) -> tuple[Int64s, Int64s]:
     """Both label lists as integers of one coding, so that numbers and strings are compared alike and fast."""
     if (q_labels.dtype.kind in "US") != (g_labels.dtype.kind in "US"):
         raise ValueError(
@@ -161,8 +168,8 @@ def _codes(q_labels: Any, g_labels: Any) -> tuple[Any, Any]:
 
 
 def _summary(
-    first: Any,
-    ap: Any,
+    first: Int64s,
+    ap: Floats,
     ks: Sequence[int],
     metric: str,
     bootstrap: int,
@@ -203,14 +210,16 @@ def _summary(
     )
 
 
-def _index_rows(x: Any, name: str, k: int) -> Any:
+def _index_rows(x: npt.ArrayLike | torch.Tensor, name: str, k: int) -> Indices:
     array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
     if array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] < k:
         raise ValueError(f"{name}: expected (n, at least {k}) integer indices, got {array.dtype} of {array.shape}")
     return array[:, :k]
 
 
-def recall_at_k(indices: Any, reference_indices: Any, k: int = 10) -> float:
+def recall_at_k(
+    indices: npt.ArrayLike | torch.Tensor, reference_indices: npt.ArrayLike | torch.Tensor, k: int = 10
+) -> float:
     """Share of the reference's first k rows that stand among the first k of ``indices``, averaged over queries.
 
     Args:
@@ -253,7 +262,12 @@ def gap_closed(x: float, low: float, high: float) -> float:
     return (x - low) / (high - low) if high != low else float("nan")
 
 
-def negative_flip_rate(before: Any, after: Any, *, k: int = 1) -> float:
+def negative_flip_rate(
+    before: RetrievalMetrics | npt.ArrayLike | torch.Tensor,
+    after: RetrievalMetrics | npt.ArrayLike | torch.Tensor,
+    *,
+    k: int = 1,
+) -> float:
     """Share of queries that were right before an upgrade and are wrong after it.
 
     Yan et al., "Positive-Congruent Training", CVPR 2021.
@@ -267,7 +281,7 @@ def negative_flip_rate(before: Any, after: Any, *, k: int = 1) -> float:
         0.25
     """
     right = []
-    counted: Any = True
+    counted: Bools | bool = True
     for name, x in (("before", before), ("after", after)):
         if isinstance(x, RetrievalMetrics):
             counted = counted & (x.first_match >= 0)
@@ -294,18 +308,18 @@ class BackfillingCurve:
     shares: tuple[float, ...]
     metrics: tuple[RetrievalMetrics, ...]
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> tuple[float, ...]:
         if name in ("cmc1", "cmc5", "map"):
             return tuple(getattr(m, name) for m in self.metrics)
         raise AttributeError(name)
 
 
 def backfilling_curve(
-    queries: Any,
-    old_gallery: Any,
-    new_gallery: Any,
-    query_labels: Any,
-    gallery_labels: Any = None,
+    queries: RowsLike,
+    old_gallery: RowsLike,
+    new_gallery: RowsLike,
+    query_labels: LabelsLike,
+    gallery_labels: LabelsLike | None = None,
     *,
     shares: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     seed: int = 0,

@@ -20,7 +20,7 @@ from fct.metrics import evaluate, recall_at_k
 from fct.rows import check_labels, rows_of
 from fct.search import topk
 from fct.transform import transform_batch
-from fct.types import JsonDict
+from fct.types import Bools, Floats, Indices, JsonDict, LabelsLike, RowsLike, Values
 
 __all__ = [
     "MIXED_SHARES",
@@ -52,10 +52,11 @@ class MixedCorrection:
     kind: str
     value: float
 
-    def apply(self, mapped: Any) -> Any:
+    def apply(self, mapped: Floats) -> Floats:
         """(n, d) float32 mapped rows as they count beside true ones; the added coordinate is left out, since it meets
         zeros in every query."""
-        return mapped * np.float32(self.value)
+        out: Floats = mapped * np.float32(self.value)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +116,17 @@ class MixedReport:
 class _Mixture:
     """Items by the new model and by h, and how a search over a mixture of both does."""
 
-    def __init__(self, new: Any, mapped: Any, metric: str, k: int, seed: int) -> None:
+    def __init__(self, new: Floats, mapped: Floats, metric: str, k: int, seed: int) -> None:
         self.new, self.mapped, self.metric = new, mapped, metric
         self.k = max(1, min(k, len(new) - 1))
         self.order = np.random.default_rng([seed, 19]).permutation(len(new))
         self.reference = self._nearest(new)
 
-    def _nearest(self, gallery: Any) -> Any:
+    def _nearest(self, gallery: Floats) -> Indices:
         same = len(gallery) > 1
         return np.asarray(topk(self.new, gallery, self.k, metric=self.metric, same_items=same, progress=False).indices)
 
-    def gallery(self, share: float, correction: MixedCorrection | None) -> tuple[Any, Any]:
+    def gallery(self, share: float, correction: MixedCorrection | None) -> tuple[Floats, Bools]:
         """(rows, which are true)."""
         true = np.zeros(len(self.new), bool)
         true[self.order[: round(share * len(self.new))]] = True
@@ -136,7 +137,7 @@ class _Mixture:
             rows = np.concatenate([rows, _last_coordinate(self.mapped, true, correction.value)], axis=1)
         return np.ascontiguousarray(rows, np.float32), true
 
-    def queries(self, correction: MixedCorrection | None) -> Any:
+    def queries(self, correction: MixedCorrection | None) -> Floats:
         if correction is None or correction.kind != "coordinate":
             return self.new
         return np.pad(self.new, ((0, 0), (0, 1)))
@@ -152,13 +153,13 @@ class _Mixture:
         return recall_at_k(found, self.reference, self.k), float(true[found].mean())
 
 
-def _last_coordinate(mapped: Any, true: Any, value: float) -> Any:
+def _last_coordinate(mapped: Floats, true: Bools, value: float) -> Floats:
     """(n, 1): what brings value * row back to the row's own length; 0 for true rows."""
     norms = np.linalg.norm(mapped, axis=1)
     return np.where(true, 0, norms * np.sqrt(max(0.0, 1 - value**2))).astype(np.float32)[:, None]
 
 
-def add_coordinate(rows: Any, correction: MixedCorrection, *, mapped: bool) -> Any:
+def add_coordinate(rows: RowsLike, correction: MixedCorrection, *, mapped: bool) -> Floats:
     """Rows with the one coordinate more that a store needs which brings rows to unit length itself.
 
     Args:
@@ -182,7 +183,7 @@ def add_coordinate(rows: Any, correction: MixedCorrection, *, mapped: bool) -> A
     return np.concatenate([correction.apply(values) if mapped else values, last], axis=1)
 
 
-def choose_correction(new: Any, mapped: Any, metric: str, *, seed: int = 0, k: int = 10) -> MixedCorrection:
+def choose_correction(new: Floats, mapped: Floats, metric: str, *, seed: int = 0, k: int = 10) -> MixedCorrection:
     """The mildest correction within 0.2 % of the best recall@k, the mean over a quarter, a half and three
     quarters of true rows.
 
@@ -204,13 +205,13 @@ def choose_correction(new: Any, mapped: Any, metric: str, *, seed: int = 0, k: i
 
 
 def mixed_curve(
-    new: Any,
-    mapped: Any,
+    new: Floats,
+    mapped: Floats,
     metric: str,
     correction: MixedCorrection,
     *,
     shares: Sequence[float] = MIXED_SHARES,
-    labels: Any = None,
+    labels: LabelsLike | None = None,
     seed: int = 0,
     k: int = 10,
 ) -> MixedReport:
@@ -283,14 +284,14 @@ def mixed_transformation(transformation: Transformation, correction: MixedCorrec
 
 
 def evaluate_mixed(
-    old: Any,
-    side_info: Any,
-    new: Any,
+    old: RowsLike,
+    side_info: RowsLike,
+    new: RowsLike,
     transformation: Transformation,
     *,
     shares: Sequence[float] = MIXED_SHARES,
     correction: MixedCorrection | None = None,
-    labels: Any = None,
+    labels: LabelsLike | None = None,
     metric: str | None = None,
     k: int = 10,
     seed: int = 0,
@@ -347,5 +348,5 @@ def evaluate_mixed(
     return mixed_curve(truth, values, how, correction, shares=shares, labels=classes, seed=seed, k=k)
 
 
-def _host(x: Any) -> Any:
+def _host(x: Values) -> Floats:
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -45,7 +44,7 @@ class PackedInt4:
         ((1, 2), (1, 3), [[-8, 7, 3]])
     """
 
-    values: Any
+    values: Array
     d: int
 
     @property
@@ -55,7 +54,7 @@ class PackedInt4:
     def __len__(self) -> int:
         return int(self.values.shape[0])
 
-    def __getitem__(self, rows: Any) -> PackedInt4:
+    def __getitem__(self, rows: slice | Array) -> PackedInt4:
         return PackedInt4(self.values[rows], self.d)
 
     @property
@@ -79,7 +78,7 @@ class PackedInt4:
             )
         return cls(array[f"int4x{d}"], d)
 
-    def codes(self, name: str = "rows") -> Any:
+    def codes(self, name: str = "rows") -> Array:
         """(n, d) int8 codes.
 
         Raises:
@@ -99,7 +98,7 @@ class PackedInt4:
         return np.ascontiguousarray(out[:, : self.d])
 
 
-def pack_int4(codes: Any) -> PackedInt4:
+def pack_int4(codes: Array) -> PackedInt4:
     """(n, d) whole numbers from -8 to 7 as :class:`PackedInt4`.
 
     Raises:

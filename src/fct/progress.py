@@ -39,7 +39,7 @@ class LongCall:
     def __enter__(self) -> LongCall:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._close()
 

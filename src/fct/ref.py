@@ -6,24 +6,61 @@ Tests and benchmarks hold every backend against this one copy.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 __all__ = ["chain", "evaluate", "scores", "topk", "transform"]
 
 
-def chain(x: Any, layers: Iterable[Any], dtype: Any = np.float64) -> Any:
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+Int64s: TypeAlias = npt.NDArray[np.int64]
+
+
+class HasLayer(Protocol):
+    """An affine layer, with a relu behind it or none."""
+
+    @property
+    def weight(self) -> npt.ArrayLike: ...
+    @property
+    def bias(self) -> npt.ArrayLike: ...
+    @property
+    def relu(self) -> bool: ...
+
+
+class HasChains(Protocol):
+    """What of a transformation makes its output."""
+
+    @property
+    def old(self) -> Iterable[HasLayer]: ...
+    @property
+    def side(self) -> Iterable[HasLayer]: ...
+    @property
+    def mixer(self) -> Iterable[HasLayer]: ...
+    @property
+    def skip(self) -> HasLayer | None: ...
+    @property
+    def uses_side_info(self) -> bool: ...
+    @property
+    def normalise(self) -> bool: ...
+    @property
+    def length(self) -> float: ...
+
+
+def chain(x: npt.ArrayLike, layers: Iterable[HasLayer], dtype: npt.DTypeLike = np.float64) -> Floats:
     """relu(x @ weight.T + bias) for each layer (anything with weight, bias, relu) in turn."""
-    x = np.asarray(x, dtype)
+    out: Floats = np.asarray(x, dtype)
     for layer in layers:
-        x = x @ np.asarray(layer.weight, dtype).T + np.asarray(layer.bias, dtype)
+        out = out @ np.asarray(layer.weight, dtype).T + np.asarray(layer.bias, dtype)
         if layer.relu:
-            x = np.maximum(x, 0)
-    return x
+            out = np.maximum(out, 0)
+    return out
 
 
-def transform(old: Any, side: Any, h: Any, dtype: Any = np.float64) -> Any:
+def transform(
+    old: npt.ArrayLike, side: npt.ArrayLike | None, h: HasChains, dtype: npt.DTypeLike = np.float64
+) -> Floats:
     """(n, d_old), (n, d_side) -> (n, d_new); ``side=None`` puts the old embedding in its place."""
     side = old if side is None else side
     joined = np.concatenate([chain(old, h.old, dtype), chain(side, h.side, dtype)], axis=1)
@@ -36,17 +73,20 @@ def transform(old: Any, side: Any, h: Any, dtype: Any = np.float64) -> Any:
     return out
 
 
-def scores(queries: Any, gallery: Any, metric: str = "l2") -> Any:
+def scores(queries: npt.ArrayLike, gallery: npt.ArrayLike, metric: str = "l2") -> Floats:
     """(n_q, n_g) float64: squared distances, inner products, or cosines (0 where a row is all zero)."""
     q, g = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
     if metric == "l2":
         return np.stack([((row - g) ** 2).sum(axis=1) for row in q]) if len(q) else np.empty((0, len(g)))
     if metric == "cosine":
         q, g = (x / np.where((n := np.linalg.norm(x, axis=1, keepdims=True)) > 0, n, 1) for x in (q, g))
-    return q @ g.T
+    products: Floats = q @ g.T
+    return products
 
 
-def topk(queries: Any, gallery: Any, k: int, metric: str = "l2", same_items: bool = False) -> tuple[Any, Any]:
+def topk(
+    queries: npt.ArrayLike, gallery: npt.ArrayLike, k: int, metric: str = "l2", same_items: bool = False
+) -> tuple[Floats, Int64s]:
     """((n, k) float32, (n, k) int64): sorted on the score rounded to float32; ties go to the lower index."""
     s = scores(queries, gallery, metric).astype(np.float32)
     cost = s if metric == "l2" else -s
@@ -57,13 +97,13 @@ def topk(queries: Any, gallery: Any, k: int, metric: str = "l2", same_items: boo
 
 
 def evaluate(
-    queries: Any,
-    gallery: Any,
-    query_labels: Any,
-    gallery_labels: Any,
+    queries: npt.ArrayLike,
+    gallery: npt.ArrayLike,
+    query_labels: npt.ArrayLike,
+    gallery_labels: npt.ArrayLike,
     metric: str = "l2",
     same_items: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[Int64s, Floats]:
     """Per query: how many rows stand before its first match (-1: no match), and its average precision (NaN).
 
     CMC top-k is the share of first < k. Rows stand in order of score rounded to float32, ties by lower index; in
@@ -71,8 +111,9 @@ def evaluate(
     """
     cost = scores(queries, gallery, metric).astype(np.float32) * (1 if metric == "l2" else -1)
     first, ap = np.full(len(cost), -1), np.full(len(cost), np.nan)
-    for i, row in enumerate(cost):
-        match = np.asarray(gallery_labels) == query_labels[i]
+    here = np.asarray(gallery_labels)
+    for i, (row, label) in enumerate(zip(cost, np.asarray(query_labels), strict=True)):
+        match = here == label
         if same_items:
             row, match = np.delete(row, i), np.delete(match, i)
         if match.any():

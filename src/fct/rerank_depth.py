@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from fct.checks import check_whole
 from fct.rows import rows_of
 from fct.search import topk
 from fct.transform import transform_batch
+from fct.types import RowsLike
 
 __all__ = ["RerankCurve", "rerank_curve"]
 
@@ -36,9 +36,9 @@ class RerankCurve:
 
 
 def rerank_curve(
-    old: Any,
-    side_info: Any,
-    new: Any,
+    old: RowsLike,
+    side_info: RowsLike | None,
+    new: RowsLike,
     transformation: Transformation,
     *,
     depths: Sequence[int] = (10, 20, 50, 100, 200, 500),

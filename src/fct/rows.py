@@ -11,7 +11,7 @@ import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +20,11 @@ from fct.checks import check_choice
 from fct.codes import ScaledInt8, check_per_row, is_torch, signed
 from fct.extras import need
 from fct.packed_int4 import PackedInt4
-from fct.types import Array, Bools
+from fct.types import Array, Bools, RowsLike, Values
+
+if TYPE_CHECKING:
+    from fct._C import Xxh64
+
 
 __all__ = [
     "BYTES_OF",
@@ -59,12 +63,12 @@ class Rows:
     kind: what came in and goes out: "numpy", "torch", or the name of another library that speaks DLPack.
     """
 
-    values: Any
+    values: Values
     dtype: str
-    scale: Any
+    scale: Values
     device: str
     kind: str
-    offset: Any = None
+    offset: Values = None
 
     @property
     def n(self) -> int:
@@ -118,7 +122,7 @@ class Rows:
         apart = (b - a) % step_a
         return apart < wide_a or apart + wide_b > step_a
 
-    def float32(self) -> Any:
+    def float32(self) -> Values:
         """The rows as float32, scale applied; numpy on the CPU, a tensor on a GPU. A copy unless float32 already."""
         if not self.kind_is_numpy:
             out = self.values.float()
@@ -139,7 +143,7 @@ def check_dtype(dtype: str, name: str = "dtype") -> str:
 
 
 def rows_of(
-    x: Any,
+    x: RowsLike,
     name: str,
     *,
     d: int | None = None,
@@ -220,7 +224,7 @@ def rows_of(
     return rows
 
 
-def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
+def _unwrap(x: RowsLike, name: str) -> tuple[str, str, Values, str]:
     """(kind, device, array, dtype): numpy on the CPU, a torch tensor elsewhere."""
     if isinstance(x, np.ndarray):
         return _numpy(x, "numpy", name)
@@ -230,7 +234,7 @@ def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
         kind = type(x).__module__.partition(".")[0]
         if int(x.__dlpack_device__()[0]) == 1:  # kDLCPU
             try:
-                return _numpy(np.from_dlpack(x), kind, name)
+                return _numpy(np.from_dlpack(x), kind, name)  # type: ignore[arg-type]
             except (BufferError, RuntimeError, TypeError):
                 pass  # bfloat16, say, which numpy has no name for
         torch = need("torch", name)
@@ -238,7 +242,7 @@ def _unwrap(x: Any, name: str) -> tuple[str, str, Any, str]:
     raise TypeError(f"{name}: expected a numpy array, a torch tensor or a DLPack object, got {type(x).__name__}")
 
 
-def _numpy(x: Array, kind: str, name: str) -> tuple[str, str, Any, str]:
+def _numpy(x: Array, kind: str, name: str) -> tuple[str, str, Values, str]:
     if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
         masked = np.count_nonzero(x.mask)
         raise ValueError(f"{name}: expected values without a mask, got {masked} masked; use .filled(...)")
@@ -254,7 +258,7 @@ def _numpy(x: Array, kind: str, name: str) -> tuple[str, str, Any, str]:
     return kind, "cpu", x, dtype
 
 
-def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
+def _torch(x: Values, kind: str, name: str) -> tuple[str, str, Values, str]:
     import torch
 
     if x.is_nested or x.layout != torch.strided:
@@ -273,7 +277,7 @@ def _torch(x: Any, kind: str, name: str) -> tuple[str, str, Any, str]:
     return kind, str(x.device), x, dtype
 
 
-def _inner_contiguous(x: Any) -> Any:
+def _inner_contiguous(x: Values) -> Values:
     n, d = x.shape
     if isinstance(x, np.ndarray):
         if x.flags.c_contiguous and x.flags.aligned:
@@ -291,7 +295,7 @@ def check_backed(array: Array, name: str) -> None:
 
     To read behind the end of the file would end the process (SIGBUS).
     """
-    base: Any = array
+    base: object = array
     offset = 0  # where the map begins in the file; numpy alone tells
     while isinstance(base, (np.ndarray, memoryview)):
         if isinstance(base, np.memmap) and isinstance(base.base, mmap.mmap):
@@ -311,7 +315,7 @@ def check_backed(array: Array, name: str) -> None:
         raise ValueError(f"{name}: expected a mapped file of at least {needed} bytes, got {size}: it was truncated")
 
 
-def _check_writable(given: Any, array: Any, tidy: Any, name: str) -> None:
+def _check_writable(given: Values, array: Values, tidy: Values, name: str) -> None:
     if isinstance(given, np.ndarray) and not np.ndarray.view(given, np.ndarray).dtype.isnative:
         raise ValueError(f"{name}: expected values in this machine's byte order, got {given.dtype.str}")
     if is_torch(given) and given.requires_grad:
@@ -341,7 +345,7 @@ def _first_nonfinite(rows: Rows, report: Callable[[float], None] | None) -> int:
     return int(bad.int().argmax()) if bool(bad.any()) else -1
 
 
-def nonfinite_rows(rows: Rows, checksum: Any = None) -> Bools:
+def nonfinite_rows(rows: Rows, checksum: Xxh64 | None = None) -> Bools:
     """(n,) bool: which rows of a CPU block hold a NaN or an infinity; for callers that set such rows aside.
 
     checksum: an ``_C.Xxh64`` that the rows are added to in the same pass; they must be contiguous.
@@ -356,7 +360,7 @@ def nonfinite_rows(rows: Rows, checksum: Any = None) -> Bools:
     return flags.view(np.bool_)
 
 
-def empty_like_kind(like: Rows, shape: tuple[int, int], dtype: str) -> tuple[Any, Rows]:
+def empty_like_kind(like: Rows, shape: tuple[int, int], dtype: str) -> tuple[Values, Rows]:
     """A new array of the kind and device that came in: (what the user gets, the same memory as Rows).
 
     dtype: "float32", "float16" or "bfloat16". bfloat16 for numpy callers needs ml_dtypes.
@@ -386,7 +390,7 @@ def empty_like_kind(like: Rows, shape: tuple[int, int], dtype: str) -> tuple[Any
     return _as_kind(tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor, like.kind), rows
 
 
-def _as_kind(tensor: Any, kind: str) -> Any:
+def _as_kind(tensor: Values, kind: str) -> Values:
     """A torch tensor handed over, without a copy, to the DLPack library that the input came from."""
     if kind == "torch":
         return tensor
@@ -399,7 +403,7 @@ def _as_kind(tensor: Any, kind: str) -> Any:
     return tensor
 
 
-def check_labels(labels: Any, name: str, n: int) -> Array:
+def check_labels(labels: object, name: str, n: int) -> Array:
     """Labels as an (n,) numpy array of integers (or strings); raises ValueError on another length or rank."""
     if is_torch(labels):
         dtype = str(labels.dtype).removeprefix("torch.")

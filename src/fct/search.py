@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from fct.ops.processors import threads_of
 from fct.ops.search.cpu_search import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
 from fct.ops.search.gpu_search import extend_gpu, prepare_gpu, topk_gpu
 from fct.ops.search.shadow_file import ShadowHeader, read_shadow, write_shadow
+from fct.packed_int4 import PackedInt4
 from fct.progress import LongCall, Report
 from fct.rows import Rows, ScaledInt8, check_backed, rows_of
 from fct.spaces import EmbeddingSpace, check_metric, check_space
+from fct.types import RowsLike, Values
 
 __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
 
@@ -35,13 +37,13 @@ class TopK(NamedTuple):
     indices: (n, k) int64, rows of the gallery. Among equal distances the lower index comes first.
     """
 
-    distances: Any
-    indices: Any
+    distances: Values
+    indices: Values
 
 
 def check_pair(
-    queries: Any,
-    gallery: Any,
+    queries: RowsLike,
+    gallery: RowsLike | PreparedGallery,
     metric: str,
     same_items: bool,
     query_space: EmbeddingSpace | None,
@@ -63,9 +65,9 @@ def check_pair(
         gallery_space.require_same(query_space, "queries")
     if gallery_space is not None:
         warn_other_metric(gallery_space, metric, "gallery", stacklevel=4)
-    if prepared is not None:
-        g = prepared.rows
-        prepared.check_backed("gallery")
+    if isinstance(gallery, PreparedGallery):
+        g = gallery.rows
+        gallery.check_backed("gallery")
     else:
         dim = gallery_space.dim if gallery_space else None
         g = rows_of(gallery, "gallery", d=dim, d_why="to match gallery_space", report=report)
@@ -95,7 +97,7 @@ class PreparedGallery:
 
     def __init__(
         self,
-        gallery: Any,
+        gallery: RowsLike,
         rows: Rows,
         shadow: Shadow | GpuShadow | None,
         metric: str,
@@ -139,7 +141,7 @@ class PreparedGallery:
             f"{self.nbytes / 1e6:.1f} MB, {self.memory_ratio:.2f} x the rows)"
         )
 
-    def append(self, rows: Any, *, gallery: Any = None, progress: bool = True) -> PreparedGallery:
+    def append(self, rows: RowsLike, *, gallery: RowsLike | None = None, progress: bool = True) -> PreparedGallery:
         """A prepared gallery with ``rows`` behind these; only they (and the last 64 before) are packed.
 
         Args:
@@ -158,10 +160,7 @@ class PreparedGallery:
                 f"{new.dtype}"
             )
         if gallery is None:
-            if new.scale is None:
-                gallery = _joined(self.gallery, rows)
-            else:
-                gallery = ScaledInt8(_joined(self.gallery.values, rows.values), _joined_scales(self.rows, new))
+            gallery = _together(self.gallery, rows, self.rows, new)
         total = self.rows.n + new.n
         grown = rows_of(
             gallery, "gallery", d=self.rows.d, n=total, n_why="to hold the old rows and the new", finite=False
@@ -195,7 +194,7 @@ class PreparedGallery:
         write_shadow(Path(path), header, self.shadow)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], gallery: Any) -> PreparedGallery:
+    def load(cls, path: str | os.PathLike[str], gallery: RowsLike) -> PreparedGallery:
         """The shadow in ``path``, memory-mapped, for the very ``gallery`` it was made from.
 
         Every byte is compared with a checksum: here up to 1 GiB, in larger files before the first search. Shadows of
@@ -218,7 +217,24 @@ class PreparedGallery:
         return cls(gallery, rows, shadow, header.metric, space)
 
 
-def _joined(a: Any, b: Any) -> Any:
+def _together(gallery: RowsLike, rows: RowsLike, old: Rows, new: Rows) -> RowsLike:
+    """Both in one new array: codes as int8 with their scales, codes that have an offset as float32 rows."""
+    if not _is_coded(gallery) and not _is_coded(rows):
+        plain: RowsLike = _joined(gallery, rows)
+        return plain
+    values = _joined(old.values, new.values)
+    if old.kind == "torch" and isinstance(values, np.ndarray):
+        import torch
+
+        values = torch.from_numpy(values)
+    return values if new.scale is None else ScaledInt8(values, _joined_scales(old, new))
+
+
+def _is_coded(x: RowsLike) -> bool:
+    return isinstance(x, (ScaledInt8, PackedInt4)) or (isinstance(x, np.ndarray) and x.dtype.names is not None)
+
+
+def _joined(a: Values, b: Values) -> Values:
     if isinstance(a, np.ndarray):
         return np.concatenate([a, b])
     import torch
@@ -229,7 +245,7 @@ def _joined(a: Any, b: Any) -> Any:
     return torch.cat([a, b])
 
 
-def _joined_scales(a: Rows, b: Rows) -> Any:
+def _joined_scales(a: Rows, b: Rows) -> Values:
     """One scale for both where it is the same, else one for each row."""
     if a.scale.shape == b.scale.shape and len(a.scale) == 1 and bool((a.scale == b.scale).all()):
         return a.scale
@@ -251,7 +267,7 @@ def _fingerprint(rows: Rows) -> str:
 
 
 def prepare_gallery(
-    gallery: Any,
+    gallery: RowsLike,
     *,
     metric: str = "l2",
     precision: str = "auto",
@@ -313,8 +329,8 @@ def _prepared_shadow(
 
 
 def topk(
-    queries: Any,
-    gallery: Any,
+    queries: RowsLike,
+    gallery: RowsLike | PreparedGallery,
     k: int,
     *,
     metric: str = "l2",
@@ -418,7 +434,7 @@ def check_k(k: int, n: int, same_items: bool) -> None:
         raise ValueError(f"k: expected 1 to {most}, the rows of the gallery{without}, got {k!r}")
 
 
-def _as_kind(distances: Any, indices: Any, like: Rows) -> TopK:
+def _as_kind(distances: Values, indices: Values, like: Rows) -> TopK:
     if like.kind == "numpy":
         return TopK(distances, indices)
     import torch

@@ -87,7 +87,7 @@ class EmbeddingSpace:
         return f"{self.model_id!r} ({self.dim}-d, {self.metric}{unit}{mixed})"
 
 
-def check_space(space: Any, name: str) -> EmbeddingSpace | None:
+def check_space(space: object, name: str) -> EmbeddingSpace | None:
     """``space`` itself; raises TypeError unless it is an EmbeddingSpace or None."""
     if space is not None and not isinstance(space, EmbeddingSpace):
         raise TypeError(f"{name}: expected an fct.EmbeddingSpace or None, got {type(space).__name__}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fct.artifact.transformation import Transformation
 from fct.ops.backend import check_precision
 from fct.ops.device.state import numbered
@@ -13,6 +11,7 @@ from fct.ops.transform.repeated import remember_call, repeat_call
 from fct.ops.weights import packed
 from fct.progress import LongCall, Report
 from fct.rows import Rows, empty_like_kind, nonfinite_rows, rows_of
+from fct.types import RowsLike, Values
 
 __all__ = ["check_inputs", "transform_batch", "transform_finite"]
 
@@ -20,7 +19,9 @@ __all__ = ["check_inputs", "transform_batch", "transform_finite"]
 _NO_OFFSET = ("cuda", "triton")  # backends that read scaled int8 without an offset: codes become float32 first
 
 
-def check_inputs(old: Any, side_info: Any, transformation: Transformation, *, finite: bool = True) -> tuple[Rows, Rows]:
+def check_inputs(
+    old: RowsLike, side_info: RowsLike | None, transformation: Transformation, *, finite: bool = True
+) -> tuple[Rows, Rows]:
     """The two inputs as checked rows; the old embedding stands in where h was fitted without side-information.
 
     finite: look for NaN and infinity too.
@@ -48,17 +49,17 @@ def check_inputs(old: Any, side_info: Any, transformation: Transformation, *, fi
 
 
 def transform_batch(
-    old: Any,
-    side_info: Any,
+    old: RowsLike,
+    side_info: RowsLike | None,
     transformation: Transformation,
     *,
-    out: Any = None,
+    out: RowsLike | None = None,
     precision: str = "auto",
     device: str | None = None,
     backend: str | None = None,
     threads: int | None = None,
     progress: bool = True,
-) -> Any:
+) -> Values:
     """Maps stored rows to the new space: ``h(old, side_info)``.
 
     Args:
@@ -103,8 +104,8 @@ def transform_batch(
 
 
 def transform_finite(
-    old: Any, side_info: Any, transformation: Transformation, *, out: Any, precision: str, device: str,
-    backend: str | None, threads: int | None,
+    old: RowsLike, side_info: RowsLike | None, transformation: Transformation, *, out: RowsLike | None, precision: str,
+    device: str, backend: str | None, threads: int | None,
 ) -> None:  # fmt: skip
     """:func:`transform_batch` for rows that are known to be finite: one pass less over them, and none over ``out``,
     where values beyond its dtype are infinite and the caller's to set aside."""
@@ -113,9 +114,9 @@ def transform_finite(
 
 
 def _transform(
-    inputs: tuple[Rows, Rows], transformation: Transformation, out: Any, precision: str, device: str | None,
+    inputs: tuple[Rows, Rows], transformation: Transformation, out: RowsLike | None, precision: str, device: str | None,
     backend: str | None, threads: int | None, report: Report | None = None,
-) -> tuple[Any, Rows]:  # fmt: skip
+) -> tuple[Values, Rows]:  # fmt: skip
     """(what the caller gets, the same as Rows)."""
     old_rows, side_rows = inputs
     if device is not None and not isinstance(device, str):
@@ -175,7 +176,7 @@ def _check_range(out: Rows) -> None:
         )
 
 
-def _check_out(out: Any, old: Rows, side: Rows, d_new: int) -> Rows:
+def _check_out(out: RowsLike, old: Rows, side: Rows, d_new: int) -> Rows:
     rows = rows_of(
         out,
         "out",

@@ -11,6 +11,7 @@ import fct
 from fct import ref, search
 from fct.errors import ArtifactError, BackendError
 from fct.ops.search.cpu_search import Shadow, build_shadow
+from fct.packed_int4 import pack_int4
 
 OLD, NEW = fct.EmbeddingSpace("old", 12), fct.EmbeddingSpace("new", 12)
 
@@ -217,3 +218,26 @@ def test_many_queries_of_one_call_have_levels_fitted_and_find_the_same(monkeypat
     fct.topk(rng.standard_normal((8192, 32), dtype=np.float32), rng.standard_normal((17_000, 32), dtype=np.float32), 3)
     assert built[-1].levels is None
     assert built[-1].low is None  # halves are for single queries
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("form", ["int4", "int4 records", "int8", "uint8", "int8 with an offset"])
+def test_append_takes_every_form_of_codes_that_a_gallery_may_have(form: str, library: str) -> None:
+    codes = np.random.default_rng(5).integers(-8, 8, (300, 16)).astype(np.int8)
+
+    def rows(part: slice) -> object:
+        if form.startswith("int4"):
+            packed = fct.PackedInt4(pack_int4(codes[part]).values, 16)
+            return packed.records if form.endswith("records") else packed
+        values = codes[part].view(np.uint8) if form == "uint8" else codes[part]
+        held = values if library == "numpy" else pytest.importorskip("torch").from_numpy(values.copy())
+        return fct.ScaledInt8(held, 0.5, 0.1 if form.endswith("offset") else 0.0)
+
+    grown = fct.prepare_gallery(rows(slice(0, 200)), metric="ip").append(rows(slice(200, 280)))
+    grown = grown.append(rows(slice(280, 300)))
+    whole = fct.prepare_gallery(rows(slice(None)), metric="ip")
+    queries = codes[250:260].astype(np.float32)
+    for got, want in zip(
+        fct.topk(queries, grown, 5, metric="ip"), fct.topk(queries, whole, 5, metric="ip"), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fct.artifact.transformation import Transformation
 from fct.checks import check_choice
 from fct.progress import Report
 from fct.rows import Rows
+
+if TYPE_CHECKING:
+    import torch
+
 
 __all__ = [
     "GPU_PRECISIONS",
@@ -76,8 +80,8 @@ class GpuShadow:
     rows: Rows
     metric: str
     kind: str
-    shadow: Any
-    meta: Any
+    shadow: torch.Tensor
+    meta: torch.Tensor
     usable: bool = True
 
     @property
@@ -102,12 +106,14 @@ class SearchBackend(Protocol):
         """The shadow that ``search`` scans; n >= 1."""
         ...
 
-    def search(self, queries: Rows, gallery: GpuShadow, k: int, *, same_items: bool = False) -> tuple[Any, Any]:
+    def search(
+        self, queries: Rows, gallery: GpuShadow, k: int, *, same_items: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """((n, k) float32 distances, (n, k) int64 rows), ties by lower row; tensors on the device."""
         ...
 
 
-def drop_own_rows(distances: Any, indices: Any) -> tuple[Any, Any]:
+def drop_own_rows(distances: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, k + 1) tensors -> (n, k): query i's own row i left out, or the last where it is not among them."""
     import torch
 

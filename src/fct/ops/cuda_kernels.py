@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fct import _C
 from fct.artifact.transformation import BRANCHES, Layer, Transformation
@@ -27,7 +28,7 @@ from fct.rows import Rows
 from fct.types import JsonDict
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 
 __all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
@@ -43,7 +44,7 @@ _MAX_K = 2048
 class CudaRuntime:
     """The compiled kernels and torch's CUDA streams."""
 
-    lib: Any = _C
+    lib: ModuleType = _C
 
     def why_not(self) -> list[str]:
         """Why no CUDA kernel can run here; empty when one can."""
@@ -71,7 +72,7 @@ class CudaRuntime:
 
 
 @cache
-def _properties(lib: Any, index: int) -> JsonDict:
+def _properties(lib: ModuleType, index: int) -> JsonDict:
     return dict(lib.cuda_device(index))
 
 
@@ -89,9 +90,9 @@ def _at(rows: Rows) -> tuple[int, int, int, int, int, int, int, int]:
 # ---- the transformation ----
 @dataclass(frozen=True)
 class _PackedLayer:
-    weight: Any  # (d_out, pitch) bf16, zero beyond d_in
-    bias: Any  # (d_out,) fp32
-    bias_bf16: Any
+    weight: torch.Tensor  # (d_out, pitch) bf16, zero beyond d_in
+    bias: torch.Tensor  # (d_out,) fp32
+    bias_bf16: torch.Tensor
     d_in: int  # of split rows, the three parts' length
     d_out: int
     relu: bool
@@ -104,7 +105,7 @@ class _Packed:
     split: bool  # rows and first weights as high and low parts, see csrc/cuda/transform.cuh
     chunk: int  # rows of a large batch whose activations stay in L2
     device: str
-    scratch: dict[tuple[int, int], dict[str, Any]]  # by (stream, rows): two streams never share activations
+    scratch: dict[tuple[int, int], JsonDict]  # by (stream, rows): two streams never share activations
 
 
 class CudaTransform:
@@ -188,7 +189,7 @@ class CudaTransform:
 
             width = self.runtime.lib.cuda_layer_row_elements
 
-            def zeros(d: int) -> Any:
+            def zeros(d: int) -> torch.Tensor:
                 return torch.zeros(rows, width(d), dtype=torch.bfloat16, device=packed.device)
 
             c = packed.chains
@@ -205,7 +206,7 @@ class CudaTransform:
             packed.scratch[key] = buffers
         return packed.scratch[key]
 
-    def _plan(self, packed: _Packed, s: dict[str, Any], bias_bf16: bool) -> list[JsonDict]:
+    def _plan(self, packed: _Packed, s: JsonDict, bias_bf16: bool) -> list[JsonDict]:
         """Every layer with its buffers, in the order and phases in which they can run."""
         chains = packed.chains
         branch_phases = max(len(chains["old"]), len(chains["side"]))
@@ -301,7 +302,7 @@ class CudaSearch:
         shadow, meta = self._shadow(gallery, metric, kind, is_query=False)
         return GpuShadow(self.name, gallery, metric, kind, shadow, meta)
 
-    def _shadow(self, rows: Rows, metric: str, kind: str, *, is_query: bool) -> tuple[Any, Any]:
+    def _shadow(self, rows: Rows, metric: str, kind: str, *, is_query: bool) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         lib = self.runtime.lib
@@ -319,7 +320,9 @@ class CudaSearch:
         )
         return shadow, meta
 
-    def search(self, queries: Rows, gallery: GpuShadow, k: int, *, same_items: bool = False) -> tuple[Any, Any]:
+    def search(
+        self, queries: Rows, gallery: GpuShadow, k: int, *, same_items: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """((n, k) float32 distances, (n, k) int64 rows) of the k best, ties by lower row; tensors on the device.
 
         1 <= k <= 2048. ``same_items`` leaves row i out of query i's answer and needs k <= 2047.
@@ -351,7 +354,7 @@ class CudaSearch:
             )
         )
 
-    def _chunk(self, queries: Rows, gallery: GpuShadow, k: int, distances: Any, indices: Any) -> None:
+    def _chunk(self, queries: Rows, gallery: GpuShadow, k: int, distances: torch.Tensor, indices: torch.Tensor) -> None:
         import torch
 
         lib = self.runtime.lib
@@ -391,7 +394,14 @@ class CudaSearch:
                 filled = 1
 
     def _args(
-        self, queries: Rows, shadow: Any, meta: Any, gallery: GpuShadow, part: slice, k: int, index: int
+        self,
+        queries: Rows,
+        shadow: torch.Tensor,
+        meta: torch.Tensor,
+        gallery: GpuShadow,
+        part: slice,
+        k: int,
+        index: int,
     ) -> JsonDict:
         properties = self.runtime.properties(index)
         return {

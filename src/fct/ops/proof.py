@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +31,11 @@ from fct.ops.numerics.quantise import exact_first
 from fct.ops.numerics.rounding import SIGMAS, deviation
 from fct.ops.weights import packed
 from fct.rows import Rows
+from fct.types import Values
+
+if TYPE_CHECKING:
+    from fct.ops.backend import SearchBackend
+
 
 __all__ = [
     "ROWS",
@@ -88,7 +93,7 @@ def write_verdict(key: str, verdict: str) -> None:
         pass
 
 
-def error_of(got: Any, want: Any) -> float:
+def error_of(got: Values, want: Values) -> float:
     """Largest difference over ``want``'s root mean square; infinite where anything is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if not np.isfinite(got).all():
@@ -113,7 +118,7 @@ def _key(name: str, device: str, what: str) -> str:
     return f"{name} {place.model} {hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 
 
-def far_off(h: Transformation, old: Any, side: Any) -> tuple[Transformation, Any, Any]:
+def far_off(h: Transformation, old: Values, side: Values) -> tuple[Transformation, Values, Values]:
     """(h, old, side) moved so that a first layer that rounds rows or weights to bfloat16 is seen.
 
     The later layers' roundings hide what rounding the rows costs. So the rows are moved some hundreds of units away,
@@ -137,7 +142,7 @@ def far_off(h: Transformation, old: Any, side: Any) -> tuple[Transformation, Any
     return h.with_(old=chains[0], side=chains[1]), moved[0], moved[1]
 
 
-def _cancelling(weight: Any, far: Any) -> Any:
+def _cancelling(weight: Values, far: Values) -> Values:
     """The weights (d_out, d) with a last column for which rows that are all ``far`` away give what they gave before."""
     return np.column_stack([weight[:, :-1], -(weight[:, :-1] @ far[:-1]) / far[-1]])
 
@@ -155,7 +160,7 @@ def prove(backend: TransformBackend, h: Transformation, precision: str, device: 
     )
 
 
-def prove_search(search: Any, metric: str, kind: str, device: str) -> str:
+def prove_search(search: SearchBackend, metric: str, kind: str, device: str) -> str:
     """The same for a search over a shadow of ``kind``."""
     return _remembered(
         _search_key(search.name, metric, kind, device),
@@ -243,12 +248,12 @@ def _remembered(key: str, what: str, device: str, run: Callable[[], str]) -> str
     return _known[key]
 
 
-def _run_search(search: Any, metric: str, kind: str, device: str) -> str:
+def _run_search(search: SearchBackend, metric: str, kind: str, device: str) -> str:
     from fct.ops.device.state import device_of
 
     place = device_of(device)
 
-    def answer(q: Any, g: Any, k: int) -> tuple[Any, Any]:
+    def answer(q: Values, g: Values, k: int) -> tuple[Values, Values]:
         on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
         got, rows = search.search(on_q, search.prepare(on_g, metric, kind), k)
         return place.download(got), place.download(rows)
@@ -265,12 +270,12 @@ class SearchCase:
     """One search whose answer is known: float32 queries and gallery. whole: small whole numbers, of which many scores
     tie, and every l2 or ip score is exact, so that the rows must be the reference's too."""
 
-    queries: Any
-    gallery: Any
+    queries: Values
+    gallery: Values
     k: int
     whole: bool
 
-    def error(self, found: tuple[Any, Any], metric: str) -> str:
+    def error(self, found: tuple[Values, Values], metric: str) -> str:
         """What is wrong with (distances, rows) on the host; empty where nothing is."""
         same_rows = self.whole and metric != "cosine"
         return search_error(*found, self.queries, self.gallery, self.k, metric, same_rows=same_rows)
@@ -288,7 +293,7 @@ def search_cases() -> Iterator[SearchCase]:
             yield SearchCase(sides[0].astype(np.float32), sides[1].astype(np.float32), k, whole)
 
 
-def search_error(got: Any, rows: Any, q: Any, g: Any, k: int, metric: str, *, same_rows: bool) -> str:
+def search_error(got: Values, rows: Values, q: Values, g: Values, k: int, metric: str, *, same_rows: bool) -> str:
     """What is wrong with an answer; empty when it is the reference's. same_rows: scores are exact, so rows must be."""
     scores = ref.scores(q, g, metric).astype(np.float32)
     want, want_rows = ref.topk(q, g, k, metric)
@@ -334,7 +339,7 @@ def _run(backend: TransformBackend, h: Transformation, precision: str, device: s
     return ""
 
 
-def _sample(rng: np.random.Generator, h: Transformation, layer: str, n: int, d: int) -> Any:
+def _sample(rng: np.random.Generator, h: Transformation, layer: str, n: int, d: int) -> Values:
     """Random rows, inside the calibrated ranges where there are any, and in their middle for the most part: rows at
     their ends in every dimension at once would leave the ranges of the layers behind."""
     x = rng.standard_normal((n, d), dtype=np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,11 +14,15 @@ from fct.ops.processors import default_threads
 from fct.ops.weights import packed
 from fct.rows import rows_of
 
+if TYPE_CHECKING:
+    pass
+
+
 __all__ = ["torch_is_faster"]
 
 _ROWS = 2048
 _TURNS = 3
-_measured: dict[Any, bool] = {}
+_measured: dict[object, bool] = {}
 
 
 def torch_is_faster(ours: TransformBackend, h: Transformation, precision: str, torch: TransformBackend) -> bool:

@@ -9,10 +9,15 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from fct.errors import BackendError, DeviceLostError
 from fct.extras import why_missing
+from fct.types import Array
+
+if TYPE_CHECKING:
+    import torch
+
 
 __all__ = [
     "MIN_CHUNK",
@@ -123,6 +128,12 @@ def device_of(name: str) -> Device:
     return Device(name)
 
 
+class Kernel(Protocol):
+    """A Triton kernel: given its grid, what launches it."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+
 class Device:
     """A CUDA (or ROCm) device through torch: its streams and its allocator are the caller's own."""
 
@@ -151,23 +162,23 @@ class Device:
         return f"driver {version}, torch {torch.__version__}"
 
     # ---- memory ----
-    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+    def empty(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
         import torch
 
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=self.name)
 
-    def upload(self, array: Any, dtype: str | None = None) -> Any:
+    def upload(self, array: Array | torch.Tensor, dtype: str | None = None) -> torch.Tensor:
         """A copy of a host array on the device."""
         import torch
 
         tensor = torch.as_tensor(array)
         return tensor.to(device=self.name, dtype=getattr(torch, dtype) if dtype else None)
 
-    def download(self, tensor: Any) -> Any:
+    def download(self, tensor: torch.Tensor) -> Array:
         """The values on the host, as numpy; waits for the work that makes them."""
         return tensor.cpu().numpy()
 
-    def pinned(self, shape: Sequence[int], dtype: str) -> Any:
+    def pinned(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
         import torch
 
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype), pin_memory=True)
@@ -185,7 +196,13 @@ class Device:
 
     # ---- work, on the current stream ----
     def launch(
-        self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], *, warps: int, stages: int
+        self,
+        kernel: Kernel,
+        grid: tuple[int, ...],
+        arguments: Mapping[str, object],
+        *,
+        warps: int,
+        stages: int,
     ) -> None:
         import torch
 
@@ -194,29 +211,29 @@ class Device:
         with torch.cuda.device(self.index):
             kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 
-    def copy(self, to: Any, source: Any) -> None:
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         to.copy_(source, non_blocking=True)
 
-    def set_counter(self, counter: Any, value: int) -> None:
+    def set_counter(self, counter: torch.Tensor, value: int) -> None:
         counter.fill_(value)
 
-    def add_to_counter(self, counter: Any, value: int) -> None:
+    def add_to_counter(self, counter: torch.Tensor, value: int) -> None:
         counter.add_(value)
 
     # ---- streams ----
-    def new_stream(self) -> Any:
+    def new_stream(self) -> torch.cuda.Stream:
         import torch
 
         return torch.cuda.Stream(device=self.index)
 
     @contextlib.contextmanager
-    def on(self, stream: Any) -> Iterator[None]:
+    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
         import torch
 
         with torch.cuda.stream(stream):
             yield
 
-    def record(self) -> Any:
+    def record(self) -> torch.cuda.Event:
         """An event after everything queued so far on the current stream."""
         import torch
 
@@ -224,13 +241,13 @@ class Device:
         event.record(torch.cuda.current_stream(self.index))
         return event
 
-    def wait(self, event: Any) -> None:
+    def wait(self, event: torch.cuda.Event) -> None:
         """The current stream goes no further before the event."""
         import torch
 
         torch.cuda.current_stream(self.index).wait_event(event)
 
-    def finish(self, event: Any) -> None:
+    def finish(self, event: torch.cuda.Event) -> None:
         """The host waits for the event; an error of the device shows here."""
         event.synchronize()
 

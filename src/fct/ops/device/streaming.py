@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fct.ops.device.state import Device, device_of
 from fct.rows import Rows
+from fct.types import Array
+
+if TYPE_CHECKING:
+    import torch
+
 
 __all__ = ["MIN_BLOCK", "block_rows", "stream_transform"]
 
@@ -30,9 +35,9 @@ def block_rows(n: int, bytes_per_row: int, device: Device) -> int:
 
 @dataclass
 class _Buffer:
-    host: Any
-    place: Any
-    host_scale: Any
+    host: torch.Tensor
+    place: torch.Tensor
+    host_scale: Any  # tensors, or None
     place_scale: Any
     rows: Rows  # on the host
 
@@ -186,7 +191,7 @@ def _load_scale(buffer: _Buffer, part: slice, count: int, device: Device) -> Non
         device.copy(buffer.place_scale[:count], buffer.host_scale[:count])
 
 
-def _tensor(array: Any) -> Any:
+def _tensor(array: Array) -> torch.Tensor:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array))

@@ -11,12 +11,12 @@ Xiao et al., arXiv:2211.10438, section 4, whose alpha is :data:`ALPHA`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fct.artifact.layers import BRANCHES, SKIP, Layer
 from fct.artifact.transformation import Transformation
+from fct.types import Array, Floats
 
 __all__ = [
     "ALPHA",
@@ -53,13 +53,13 @@ _MOST_INPUTS = 66311
 class LayerPlan:
     """A layer as the kernels take it: float32 weight for fp32 and bf16, int8 or int16 with scales for those."""
 
-    weight: Any
-    bias: Any
+    weight: Array
+    bias: Array
     relu: bool
     precision: str
-    scale: Any = None
-    in_mul: Any = None
-    in_add: Any = None
+    scale: Array | None = None
+    in_mul: Array | None = None
+    in_add: Array | None = None
 
 
 def why_not_int8(h: Transformation) -> list[str]:
@@ -130,7 +130,7 @@ def layer_plans(h: Transformation, precision: str, *, fine: str = "bf16") -> dic
     return plans
 
 
-def _ranges_of_rows(h: Transformation, name: str) -> Any:
+def _ranges_of_rows(h: Transformation, name: str) -> Array:
     """Calibrated ranges of what a first layer or the skip reads; the same rows have the same ranges for all of them."""
     old = h.calibration["old.0"]
     if not h.uses_side_info:
@@ -140,7 +140,7 @@ def _ranges_of_rows(h: Transformation, name: str) -> Any:
     return old if name == "old.0" else h.calibration[name]
 
 
-def int16_plan(layer: Layer, ranges: Any, parts: tuple[int, ...] | None = None) -> LayerPlan:
+def int16_plan(layer: Layer, ranges: Floats | None, parts: tuple[int, ...] | None = None) -> LayerPlan:
     """A layer on rows in int16: q_x = round(x * mul + add) in [-4095, 4095], the calibrated range in its middle half.
 
     parts: widths of the arrays that the layer reads side by side; None: one. Each is quantised by its own ranges alone,
@@ -172,7 +172,7 @@ def int16_plan(layer: Layer, ranges: Any, parts: tuple[int, ...] | None = None) 
     )
 
 
-def int8_plan(layer: Layer, ranges: Any) -> LayerPlan:
+def int8_plan(layer: Layer, ranges: Floats | None) -> LayerPlan:
     """A layer's weights and scales in int8. ranges: (2, d_in), lowest and highest calibrated input."""
     low, high = np.asarray(ranges, np.float64)
     weight = layer.weight.astype(np.float64)

@@ -10,14 +10,12 @@ random variables).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fct.artifact.layers import SKIP, Layer
 from fct.artifact.transformation import Transformation
-from fct.ops.numerics.quantise import MOST_INT16, exact_first, int8_plan, layer_plans
-from fct.types import JsonDict
+from fct.ops.numerics.quantise import MOST_INT16, LayerPlan, exact_first, int8_plan, layer_plans
+from fct.types import Floats
 
 __all__ = ["SIGMAS", "deviation", "rounding_variance"]
 
@@ -29,7 +27,9 @@ _BITS = {"fp32": 20, "exact": 15, "fp16": 10, "bf16": 7, "fp8": 3}
 _FP8_STEP = 2.0**-9  # of e4m3 below its smallest normal number
 
 
-def deviation(got: Any, want: Any, old: Any, side: Any, h: Transformation, precision: str, backend: str) -> float:
+def deviation(
+    got: Floats, want: Floats, old: Floats, side: Floats, h: Transformation, precision: str, backend: str
+) -> float:
     """Largest difference in standard deviations of what rounding explains; infinite where anything is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if not np.isfinite(got).all():
@@ -38,13 +38,13 @@ def deviation(got: Any, want: Any, old: Any, side: Any, h: Transformation, preci
     return float((np.abs(got - want) / np.maximum(sigma, 1e-30)).max())
 
 
-def _rounded(x: Any, precision: str) -> Any:
+def _rounded(x: Floats, precision: str) -> Floats:
     """Variance of rounding every element to the precision's significand."""
     _, exponent = np.frexp(x)  # |x| in [2^(e-1), 2^e)
     return np.where(x == 0, 0.0, np.ldexp(1.0, exponent - 1 - _BITS[precision]) ** 2 / 12)
 
 
-def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, backend: str) -> Any:
+def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: str, backend: str) -> Floats:
     """(n, d_new) float64: what the roundings of one backend add up to, element by element.
 
     old, side: (n, d_old) and (n, d_side). backend: "triton" quantises the mixer alone, every other what
@@ -58,14 +58,14 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
         >>> bool((finer < coarser).all())
         True
     """
-    plans: JsonDict = {}
+    plans: dict[str, list[LayerPlan]] = {}
     if precision == "int8" and backend == "triton":
         plans["mixer"] = [int8_plan(layer, h.calibration[f"mixer.{i}"]) for i, layer in enumerate(h.mixer)]
     elif precision == "int8":
         plans = layer_plans(h, precision)
     exact = precision != "fp32" and exact_first(h)
 
-    def chain(branch: str, x: Any, variance: Any) -> tuple[Any, Any]:
+    def chain(branch: str, x: Floats, variance: Floats) -> tuple[Floats, Floats]:
         for i, layer in enumerate(getattr(h, branch) if branch != SKIP else (h.skip,)):
             weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
             plan = plans[branch][i] if branch in plans else None
@@ -78,6 +78,7 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
             else:
                 computed = "bf16" if precision in ("int8", "fp8") and branch != "mixer" else precision
             if computed in ("int8", "int16"):
+                assert plan is not None
                 of_x, of_w = _integer(plan, x)
             elif computed == "fp8":
                 of_x, of_w = _fp8(layer, h.calibration[SKIP if branch == SKIP else f"{branch}.{i}"], x)
@@ -109,13 +110,17 @@ def rounding_variance(old: Any, side: Any, h: Transformation, precision: str, ba
     return variance
 
 
-def _normal_cdf(x: Any) -> Any:
+def _normal_cdf(x: Floats) -> Floats:
     """Of the standard normal distribution, to 1e-3: 0.5 at 0, which is what ReLU lets through there."""
-    return 1 / (1 + np.exp(np.clip(-1.702 * x, -60, 60)))
+    share: Floats = 1 / (1 + np.exp(np.clip(-1.702 * x, -60, 60)))
+    return share
 
 
-def _integer(plan: Any, x: Any) -> tuple[Any, Any]:
+def _integer(plan: LayerPlan, x: Floats) -> tuple[Floats, Floats]:
     """Variances of the operands as numerics.quantise plans them: of (n, d_in) activations, of (d_out, d_in) weights."""
+    assert plan.scale is not None
+    assert plan.in_mul is not None
+    assert plan.in_add is not None
     step = 1 / plan.in_mul.astype(np.float64)
     zero = -plan.in_add.astype(np.float64) * step
     least, most = (0, 255) if plan.precision == "int8" else (-MOST_INT16, MOST_INT16)
@@ -124,7 +129,7 @@ def _integer(plan: Any, x: Any) -> tuple[Any, Any]:
     return step**2 / 12 + over, np.broadcast_to(of_w, plan.weight.shape)
 
 
-def _fp8(layer: Layer, ranges: Any, x: Any) -> tuple[Any, Any]:
+def _fp8(layer: Layer, ranges: Floats | None, x: Floats) -> tuple[Floats, Floats]:
     """The same as fct.ops.transform.triton_backend packs them in FP8."""
     from fct.ops.transform.triton_backend import FP8_LARGEST, fp8_steps
 

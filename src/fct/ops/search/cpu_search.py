@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from fct.ops.transform.cpu_backend import _rows
 from fct.progress import Report
 from fct.rows import Rows
 from fct.spaces import METRICS
+from fct.types import Array, Int64s
 
 __all__ = ["Shadow", "build_shadow", "extend_shadow", "ranks_cpu", "topk_cpu"]
 
@@ -45,16 +46,16 @@ class Shadow:
     usable: False where a norm is beyond what float32 products bear.
     """
 
-    tiles: Any
-    meta: Any
-    shift: Any
+    tiles: Array
+    meta: Array
+    shift: Array
     n: int
     metric: str
     levels: Levels | None = None
-    tails: Any = None
+    tails: Array | None = None
     guard: Guard | None = None
-    low: Any = None
-    high_error: Any = None
+    low: Array | None = None
+    high_error: Array | None = None
 
     @cached_property  # it reads all of meta, which every query would feel
     def usable(self) -> bool:
@@ -69,9 +70,9 @@ class Shadow:
     @property
     def nbytes(self) -> int:
         arrays = [self.tiles, self.meta, self.shift]
-        if self.levels is not None:
+        if self.levels is not None and self.tails is not None:
             arrays += [self.tails, self.levels.down, self.levels.up]
-        if self.low is not None:
+        if self.low is not None and self.high_error is not None:
             arrays += [self.low, self.high_error]
         return int(sum(array.nbytes for array in arrays))
 
@@ -80,14 +81,14 @@ class Shadow:
         return _code(self.levels, self.tails)
 
 
-def _code(levels: Levels | None, tails: Any) -> tuple[int, int, int, float, int]:
-    if levels is None:
+def _code(levels: Levels | None, tails: Array | None) -> tuple[int, int, int, float, int]:
+    if levels is None or tails is None:
         return 0, 0, 0, 0.0, 0
     down, up = _C.array_address(levels.down), _C.array_address(levels.up)
     return levels.head, down, up, levels.loss, _C.array_address(tails)
 
 
-def _shift(gallery: Rows, metric: str) -> Any:
+def _shift(gallery: Rows, metric: str) -> Array:
     """The mean of a sample, for cosine of its normalised rows. Any vector is right; a mean makes the bound tight."""
     step = max(1, gallery.n // _SAMPLE)
     values = gallery[::step].float32() if gallery.scale is None else gallery[: min(gallery.n, _SAMPLE)].float32()
@@ -98,7 +99,7 @@ def _shift(gallery: Rows, metric: str) -> Any:
     return np.clip(mean, -1e30, 1e30).astype(np.float32)
 
 
-def _sampled(gallery: Rows, metric: str, shift: Any) -> Any:
+def _sampled(gallery: Rows, metric: str, shift: Array) -> Array:
     """(m, d) float64: rows spread over the gallery, as they are scanned. Drawn, lest its order has a period."""
     at = np.unique(np.random.default_rng(0).integers(0, gallery.n, _FITTED))
     scale = gallery.scale[at] if gallery.scale is not None and gallery.scale.shape[0] == gallery.n else gallery.scale
@@ -106,23 +107,24 @@ def _sampled(gallery: Rows, metric: str, shift: Any) -> Any:
     if metric == "cosine":
         norm = np.linalg.norm(values, axis=1, keepdims=True)
         values /= np.where(norm > 0, norm, 1)
-    return values - shift
+    away: Array = values - shift
+    return away
 
 
 def _pack(
     gallery: Rows,
     metric: str,
-    shift: Any,
+    shift: Array,
     levels: Levels | None,
     halves: bool,
     first: int,
     threads: int,
     report: Report | None,
-) -> tuple[Any, Any, Any, Any, Any]:
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """(tiles, meta, tails, low, high_error) of rows first..n; first is a multiple of the tile."""
     count = gallery.n - first
     tiles = -(-count // _C.shadow_tile)
-    width, facts, rest = widths(gallery.d, levels, halves)
+    width, facts, rest = widths(gallery.d, None if levels is None else levels.head, halves)
     packed = np.empty((tiles, width), np.uint8)
     meta = np.empty((tiles, facts), np.float32)
     tails = np.empty((count, rest), np.uint8)
@@ -152,14 +154,14 @@ def _pack(
     return packed, meta, tails, low, high_error
 
 
-def widths(d: int, levels: Levels | None, halves: bool = False) -> tuple[int, int, int]:
-    """Bytes of a tile, its facts, and bytes of a row's tail."""
+def widths(d: int, head: int | None, halves: bool = False) -> tuple[int, int, int]:
+    """Bytes of a tile, its facts, and bytes of a row's tail. head: of a shadow with levels, None without."""
     if halves:
         return -(-d // 8) * 4 * _C.shadow_tile, _C.shadow_meta, 0
-    if levels is None:
+    if head is None:
         return -(-d // 4) * 4 * _C.shadow_tile, _C.shadow_meta, 0
-    rest = _C.shadow_tail_facts + -(-(d - levels.head) // 4) * 4
-    return levels.head * _C.shadow_tile, _C.shadow_head_meta, rest
+    rest = _C.shadow_tail_facts + -(-(d - head) // 4) * 4
+    return head * _C.shadow_tile, _C.shadow_head_meta, rest
 
 
 def why_not_shadow(gallery: Rows) -> str:
@@ -176,12 +178,15 @@ def build_shadow(
     bytes are cut in halves, which single queries gain by, unless ``halves`` is False.
     """
     shift = _shift(gallery, metric)
-    fitted = None
-    if levels:
-        fitted = fit_levels(_sampled(gallery, metric, shift), None if metric == "l2" else shift, gallery.n)
+    away = None if metric == "l2" else shift
+    fitted = fit_levels(_sampled(gallery, metric, shift), away, gallery.n) if levels else None
     halves = halves and levels and fitted is None and gallery.n >= _HALVED
     tiles, meta, tails, low, high_error = _pack(gallery, metric, shift, fitted, halves, 0, threads, report)
     return Shadow(tiles, meta, shift, gallery.n, metric, fitted, tails, low=low, high_error=high_error)
+
+
+def _joined(before: Array | None, new: Array | None, whole: int) -> Array | None:
+    return None if before is None or new is None else np.concatenate([before[:whole], new])
 
 
 def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int, report: Report | None = None) -> Shadow:
@@ -201,9 +206,9 @@ def extend_shadow(shadow: Shadow, gallery: Rows, *, threads: int, report: Report
         gallery.n,
         shadow.metric,
         shadow.levels,
-        tails if shadow.levels is None else np.concatenate([shadow.tails[:first], tails]),
-        low=np.concatenate([shadow.low[:whole], low]) if halves else None,
-        high_error=np.concatenate([shadow.high_error[:whole], high_error]) if halves else None,
+        tails if shadow.levels is None or shadow.tails is None else np.concatenate([shadow.tails[:first], tails]),
+        low=_joined(shadow.low, low, whole),
+        high_error=_joined(shadow.high_error, high_error, whole),
     )
 
 
@@ -217,7 +222,7 @@ def topk_cpu(
     *,
     threads: int,
     report: Report | None = None,
-) -> tuple[Any, Any, dict[str, int]]:
+) -> tuple[Array, Array, dict[str, int]]:
     """(distances, indices, counts): candidates rescored, tails read, queries that went through every row."""
     if shadow is not None and shadow.guard is not None:
         shadow.guard.verify()
@@ -258,14 +263,14 @@ def _within(report: Report, start: float, part: float) -> Report:
 def ranks_cpu(
     queries: Rows,
     gallery: Rows,
-    query_labels: Any,
-    gallery_labels: Any,
+    query_labels: Int64s,
+    gallery_labels: Int64s,
     metric: str,
     same_items: bool,
     *,
     threads: int,
     report: Report | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Array, Array]:
     """As :func:`fct.ops.search.float64.ranks_on_device`; labels are int64 codes from 0."""
     classes = int(max(query_labels.max(initial=-1), gallery_labels.max(initial=-1))) + 1
     members = np.argsort(gallery_labels, kind="stable").astype(np.int64, copy=False)

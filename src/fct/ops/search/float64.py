@@ -6,18 +6,18 @@ The path that is always there. Scores are summed in float64 and rounded to float
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from fct.rows import Rows
+from fct.types import Floats, Int64s, Values
 
 __all__ = ["cost_blocks", "merge_sorted", "ranks_on_device", "topk_blocked"]
 
 _BLOCK_BYTES = 128 << 20
 
 
-def _float64(rows: Rows, metric: str) -> Any:
+def _float64(rows: Rows, metric: str) -> Values:
     values = rows.float32()
     values = values.astype(np.float64) if isinstance(values, np.ndarray) else values.double()
     if metric != "cosine":
@@ -26,7 +26,7 @@ def _float64(rows: Rows, metric: str) -> Any:
     return values / (norm + (norm == 0))
 
 
-def _cost(q: Any, g: Any, metric: str) -> Any:
+def _cost(q: Values, g: Values, metric: str) -> Values:
     """Float32 costs, the smallest best: squared l2, or the negated product."""
     product = q @ g.T
     if metric != "l2":
@@ -40,7 +40,7 @@ def _cost(q: Any, g: Any, metric: str) -> Any:
 
 def cost_blocks(
     queries: Rows, gallery: Rows, metric: str, same_items: bool, gallery_block: int
-) -> Iterator[tuple[slice, slice, Any]]:
+) -> Iterator[tuple[slice, slice, Values]]:
     """(query part, gallery part, costs): every gallery part of one query part before the next query part."""
     columns = max(1, min(gallery.n, gallery_block))
     step = max(1, min(queries.n, _BLOCK_BYTES // (24 * columns)))
@@ -56,11 +56,11 @@ def cost_blocks(
             yield q_part, g_part, cost
 
 
-def topk_blocked(queries: Rows, gallery: Rows, k: int, metric: str, same_items: bool) -> tuple[Any, Any]:
+def topk_blocked(queries: Rows, gallery: Rows, k: int, metric: str, same_items: bool) -> tuple[Values, Values]:
     """((n, k) float32, (n, k) int64) of the k best; numpy, or tensors on the device of the rows."""
     sign = np.float32(1 if metric == "l2" else -1)
-    parts: list[tuple[Any, Any]] = []
-    best: tuple[Any, Any] | None = None
+    parts: list[tuple[Values, Values]] = []
+    best: tuple[Values, Values] | None = None
     for _, g_part, cost in cost_blocks(queries, gallery, metric, same_items, max(8192, 4 * k)):
         found = _best_of(cost, k, g_part.start)
         best = found if best is None else merge_sorted(best, found, k)
@@ -75,7 +75,7 @@ def topk_blocked(queries: Rows, gallery: Rows, k: int, metric: str, same_items: 
     return np.concatenate([p[0] for p in parts]) * sign, np.concatenate([p[1] for p in parts])
 
 
-def _best_of(cost: Any, k: int, offset: int) -> tuple[Any, Any]:
+def _best_of(cost: Values, k: int, offset: int) -> tuple[Values, Values]:
     """The k lowest of each row, by (cost, index)."""
     k = min(k, cost.shape[1])
     if not isinstance(cost, np.ndarray):
@@ -89,10 +89,10 @@ def _best_of(cost: Any, k: int, offset: int) -> tuple[Any, Any]:
     return np.take_along_axis(cost, ids, axis=1), ids + offset
 
 
-def merge_sorted(a: tuple[Any, Any], b: tuple[Any, Any], k: int) -> tuple[Any, Any]:
+def merge_sorted(a: tuple[Values, Values], b: tuple[Values, Values], k: int) -> tuple[Values, Values]:
     """The k lowest of two sorted lists; every index of ``a`` is below every one of ``b``, so a stable sort suffices."""
-    costs: Any
-    ids: Any
+    costs: Values
+    ids: Values
     if isinstance(a[0], np.ndarray):
         costs, ids = (np.concatenate([x, y], axis=1) for x, y in zip(a, b, strict=True))
         order = np.argsort(costs, axis=1, kind="stable")[:, :k]
@@ -105,8 +105,8 @@ def merge_sorted(a: tuple[Any, Any], b: tuple[Any, Any], k: int) -> tuple[Any, A
 
 
 def ranks_on_device(
-    queries: Rows, gallery: Rows, query_labels: Any, gallery_labels: Any, metric: str, same_items: bool
-) -> tuple[Any, Any]:
+    queries: Rows, gallery: Rows, query_labels: Int64s, gallery_labels: Int64s, metric: str, same_items: bool
+) -> tuple[Int64s, Floats]:
     """Per query, as numpy: rows before its first match (-1: no match) and its average precision (NaN: no match).
 
     For tensors: sorted and counted on their device, a block of queries at a time; labels are int64 codes, numpy.

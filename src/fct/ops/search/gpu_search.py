@@ -5,7 +5,8 @@ Where ``fct doctor`` has timed them on the device, the fastest for that many que
 
 from __future__ import annotations
 
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from fct.errors import BackendError
 from fct.ops.backend import GpuShadow, SearchBackend, drop_own_rows
@@ -13,6 +14,13 @@ from fct.ops.device import state as devices
 from fct.ops.registry import forced_backend, pick_search, search_backends
 from fct.ops.search.float64 import ranks_on_device, topk_blocked
 from fct.rows import Rows
+from fct.types import Floats, Int64s
+
+if TYPE_CHECKING:
+    import torch
+
+    from fct.ops.device.state import Device
+
 
 __all__ = [
     "WORTH_A_SHADOW",
@@ -54,7 +62,7 @@ def extend_gpu(shadow: GpuShadow, grown: Rows) -> GpuShadow:
 
 def topk_gpu(
     q: Rows, g: Rows, k: int, metric: str, precision: str, same_items: bool, prepared: GpuShadow | None = None
-) -> tuple[Any, Any]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """((n, k) float32, (n, k) int64) tensors on the rows' device; k >= 1, q.n >= 1.
 
     Without a prepared gallery, "auto" packs a shadow from 16 queries on; for fewer it costs more than it saves. Out of
@@ -86,8 +94,8 @@ def topk_gpu(
 
 
 def ranks_gpu(
-    q: Rows, g: Rows, query_labels: Any, gallery_labels: Any, metric: str, same_items: bool
-) -> tuple[Any, Any]:
+    q: Rows, g: Rows, query_labels: Int64s, gallery_labels: Int64s, metric: str, same_items: bool
+) -> tuple[Int64s, Floats]:
     """As :func:`fct.ops.search.float64.ranks_on_device`, counted on the device."""
     devices.check_not_lost(g.device)
     place = devices.device_of(g.device)
@@ -98,11 +106,13 @@ def ranks_gpu(
         return ranks_on_device(q, g, query_labels, gallery_labels, metric, same_items)
 
 
-def _in_parts(search: SearchBackend, q: Rows, shadow: GpuShadow, k: int, place: Any) -> tuple[Any, Any]:
+def _in_parts(
+    search: SearchBackend, q: Rows, shadow: GpuShadow, k: int, place: Device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The search, with fewer queries a call where the device is out of memory; raises that error at one query."""
     import torch
 
-    found: list[tuple[Any, Any]] = []
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     start = 0
 
     def attempt(step: int) -> None:
@@ -124,7 +134,9 @@ class _out_of_memory:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         place = devices.device_of(self.rows.device)
         if error is not None and place.is_out_of_memory(error):
             place.release()

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from fct.types import Floats
+
 __all__ = ["HEADS", "Levels", "fit_levels", "loss_of"]
 
 HEADS = (16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -35,12 +37,12 @@ class Levels:
     """
 
     head: int
-    down: Any
-    up: Any
+    down: Floats
+    up: Floats
     loss: float
 
 
-def fit_levels(sample: Any, shift: Any, n: int) -> Levels | None:
+def fit_levels(sample: Floats, shift: Floats | None, n: int) -> Levels | None:
     """The levels of a gallery of n rows, or None where they gain nothing.
 
     sample: (m, d) float64 rows as they are scanned, drawn evenly from the gallery. shift: what was taken off them but
@@ -54,7 +56,7 @@ def fit_levels(sample: Any, shift: Any, n: int) -> Levels | None:
         return _fit(sample, shift, n)
 
 
-def _fit(sample: Any, shift: Any, n: int) -> Levels | None:
+def _fit(sample: Floats, shift: Floats | None, n: int) -> Levels | None:
     d = sample.shape[1]
     rows = sample.astype(np.float32)
     scale = float(np.abs(rows).max(initial=0))
@@ -71,7 +73,7 @@ def _fit(sample: Any, shift: Any, n: int) -> Levels | None:
     return Levels(head, down, up, loss_of(down, up))
 
 
-def _basis(rows: Any, away: Any, count: int) -> Any:
+def _basis(rows: Floats, away: Floats, count: int) -> Floats:
     """(d, count) orthonormal float32 columns: the direction of ``away``, then the principal ones of the rows."""
     d = rows.shape[1]
     first = away[:, None] / np.linalg.norm(away) if away.any() else np.zeros((d, 0), np.float32)
@@ -87,7 +89,7 @@ def _basis(rows: Any, away: Any, count: int) -> Any:
     return np.linalg.qr(np.concatenate([first, found], axis=1).astype(np.float64))[0]
 
 
-def _mixed(basis: Any) -> Any:
+def _mixed(basis: Floats) -> Floats:
     """The same space in other coordinates, of about one size each: one large one would cost all others their 8 bits.
 
     The part that a search looks ahead with (a quarter, see csrc/cpu/topk_likely.cpp) stays apart.
@@ -100,7 +102,7 @@ def _mixed(basis: Any) -> Any:
     return np.concatenate([part @ turn for part, turn in zip(parts, turns, strict=True)], axis=1)
 
 
-def _best_head(rows: Any, away: Any, basis: Any, heads: list[int], n: int) -> tuple[int, float]:
+def _best_head(rows: Floats, away: Floats, basis: Floats, heads: list[int], n: int) -> tuple[int, float]:
     """(head, its cost in bytes a row), for queries like the rows."""
     m, d = rows.shape
     queries = rows[:: max(1, m // _QUERIES)][:_QUERIES] + away
@@ -129,7 +131,7 @@ def _best_head(rows: Any, away: Any, basis: Any, heads: list[int], n: int) -> tu
     return best
 
 
-def _reflections(basis: Any) -> tuple[Any, Any]:
+def _reflections(basis: Floats) -> tuple[Floats, Floats]:
     """(down, up) of the product of Householder reflections whose first columns are the basis, up to their signs."""
     head = basis.shape[1]
     raw: Any = np.linalg.qr(basis, mode="raw")
@@ -143,7 +145,7 @@ def _reflections(basis: Any) -> tuple[Any, Any]:
     return np.ascontiguousarray(v @ t, np.float32), np.ascontiguousarray(v.T, np.float32)
 
 
-def loss_of(down: Any, up: Any) -> float:
+def loss_of(down: Floats, up: Floats) -> float:
     """What :attr:`Levels.loss` has to be for this rotation, in float64 from the very numbers that are used."""
     a, b = np.asarray(down, np.float64), np.asarray(up, np.float64)
     d, head = a.shape

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from fct.ops.search.cpu_search import Shadow, widths
 from fct.ops.search.levels import Levels
 from fct.rows import DTYPES
 from fct.spaces import METRICS
-from fct.types import JsonDict
+from fct.types import Array, JsonDict
 
 __all__ = ["ShadowHeader", "read_shadow", "write_shadow"]
 
@@ -45,15 +45,15 @@ class ShadowHeader:
     metric: str
     dtype: str
     fingerprint: str
-    space: Any
+    space: JsonDict | None
 
 
 def write_shadow(path: Path, header: ShadowHeader, shadow: Shadow) -> None:
     """Beside, and then in place of, what is there."""
     arrays = {"tiles": shadow.tiles, "meta": shadow.meta, "shift": shadow.shift}
-    if shadow.levels is not None:
+    if shadow.levels is not None and shadow.tails is not None:
         arrays |= {"tails": shadow.tails, "down": shadow.levels.down, "up": shadow.levels.up}
-    if shadow.low is not None:
+    if shadow.low is not None and shadow.high_error is not None:
         arrays |= {"low": shadow.low, "high_error": shadow.high_error}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     arrays["sums"] = np.concatenate([_sums(array) for array in arrays.values()])
@@ -112,7 +112,7 @@ def read_shadow(path: Path) -> tuple[ShadowHeader, Shadow]:
 class _Guard:
     """Compares a mapped shadow with its checksums, once, whoever comes first."""
 
-    def __init__(self, path: Path, arrays: JsonDict, sums: Any) -> None:
+    def __init__(self, path: Path, arrays: JsonDict, sums: Array) -> None:
         self._path, self._arrays, self._sums = path, arrays, sums
         self._lock, self._done = threading.Lock(), False
 
@@ -136,17 +136,17 @@ def _damaged(path: Path, why: str) -> NoReturn:
     )
 
 
-def _blocks(array: Any) -> Iterator[Any]:
+def _blocks(array: Array) -> Iterator[Array]:
     flat = array.reshape(-1).view(np.uint8)
     for at in range(0, len(flat), _BLOCK):
         yield flat[at : at + _BLOCK]
 
 
-def _sums(array: Any) -> Any:
+def _sums(array: Array) -> Array:
     return np.array([_xxh64(block) for block in _blocks(array)], np.uint64)
 
 
-def _xxh64(array: Any) -> int:
+def _xxh64(array: Array) -> int:
     digest = _C.Xxh64()
     if array.nbytes:
         digest.update(_C.array_address(array), array.nbytes)
@@ -162,8 +162,7 @@ def _layout(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every array's dtype and shape, in the order of the file."""
     n, d = header.n, header.d
-    fitted = None if levels is None else Levels(levels[0], None, None, levels[1])
-    tile, facts, rest = widths(d, fitted, halves)
+    tile, facts, rest = widths(d, None if levels is None else levels[0], halves)
     tiles = -(-n // _C.shadow_tile)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {
         "tiles": ("uint8", (tiles, tile)), "meta": ("float32", (tiles, facts)), "shift": ("float32", (d,)),

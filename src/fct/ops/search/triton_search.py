@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fct.errors import BackendError
 from fct.extras import why_missing
@@ -21,6 +21,13 @@ from fct.ops.search.float64 import merge_sorted, topk_blocked
 from fct.ops.transform.triton_backend import scale_mode
 from fct.rows import Rows
 from fct.spaces import METRICS
+
+if TYPE_CHECKING:
+    import torch
+
+    from fct.kernels.tile_choices import Tile
+    from fct.ops.device.state import Device, Kernel
+
 
 __all__ = ["MAX_K", "Plan", "TritonSearch", "plan", "queries_at_once", "slots"]
 
@@ -41,7 +48,7 @@ def _slack(d: int) -> float:
 class Plan:
     """One launch of ``scan``. keep: candidates of each list; whole: every row of the gallery is one."""
 
-    tile: Any
+    tile: Tile
     keep: int
     splits: int
     whole: bool
@@ -51,7 +58,7 @@ class Plan:
         return self.keep * self.splits
 
 
-def plan(n: int, k: int, kind: str, n_queries: int, place: Any, width: int = 128) -> Plan:
+def plan(n: int, k: int, kind: str, n_queries: int, place: Device, width: int = 128) -> Plan:
     """Lists so many that the contenders, which spread over them by chance, fill a quarter of each, and splits in whole
     waves of the device. Where the gallery has too few tiles for that, each list keeps a whole tile.
 
@@ -71,12 +78,12 @@ def plan(n: int, k: int, kind: str, n_queries: int, place: Any, width: int = 128
     raise AssertionError("no list is deep enough")
 
 
-def slots(tile: Any, place: Any) -> int:
+def slots(tile: Tile, place: Device) -> int:
     """Programs of ``scan`` that run at once: registers let one of eight warps, or two of four, on a multiprocessor."""
     return int(place.processors * (8 // tile.warps))
 
 
-def queries_at_once(tile: Any, place: Any) -> int:
+def queries_at_once(tile: Tile, place: Device) -> int:
     """Queries of one launch, 2,048 to 4,096: tiles of which a whole number of splits fills the device best.
 
     Then the query tiles of a part of the gallery run together and read it once.
@@ -110,7 +117,9 @@ class TritonSearch:
         shadow, meta, bounded = _pack(gallery, metric, kind, is_query=False)
         return GpuShadow(self.name, gallery, metric, kind, shadow, meta, bool(bounded.all()))
 
-    def search(self, queries: Rows, gallery: GpuShadow, k: int, *, same_items: bool = False) -> tuple[Any, Any]:
+    def search(
+        self, queries: Rows, gallery: GpuShadow, k: int, *, same_items: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """((n, k) float32 distances, (n, k) int64 rows) of the k best, ties by lower row; tensors on the device.
 
         1 <= k <= 2048. ``same_items`` leaves row i out of query i's answer and needs k <= 2047. Waits for the device,
@@ -133,13 +142,14 @@ class TritonSearch:
             p = plan(min(rows.n, self.slab), k, gallery.kind, min(queries.n - start, 4096), place, width)
             some = queries[start : start + max(1, min(queries_at_once(p.tile, place), _KEYS // (8 * p.candidates)))]
             shadow, meta, bounded = _pack(some, metric, gallery.kind, is_query=True)
-            best: Any = None
+            best: tuple[torch.Tensor, torch.Tensor] | None = None
             for slab in slabs:
                 part = replace(gallery, rows=rows[slab], shadow=gallery.shadow[slab], meta=gallery.meta[slab])
                 p = plan(part.n, k, gallery.kind, some.n, place, width)
                 costs, ids = _Scan(some, shadow, meta, bounded, part, min(k, part.n), p, place).best()
                 ids = ids + slab.start
                 best = (costs, ids) if best is None else merge_sorted(best, (costs, ids), k)
+            assert best is not None
             found.append(best)
             start += some.n
         costs, ids = (torch.cat([f[i] for f in found]) for i in (0, 1))
@@ -150,12 +160,20 @@ class _Scan:
     """Some queries against one slab of the gallery."""
 
     def __init__(
-        self, queries: Rows, shadow: Any, meta: Any, bounded: Any, gallery: GpuShadow, k: int, p: Plan, place: Any
+        self,
+        queries: Rows,
+        shadow: torch.Tensor,
+        meta: torch.Tensor,
+        bounded: torch.Tensor,
+        gallery: GpuShadow,
+        k: int,
+        p: Plan,
+        place: Device,
     ) -> None:
         self.queries, self.shadow, self.meta, self.bounded = queries, shadow, meta, bounded
         self.gallery, self.k, self.plan, self.place = gallery, k, p, place
 
-    def best(self) -> tuple[Any, Any]:
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """((n, k) costs, ascending, (n, k) rows of the slab), exact."""
         import torch
 
@@ -175,7 +193,7 @@ class _Scan:
             costs[open_], ids[open_], certain[open_] = some
         return costs, ids
 
-    def _candidates(self) -> Any:
+    def _candidates(self) -> torch.Tensor:
         """(n, splits * keep) keys of ``scan``."""
         from fct.kernels import search_kernels as kernels
 
@@ -190,7 +208,9 @@ class _Scan:
         self._launch("scan", kernels.scan, (math.ceil(q.n / p.tile.m), p.splits), arguments, p.tile)
         return keys.view(q.n, -1)
 
-    def _settle(self, keys: Any, count: int, which: Any = None) -> tuple[Any, Any, Any]:
+    def _settle(
+        self, keys: torch.Tensor, count: int, which: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Exact costs of the ``count`` best candidates: (costs, rows) of the k best, and which queries are certified.
 
         which: the queries that ``keys`` belongs to; None for all.
@@ -214,7 +234,7 @@ class _Scan:
         certain = (dropped == _WORST) | (self._least(queries, dropped) > costs[:, -1])
         return costs, ids, certain & (bounded | (dropped == _WORST))
 
-    def _least(self, queries: Rows, dropped: Any) -> Any:
+    def _least(self, queries: Rows, dropped: torch.Tensor) -> torch.Tensor:
         """(n,) float32: no row behind the key ``dropped`` costs less."""
         import torch
 
@@ -226,7 +246,7 @@ class _Scan:
             cost = square + 2 * cost - 1e-12 * (square + cost.abs())
         return cost.float()
 
-    def _rescore(self, queries: Rows, keys: Any) -> Any:
+    def _rescore(self, queries: Rows, keys: torch.Tensor) -> torch.Tensor:
         """(n, count) float32 costs of the candidates; infinity where there is none."""
         from fct.kernels import search_kernels as kernels
 
@@ -244,7 +264,9 @@ class _Scan:
         self._launch("rescore", kernels.rescore, (n, math.ceil(count / tile.n)), arguments, tile)
         return costs
 
-    def _launch(self, name: str, kernel: Any, grid: tuple[int, int], arguments: dict[str, Any], tile: Any) -> None:
+    def _launch(
+        self, name: str, kernel: Kernel, grid: tuple[int, int], arguments: dict[str, object], tile: Tile
+    ) -> None:
         place = self.place
         try:
             place.launch(kernel, grid, arguments, warps=tile.warps, stages=tile.stages)
@@ -257,7 +279,7 @@ class _Scan:
             ) from error
 
 
-def take(rows: Rows, which: Any) -> Rows:
+def take(rows: Rows, which: torch.Tensor) -> Rows:
     """The rows numbered ``which``, as a copy."""
     scale = rows.scale
     if scale is not None and scale.shape[0] == rows.n and rows.n != 1:
@@ -265,7 +287,7 @@ def take(rows: Rows, which: Any) -> Rows:
     return Rows(rows.values[which], rows.dtype, scale, rows.device, rows.kind)
 
 
-def _pack(rows: Rows, metric: str, kind: str, *, is_query: bool) -> tuple[Any, Any, Any]:
+def _pack(rows: Rows, metric: str, kind: str, *, is_query: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(shadow, meta, bounded): (n, pitch) bfloat16 or int8, (n, 4) float32, and (n,) whether the bounds can be used.
 
     A gallery's meta is scale, bias, what was lost with the slack, and the shadow's length; a query's is scale, length

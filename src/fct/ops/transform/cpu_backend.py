@@ -13,6 +13,7 @@ from fct.ops.isa import isa
 from fct.ops.numerics.quantise import LayerPlan, layer_plans, why_not_int8
 from fct.progress import Report
 from fct.rows import Rows
+from fct.types import Array
 
 __all__ = ["CpuTransform", "Packed"]
 
@@ -21,7 +22,7 @@ _CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int16": 3}  # csrc's Precision
 
 
 def _layer(plan: LayerPlan) -> tuple[int, int, int, int, int, int, int, bool, int]:
-    def address(array: Any) -> int:
+    def address(array: Array | None) -> int:
         return 0 if array is None else _C.array_address(array)
 
     d_out, d_in = plan.weight.shape
@@ -58,7 +59,7 @@ def _codes(rows: Rows) -> tuple[int, int, int, int, int, int, int, int, int, int
     return *_rows(rows), *_per(rows.offset)
 
 
-def _per(values: Any) -> tuple[int, int, int]:
+def _per(values: Array | None) -> tuple[int, int, int]:
     """(address, step from row to row, from column to column) of a scale or an offset; zeros for none."""
     if values is None:
         return 0, 0, 0

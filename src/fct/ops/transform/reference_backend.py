@@ -10,13 +10,14 @@ from fct import ref
 from fct.artifact.transformation import Transformation
 from fct.progress import Report
 from fct.rows import Rows
+from fct.types import Floats
 
 __all__ = ["RefTransform", "store"]
 
 _CHUNK = 4096
 
 
-def store(values: Any, out: Rows) -> None:
+def store(values: Floats, out: Rows) -> None:
     """Writes float values into a CPU block, rounded to its dtype."""
     if out.dtype == "bfloat16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)

@@ -5,7 +5,7 @@ In bf16 the layers that read the rows stay in float32 where :func:`fct.ops.numer
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fct.artifact.layers import BRANCHES, SKIP
 from fct.artifact.transformation import Transformation
@@ -15,10 +15,17 @@ from fct.ops.transform.reference_backend import store
 from fct.progress import Report
 from fct.rows import Rows
 
+if TYPE_CHECKING:
+    import torch
+
+
 __all__ = ["TorchTransform"]
 
 _CHUNK = 4096
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+Chain: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor, bool]]"  # (weight, bias, relu) of each layer
 
 
 class TorchTransform:
@@ -41,7 +48,7 @@ class TorchTransform:
         import torch
 
         kept = fine_layers(h, precision)
-        chains: dict[str, list[tuple[Any, Any, bool]]] = {branch: [] for branch in (*BRANCHES, SKIP)}
+        chains: dict[str, Chain] = {branch: [] for branch in (*BRANCHES, SKIP)}
         for name, layer in h.layers():
             dtype = getattr(torch, _DTYPES[kept.get(name, precision)])
             weight, bias = (torch.from_numpy(x).to(device, dtype) for x in (layer.weight, layer.bias))
@@ -53,11 +60,11 @@ class TorchTransform:
 
         chains, uses_side_info, length = packed
 
-        def tensor(rows: Rows) -> Any:
+        def tensor(rows: Rows) -> torch.Tensor:
             values = rows.float32()
             return torch.from_numpy(values) if rows.kind_is_numpy else values
 
-        def chain(x: Any, layers: Any) -> Any:
+        def chain(x: torch.Tensor, layers: Chain) -> torch.Tensor:
             for weight, bias, relu in layers:
                 x = torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
                 if relu:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,7 +28,13 @@ from fct.ops.device.state import MIN_CHUNK, Device, chunk_rows, device_of, why_n
 from fct.ops.numerics.quantise import exact_first, int8_plan
 from fct.progress import Report
 from fct.rows import BYTES_OF, Rows
-from fct.types import JsonDict
+from fct.types import Array, Floats, JsonDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from fct.kernels.tile_choices import Tile
+
 
 __all__ = ["PackedTransform", "TritonTransform", "scale_mode"]
 
@@ -49,11 +55,11 @@ class PackedLayer:
     part: 0, or the columns of one of three parts, [high, high, low], of a layer that reads rows without rounding them.
     """
 
-    weight: Any
-    bias: Any
-    scale: Any  # (d_out,) float32: what brings the accumulator back
-    inverse: Any  # (d_in,) float32: what the producer of this layer's input multiplies by
-    shift: Any  # (d_in,) float32: and adds
+    weight: torch.Tensor
+    bias: torch.Tensor
+    scale: torch.Tensor | None  # (d_out,) float32: what brings the accumulator back
+    inverse: torch.Tensor | None  # (d_in,) float32: what the producer of this layer's input multiplies by
+    shift: torch.Tensor | None  # (d_in,) float32: and adds
     d_in: int
     d_out: int
     relu: bool
@@ -75,7 +81,7 @@ class PackedTransform:
     precision: str
     normalise: bool
     device: Device
-    one: Any  # a float32 1, for pointers that no configuration reads
+    one: torch.Tensor  # a float32 1, for pointers that no configuration reads
 
     @property
     def fused(self) -> bool:
@@ -165,14 +171,15 @@ def _target_lacks(precision: str, target: str) -> list[str]:
     return []
 
 
-def fp8_steps(ranges: Any) -> Any:
+def fp8_steps(ranges: Floats | None) -> Floats:
     """(d_in,) float64: what one unit of an FP8 input channel stands for; ranges: (2, d_in), calibrated."""
     top = np.abs(np.asarray(ranges, np.float64)).max(axis=0)
     top = np.maximum(top, max(float(top.max()), 1e-30) * 1e-4)
-    return np.sqrt(top * top.max()) / FP8_LARGEST  # never clips: sqrt(top * max) >= top
+    steps: Floats = np.sqrt(top * top.max()) / FP8_LARGEST  # never clips: sqrt(top * max) >= top
+    return steps
 
 
-def _pack_layer(layer: Layer, ranges: Any, precision: str, device: Device, *, mixer: bool) -> PackedLayer:
+def _pack_layer(layer: Layer, ranges: Floats | None, precision: str, device: Device, *, mixer: bool) -> PackedLayer:
     dtype = (MIXER if mixer else COMPUTE)[precision]
     pitch = _pitch(layer.d_in, precision, mixer=mixer) // _SIZES[dtype]
     weight, bias = np.zeros((layer.d_out, pitch), np.float32), layer.bias
@@ -180,6 +187,8 @@ def _pack_layer(layer: Layer, ranges: Any, precision: str, device: Device, *, mi
     scale = inverse = shift = None
     if mixer and precision == "int8":
         plan = int8_plan(layer, ranges)
+        assert plan.scale is not None
+        assert plan.in_add is not None
         weight[:, : layer.d_in] = plan.weight
         scale, inverse, shift = plan.scale, plan.in_mul, plan.in_add - np.float32(128)
         bias = plan.bias + 128.0 * plan.scale.astype(np.float64) * plan.weight.sum(axis=1, dtype=np.int64)
@@ -190,12 +199,12 @@ def _pack_layer(layer: Layer, ranges: Any, precision: str, device: Device, *, mi
         weight /= scale[:, None]
         inverse = 1 / step
 
-    def upload(x: Any) -> Any:
+    def upload(x: Array | None) -> torch.Tensor | None:
         return None if x is None else device.upload(np.asarray(x, np.float32))
 
     return PackedLayer(
-        device.upload(weight, dtype), upload(bias), upload(scale), upload(inverse), upload(shift), layer.d_in,
-        layer.d_out, layer.relu,
+        device.upload(weight, dtype), device.upload(np.asarray(bias, np.float32)), upload(scale), upload(inverse),
+        upload(shift), layer.d_in, layer.d_out, layer.relu,
     )  # fmt: skip
 
 
@@ -251,7 +260,7 @@ class _Chunks:
         self.row0 = self.device.empty((1,), "int64")
         self.joined = self._scratch(packed.mixer[0].d_in, mixer=True)
         self.inner = [self._scratch(layer.d_in, mixer=True) for layer in packed.mixer[1:]]
-        self.outer: dict[str, list[Any]] = {"old": [], "side": []}
+        self.outer: dict[str, list[torch.Tensor]] = {"old": [], "side": []}
         if not packed.fused:
             for name in self.outer:
                 self.outer[name] = [
@@ -262,7 +271,7 @@ class _Chunks:
         self.wide = packed.normalise and last.d_out > _WIDEST_ROW
         self.unnormalised = self.device.empty((chunk, last.d_out), "float32") if self.wide else None
 
-    def _scratch(self, width: int, *, mixer: bool, dtype: str | None = None) -> Any:
+    def _scratch(self, width: int, *, mixer: bool, dtype: str | None = None) -> torch.Tensor:
         dtype = dtype or (MIXER if mixer else COMPUTE)[self.p.precision]
         pitch = _pitch(width, self.p.precision, mixer=mixer) // _SIZES[dtype]
         return self.device.empty((self.chunk, pitch), dtype)
@@ -294,7 +303,7 @@ class _Chunks:
         self.device.add_to_counter(self.row0, rows)
 
     # ---- launches ----
-    def _launch(self, name: str, grid: tuple[int, ...], tile: Any, arguments: dict[str, Any]) -> None:
+    def _launch(self, name: str, grid: tuple[int, ...], tile: Tile, arguments: dict[str, object]) -> None:
         try:
             self.device.launch(getattr(self.k, name), grid, arguments, warps=tile.warps, stages=tile.stages)
         except Exception as error:
@@ -305,7 +314,7 @@ class _Chunks:
                 f"{self.device.name} ({self.device.model}): {error}"
             ) from error
 
-    def _tile(self, kernel: str, precision: str, width: int) -> Any:
+    def _tile(self, kernel: str, precision: str, width: int) -> Tile:
         from fct.kernels.tile_choices import tiles
 
         return tiles(kernel, precision, self.device.target, width=width)[0]
@@ -321,7 +330,7 @@ class _Chunks:
         p = self.p
         tile = self._tile("branches", p.precision, max(p.old[1].d_out, p.side[1].d_out))
         first = p.mixer[0]
-        arguments: dict[str, Any] = {
+        arguments: dict[str, object] = {
             "row0_ptr": self.row0, "n_rows": rows, "out_ptr": self.joined, "stride_out": self.joined.stride(0),
             "next_ptr": self._or_one(first.inverse), "shift_ptr": self._or_one(first.shift),
             "COMPUTE": getattr(tl, COMPUTE[p.precision]), "EXACT": p.exact, "BM": tile.m,
@@ -339,7 +348,7 @@ class _Chunks:
             }  # fmt: skip
         self._launch("branches", (-(-rows // tile.m), 2), tile, arguments)
 
-    def _branch_by_layers(self, rows: int, name: str, x: Rows, to: Any) -> None:
+    def _branch_by_layers(self, rows: int, name: str, x: Rows, to: torch.Tensor) -> None:
         from fct.kernels.tile_choices import Tile
 
         layers, scratch = getattr(self.p, name), self.outer[name]
@@ -354,14 +363,14 @@ class _Chunks:
         compute = "fp32" if self.p.precision == "fp32" else "bf16"
         for layer, a, b in zip(layers, scratch, [*scratch[1:], to], strict=True):
             first = self.p.mixer[0]
-            following: tuple[Any, ...] = (first.inverse, first.shift) if b is to else (None, None)
+            following: tuple[torch.Tensor | None, ...] = (first.inverse, first.shift) if b is to else (None, None)
             if name == "side":
                 following = tuple(x if x is None else x[self.p.old[-1].d_out :] for x in following)
             self._linear(rows, a, layer, b, following, compute)
 
-    def _operands(self, rows: int, a: Any, layer: PackedLayer, tile: Any) -> tuple[dict[str, Any], bool]:
+    def _operands(self, rows: int, a: torch.Tensor, layer: PackedLayer, tile: Tile) -> tuple[dict[str, object], bool]:
         """(arguments, TMA): both operands, behind descriptors where the tile asks for them."""
-        arguments: dict[str, Any] = {
+        arguments: dict[str, object] = {
             "n_rows": rows, "stride_a": a.stride(0), "stride_w": layer.weight.stride(0),
             "scale_ptr": self._or_one(layer.scale), "bias_ptr": layer.bias, "N": layer.d_out, "K": layer.depth,
             "RELU": layer.relu, "SCALED": layer.scale is not None, "BM": tile.m, "BN": tile.n, "BK": tile.k,
@@ -379,7 +388,13 @@ class _Chunks:
         return arguments, tile.tma
 
     def _linear(
-        self, rows: int, a: Any, layer: PackedLayer, to: Any, following: tuple[Any, ...], precision: str
+        self,
+        rows: int,
+        a: torch.Tensor,
+        layer: PackedLayer,
+        to: torch.Tensor,
+        following: tuple[torch.Tensor | None, ...],
+        precision: str,
     ) -> None:
         """following: the next layer's inverse and shift, or nothing."""
         tile = self._tile("linear", precision, layer.d_out)
@@ -389,7 +404,7 @@ class _Chunks:
         count = -(-rows // tile.m) * -(-layer.d_out // tile.n)
         self._launch("linear", (min(count, self.device.processors),), tile, arguments)
 
-    def _final(self, rows: int, a: Any) -> None:
+    def _final(self, rows: int, a: torch.Tensor) -> None:
         from fct.kernels.tile_choices import Tile
 
         layer, out = self.p.mixer[-1], self.out
@@ -416,12 +431,12 @@ class _Chunks:
             "BN": tile.n, "UPCAST": self.device.interpreted, **target,
         })  # fmt: skip
 
-    def _zero(self) -> Any:
+    def _zero(self) -> torch.Tensor:
         if not hasattr(self, "_nought"):
             self._nought = self.device.upload(np.zeros(1, np.int64))
         return self._nought
 
-    def _or_one(self, pointer: Any) -> Any:
+    def _or_one(self, pointer: torch.Tensor | None) -> torch.Tensor:
         return self.p.one if pointer is None else pointer
 
 
