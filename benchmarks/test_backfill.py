@@ -35,6 +35,7 @@ from fct.artifact.transformation import Transformation
 from fct.fit.precision_choice import calibrate
 from fct.gallery import open_source, vector_array
 from fct.gallery.matrix_files import npy_header
+from tests.ray_here import ray_here
 
 N = int(os.environ.get("FCT_BENCH_ROWS", "200000"))
 WHOLE = 2_000_000
@@ -327,7 +328,6 @@ def test_isotrieve(record: Callable[..., None], tmp_path: Path) -> None:
 
 def test_ray_against_local(threads: int, record: Callable[..., None], tmp_path: Path) -> None:
     """One actor on all the cores, shards of about a second; Ray is up before, its worker's start is included."""
-    ray = pytest.importorskip("ray")
     n = min(N, 3_000_000)
     h, gallery = transformation(2048), make(tmp_path, "npy", n)
     common: dict[str, Any] = {
@@ -335,11 +335,8 @@ def test_ray_against_local(threads: int, record: Callable[..., None], tmp_path: 
     }  # fmt: skip
     source, options = gallery.job()
     common |= options
-    ray.init(num_cpus=threads, include_dashboard=False, log_to_driver=False)
-    try:
+    with ray_here(num_cpus=threads):
         there = fct.backfill(source, tmp_path / "ray", h, ray="auto", ray_cpus=threads, **common)
-    finally:
-        ray.shutdown()
     here = fct.backfill(source, tmp_path / "local", h, **common)
     for file in sorted((tmp_path / "local").glob("*.npy")):
         assert file.read_bytes() == (tmp_path / "ray" / file.name).read_bytes()

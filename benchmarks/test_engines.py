@@ -20,6 +20,7 @@ import pytest
 
 import fct
 
+ROOT = Path(__file__).parents[1]  # `python -c` finds tests/ in the folder where it runs
 N = int(os.environ.get("FCT_BENCH_ENGINE_ROWS", "1000000"))
 D, FILES = 128, 8
 PRECISION = "bf16"
@@ -40,15 +41,16 @@ print("seconds", time.perf_counter() - begun)
 """
 RAY = """
 import sys, time, fct, ray
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+from tests.ray_here import ray_here
 mapper = fct.Transformation.load(sys.argv[1]).arrow_mapper(vector="embedding", out="embedding", precision=sys.argv[4])
 def run(source, out):
     items = ray.data.read_parquet(source)
     items.map_batches(mapper, batch_format="pyarrow", batch_size=8192, zero_copy_batch=True).write_parquet(out)
-run(sys.argv[2] + "/part-0.parquet", sys.argv[3] + "/warm")
-begun = time.perf_counter()
-run(sys.argv[2], sys.argv[3] + "/new")
-print("seconds", time.perf_counter() - begun)
+with ray_here(num_cpus=2):
+    run(sys.argv[2] + "/part-0.parquet", sys.argv[3] + "/warm")
+    begun = time.perf_counter()
+    run(sys.argv[2], sys.argv[3] + "/new")
+    print("seconds", time.perf_counter() - begun)
 """
 OURS = """
 import sys, time, fct
@@ -76,7 +78,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def seconds(script: str, items: tuple[Path, Path], out: Path) -> float:
     words = [str(items[1]), str(items[0]), str(out), PRECISION]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return float(done.stdout.split("seconds")[1])
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,19 @@ def test_an_engine_gives_hs_rows(engine: str, items: tuple[Path, Any], tmp_path:
     folder, want = items
     for name in ("items.parquet", "h.safetensors"):
         shutil.copy(folder / name, tmp_path / name)
-    end = {"spark": "spark.stop()", "ray": "ray.shutdown()"}.get(engine, "")
-    start = {"ray": "import ray; ray.init(num_cpus=2, include_dashboard=False)"}
-    script = "\n".join([start.get(engine, ""), lines_of(engine), end])
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    script = lines_of(engine) + ("\nspark.stop()" if engine == "spark" else "")
+    if engine == "ray":
+        inside = textwrap.indent(script, "    ")
+        script = f"from tests.ray_here import ray_here\nwith ray_here(num_cpus=2):\n{inside}"
+    paths = [str(PAGE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # where tests/ is
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for name in WHERE[engine]:
         table = pa.dataset.dataset(tmp_path / name, format="parquet", exclude_invalid_files=True).to_table()

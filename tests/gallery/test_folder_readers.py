@@ -14,6 +14,7 @@ import pytest
 
 import fct
 from fct.gallery import open_source, tag_space
+from tests.ray_here import ray_here
 
 N, D = 50, 8
 WORDS = [f"item {i}" for i in range(N)]
@@ -113,12 +114,8 @@ def test_a_parquet_gallery_opens_everywhere(read: Any, new: dict[str, Path], wan
 
 @pytest.mark.slow
 def test_a_parquet_gallery_opens_in_ray(new: dict[str, Path], want: Any) -> None:
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
-    try:
+    with ray_here(num_cpus=1) as ray:
         rows = ray.data.read_parquet(str(new["parquet"])).take_all()
-    finally:
-        ray.shutdown()
     check({name: [row[name] for row in rows] for name in rows[0]}, want)
 
 
@@ -206,18 +203,14 @@ def test_a_database_of_several_tables_is_not_guessed_at(old: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_tensor_column_of_ray_comes_back_as_two_dimensional_batches(tmp_path: Path, rng: np.random.Generator) -> None:
-    ray = pytest.importorskip("ray")
     values = rng.standard_normal((60, 16), dtype=np.float32)
     h = fct.Transformation.random(16, 16, 8, inner=32, side_info=False)
-    ray.init(num_cpus=1, include_dashboard=False, ignore_reinit_error=True, log_to_driver=False)
-    try:
+    with ray_here(num_cpus=1) as ray:
         ray.data.from_numpy(values).write_parquet(str(tmp_path / "old"))
         fct.backfill(tmp_path / "old", tmp_path / "new", h, old_model="random-old", progress=False, precision="fp32")
         data = ray.data.read_parquet(str(tmp_path / "new"))
         shapes = data.map_batches(lambda b: {"shape": np.array([[*b["data"].shape, b["data"].dtype.itemsize]])})
         found = {tuple(row["shape"]) for row in shapes.take_all()}
         got = np.concatenate([batch["data"] for batch in data.iter_batches(batch_format="numpy")])
-    finally:
-        ray.shutdown()
     assert {shape[1:] for shape in found} == {(8, 4)}, found
     np.testing.assert_array_equal(got, fct.transform_batch(values, None, h, precision="fp32"))

@@ -59,6 +59,26 @@ def check_ray(found: Resolved, cpus: int) -> None:
             ) from error
 
 
+def _start(ray: Any, address: str) -> None:
+    """Starts Ray here (``local``) or connects to a cluster."""
+    try:
+        ray.init(address=None if address == "local" else address, log_to_driver=False)
+    except Exception as error:  # Ray raises Exception itself where a node does not start in time
+        ray.shutdown()  # what it left half-started
+        said = f"({type(error).__name__}: {error})"
+        if address == "local":
+            raise BackfillError(
+                f"ray: Ray did not start on this machine {said}: try again, or start it alone with `ray start --head` "
+                'and pass ray="auto"; its logs lie in /tmp/ray/session_latest/logs. What is done is kept: the same call '
+                "goes on, with ray or without"
+            ) from error
+        raise BackfillError(
+            f"ray: expected the address of a running cluster, got {address!r} {said}: see whether `ray status` answers "
+            "on this machine, and whether Ray and Python have the cluster's versions. What is done is kept: the same call "
+            "goes on, with ray or without"
+        ) from error
+
+
 def run_on_ray(
     found: Resolved,
     job: Job,
@@ -73,7 +93,7 @@ def run_on_ray(
     ray = need("ray", "ray")
     started = not ray.is_initialized()
     if started:
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
+        _start(ray, address)
     gpus = 1 if found.device.startswith("cuda") else 0
     make: Any = ray.remote(_Worker).options(
         num_cpus=cpus, num_gpus=gpus, max_concurrency=_PER_ACTOR + 1, max_restarts=0, scheduling_strategy="SPREAD"
