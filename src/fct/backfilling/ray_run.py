@@ -66,16 +66,15 @@ def _start(ray: Any, address: str) -> None:
     except Exception as error:  # Ray raises Exception itself where a node does not start in time
         ray.shutdown()  # what it left half-started
         said = f"({type(error).__name__}: {error})"
+        kept = "What is done is kept: the same call goes on, with ray or without"
         if address == "local":
             raise BackfillError(
                 f"ray: Ray did not start on this machine {said}: try again, or start it alone with `ray start --head` "
-                'and pass ray="auto"; its logs lie in /tmp/ray/session_latest/logs. What is done is kept: the same call '
-                "goes on, with ray or without"
+                f'and pass ray="auto"; its logs lie in /tmp/ray/session_latest/logs. {kept}'
             ) from error
         raise BackfillError(
             f"ray: expected the address of a running cluster, got {address!r} {said}: see whether `ray status` answers "
-            "on this machine, and whether Ray and Python have the cluster's versions. What is done is kept: the same call "
-            "goes on, with ray or without"
+            f"on this machine, and whether Ray and Python have the cluster's versions. {kept}"
         ) from error
 
 
