@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ class Part(Network, Protocol):
     @property
     def new_space(self) -> EmbeddingSpace: ...
     @property
-    def info(self) -> Mapping[str, Any]: ...
+    def info(self) -> Mapping[str, object]: ...
     @property
     def side_model(self) -> str | None: ...
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ __all__ = ["CHECKSUM", "content_checksum"]
 CHECKSUM = "xxh64"  # its name in a header, which it does not cover
 
 
-def content_checksum(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
+def content_checksum(header: Mapping[str, object], tensors: Mapping[str, Array]) -> str:
     """XXH64 of both, as 16 hex digits. header: what JSON can hold."""
     plain = json.loads(json.dumps(header))  # names that are numbers are text in a file
     digest = new_checksum()

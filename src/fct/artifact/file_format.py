@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fct.artifact.content_checksum import CHECKSUM, content_checksum
 from fct.atomic_files import write_bytes
@@ -26,7 +25,9 @@ NEWEST_VERSION = 2
 Tensors = Mapping[str, Float32s]
 
 
-def write_artifact(path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Tensors, *, version: int) -> Path:
+def write_artifact(
+    path: str | os.PathLike[str], header: Mapping[str, object], tensors: Tensors, *, version: int
+) -> Path:
     """Writes one file; an old file there survives until the new one is whole."""
     from safetensors.numpy import save
 
@@ -68,7 +69,7 @@ def read_artifact(path: str | os.PathLike[str]) -> tuple[Path, JsonDict, Tensors
     return source, header, tensors
 
 
-def _once(pairs: list[tuple[str, Any]]) -> JsonDict:
+def _once(pairs: list[tuple[str, object]]) -> JsonDict:
     """An object whose names stand there once: of two values it would be the last that counts."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -82,7 +83,7 @@ _NAMES = {
 }
 
 
-def require_whole(header: Mapping[str, Any], tensors: Tensors, source: Path) -> None:
+def require_whole(header: Mapping[str, object], tensors: Tensors, source: Path) -> None:
     """Raises ArtifactError where the checksum is another. Version 0.1 wrote none; a damaged name is not taken for
     that."""
     unknown = [name for name in header if name not in _NAMES]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+
+from fct.types import Floats
 
 __all__ = [
     "BRANCHES",
@@ -32,8 +34,8 @@ class Layer:
     weight: (d_out, d_in) float32, C-contiguous. bias: (d_out,) float32.
     """
 
-    weight: Any
-    bias: Any
+    weight: Floats
+    bias: Floats
     relu: bool = True
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ def check_chain(layers: Iterable[Layer], name: str) -> tuple[Layer, ...]:
     return chain
 
 
-def check_skip(skip: Any, d_in: int, d_out: int) -> None:
+def check_skip(skip: Layer | None, d_in: int, d_out: int) -> None:
     """Raises unless ``skip`` is None or a linear layer from what goes into h to what comes out."""
     if skip is None:
         return
@@ -104,7 +106,7 @@ def check_skip(skip: Any, d_in: int, d_out: int) -> None:
         )
 
 
-def fold_norm(weight: Any, norm: Mapping[str, Any], eps: float) -> tuple[Any, Any]:
+def fold_norm(weight: Floats, norm: Mapping[str, Floats], eps: float) -> tuple[Floats, Floats]:
     """Batch norm folded into the linear layer before it: float64 (weight, bias).
 
     weight: (d_out, d_in), no bias. norm: "weight", "bias", "running_mean", "running_var", (d_out,) each.
@@ -114,7 +116,7 @@ def fold_norm(weight: Any, norm: Mapping[str, Any], eps: float) -> tuple[Any, An
     return np.asarray(weight, np.float64) * gain[:, None], np.asarray(norm["bias"], np.float64) - mean * gain
 
 
-def fold_scaling(weight: Any, bias: Any, mean: Any, scale: Any) -> tuple[Any, Any]:
+def fold_scaling(weight: Floats, bias: Floats, mean: Floats, scale: Floats) -> tuple[Floats, Floats]:
     """A layer that expects (x - mean) / scale, as one that takes x: float64 (weight, bias)."""
     scaled = np.asarray(weight, np.float64) / np.asarray(scale, np.float64)
     return scaled, np.asarray(bias, np.float64) - scaled @ np.broadcast_to(mean, scaled.shape[1:]).astype(np.float64)

@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,11 @@ from fct.artifact.torchscript_tensors import is_torchscript, torchscript_tensors
 from fct.checks import check_path
 from fct.errors import ArtifactError
 from fct.extras import need
+from fct.types import Floats
+
+if TYPE_CHECKING:
+    pass
+
 
 __all__ = ["ML_FCT_KEYS", "chains_of_state", "load_ml_fct"]
 
@@ -105,14 +110,14 @@ def chains_of_state(state: Mapping[str, Any], *, source: str = "state dict") -> 
         reasons += [f"surplus {', '.join(surplus)}"] if surplus else []
         raise ArtifactError(f"path: expected the keys of an ml-fct transformation in {source}: {'; '.join(reasons)}")
 
-    def array(key: str) -> Any:
+    def array(key: str) -> Floats:
         value = arrays[key]
         values = np.asarray(value.detach().cpu().double().numpy() if hasattr(value, "detach") else value, np.float64)
         if not np.isfinite(values).all():
             raise ArtifactError(f"path: expected finite values in {source}, {key} holds NaN or infinity")
         return values
 
-    def matrix(key: str) -> Any:
+    def matrix(key: str) -> Floats:
         weight = array(key)
         if weight.ndim == 4 and weight.shape[2:] == (1, 1):
             weight = weight[:, :, 0, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,12 +13,16 @@ from fct.atomic_files import write_bytes
 from fct.checks import check_path
 from fct.extras import need
 
+if TYPE_CHECKING:
+    import onnx
+
+
 __all__ = ["onnx_model", "save_onnx"]
 
 _OPSET = 17
 
 
-def onnx_model(h: Network) -> Any:
+def onnx_model(h: Network) -> onnx.ModelProto:
     """An ``onnx.ModelProto``: inputs "old" (n, d_old) and, with side-information, "side_info" (n, d_side), float32;
     output "new" (n, d_new) float32."""
     need("onnx", "to_onnx")
@@ -62,7 +66,7 @@ def onnx_model(h: Network) -> Any:
     else:
         nodes.append(helper.make_node("Identity", [out], ["new"]))
 
-    def value(name: str, width: int) -> Any:
+    def value(name: str, width: int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width])
 
     inputs = [value("old", h.old[0].d_in)] + ([value("side_info", h.side[0].d_in)] if h.uses_side_info else [])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fct.errors import ArtifactError
-from fct.types import JsonDict
+from fct.types import Array, JsonDict
 
 __all__ = ["is_torchscript", "torchscript_tensors"]
 
@@ -41,7 +41,7 @@ class _Module:
         self.attributes = state
 
 
-def _tensor(values: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Any:
+def _tensor(values: Array, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Array:
     """``torch._utils._rebuild_tensor_v2`` for numpy; a view that leaves the storage is refused."""
     ints = (offset, *size, *stride)
     if not isinstance(values, np.ndarray) or len(size) != len(stride) or any(type(i) is not int or i < 0 for i in ints):
@@ -50,7 +50,8 @@ def _tensor(values: Any, offset: int, size: tuple[int, ...], stride: tuple[int, 
     if last >= max(len(values), 1):
         raise pickle.UnpicklingError(f"a tensor of {size} by {stride} leaves its storage of {len(values)} numbers")
     steps = [s * values.itemsize for s in stride]
-    return np.lib.stride_tricks.as_strided(values[offset:], size, steps).copy()
+    tensor: Array = np.lib.stride_tricks.as_strided(values[offset:], size, steps).copy()
+    return tensor
 
 
 class _Reader(pickle.Unpickler):
@@ -58,7 +59,7 @@ class _Reader(pickle.Unpickler):
         super().__init__(archive.open(f"{folder}/data.pkl"))
         self._archive, self._folder = archive, folder
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module.startswith("__torch__"):
             return _Module
         known: dict[tuple[str, str], Callable[..., object]] = {
@@ -73,7 +74,7 @@ class _Reader(pickle.Unpickler):
             return np.dtype(_DTYPES[name])
         raise pickle.UnpicklingError(f"expected plain tensors, found {module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: tuple[Any, ...]) -> Array:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)):
             raise pickle.UnpicklingError(f"expected a storage, found {str(pid)[:80]}")
         _, dtype, key, _, count = pid
@@ -82,7 +83,8 @@ class _Reader(pickle.Unpickler):
             raise pickle.UnpicklingError(
                 f"data/{key}: expected {count} numbers of {dtype}, found {info.file_size} bytes"
             )
-        return np.frombuffer(self._archive.read(info), dtype)
+        values: Array = np.frombuffer(self._archive.read(info), dtype)
+        return values
 
 
 def is_torchscript(path: Path) -> bool:
@@ -94,7 +96,7 @@ def is_torchscript(path: Path) -> bool:
     return any(name.endswith("/constants.pkl") or "/code/" in name for name in names)
 
 
-def torchscript_tensors(path: Path) -> JsonDict:
+def torchscript_tensors(path: Path) -> dict[str, Array]:
     """Name -> array of every tensor among the modules' attributes: the state dict of that model.
 
     Raises ArtifactError for an archive that is damaged, or holds anything but plain tensors.
@@ -117,7 +119,7 @@ def torchscript_tensors(path: Path) -> JsonDict:
     return dict(_walk(root, "", set()))
 
 
-def _walk(module: _Module, prefix: str, above: set[int]) -> Iterator[tuple[str, Any]]:
+def _walk(module: _Module, prefix: str, above: set[int]) -> Iterator[tuple[str, Array]]:
     if id(module) in above:
         raise ArtifactError(f"path: expected a tree of modules, {prefix.rstrip('.')} contains itself")
     for name, value in module.attributes.items():

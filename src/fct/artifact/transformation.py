@@ -231,7 +231,7 @@ class Transformation:
         """
         source, header, tensors = read_artifact(path)
 
-        def layer(name: str, relu: Any) -> Layer:
+        def layer(name: str, relu: bool) -> Layer:
             return Layer(tensors[f"{name}.weight"], tensors[f"{name}.bias"], bool(relu))
 
         try:

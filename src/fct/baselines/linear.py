@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fct.artifact.transformation import Transformation
@@ -11,12 +9,13 @@ from fct.fit.linear_artifact import linear_transformation
 from fct.fit.linear_map import LinearMap, nearest_rotation
 from fct.fit.pairs import check_pairs
 from fct.spaces import EmbeddingSpace
+from fct.types import Floats, RowsLike
 
 __all__ = ["fit_procrustes", "fit_ridge"]
 
 
 def fit_procrustes(
-    old: Any, new: Any, *, old_space: EmbeddingSpace | None = None, new_space: EmbeddingSpace | None = None
+    old: RowsLike, new: RowsLike, *, old_space: EmbeddingSpace | None = None, new_space: EmbeddingSpace | None = None
 ) -> Transformation:
     """The rotation (with mean shift) nearest to old -> new in least squares.
 
@@ -39,8 +38,8 @@ def fit_procrustes(
 
 
 def fit_ridge(
-    old: Any,
-    new: Any,
+    old: RowsLike,
+    new: RowsLike,
     *,
     strength: float = 1e-3,
     old_space: EmbeddingSpace | None = None,
@@ -66,7 +65,7 @@ def fit_ridge(
     return _linear(weight, mean_x, mean_y, "ridge", old_space, new_space)
 
 
-def _centred(old: Any, new: Any) -> tuple[Any, Any, Any, Any]:
+def _centred(old: RowsLike, new: RowsLike) -> tuple[Floats, Floats, Floats, Floats]:
     rows, _, target = check_pairs(old, None, new).loaded()
     x, y = rows.astype(np.float64), target.astype(np.float64)
     mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
@@ -74,7 +73,12 @@ def _centred(old: Any, new: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _linear(
-    weight: Any, mean_x: Any, mean_y: Any, name: str, old_space: EmbeddingSpace | None, new_space: EmbeddingSpace | None
+    weight: Floats,
+    mean_x: Floats,
+    mean_y: Floats,
+    name: str,
+    old_space: EmbeddingSpace | None,
+    new_space: EmbeddingSpace | None,
 ) -> Transformation:
     """y = weight (x - mean_x) + mean_y in h's form."""
     d_new, d_old = weight.shape

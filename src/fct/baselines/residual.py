@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,13 +12,18 @@ from fct.extras import need
 from fct.fit.recipes import FitConfig
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace
+from fct.types import RowsLike
+
+if TYPE_CHECKING:
+    pass
+
 
 __all__ = ["fit_residual"]
 
 
 def fit_residual(
-    old: Any,
-    new: Any,
+    old: RowsLike,
+    new: RowsLike,
     *,
     hidden: int = 512,
     epochs: int = 30,

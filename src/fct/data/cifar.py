@@ -26,13 +26,13 @@ _CORE = ("numpy.core", "numpy._core")
 class _PlainDtype:
     """A number's type as a pickle spells it: one of a few, and its byte order."""
 
-    def __init__(self, name: Any, align: Any = False, copy: Any = False) -> None:
+    def __init__(self, name: Any, align: object = False, copy: object = False) -> None:
         name = name.decode("latin1") if isinstance(name, bytes) else name
         if not isinstance(name, str) or name not in _DTYPES:
             raise ArtifactError(f"pickle: expected numbers of {', '.join(_DTYPES)}, got {name!r}")
         self.dtype = _DTYPES[name]
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) >= 2 else None
         order = order.decode("latin1") if isinstance(order, bytes) else order
         if order not in ("|", "<", "="):
@@ -45,14 +45,14 @@ class _PlainArray:
     def __init__(self) -> None:
         self.array: Array | None = None
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
             raise ArtifactError("pickle: expected an array's version, shape, dtype, order and bytes")
         _, shape, dtype, fortran, data = state
         self.array = _built(shape, dtype, data, fortran)
 
 
-def _built(shape: Any, dtype: Any, data: Any, fortran: Any) -> Array:
+def _built(shape: Any, dtype: Any, data: Any, fortran: object) -> Array:
     sizes = isinstance(shape, tuple) and len(shape) <= 4
     if not sizes or any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= _MOST_BYTES for n in shape):
         raise ArtifactError("pickle: expected a shape of at most 4 whole numbers")
@@ -67,7 +67,7 @@ def _built(shape: Any, dtype: Any, data: Any, fortran: Any) -> Array:
     return array
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> _PlainArray:
+def _reconstruct(kind: object, shape: Any, code: object) -> _PlainArray:
     if kind is not _PlainArray:
         raise ArtifactError("pickle: expected plain arrays only")
     return _PlainArray()
@@ -77,11 +77,11 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return _built((), dtype, data, False)[()]
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: object) -> Array:
     return _built(shape, dtype, bytes(data) if isinstance(data, (bytearray, bytes)) else data, order in ("F", b"F"))
 
 
-def _latin1(text: Any, encoding: Any) -> bytes:
+def _latin1(text: Any, encoding: object) -> bytes:
     """Python 3's pickles of protocol 2 spell bytes as a call of _codecs.encode; this one knows no other encoding."""
     if encoding not in ("latin1", b"latin1") or not isinstance(text, str):
         raise ArtifactError(f"pickle: expected bytes spelt as latin1, got {encoding!r}")
@@ -100,16 +100,16 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _ADMITTED:
             raise ArtifactError(f"pickle: expected arrays and plain containers only, got {module}.{name}")
         return _ADMITTED[module, name]
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> object:
         raise ArtifactError("pickle: expected arrays and plain containers only, got a reference to something else")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """An array of the pickle as numpy's; anything else as it is."""
     if isinstance(value, _PlainArray):
         if value.array is None:

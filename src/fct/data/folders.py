@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fct.checks import check_path, check_text
+from fct.types import Bools, Indices
 
 __all__ = ["ImageFolder", "every_image", "load_image_folder"]
 
@@ -44,7 +44,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         from PIL import Image, UnidentifiedImageError
         from torchvision.transforms.v2 import functional
 
@@ -77,7 +77,7 @@ class ImageFolder:
             raise ValueError(f"classes: expected 0 to {len(self.class_names) - 1}, got {unknown}")
         return self.take(np.flatnonzero(np.isin(self.labels, np.asarray(list(classes), np.int64))))
 
-    def take(self, rows: Any) -> ImageFolder:
+    def take(self, rows: Indices | Bools | slice) -> ImageFolder:
         """The images of ``rows``: indices, a slice or a mask."""
         index = np.arange(len(self))[rows]
         files = [self.files[i] for i in index]

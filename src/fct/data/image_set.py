@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from fct.types import Bools, Indices
 
 __all__ = ["ImageSet"]
 
@@ -45,10 +46,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
 
-    def take(self, rows: Any) -> ImageSet:
+    def take(self, rows: Indices | Bools | slice) -> ImageSet:
         """The images of ``rows``: indices, a slice or a mask."""
         return ImageSet(self.images[rows], self.labels[rows], self.class_names)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from fct.fit.neighbours import NeighbourTest
 from fct.fit.pair_training import EpochReport, PairTraining, Scalings, scalings_of
 from fct.fit.pairs import Pairs, fold_pairs
 from fct.fit.recipes import FitConfig
+from fct.types import Floats
 
 __all__ = ["AutoFit", "Climb", "Judged", "Tell", "climb", "judge"]
 
@@ -43,9 +43,9 @@ class Climb:
     config: FitConfig
     judged: Pairs
     test: NeighbourTest
-    raw: Any
+    raw: Floats
     linears: tuple[LinearMap, ...]
-    linear_raws: tuple[Any, ...]
+    linear_raws: tuple[Floats, ...]
     recalls: tuple[tuple[str, float, float], ...]
 
 
@@ -58,7 +58,7 @@ class Judged:
 
     share: float
     linear: LinearMap
-    raw: Any
+    raw: Floats
     recall: dict[str, float]
 
 
@@ -73,7 +73,7 @@ class AutoFit:
         *,
         seed: int,
         device: torch.device,
-        make_test: Callable[[Any], NeighbourTest],
+        make_test: Callable[[Floats], NeighbourTest],
         tell: Tell,
         state: State,
         checkpoint_seconds: float = 30.0,
@@ -105,7 +105,7 @@ def climb(fit: AutoFit) -> Climb:
     return _climb_folds(fit) if fit.plan.folds else _climb_held(fit)
 
 
-def _linear_maps(fit: AutoFit, train: Pairs, judged: Pairs, test: NeighbourTest) -> list[tuple[LinearMap, Any]]:
+def _linear_maps(fit: AutoFit, train: Pairs, judged: Pairs, test: NeighbourTest) -> list[tuple[LinearMap, Floats]]:
     """Ridge of the penalty that does best on ``judged``, and Procrustes, each with what it says of ``judged``."""
     old, side, _ = judged.loaded()
     path = RidgePath(train, fit.seed)
@@ -123,7 +123,7 @@ def _climb_held(fit: AutoFit) -> Climb:
     scalings = scalings_of(fit.train, True, fit.seed)
     plan = fit.plan
 
-    def trained(config: FitConfig, pairs: Pairs) -> tuple[PairTraining, Any]:
+    def trained(config: FitConfig, pairs: Pairs) -> tuple[PairTraining, Floats]:
         assert fit.held is not None
         training = fit.one(pairs, fit.held, config, scalings, linears[0][0])
         return training, training.predict(judged)
@@ -131,7 +131,7 @@ def _climb_held(fit: AutoFit) -> Climb:
     pilot = plan.pilot_epochs is not None
     sample = fit.train.sample(plan.pilot_pairs, fit.seed) if pilot else fit.train
     rungs = [_shortened(c, plan.pilot_epochs) for c in plan.rungs] if plan.pilot_epochs else list(plan.rungs)
-    tried: list[tuple[PairTraining, Any]] = []
+    tried: list[tuple[PairTraining, Floats]] = []
     recalls: list[tuple[str, float, float]] = []
     for config in rungs:
         tried.append(trained(config, sample))
@@ -156,7 +156,7 @@ def _climb_folds(fit: AutoFit) -> Climb:
     where = [np.searchsorted(train.index, held.index) for _, held in folds]
     scalings = scalings_of(train, True, fit.seed)
 
-    def gathered(parts: Sequence[Any]) -> Any:
+    def gathered(parts: Sequence[Floats]) -> Floats:
         out = np.empty((len(train), train.dims[2]), np.float32)
         for rows, part in zip(where, parts, strict=True):
             out[rows] = part
@@ -165,13 +165,13 @@ def _climb_folds(fit: AutoFit) -> Climb:
     paths = [RidgePath(part, fit.seed) for part, _ in folds]
     inputs = [held.loaded()[:2] for _, held in folds]
 
-    def ridge(penalty: float) -> Any:
+    def ridge(penalty: float) -> Floats:
         return gathered([p.at(penalty)(*x) for p, x in zip(paths, inputs, strict=True)])
 
     raws = {penalty: ridge(penalty) for penalty in PENALTIES}
     penalty = max(PENALTIES, key=lambda p: test.recall(test.finished(raws[p])))
     rotated = gathered([procrustes_map(part, fit.seed)(*x) for (part, _), x in zip(folds, inputs, strict=True)])
-    tried: list[Any] = []
+    tried: list[Floats] = []
     recalls: list[tuple[str, float, float]] = []
     for config in plan.rungs:
         last = replace(config, validate_every=config.epochs)  # no row chooses the epoch that it is judged by
@@ -230,5 +230,5 @@ def judge(found: Climb, tell: Tell) -> Judged:
     return Judged(share, linear, share * found.raw + (1 - share) * other, names)
 
 
-def _named(found: Climb) -> list[tuple[LinearMap, Any]]:
+def _named(found: Climb) -> list[tuple[LinearMap, Floats]]:
     return list(zip(found.linears, found.linear_raws, strict=True))

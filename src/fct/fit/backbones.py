@@ -96,7 +96,7 @@ def _torchvision(name: str, in_channels: int) -> tuple[nn.Module, int]:
         first = next(path for path, module in network.named_modules() if isinstance(module, nn.Conv2d))
         conv = network.get_submodule(first)
         assert isinstance(conv, nn.Conv2d)
-        plain: Any = nn.Conv2d(
+        plain: nn.Conv2d = nn.Conv2d(
             in_channels,
             conv.out_channels,
             conv.kernel_size,  # type: ignore[arg-type]

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fct.fit.backbones import EmbeddingModel, embedding_model
-from fct.fit.images import Images, as_images, embed
+from fct.fit.images import Images, ImagesLike, as_images, embed
 from fct.fit.loop import TrainConfig
 from fct.fit.supervised import ArcFaceHead, SoftmaxHead, fit_classifier, make_head
+from fct.types import LabelsLike
 
 __all__ = ["old_classifier_for", "train_bct"]
 
@@ -50,13 +51,13 @@ def old_classifier_for(
 
 
 def train_bct(
-    images: Any,
-    labels: Any = None,
+    images: ImagesLike,
+    labels: LabelsLike | None = None,
     *,
     classes: int,
     old_model: EmbeddingModel,
     old_head: SoftmaxHead | ArcFaceHead,
-    old_images: Any = None,
+    old_images: ImagesLike | None = None,
     backbone: str | nn.Module = "small_resnet",
     loss: str = "softmax",
     config: TrainConfig | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from fct.fit.auto_plan import student_config
 from fct.fit.neighbours import NeighbourTest
 from fct.fit.pair_training import PairTraining, scalings_of
 from fct.fit.pairs import Pairs, check_pairs, fold_pairs
+from fct.types import Floats
 
 __all__ = ["distil"]
 
@@ -20,7 +20,7 @@ _MEMBERS_FEW = 4
 _MOST_EXTRA = 60_000  # rows without a new embedding that the student learns from
 
 
-def distil(fit: AutoFit, found: Climb, extra: tuple[Any, Any] | None) -> Climb:
+def distil(fit: AutoFit, found: Climb, extra: tuple[Floats, Floats | None] | None) -> Climb:
     """``found`` with the student in h's place, where the student finds more; else ``found``.
 
     The teachers are trainings of the chosen shape with other seeds. The student learns from the pairs (half the
@@ -46,14 +46,16 @@ def distil(fit: AutoFit, found: Climb, extra: tuple[Any, Any] | None) -> Climb:
     return replace(found, training=student, raw=whole)
 
 
-def _compared(fit: AutoFit, found: Climb, raw: Any, before: Any, test: NeighbourTest) -> bool:
+def _compared(fit: AutoFit, found: Climb, raw: Floats, before: Floats, test: NeighbourTest) -> bool:
     one, student = test.recall(test.finished(before)), test.recall(test.finished(raw))
     kept = "kept" if student > one else "not kept"
     fit.tell(f"student: recall@10 {student:.3f}, one h {one:.3f} on {len(raw):,} held-out rows: {kept}")
     return student > one
 
 
-def _student(fit: AutoFit, found: Climb, train: Pairs, held: Pairs, extra: tuple[Any, Any] | None) -> PairTraining:
+def _student(
+    fit: AutoFit, found: Climb, train: Pairs, held: Pairs, extra: tuple[Floats, Floats | None] | None
+) -> PairTraining:
     linear = found.linears[0]
     scalings = scalings_of(train, True, fit.seed)
     count = _MEMBERS_FEW if fit.plan.folds else _MEMBERS
@@ -75,12 +77,15 @@ def _student(fit: AutoFit, found: Climb, train: Pairs, held: Pairs, extra: tuple
     return fit.one(whole, held, config, scalings, linear, seed=fit.seed + 201)
 
 
-def _extra_rows(old: Any, side: Any, extra: tuple[Any, Any] | None, seed: int) -> tuple[Any, Any]:
+def _extra_rows(
+    old: Floats, side: Floats | None, extra: tuple[Floats, Floats | None] | None, seed: int
+) -> tuple[Floats, Floats | None]:
     rng = np.random.default_rng([seed, 29])
     if extra is not None:
         chosen = np.sort(rng.permutation(len(extra[0]))[:_MOST_EXTRA])
-        return extra[0][chosen], None if side is None else extra[1][chosen]
+        return extra[0][chosen], None if extra[1] is None else extra[1][chosen]
     count = min(2 * len(old), _MOST_EXTRA)
     a, b = rng.integers(0, len(old), (2, count))
     weight = rng.uniform(0.5, 1, (count, 1)).astype(np.float32)
-    return tuple(None if x is None else weight * x[a] + (1 - weight) * x[b] for x in (old, side))  # type: ignore[return-value]
+    more: Floats = weight * old[a] + (1 - weight) * old[b]
+    return more, None if side is None else weight * side[a] + (1 - weight) * side[b]

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from fct.progress import step_bar
+from fct.types import Array, Floats, LabelsLike
 
 __all__ = ["Images", "as_images", "augment", "embed"]
 
 _SAMPLE = 2048  # images that the channel statistics are taken from
+
+
+class ImageDataset(Protocol):
+    """torch's Dataset, or what is indexed like one: images, or (image, label)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+ImagesLike: TypeAlias = "Images | ImageDataset | Array | torch.Tensor"
 
 
 class Images:
@@ -26,10 +37,10 @@ class Images:
         labels: (n,) ints for arrays; a Dataset brings its own.
     """
 
-    def __init__(self, images: Any, labels: Any = None, *, workers: int = 0) -> None:
+    def __init__(self, images: ImagesLike, labels: LabelsLike | None = None, *, workers: int = 0) -> None:
         self.dataset: Any = None
-        self.data: Any = None
-        self.labels: Any = None
+        self.data: torch.Tensor | None = None
+        self.labels: torch.Tensor | None = None
         self.workers = workers
         if isinstance(images, (np.ndarray, torch.Tensor)):
             if isinstance(images, np.ndarray) and images.dtype.kind not in "fiu":
@@ -70,7 +81,8 @@ class Images:
     def shape(self) -> tuple[int, int, int]:
         """(c, h, w)"""
         image = self.data[0] if self.data is not None else _item(self.dataset[0])[0]
-        return tuple(image.shape)
+        c, h, w = image.shape
+        return c, h, w
 
     def batches(
         self, size: int, *, seed: tuple[int, int] | None = None, drop_last: bool = False
@@ -100,7 +112,7 @@ class Images:
         return mean, sample.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)
 
 
-def as_images(images: Any, labels: Any = None) -> Images:
+def as_images(images: ImagesLike, labels: LabelsLike | None = None) -> Images:
     """:class:`Images` as it is; anything else is made one."""
     if not isinstance(images, Images):
         return Images(images, labels)
@@ -109,7 +121,7 @@ def as_images(images: Any, labels: Any = None) -> Images:
     return images
 
 
-def _tensor(array: Any) -> torch.Tensor:
+def _tensor(array: Array) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
         return torch.as_tensor(np.ascontiguousarray(array))
@@ -119,7 +131,7 @@ def _unit(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def _item(item: Any) -> tuple[torch.Tensor, int | None]:
+def _item(item: object) -> tuple[torch.Tensor, int | None]:
     image, label = item if isinstance(item, (tuple, list)) else (item, None)
     if not isinstance(image, torch.Tensor):
         from torchvision.transforms.v2 import functional as v2
@@ -128,7 +140,7 @@ def _item(item: Any) -> tuple[torch.Tensor, int | None]:
     return image, None if label is None else int(label)
 
 
-def _collate(items: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _collate(items: list[object]) -> tuple[torch.Tensor, torch.Tensor | None]:
     pairs = [_item(item) for item in items]
     labels = None if pairs[0][1] is None else torch.tensor([label for _, label in pairs])
     return torch.stack([image for image, _ in pairs]), labels
@@ -164,7 +176,7 @@ def augment(images: torch.Tensor, *, crop: float, colour: float, flip: bool = Tr
 
 
 @torch.inference_mode()
-def embed(model: torch.nn.Module, images: Any, *, batch_size: int = 512, progress: bool = False) -> Any:
+def embed(model: torch.nn.Module, images: ImagesLike, *, batch_size: int = 512, progress: bool = False) -> Floats:
     """(n, dim) float32 numpy embeddings of images (as :class:`Images`), in order, on the model's own device.
 
     Example:

@@ -24,9 +24,10 @@ from fct.atomic_files import atomic_path
 from fct.checks import check_choice, check_flag, check_path, check_seed, check_whole
 from fct.errors import ArtifactError
 from fct.fit.training_device import training_device
-from fct.packed_int4 import pack_int4
+from fct.packed_int4 import PackedInt4, pack_int4
 from fct.progress import step_bar
 from fct.rows import ScaledInt8
+from fct.types import Array, Floats
 
 __all__ = ["STORAGES", "LayerSideInfo", "side_info_from"]
 
@@ -37,8 +38,8 @@ _EXACT = 2_048  # features up to which all principal components are computed, be
 _FITTED_ON = 20_000  # items that the components are taken from
 _RANGE = {"int8": 4.5, "int4": 2.5}  # standard deviations that the codes span
 
-Batch = Callable[[Sequence[Any]], Any]
-Pool = Callable[[Any, Any], torch.Tensor]
+Batch = Callable[[Sequence[object]], object]
+Pool = Callable[[object, object], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +52,9 @@ class LayerSideInfo:
 
     model: nn.Module
     layer: str
-    mean: Any
-    components: Any
-    scale: Any
+    mean: Floats
+    components: Floats
+    scale: Floats
     storage: str
     batch: Batch | None = None
     pool: Pool | None = None
@@ -73,7 +74,9 @@ class LayerSideInfo:
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in (self.mean, self.components)))
         return f"layer {self.layer}, {self.dim}-d {self.storage}, {digest.hexdigest()[:12]}"
 
-    def encode(self, items: Any, *, device: str = "auto", progress: bool = True) -> Any:
+    def encode(
+        self, items: Sequence[object], *, device: str = "auto", progress: bool = True
+    ) -> PackedInt4 | ScaledInt8 | Array:
         """Side-information of items, as it is stored and as every fct function takes it.
 
         Args:
@@ -104,7 +107,7 @@ class LayerSideInfo:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], model: Any, *, batch: Batch | None = None, pool: Pool | None = None
+        cls, path: str | os.PathLike[str], model: object, *, batch: Batch | None = None, pool: Pool | None = None
     ) -> LayerSideInfo:
         """What :meth:`save` wrote, for the same model. ArtifactError: the file is damaged or another one."""
         from safetensors import SafetensorError, safe_open
@@ -129,8 +132,8 @@ class LayerSideInfo:
 
 
 def side_info_from(
-    model: Any,
-    items: Any,
+    model: object,
+    items: Sequence[object],
     *,
     layer: str | None = None,
     dim: int = 128,
@@ -203,7 +206,7 @@ def side_info_from(
     return LayerSideInfo(network, name, mean, components, scale.astype(np.float32), storage, batch, pool, batch_size)
 
 
-def _network(model: Any) -> tuple[nn.Module, Batch | None]:
+def _network(model: object) -> tuple[nn.Module, Batch | None]:
     """(the module, how it reads items where it knows itself)."""
     if isinstance(model, (str, os.PathLike)):
         from fct.extras import need
@@ -219,7 +222,7 @@ def _network(model: Any) -> tuple[nn.Module, Batch | None]:
             ) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module or a sentence-transformers model, got {type(model).__name__}")
-    tokenise: Any = getattr(
+    tokenise: Callable[..., Any] | None = getattr(
         model, "preprocess", getattr(model, "tokenize", None)
     )  # the name since version 6, and before
     if callable(tokenise) and callable(getattr(model, "encode", None)):
@@ -246,18 +249,19 @@ def _module(network: nn.Module, layer: str) -> nn.Module:
     return known[layer]
 
 
-def _sample(items: Any, seed: int) -> Any:
+def _sample(items: Sequence[object], seed: int) -> Sequence[object]:
     if len(items) <= _FITTED_ON:
         return items
     chosen = np.sort(np.random.default_rng([seed, 31]).choice(len(items), _FITTED_ON, replace=False))
     return items[chosen] if isinstance(items, (np.ndarray, torch.Tensor)) else [items[int(i)] for i in chosen]
 
 
-def _inputs(given: Any, batch: Batch | None, size: int, device: torch.device) -> Iterator[Any]:
+def _inputs(given: Sequence[object], batch: Batch | None, size: int, device: torch.device) -> Iterator[object]:
     for begin in range(0, len(given), size):
-        part: Any = given[begin : begin + size]
+        some = given[begin : begin + size]
+        part: object = some
         if batch is not None:
-            part = batch(part)
+            part = batch(some)
         elif isinstance(part, np.ndarray):
             part = torch.from_numpy(np.ascontiguousarray(part))
         if not isinstance(part, (torch.Tensor, Mapping, tuple)):
@@ -268,7 +272,7 @@ def _inputs(given: Any, batch: Batch | None, size: int, device: torch.device) ->
         yield _moved(part, device)
 
 
-def _moved(part: Any, device: torch.device) -> Any:
+def _moved(part: object, device: torch.device) -> object:
     if isinstance(part, torch.Tensor):
         return part.to(device)
     if isinstance(part, Mapping):
@@ -276,7 +280,7 @@ def _moved(part: Any, device: torch.device) -> Any:
     return tuple(_moved(value, device) for value in part) if isinstance(part, tuple) else part
 
 
-def _call(network: nn.Module, given: Any) -> None:
+def _call(network: nn.Module, given: object) -> None:
     if isinstance(given, Mapping):
         network(**given)
     elif isinstance(given, tuple):
@@ -290,13 +294,13 @@ class _Caught(Exception):
 
 
 @torch.inference_mode()
-def _features(side: LayerSideInfo, items: Any, device: str, progress: bool) -> Any:
+def _features(side: LayerSideInfo, items: Sequence[object], device: str, progress: bool) -> Floats:
     """(n, f) float32: the pooled output of the layer for every item."""
     target = training_device(device)
     network, caught = side.model.to(target), []
     training = network.training
 
-    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def catch(_module: nn.Module, _inputs: object, output: object) -> None:
         caught.append(output)
         raise _Caught
 
@@ -327,7 +331,7 @@ def _features(side: LayerSideInfo, items: Any, device: str, progress: bool) -> A
     return out
 
 
-def _pooled(output: Any, given: Any, side: LayerSideInfo) -> torch.Tensor:
+def _pooled(output: object, given: object, side: LayerSideInfo) -> torch.Tensor:
     if side.pool is not None:
         return side.pool(output, given)
     if isinstance(output, Mapping):
@@ -351,19 +355,19 @@ def _pooled(output: Any, given: Any, side: LayerSideInfo) -> torch.Tensor:
     return averaged
 
 
-def _mask(given: Any) -> Any:
+def _mask(given: object) -> torch.Tensor | None:
     if isinstance(given, tuple):
         return next((m for m in map(_mask, given) if m is not None), None)
     return given.get("attention_mask") if isinstance(given, Mapping) else None
 
 
 @torch.inference_mode()
-def _module_by_default(network: nn.Module, items: Any, batch: Batch | None, device: torch.device) -> str:
+def _module_by_default(network: nn.Module, items: Sequence[object], batch: Batch | None, device: torch.device) -> str:
     """The last module whose output is a map of features of at least 3 x 3."""
     found: list[str] = []
 
-    def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def noting(name: str) -> Callable[[nn.Module, object, object], None]:
+        def note(_module: nn.Module, _inputs: object, output: object) -> None:
             if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) >= _GRID:
                 found.append(name)
 
@@ -388,7 +392,7 @@ def _module_by_default(network: nn.Module, items: Any, batch: Batch | None, devi
     return found[-1]
 
 
-def _components(features: Any, dim: int, seed: int) -> tuple[Any, Any, Any]:
+def _components(features: Floats, dim: int, seed: int) -> tuple[Floats, Floats, Floats]:
     """(mean, the first ``dim`` principal axes as columns, the deviation along each)."""
     mean = features.mean(axis=0, dtype=np.float64)
     centred = features - mean.astype(np.float32)

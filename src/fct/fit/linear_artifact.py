@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fct.artifact.transformation import Layer, Transformation
 from fct.fit.linear_map import LinearMap
 from fct.spaces import EmbeddingSpace
-from fct.types import JsonDict
+from fct.types import Floats, JsonDict
 
 __all__ = ["blend_linear", "linear_transformation"]
 
@@ -61,6 +59,6 @@ def blend_linear(h: Transformation, linear: LinearMap, share: float) -> Transfor
     return h.with_(mixer=(*h.mixer[:-1], end), skip=Layer(weight, bias, relu=False), calibration={}, precisions={})
 
 
-def _over_all_inputs(weight: Any, d_in: int) -> Any:
+def _over_all_inputs(weight: Floats, d_in: int) -> Floats:
     """The weight with zeros for the inputs that it does not read."""
     return np.pad(weight, ((0, 0), (0, d_in - weight.shape[1])))

@@ -6,11 +6,11 @@ They are the floor that a fitted h has to reach, and the linear part of some.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fct.fit.pairs import Pairs
+from fct.types import Floats
 
 __all__ = ["PENALTIES", "LinearMap", "RidgePath", "inputs_of", "nearest_rotation", "procrustes_map"]
 
@@ -28,18 +28,19 @@ class LinearMap:
     """
 
     name: str
-    weight: Any
-    bias: Any
+    weight: Floats
+    bias: Floats
 
-    def __call__(self, old: Any, side: Any) -> Any:
+    def __call__(self, old: Floats, side: Floats | None) -> Floats:
         """(n, d_new) float32 of (n, d_old) and (n, d_side) float32, or None."""
         out = old @ self.weight[:, : old.shape[1]].T.astype(np.float32)
         if side is not None and self.weight.shape[1] > old.shape[1]:
             out += side @ self.weight[:, old.shape[1] :].T.astype(np.float32)
-        return out + self.bias.astype(np.float32)
+        mapped: Floats = out + self.bias.astype(np.float32)
+        return mapped
 
 
-def inputs_of(old: Any, side: Any) -> Any:
+def inputs_of(old: Floats, side: Floats | None) -> Floats:
     """[old, side] side by side; old alone where side is None."""
     return old if side is None else np.concatenate([old, side], axis=1)
 
@@ -56,7 +57,7 @@ class RidgePath:
         d = d_old + (d_side if sample.side is not None else 0)
         gram, cross = np.zeros((d, d)), np.zeros((d, d_new))
         sums, targets, n = np.zeros(d), np.zeros(d_new), len(sample)
-        shift: Any = None
+        shift: Floats | None = None
         for begin in range(0, n, _CHUNK):
             old, side, new = sample.take(slice(begin, begin + _CHUNK))
             x = inputs_of(old, side).astype(np.float64)
@@ -71,6 +72,7 @@ class RidgePath:
         mean, self._target = sums / n, targets / n
         gram = gram / n - np.outer(mean, mean)
         cross = cross / n - np.outer(mean, self._target)
+        assert shift is not None  # there are pairs
         self._mean = mean + shift
         deviation = np.sqrt(np.maximum(gram.diagonal(), 0))
         floor = deviation.max(initial=0) * 1e-3
@@ -88,14 +90,15 @@ class RidgePath:
         return LinearMap(f"ridge (penalty {penalty:g})", weight, self._target - weight @ self._mean)
 
 
-def nearest_rotation(cross: Any) -> Any:
+def nearest_rotation(cross: Floats) -> Floats:
     """The matrix with orthonormal rows or columns nearest to ``cross`` (d_new, d_old).
 
     Large ones in float32: a rotation is good to more digits than a float32 embedding has.
     """
     wide = min(cross.shape) > 1024
     u, _, vt = np.linalg.svd(cross.astype(np.float32) if wide else cross, full_matrices=False)
-    return (u @ vt).astype(np.float64)
+    rotation: Floats = (u @ vt).astype(np.float64)
+    return rotation
 
 
 def procrustes_map(pairs: Pairs, seed: int) -> LinearMap:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from fct.fit.neighbours import NeighbourTest
 from fct.mixed_gallery import choose_correction, mixed_curve
-from fct.types import JsonDict
+from fct.types import Floats, JsonDict
 
 __all__ = ["calibrate_length"]
 
 _MOST_ROWS = 4_096
 
 
-def calibrate_length(test: NeighbourTest, raw: Any, seed: int, tell: Callable[[str], None]) -> JsonDict | None:
+def calibrate_length(test: NeighbourTest, raw: Floats, seed: int, tell: Callable[[str], None]) -> JsonDict | None:
     """What goes into the artifact: the correction and its curve, as plain values; None with fewer than 20 rows.
 
     Half of the rows choose the correction and the other half measure it, so that the curve is honest.

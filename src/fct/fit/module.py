@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
@@ -11,12 +9,12 @@ from torch import nn
 from fct.artifact.transformation import Layer, Transformation, fold_norm, fold_scaling
 from fct.fit.recipes import FitConfig
 from fct.spaces import EmbeddingSpace
-from fct.types import JsonDict
+from fct.types import Floats, JsonDict
 
 __all__ = ["Block", "Scaling", "TransformationModule", "to_transformation"]
 
 # (mean, scale): what was done to an array before the loss, x -> (x - mean) / scale; (d,) each, or scalars.
-Scaling = tuple[Any, Any]
+Scaling = tuple[Floats, Floats]
 
 
 class Block(nn.Module):
@@ -88,11 +86,11 @@ def to_transformation(
 ) -> Transformation:
     """Folds batch norm, input scaling and target scaling into float32 layers; the arithmetic is float64."""
 
-    def numpy(tensor: torch.Tensor) -> Any:
+    def numpy(tensor: torch.Tensor) -> Floats:
         return tensor.detach().cpu().numpy()
 
-    def fold_all(blocks: nn.Sequential) -> list[tuple[Any, Any, bool]]:
-        folded: list[tuple[Any, Any, bool]] = []
+    def fold_all(blocks: nn.Sequential) -> list[tuple[Floats, Floats, bool]]:
+        folded: list[tuple[Floats, Floats, bool]] = []
         for block in blocks:
             if isinstance(block, Block):
                 names = ("weight", "bias", "running_mean", "running_var")

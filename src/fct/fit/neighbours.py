@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fct.metrics import recall_at_k
 from fct.search import topk
+from fct.types import Floats, Indices
 
 __all__ = ["NeighbourTest"]
 
@@ -20,14 +20,14 @@ class NeighbourTest:
     new: (n, d_new) float32. metric: how the new space compares. normalise, length: what h does to its output.
     """
 
-    new: Any
+    new: Floats
     metric: str
     normalise: bool
     length: float
-    reference: Any
+    reference: Indices
 
     @classmethod
-    def of(cls, new: Any, metric: str, *, normalise: bool, length: float = 1.0, k: int = 10) -> NeighbourTest:
+    def of(cls, new: Floats, metric: str, *, normalise: bool, length: float = 1.0, k: int = 10) -> NeighbourTest:
         depth = max(1, min(k, len(new) - 1))
         found = topk(new, new, depth, metric=metric, same_items=len(new) > 1, progress=False)
         return cls(new, metric, normalise, length, np.asarray(found.indices))
@@ -36,14 +36,16 @@ class NeighbourTest:
     def k(self) -> int:
         return int(self.reference.shape[1])
 
-    def finished(self, raw: Any) -> Any:
+    def finished(self, raw: Floats) -> Floats:
         """What h would give for its last layer's output ``raw``."""
         if not self.normalise:
             return raw
         norms = np.linalg.norm(raw, axis=1, keepdims=True)
-        return np.divide(raw, norms, out=np.zeros_like(raw), where=norms > 0) * np.float32(self.length)
+        unit: Floats = np.divide(raw, norms, out=np.zeros_like(raw), where=norms > 0)
+        rows: Floats = unit * np.float32(self.length)
+        return rows
 
-    def recall(self, gallery: Any) -> float:
+    def recall(self, gallery: Floats) -> float:
         """Share of the true nearest that a search over ``gallery`` (row for row the same items) finds."""
         found = topk(self.new, gallery, self.k, metric=self.metric, same_items=len(self.new) > 1, progress=False)
         return recall_at_k(np.asarray(found.indices), self.reference, self.k)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from fct.fit.linear_map import LinearMap
 from fct.fit.module import Scaling, TransformationModule
-from fct.fit.pairs import Pairs
+from fct.fit.pairs import Pairs, Taken
 from fct.fit.recipes import FitConfig
 from fct.fit.training_state import read_state, write_state
-from fct.types import JsonDict
+from fct.types import Floats, JsonDict
 
 __all__ = ["EpochReport", "PairTraining", "Scalings", "scalings_of"]
 
@@ -113,13 +113,13 @@ class PairTraining:
         mean, scale = (torch.as_tensor(np.asarray(part, np.float32), device=self.device) for part in scaling)
         return mean, scale
 
-    def _to_device(self, arrays: tuple[Any, Any, Any]) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def _to_device(self, arrays: Taken) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         old, side, new = (None if x is None else torch.from_numpy(x).to(self.device) for x in arrays)
         assert old is not None
         assert new is not None
         return old, side, new
 
-    def _scaled(self, arrays: tuple[Any, Any, Any]) -> _Batch:
+    def _scaled(self, arrays: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]) -> _Batch:
         """A batch in the units of the loss; the old embedding stands in where there is no side-information."""
         if not self.config.standardise:
             return arrays[0], arrays[0] if arrays[1] is None else arrays[1], arrays[2]
@@ -142,8 +142,9 @@ class PairTraining:
             else:
                 data, order = self._to_device(self.train.take(pool)), torch.arange(len(pool), device=self.device)
             for index in order.split(size):
-                old, side, new = (None if part is None else part.index_select(0, index) for part in data)
-                yield self._scaled((old, side, new))
+                old, side, new = data
+                some = None if side is None else side.index_select(0, index)
+                yield self._scaled((old.index_select(0, index), some, new.index_select(0, index)))
 
     # ---- the loop ----
     def run(
@@ -252,7 +253,7 @@ class PairTraining:
         return module.eval()
 
     @torch.inference_mode()
-    def predict(self, pairs: Pairs) -> Any:
+    def predict(self, pairs: Pairs) -> Floats:
         """(n, d_new) float32: the best weights' output in the new space's units, not normalised."""
         module, parts = self.best_module(), []
         mean, scale = self._scale[2]
@@ -339,24 +340,28 @@ def _has_fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+Moment: TypeAlias = "tuple[int, Floats, Floats, Floats]"  # rows, shift, sum, sum of squares
+
+
 def scalings_of(pairs: Pairs, standardise: bool, seed: int) -> Scalings:
     """(mean, scale) of old, side and new: each input dimension its own scale, the target one for all of them."""
     if not standardise:
         plain = (np.float32(0), np.float32(1))
         return plain, plain, plain
     sample = pairs.sample(_SCALING_SAMPLE, seed)
-    moments: list[Any] = [None, None, None]
+    moments: list[Moment | None] = [None, None, None]
     for begin in range(0, len(sample), _CHUNK):
         for i, rows in enumerate(sample.take(slice(begin, begin + _CHUNK))):
             if rows is not None:
                 moments[i] = _added(moments[i], rows)
 
-    def deviation_of(moment: Any) -> tuple[Any, Any]:
+    def deviation_of(moment: Moment | None) -> tuple[Floats, Floats]:
+        assert moment is not None  # there are pairs
         count, shift, total, squares = moment
         mean = total / count
         return mean + shift, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
-    def per_dimension(moment: Any) -> Scaling:
+    def per_dimension(moment: Moment | None) -> Scaling:
         mean, deviation = deviation_of(moment)
         floor = max(float(deviation.max()) * 1e-3, np.finfo(np.float32).tiny)  # a constant dimension says nothing
         scale = np.where(deviation > floor, deviation, max(float(deviation.max()), 1e-12))
@@ -368,7 +373,7 @@ def scalings_of(pairs: Pairs, standardise: bool, seed: int) -> Scalings:
     return per_dimension(moments[0]), per_dimension(moments[0] if moments[1] is None else moments[1]), target
 
 
-def _added(moment: Any, rows: Any) -> tuple[int, Any, Any, Any]:
+def _added(moment: Moment | None, rows: Floats) -> Moment:
     """(rows, shift, sum, sum of squares) in float64, about a shift near the mean so that no digits are lost to it."""
     shift = rows.mean(axis=0, dtype=np.float64) if moment is None else moment[1]
     centred = rows.astype(np.float64) - shift

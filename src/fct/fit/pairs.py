@@ -5,12 +5,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from fct.rows import Rows, rows_of
-from fct.types import Int64s
+from fct.types import Float32s, Int64s, RowsLike
 
 __all__ = ["Pairs", "check_pairs", "fold_pairs", "split_pairs"]
 
@@ -19,6 +19,9 @@ __all__ = ["Pairs", "check_pairs", "fold_pairs", "split_pairs"]
 IN_MEMORY_BYTES = 4 << 30
 _RUN = 256  # neighbouring rows read together from a mapped file
 _POOL_ROWS = 1 << 17  # rows shuffled together when the set stays outside memory
+
+
+Taken: TypeAlias = "tuple[Float32s, Float32s | None, Float32s]"  # (old, side, new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +53,15 @@ class Pairs:
         """Whether some rows lie in a mapped file."""
         return any(_is_mapped(rows.values) for rows in (self.old, self.side, self.new) if rows is not None)
 
-    def take(self, positions: Any) -> tuple[Any, Any, Any]:
+    def take(self, positions: slice | Int64s) -> Taken:
         """(old, side, new) float32 rows at positions of this set; side is None where there is none."""
         where = self.index[positions]
         return tuple(None if rows is None else _gather(rows, where) for rows in (self.old, self.side, self.new))  # type: ignore[return-value]
 
-    def loaded(self) -> tuple[Any, Any, Any]:
+    def loaded(self) -> Taken:
         return self.take(slice(None))
 
-    def part(self, positions: Any) -> Pairs:
+    def part(self, positions: slice | Int64s) -> Pairs:
         """The pairs at positions of this set, in ascending order."""
         return Pairs(self.old, self.side, self.new, np.sort(self.index[positions]))
 
@@ -80,13 +83,13 @@ class Pairs:
             yield rng.permutation(np.concatenate(runs))
 
 
-def _is_mapped(values: Any) -> bool:
+def _is_mapped(values: object) -> bool:
     while isinstance(values, (np.ndarray, memoryview)):
         values = values.obj if isinstance(values, memoryview) else values.base
     return isinstance(values, mmap.mmap)
 
 
-def _gather(rows: Rows, where: Any) -> Any:
+def _gather(rows: Rows, where: slice | Int64s) -> Float32s:
     scale = rows.scale
     if scale is not None and scale.shape[0] == rows.n and rows.n != 1:
         scale = scale[where]
@@ -94,7 +97,7 @@ def _gather(rows: Rows, where: Any) -> Any:
     return np.ascontiguousarray(Rows(values, rows.dtype, scale, rows.device, rows.kind).float32())
 
 
-def check_pairs(old: Any, side_info: Any, new: Any, *, prefix: str = "") -> Pairs:
+def check_pairs(old: RowsLike, side_info: RowsLike | None, new: RowsLike, *, prefix: str = "") -> Pairs:
     """Three arrays as one set of pairs; everything is checked, row counts first. GPU tensors are brought to the CPU."""
     old_rows = rows_of(_host(old), f"{prefix}old", allow_empty=False)
     why = "to match old"
@@ -103,7 +106,7 @@ def check_pairs(old: Any, side_info: Any, new: Any, *, prefix: str = "") -> Pair
     return Pairs(old_rows, side_rows, new_rows, np.arange(old_rows.n))
 
 
-def _host(x: Any) -> Any:
+def _host(x: RowsLike) -> RowsLike:
     kind = getattr(getattr(x, "device", None), "type", "cpu")
     return x.cpu() if hasattr(x, "cpu") and kind not in ("cpu", "meta") else x
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,12 +10,12 @@ from fct.artifact.layers import BRANCHES, SKIP, Layer
 from fct.artifact.tolerance import PrecisionEffect
 from fct.artifact.transformation import Transformation
 from fct.errors import BackendError
-from fct.metrics import evaluate
+from fct.metrics import RetrievalMetrics, evaluate
 from fct.ops.backend import PRECISIONS
 from fct.rows import check_labels, rows_of
 from fct.search import topk
 from fct.transform import check_inputs, transform_batch
-from fct.types import JsonDict
+from fct.types import Array, Floats, JsonDict, LabelsLike, RowsLike, Values
 
 __all__ = ["calibrate", "measure_precisions"]
 
@@ -24,7 +23,7 @@ _MOST_ROWS = 16_384  # more rows move the ranges no further
 _CHUNK = 1_024
 
 
-def calibrate(h: Transformation, old: Any, side_info: Any) -> Transformation:
+def calibrate(h: Transformation, old: RowsLike, side_info: RowsLike | None) -> Transformation:
     """h with activation ranges for int8: each layer's lowest and highest input, channel by channel.
 
     Args:
@@ -51,13 +50,13 @@ def calibrate(h: Transformation, old: Any, side_info: Any) -> Transformation:
         raise ValueError(f"old: expected at least one row to calibrate on, got (0, {old_rows.d})")
     ranges: JsonDict = {}
 
-    def see(name: str, x: Any) -> None:
+    def see(name: str, x: Floats) -> None:
         seen = np.stack([x.min(axis=0), x.max(axis=0)])
         if name in ranges:
             seen = np.stack([np.minimum(ranges[name][0], seen[0]), np.maximum(ranges[name][1], seen[1])])
         ranges[name] = seen
 
-    def chain(branch: str, x: Any) -> Any:
+    def chain(branch: str, x: Floats) -> Floats:
         layer: Layer
         for i, layer in enumerate(getattr(h, branch)):
             see(f"{branch}.{i}", x)
@@ -70,7 +69,7 @@ def calibrate(h: Transformation, old: Any, side_info: Any) -> Transformation:
     chosen = np.arange(0, old_rows.n, step)[:_MOST_ROWS]
     for begin in range(0, len(chosen), _CHUNK):
         part = slice(int(chosen[begin]), int(chosen[min(begin + _CHUNK, len(chosen)) - 1]) + 1)
-        parts = [_host(rows[part].float32())[::step] for rows in (old_rows, side_rows)]
+        parts: list[Floats] = [_host(rows[part].float32())[::step] for rows in (old_rows, side_rows)]
         joined = np.concatenate([chain(branch, x) for branch, x in zip(BRANCHES, parts, strict=False)], axis=1)
         chain("mixer", joined)
         if h.skip is not None:
@@ -80,10 +79,10 @@ def calibrate(h: Transformation, old: Any, side_info: Any) -> Transformation:
 
 def measure_precisions(
     h: Transformation,
-    old: Any,
-    side_info: Any,
-    queries_new: Any,
-    labels: Any = None,
+    old: RowsLike,
+    side_info: RowsLike | None,
+    queries_new: RowsLike,
+    labels: LabelsLike | None = None,
     *,
     precisions: Sequence[str] = ("bf16", "int8"),
     progress: bool = True,
@@ -129,7 +128,7 @@ def measure_precisions(
     metric = h.new_space.metric
     k = min(10, queries.n)
 
-    def retrieve(precision: str) -> tuple[Any, Any]:
+    def retrieve(precision: str) -> tuple[Array, RetrievalMetrics]:
         mapped = transform_batch(old, side_info, h, precision=precision, progress=progress)
         gallery = _host(rows_of(mapped, "gallery").float32())
         nearest = topk(wanted, gallery, k, metric=metric, progress=progress).indices
@@ -159,5 +158,5 @@ def _difference(after: float, before: float) -> float:
     return 0.0 if np.isnan(after) and np.isnan(before) else float(after - before)
 
 
-def _host(x: Any) -> Any:
+def _host(x: Values) -> Floats:
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()

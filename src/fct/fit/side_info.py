@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,9 @@ from torch.nn import functional
 
 from fct.checks import check_choice, check_flag, check_path
 from fct.fit.backbones import EmbeddingModel, embedding_model
-from fct.fit.images import Images, as_images, augment
+from fct.fit.images import Images, ImagesLike, as_images, augment
 from fct.fit.loop import TrainConfig, train
+from fct.types import LabelsLike
 
 __all__ = ["METHODS", "barlow_twins_loss", "train_side_info"]
 
@@ -26,12 +26,12 @@ _CROP, _COLOUR = 0.55, 0.4
 
 
 def train_side_info(
-    images: Any,
+    images: ImagesLike,
     *,
     method: str = "simclr",
     dim: int = 128,
     backbone: str | nn.Module = "small_resnet",
-    labels: Any = None,
+    labels: LabelsLike | None = None,
     epochs: int = 60,
     batch_size: int = 256,
     lr: float = 3e-3,

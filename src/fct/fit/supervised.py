@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from fct.checks import check_choice
 from fct.fit.backbones import EmbeddingModel, embedding_model
-from fct.fit.images import Images, as_images, augment
+from fct.fit.images import Images, ImagesLike, as_images, augment
 from fct.fit.loop import TrainConfig, train
+from fct.types import LabelsLike
 
 __all__ = ["LOSSES", "ArcFaceHead", "SoftmaxHead", "make_head", "train_supervised"]
 
@@ -65,8 +66,8 @@ def make_head(loss: str, dim: int, classes: int) -> SoftmaxHead | ArcFaceHead:
 
 
 def train_supervised(
-    images: Any,
-    labels: Any = None,
+    images: ImagesLike,
+    labels: LabelsLike | None = None,
     *,
     classes: int,
     backbone: str | nn.Module = "small_cnn",

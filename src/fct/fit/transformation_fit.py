@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fct.fit.auto_fit import AutoFit, climb, judge
 from fct.fit.auto_plan import plan_fit
 from fct.fit.distil import distil
 from fct.fit.linear_artifact import blend_linear, linear_transformation
+from fct.fit.linear_map import LinearMap
 from fct.fit.mixed_length import calibrate_length
 from fct.fit.module import to_transformation
 from fct.fit.neighbours import NeighbourTest
@@ -31,7 +32,11 @@ from fct.fit.repeated_pairs import find_repeated
 from fct.fit.training_device import training_device
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace, check_space
-from fct.types import JsonDict
+from fct.types import Floats, JsonDict, RowsLike
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
 
 __all__ = ["EpochReport", "fit_transformation"]
 
@@ -41,13 +46,13 @@ _MEASURED_PAIRS = 4_096  # validation rows that the precisions and the length ar
 
 
 def fit_transformation(
-    old: Any,
-    side_info: Any,
-    new: Any,
+    old: RowsLike,
+    side_info: RowsLike | None,
+    new: RowsLike,
     *,
-    validation: float | tuple[Any, Any, Any] | None = None,
+    validation: float | tuple[RowsLike, RowsLike | None, RowsLike] | None = None,
     config: str | FitConfig = "auto",
-    unpaired: tuple[Any, Any] | None = None,
+    unpaired: tuple[RowsLike, RowsLike | None] | None = None,
     seconds: float | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -137,8 +142,8 @@ def fit_transformation(
     begun = time.monotonic()
     with step_bar(progress) as bar:
         run = _Run(
-            pairs, given, validation, seed, target, spaces, None if side_info is None else side_model, bar, state,
-            checkpoint_seconds, on_epoch,
+            pairs, given, None if isinstance(validation, tuple) else validation, seed, target, spaces,
+            None if side_info is None else side_model, bar, state, checkpoint_seconds, on_epoch,
         )  # fmt: skip
         if settings is None:
             length = _common_length(sample[2]) if not spaces[1].normalised else 1.0
@@ -158,7 +163,7 @@ def fit_transformation(
     return h
 
 
-def _check_validation(validation: Any, pairs: Pairs) -> Pairs | None:
+def _check_validation(validation: object, pairs: Pairs) -> Pairs | None:
     if validation is None or isinstance(validation, float):
         return None
     if not isinstance(validation, tuple) or len(validation) != 3:
@@ -175,7 +180,7 @@ def _check_validation(validation: Any, pairs: Pairs) -> Pairs | None:
     return held
 
 
-def _check_unpaired(unpaired: Any, pairs: Pairs) -> tuple[Any, Any]:
+def _check_unpaired(unpaired: object, pairs: Pairs) -> tuple[Floats, Floats | None]:
     """(old, side_info) float32; the gallery's rows stand in for a new embedding only to be checked alike."""
     if not isinstance(unpaired, tuple) or len(unpaired) != 2:
         raise ValueError(f"unpaired: expected a tuple (old, side_info), got {type(unpaired).__name__}")
@@ -193,12 +198,12 @@ def _check_space(space: EmbeddingSpace | None, d: int, name: str) -> None:
         raise ValueError(f"{name}: expected dim {d} to match the rows, got {space}")
 
 
-def _guess_space(model_id: str, rows: Any) -> EmbeddingSpace:
+def _guess_space(model_id: str, rows: Floats) -> EmbeddingSpace:
     unit = bool(np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-2))
     return EmbeddingSpace(model_id, int(rows.shape[1]), normalised=unit)
 
 
-def _common_length(rows: Any) -> float | None:
+def _common_length(rows: Floats) -> float | None:
     """The one length that all rows have (a unit-length space in other units), or None."""
     norms = np.linalg.norm(rows, axis=1)
     mean = float(norms.mean())
@@ -221,7 +226,7 @@ class _Run:
 
     train: Pairs
     given: Pairs | None
-    share: Any
+    share: float | None
     seed: int
     device: torch.device
     spaces: tuple[EmbeddingSpace, EmbeddingSpace]
@@ -232,7 +237,7 @@ class _Run:
     on_epoch: Callable[[EpochReport], None] | None
 
     def __post_init__(self) -> None:
-        self._task: Any = None
+        self._task: TaskID | None = None
         self._states: list[Path] = []
         self.choices: list[str] = []
 
@@ -305,7 +310,7 @@ class _Run:
 
     # ---- the recipe for any number of pairs ----
     def auto(
-        self, length: float | None, seconds: float | None, extra: tuple[Any, Any] | None, *, best: bool
+        self, length: float | None, seconds: float | None, extra: tuple[Floats, Floats | None] | None, *, best: bool
     ) -> tuple[Transformation, Pairs]:
         repeated = self._set_repeated_aside()
         own = self.given is not None
@@ -354,7 +359,7 @@ class _Run:
         return self._returned(training, judged.share, judged.linear, normalise, length or 1.0, info), found.judged
 
     def _returned(
-        self, training: PairTraining, share: float, linear: Any, normalise: bool, length: float, info: JsonDict
+        self, training: PairTraining, share: float, linear: LinearMap, normalise: bool, length: float, info: JsonDict
     ) -> Transformation:
         if share == 0:
             return linear_transformation(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ from fct.checks import check_choice, check_seed, check_whole
 from fct.rows import rows_of
 from fct.search import topk
 from fct.spaces import METRICS
+from fct.types import Int64s, RowsLike
 
 __all__ = ["CarriedThreshold", "ScoreMap", "fit_score_map", "neighbour_scores"]
 
@@ -60,7 +60,7 @@ class ScoreMap:
     held_old: Floats
     held_new: Floats
 
-    def __call__(self, scores: Any) -> Floats:
+    def __call__(self, scores: npt.ArrayLike) -> Floats:
         """The new score that is expected at each old one: (n,) float64."""
         return np.asarray(np.interp(_finite(scores, "scores"), self.old, self.new))
 
@@ -96,7 +96,12 @@ class ScoreMap:
 
 
 def fit_score_map(
-    old_scores: Any, new_scores: Any, *, nearest: str = "larger", held_out: float = 0.3, seed: int = 0
+    old_scores: npt.ArrayLike,
+    new_scores: npt.ArrayLike,
+    *,
+    nearest: str = "larger",
+    held_out: float = 0.3,
+    seed: int = 0,
 ) -> ScoreMap:
     """Isotonic regression of new scores on old ones, over the same pairs of items.
 
@@ -144,7 +149,13 @@ def fit_score_map(
 
 
 def neighbour_scores(
-    old: Any, new: Any, *, metric: str = "cosine", new_metric: str | None = None, k: int = 10, progress: bool = True
+    old: RowsLike,
+    new: RowsLike,
+    *,
+    metric: str = "cosine",
+    new_metric: str | None = None,
+    k: int = 10,
+    progress: bool = True,
 ) -> tuple[Floats, Floats]:
     """Scores of the pairs of items that are near in either space, once each: what thresholds are about.
 
@@ -186,7 +197,7 @@ def neighbour_scores(
     return _scored(first, pairs, metric), _scored(second, pairs, new_metric)
 
 
-def _scored(rows: Any, pairs: Any, metric: str) -> Floats:
+def _scored(rows: Floats, pairs: Int64s, metric: str) -> Floats:
     found = np.empty(len(pairs))
     for begin in range(0, len(pairs), 65_536):
         a, b = (rows[pairs[begin : begin + 65_536, end]].astype(np.float64) for end in (0, 1))
@@ -223,7 +234,7 @@ def _rising(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return at[steps[kept]], np.repeat(values[: top + 1], 2).reshape(-1, 2)[kept]
 
 
-def _finite(scores: Any, name: str) -> Floats:
+def _finite(scores: npt.ArrayLike, name: str) -> Floats:
     array = np.asarray(scores)
     if array.ndim != 1 or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
         why = "some that are not finite" if array.ndim == 1 and array.dtype.kind == "f" else f"shape {array.shape}"

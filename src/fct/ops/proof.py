@@ -137,7 +137,7 @@ def far_off(h: Transformation, old: Values, side: Values) -> tuple[Transformatio
                 skip[:, start : start + len(far)] = _cancelling(skip[:, start : start + len(far)], far)
         chains.append((first, *layers[1:]))
         moved.append(np.asarray(x, np.float32))
-    if h.skip is not None:
+    if h.skip is not None and skip is not None:
         h = h.with_(skip=Layer(skip, h.skip.bias, False))
     return h.with_(old=chains[0], side=chains[1]), moved[0], moved[1]
 

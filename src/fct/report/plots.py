@@ -7,11 +7,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fct.atomic_files import write_bytes
 from fct.extras import need
 from fct.report.table import MEASURES, ResultTable
+from fct.types import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 __all__ = ["Example", "write_picture"]
 
@@ -28,9 +34,9 @@ class Example:
         order, for every example.
     """
 
-    image: Any
+    image: Array
     label: str
-    found: Mapping[str, Sequence[tuple[Any, bool]]]
+    found: Mapping[str, Sequence[tuple[Array, bool]]]
 
 
 def write_picture(
@@ -117,7 +123,13 @@ def write_picture(
 
 
 def _thumbnail(
-    figure: Any, image: Any, left: float, low_from_top: float, size: float, width: float, height: float
+    figure: Figure,
+    image: Array,
+    left: float,
+    low_from_top: float,
+    size: float,
+    width: float,
+    height: float,
 ) -> Any:
     pad = 0.04
     axes = figure.add_axes(
@@ -134,17 +146,17 @@ def _thumbnail(
     return axes
 
 
-def _is_bytes(image: Any) -> bool:
+def _is_bytes(image: Array) -> bool:
     return str(getattr(image, "dtype", "")) == "uint8"
 
 
-def _frame(axes: Any, colour: str, thickness: float, *, dashed: bool = False) -> None:
+def _frame(axes: Axes, colour: str, thickness: float, *, dashed: bool = False) -> None:
     """Misses are dashed as well as red: not everybody tells red from green."""
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=thickness, linestyle=(0, (1.6, 1.0)) if dashed else "-", capstyle="butt")
 
 
-def _bars(axes: Any, table: ResultTable, measure: str, colours: Mapping[str, str], *, show_names: bool) -> None:
+def _bars(axes: Axes, table: ResultTable, measure: str, colours: Mapping[str, str], *, show_names: bool) -> None:
     values = [100 * getattr(row, measure) for row in table.rows]
     places = range(len(values))
     axes.barh(places, values, height=0.68, color=[colours.get(row.name, "#b9c0cb") for row in table.rows])

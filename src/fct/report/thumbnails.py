@@ -9,13 +9,18 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fct.checks import check_path
 from fct.errors import FctError
 from fct.extras import need
+from fct.types import Array
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 __all__ = ["Thumbnails"]
 
@@ -38,7 +43,7 @@ class Thumbnails:
         FctError: a file that is no image, or is too large (when it is asked for).
     """
 
-    def __init__(self, images: Any, n: int, ids: Sequence[str] | None = None) -> None:
+    def __init__(self, images: Array | str | os.PathLike[str], n: int, ids: Sequence[str] | None = None) -> None:
         self._files: list[Path] = []
         self._pixels: Any = None
         if isinstance(images, (str, os.PathLike)):
@@ -81,7 +86,7 @@ def _loaded(path: Path) -> Any:
         raise FctError(f"images: expected a folder of images or an .npy file, {path} is neither: {error}") from error
 
 
-def _checked(pixels: Any, n: int) -> Any:
+def _checked(pixels: Array, n: int) -> Any:
     if len(pixels) != n or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3)):
         want = f"({n}, height, width) or ({n}, height, width, 3)"
         raise ValueError(f"images: expected {want} to match the pairs, got {pixels.shape}")
@@ -90,7 +95,7 @@ def _checked(pixels: Any, n: int) -> Any:
     return pixels
 
 
-def _of_pixels(pixels: Any) -> Any:
+def _of_pixels(pixels: Array) -> Any:
     image = need("PIL.Image", "images")
     if pixels.dtype != np.uint8:
         if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
@@ -121,7 +126,7 @@ def _opened(path: Path) -> Any:
         raise FctError(f"images: expected an image, {path} is none that can be read: {error}") from error
 
 
-def _encoded(picture: Any) -> str:
+def _encoded(picture: Image) -> str:
     image = need("PIL.Image", "images")
     picture.thumbnail((_SIDE, _SIDE))
     if picture.mode == "RGBA":  # as on paper: the page may be dark
