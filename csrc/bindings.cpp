@@ -85,7 +85,17 @@ fct::cpu::KeepGoing keep_going(const py::object& report) {
     return {no_exception, report.is_none() ? nullptr : report.ptr()};
 }
 
+template <int kCount>
+py::tuple names_of(const char* const (&table)[kCount]) {
+    py::tuple names(kCount);
+    for (int i = 0; i < kCount; ++i) names[static_cast<size_t>(i)] = table[i];
+    return names;
+}
+
 void bind_machine(py::module_& m) {
+    m.attr("metrics") = names_of(fct::kMetrics);
+    m.attr("precisions") = names_of(fct::kPrecisionNames);
+    m.attr("shadow_kinds") = names_of(fct::kShadowKinds);
     py::list names;
     for (int i = 0; i < fct::cpu::kIsas; ++i) names.append(fct::cpu::isa_name(static_cast<fct::cpu::Isa>(i)));
     m.attr("isa_names") = py::tuple(names);

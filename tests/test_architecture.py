@@ -23,7 +23,7 @@ FLOORS = [
     {"fit", "transform", "search", "metrics", "mixed_gallery", "mixed_warning", "rerank_depth", "data", "info"},
     {"ops"},
     {"rows", "artifact"},
-    {"codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C", "options"},
+    {"codes", "native_codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C", "options"},
     {"errors", "moved_modules", "extras", "ref", "checks", "packed_int4", "types"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "cpu/checksum.h"
-#include "dtypes.h"
+#include "codes.h"
 
 namespace fct::cpu {
 

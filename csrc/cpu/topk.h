@@ -35,7 +35,7 @@
 
 namespace fct::cpu {
 
-enum class Metric : int { l2 = 0, ip = 1, cosine = 2 };
+enum class Metric : int { l2 = kMetricL2, ip = kMetricIP, cosine = kMetricCosine };
 
 constexpr int kTile = 64;
 constexpr int kMeta = 4 * kTile + 4;

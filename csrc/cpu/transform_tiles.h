@@ -6,8 +6,8 @@
 
 namespace fct::cpu {
 
-enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2, int16 = 3 };
-constexpr int kPrecisions = 4;
+enum class Precision : int { fp32 = kFp32, bf16 = kBf16, int8 = kInt8Layer, int16 = kInt16Layer };
+constexpr int kPrecisions = kPrecisionCount;
 
 // What activations are kept as: the next layer's operand type. s16 comes from rows alone, never from a layer.
 enum class Store : int { f32 = 0, bf16 = 1, u8 = 2, s16 = 3 };

@@ -1,6 +1,6 @@
 // Rows of embeddings as they lie in the user's memory: any row stride, four dtypes, int8 with a scale.
 #pragma once
-#include "../dtypes.h"
+#include "../codes.h"
 #include "gpu_api.h"
 
 namespace fct::cuda {

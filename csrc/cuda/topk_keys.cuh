@@ -4,8 +4,8 @@
 
 namespace fct::cuda {
 
-enum Metric : int { kL2 = 0, kIP = 1, kCosine = 2 };
-enum Shadow : int { kShadowBF16 = 0, kShadowI8 = 1 };
+enum Metric : int { kL2 = kMetricL2, kIP = kMetricIP, kCosine = kMetricCosine };
+enum Shadow : int { kShadowBF16 = kBf16Shadow, kShadowI8 = kInt8Shadow };
 
 constexpr int kChunkBytes = 128;       // of a shadow row, per pipeline stage; shadow rows are padded to it
 constexpr int kChunkPitch = 128 + 16;  // in shared memory: 16 bytes of padding make ldmatrix free of conflicts

@@ -14,9 +14,12 @@ def first_nonfinite_row(data: int, dtype: int, n: int, d: int, row_stride: int) 
 def nonfinite_rows(data: int, dtype: int, n: int, d: int, row_stride: int, flags: int) -> int: ...
 def scan_rows(data: int, dtype: int, n: int, d: int, flags: int, checksum: Xxh64) -> int: ...
 
-# ---- machine: isa is an index of isa_names, precision one of fct.ops.backend.PRECISIONS ----
+# ---- machine: isa is an index of isa_names, precision one of precisions ----
 isa_names: tuple[str, ...]
-dtypes: tuple[tuple[str, int], ...]  # name, bytes; the order is the code
+dtypes: tuple[tuple[str, int], ...]  # name, bytes; the order is the code, here and below
+metrics: tuple[str, ...]
+precisions: tuple[str, ...]
+shadow_kinds: tuple[str, ...]
 
 def detected_isa() -> int: ...
 def has_amx_bf16() -> bool: ...
@@ -70,7 +73,7 @@ class RepeatedCall:
     def holds(self) -> bool: ...  # whether environment and processors are as they were
     def run(self, old: object, side: object, out: object) -> Any: ...  # what was filled; None: not here
 
-# ---- topk: metric is an index of fct.spaces.METRICS, self -1 or the gallery row of the first query ----
+# ---- topk: metric is an index of metrics, self -1 or the gallery row of the first query ----
 shadow_tile: int
 shadow_meta: int
 shadow_head_meta: int

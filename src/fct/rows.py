@@ -19,6 +19,7 @@ from fct import _C
 from fct.checks import check_choice
 from fct.codes import ScaledInt8, check_per_row, is_torch, signed
 from fct.extras import need
+from fct.native_codes import BYTES_OF, DTYPE_CODES
 from fct.packed_int4 import PackedInt4
 from fct.types import Array, Bools, RowsLike, Values
 
@@ -39,10 +40,7 @@ __all__ = [
     "rows_of",
 ]
 
-# Names, bytes and codes are csrc/dtypes.h's.
-BYTES_OF: dict[str, int] = dict(_C.dtypes)
-DTYPES = tuple(BYTES_OF)
-_CODES = {name: code for code, name in enumerate(DTYPES)}
+DTYPES = tuple(DTYPE_CODES)
 # numpy takes microseconds to spell out a dtype, which a single query would feel.
 _NAMES = {np.dtype(name): name for name in ("float32", "float16", "int8")}
 
@@ -96,7 +94,7 @@ class Rows:
 
     @property
     def dtype_code(self) -> int:
-        return _CODES[self.dtype]
+        return DTYPE_CODES[self.dtype]
 
     def __getitem__(self, part: slice) -> Rows:
         scale, offset = (

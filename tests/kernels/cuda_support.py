@@ -84,7 +84,7 @@ def sources_with(edits: Edits, folder: Path) -> Path:
         return CUDA
     copy = folder / "cuda"
     shutil.copytree(CUDA, copy)
-    shutil.copy2(CUDA.parent / "dtypes.h", folder)
+    shutil.copy2(CUDA.parent / "codes.h", folder)
     for name, changes in edits.items():
         text = (copy / name).read_text()
         for old, new in changes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fct import _C
+from fct.native_codes import PRECISION_CODES
 from fct.ops.backend import PRECISIONS
 from fct.types import JsonDict
 
@@ -41,9 +42,9 @@ def measure_peaks(threads: int, seconds: float = 0.3, *, every_isa: bool = True)
     """About ``seconds`` for each precision of the best instruction set, or of every one, and 1.3 for memory."""
     levels = range(0 if every_isa else _C.detected_isa(), _C.detected_isa() + 1)
     by_isa = {
-        (_C.isa_names[isa], precision): _C.peak_ops(p, isa, threads, seconds)
+        (_C.isa_names[isa], precision): _C.peak_ops(PRECISION_CODES[precision], isa, threads, seconds)
         for isa in levels
-        for p, precision in enumerate(PRECISIONS)
+        for precision in PRECISIONS
     }
     best = _C.isa_names[_C.detected_isa()]
     return Peaks(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fct import _C
 from fct.artifact.transformation import BRANCHES, Layer, Transformation
+from fct.native_codes import METRIC_CODES, SHADOW_CODES
 from fct.ops.backend import GpuShadow, drop_own_rows, why_not_plain
 from fct.ops.device.state import chunk_rows
 from fct.ops.numerics.quantise import exact_first
@@ -36,8 +37,6 @@ __all__ = ["CudaRuntime", "CudaSearch", "CudaTransform"]
 SMALL_ROWS = 256  # csrc/cuda/transform.cuh: kMaxSmallRows
 _WORKSPACE = 32 << 20
 _PART = 1 << 30  # gallery rows of one search call; the kernels' row numbers have 32 bits
-_METRICS = ("l2", "ip", "cosine")
-_SHADOWS = ("bf16", "int8")
 _MAX_K = 2048
 
 
@@ -290,7 +289,7 @@ class CudaSearch:
     def why_not(self, k: int, metric: str, device: str) -> list[str]:
         """Every reason why this search can not run on this device; empty when it can."""
         why = [] if k <= _MAX_K else [f"expected k up to {_MAX_K}, got {k}"]
-        if metric not in _METRICS:
+        if metric not in METRIC_CODES:
             why.append(f"has no metric {metric!r}")
         return why + (["runs on cuda only, got cpu"] if device == "cpu" else self.runtime.check_device(device))
 
@@ -306,13 +305,13 @@ class CudaSearch:
         import torch
 
         lib = self.runtime.lib
-        pitch = lib.cuda_shadow_row_bytes(rows.d, _SHADOWS.index(kind))
+        pitch = lib.cuda_shadow_row_bytes(rows.d, SHADOW_CODES[kind])
         shadow = torch.empty(rows.n, pitch, dtype=torch.uint8, device=rows.values.device)
         meta = torch.empty(rows.n, 4, dtype=torch.float32, device=rows.values.device)
         lib.cuda_make_shadow(
             _at(rows),
-            _METRICS.index(metric),
-            _SHADOWS.index(kind),
+            METRIC_CODES[metric],
+            SHADOW_CODES[kind],
             is_query,
             shadow.data_ptr(),
             meta.data_ptr(),
@@ -347,7 +346,7 @@ class CudaSearch:
         return int(
             self.runtime.lib.cuda_search_queries(
                 d=gallery.rows.d,
-                kind=_SHADOWS.index(gallery.kind),
+                kind=SHADOW_CODES[gallery.kind],
                 k=k,
                 multiprocessors=properties["multiprocessors"],
                 shared_memory=properties["shared_memory"],
@@ -384,7 +383,7 @@ class CudaSearch:
                     filled,
                     queries.n,
                     k,
-                    _METRICS.index(gallery.metric),
+                    METRIC_CODES[gallery.metric],
                     distances.data_ptr(),
                     indices.data_ptr(),
                     *where,
@@ -407,8 +406,8 @@ class CudaSearch:
         return {
             "queries": _at(queries),
             "gallery": _at(gallery.rows[part]),
-            "metric": _METRICS.index(gallery.metric),
-            "kind": _SHADOWS.index(gallery.kind),
+            "metric": METRIC_CODES[gallery.metric],
+            "kind": SHADOW_CODES[gallery.kind],
             "k": k,
             "base": part.start,
             "query_shadow": shadow.data_ptr(),

@@ -10,12 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from fct import _C
+from fct.native_codes import METRIC_CODES
 from fct.ops.isa import isa
 from fct.ops.search.levels import Levels, fit_levels
 from fct.ops.transform.cpu_backend import _rows
 from fct.progress import Report
 from fct.rows import Rows
-from fct.spaces import METRICS
 from fct.types import Array, Int64s
 
 __all__ = ["Shadow", "build_shadow", "extend_shadow", "ranks_cpu", "topk_cpu"]
@@ -136,7 +136,7 @@ def _pack(
         _C.shadow_pack(
             _rows(gallery),
             gallery.n,
-            METRICS.index(metric),
+            METRIC_CODES[metric],
             first + begin,
             min(step, count - begin),
             _C.array_address(shift),
@@ -242,7 +242,7 @@ def topk_cpu(
             _code(None, None) if shadow is None else shadow.code(),
             0 if shadow is None or shadow.low is None else _C.array_address(shadow.low),
             0 if shadow is None or shadow.high_error is None else _C.array_address(shadow.high_error),
-            METRICS.index(metric),
+            METRIC_CODES[metric],
             k,
             start if same_items else -1,
             _C.array_address(distances[start:]),
@@ -288,7 +288,7 @@ def ranks_cpu(
             _C.array_address(codes),
             _C.array_address(starts),
             _C.array_address(members),
-            METRICS.index(metric),
+            METRIC_CODES[metric],
             0 if same_items else -1,
             _C.array_address(first),
             _C.array_address(precision),

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from fct.errors import BackendError
 from fct.extras import why_missing
+from fct.native_codes import METRIC_CODES
 from fct.ops.backend import GpuShadow, drop_own_rows
 from fct.ops.device import state as devices
 from fct.ops.search.float64 import merge_sorted, topk_blocked
 from fct.ops.transform.triton_backend import scale_mode
 from fct.rows import Rows
-from fct.spaces import METRICS
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ class TritonSearch:
     def why_not(self, k: int, metric: str, device: str) -> list[str]:
         """Every reason why this search can not run on this device; empty when it can."""
         why = [] if k <= MAX_K else [f"expected k up to {MAX_K}, got {k}"]
-        if metric not in METRICS:
+        if metric not in METRIC_CODES:
             why.append(f"has no metric {metric!r}")
         why += devices.why_no_gpu(device)
         return [*why, *why_missing("triton")]
@@ -258,7 +258,7 @@ class _Scan:
             "q_ptr": queries.values, "q_scale_ptr": one if queries.scale is None else queries.scale,
             "stride_q": queries.row_stride, "g_ptr": g.values, "g_scale_ptr": one if g.scale is None else g.scale,
             "stride_g": g.row_stride, "keys_ptr": keys, "cost_ptr": costs, "count": count, "D": g.d,
-            "METRIC": METRICS.index(self.gallery.metric), "Q_SCALE": scale_mode(queries), "G_SCALE": scale_mode(g),
+            "METRIC": METRIC_CODES[self.gallery.metric], "Q_SCALE": scale_mode(queries), "G_SCALE": scale_mode(g),
             "BC": tile.n, "BK": tile.k,
         }  # fmt: skip
         self._launch("rescore", kernels.rescore, (n, math.ceil(count / tile.n)), arguments, tile)

@@ -8,6 +8,7 @@ from typing import Any
 from fct import _C
 from fct.artifact.layers import SKIP
 from fct.artifact.transformation import Transformation
+from fct.native_codes import PRECISION_CODES
 from fct.ops.backend import PRECISIONS
 from fct.ops.isa import isa
 from fct.ops.numerics.quantise import LayerPlan, layer_plans, why_not_int8
@@ -18,9 +19,6 @@ from fct.types import Array
 __all__ = ["CpuTransform", "Packed"]
 
 
-_CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int16": 3}  # csrc's Precision
-
-
 def _layer(plan: LayerPlan) -> tuple[int, int, int, int, int, int, int, bool, int]:
     def address(array: Array | None) -> int:
         return 0 if array is None else _C.array_address(array)
@@ -28,7 +26,7 @@ def _layer(plan: LayerPlan) -> tuple[int, int, int, int, int, int, int, bool, in
     d_out, d_in = plan.weight.shape
     parts = (plan.weight, plan.scale, plan.bias, plan.in_mul, plan.in_add)
     weight, scale, bias, in_mul, in_add = (address(part) for part in parts)
-    return weight, scale, bias, in_mul, in_add, d_in, d_out, plan.relu, _CODES[plan.precision]
+    return weight, scale, bias, in_mul, in_add, d_in, d_out, plan.relu, PRECISION_CODES[plan.precision]
 
 
 class Packed:
