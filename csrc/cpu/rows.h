@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "cpu/checksum.h"
 #include "codes.h"
+#include "cpu/checksum.h"
 
 namespace fct::cpu {
 
