@@ -29,12 +29,14 @@ from fct.backfilling.marker import MARKER_BYTES, REJECT_BYTES, Marker, rejected_
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Output, Shard
 from fct.gallery.location import Location
+from fct.gallery.space_tags import OURS
 from fct.types import JsonDict
 
-__all__ = ["Journal", "rejected_rows", "shard_marker", "system_errors"]
+__all__ = ["BEFORE_A_JOB", "Journal", "rejected_rows", "shard_marker", "system_errors"]
 
 _MANIFEST_BYTES = 1 << 20
 _H_BYTES = 16 << 30
+BEFORE_A_JOB = ("lock", "ids", "side", "claim", "parts")  # what may lie in a journal that has no job.json yet
 _FOLDERS = ("done", "rejects", "parts", "true", "chosen")
 
 
@@ -45,8 +47,9 @@ class Journal:
     sizes, types and names are checked before they are used, and no link is followed.
     """
 
-    def __init__(self, root: Location, destination: Location) -> None:
+    def __init__(self, root: Location, destination: Location, *, apart: bool = False) -> None:
         self.root, self.destination = root, destination
+        self.apart = apart  # whether nothing but rows lies in the destination's folder
         self.sealed = True  # whether the job that was read carries a checksum
         self._sizes: dict[str, int] = {}  # of remote markers, as they were listed
 
@@ -91,6 +94,13 @@ class Journal:
                 return {e.name: e.stat(follow_symlinks=False).st_size for e in entries if not e.is_dir()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
+
+    def scratch(self) -> Path | None:
+        """A folder for files in the making, on the disk that they are to lie on; None where that is another's."""
+        if self.apart and self.destination.is_local:
+            refuse_links(self.destination.local, f"{OURS}/parts")
+            return self.destination.local / OURS / "parts"
+        return self.inside("parts").local if self.root.is_local else None
 
     # ---- the job ----
     def job(self) -> Job | None:
@@ -189,7 +199,8 @@ class Journal:
         """Takes away what processes that are no more left half-written, here and beside the outputs."""
         if not self.root.is_local:
             return  # an object appears whole or not at all
-        shutil.rmtree(self.root.local / "parts", ignore_errors=True)
+        for parts in {self.root.local / "parts", self.scratch() or self.root.local / "parts"}:
+            shutil.rmtree(parts, ignore_errors=True)
         folders = [self.root.local, *(self.root.local / name for name in _FOLDERS)]
         if self.destination.is_local and self.destination.local.is_dir():
             folders.append(self.destination.local)

@@ -89,8 +89,8 @@ class ShardPipeline:
         self.on_rows = on_rows
         self._left = False
         self._down: StoreError | None = None  # a store that is down is asked once for all shards under way
-        if journal.root.is_local:
-            self.scratch = journal.inside("parts").local / uuid.uuid4().hex
+        if (parts := journal.scratch()) is not None:
+            self.scratch = parts / uuid.uuid4().hex
             self.scratch.mkdir(parents=True)
         else:
             self.scratch = Path(tempfile.mkdtemp(prefix="fct-"))

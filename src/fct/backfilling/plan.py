@@ -12,10 +12,11 @@ from typing_extensions import Unpack
 from fct.backfilling.coding import taken_as_they_are
 from fct.backfilling.job import Job
 from fct.backfilling.judged_gate import GateVerdict, JudgedQueries, check_judged, judged_queries
+from fct.backfilling.new_place import occupied
 from fct.backfilling.pace import Pace, measure_h, measure_reading, measure_writing
 from fct.backfilling.quality import Quality, ScoreShift, Writing, check_quality, held_out_pairs, score_shift
 from fct.backfilling.reembed_plan import ReembedPlan, planned_reembedding, with_a_budget
-from fct.backfilling.resolve import Resolved, load_transformation, occupied, require_rows, resolve
+from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
 from fct.backfilling.row_mapper import RowMapper
 from fct.backfilling.sample import Reject, misfit, sampled
 from fct.backfilling.side_join import JoinedSide

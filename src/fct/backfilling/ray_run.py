@@ -29,6 +29,11 @@ class _Worker:
     """What an actor is: a pipeline, fed shard by shard from several calls at once."""
 
     def __init__(self, found: Resolved, job: Job, threads: int) -> None:
+        if found.journal.job() is None:
+            raise BackfillError(
+                f"journal: expected a folder that every node of the cluster sees, {found.journal.root} is not there on "
+                "one: name a shared one with --journal (journal=), or leave the journal in the destination"
+            )
         self._pipeline = found.pipeline(job, threads=threads)
 
     def ready(self) -> bool:

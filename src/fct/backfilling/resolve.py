@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
 from fct.backfilling.coding import code_columns, job_coding
-from fct.backfilling.database_job import database_journal, join_databases
+from fct.backfilling.database_job import join_databases
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
+from fct.backfilling.new_place import open_new
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
 from fct.backfilling.reembedding import Reembedding, TrueRows, partial_job, reembedding_of, writes_mixed
 from fct.backfilling.row_choice import kept_choice
@@ -22,27 +23,25 @@ from fct.backfilling.true_vectors import TrueVectors
 from fct.backfilling.url_parts import url_parts
 from fct.checks import check_path, shown
 from fct.errors import BackfillError, FctError, SpaceMismatchError
-from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination, open_source
+from fct.gallery import Source, open_source
 from fct.gallery.arrow_files import ArrowDestination
 from fct.gallery.columns import SIDE_NAMES, VECTOR_NAMES, pick_column, pick_id_column
 from fct.gallery.databases import DatabaseDestination, DatabaseSource, database_destination, is_database
-from fct.gallery.file_gallery import FileDestination
 from fct.gallery.iceberg_catalog import is_iceberg
 from fct.gallery.interfaces import Destination
 from fct.gallery.location import DELTA, Patience
 from fct.gallery.saved_dataset import SavedDatasetSource
 from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
-from fct.gallery.space_tags import SIDE_FILE
 from fct.gallery.stores import FORMATS, Opening, opening
-from fct.gallery.tables import TITLES, pinned, table_kind
+from fct.gallery.tables import pinned
 from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
-from fct.options.groups import BackfillOptions, Columns, Database, JobOptions
+from fct.options.groups import BackfillOptions, Columns, JobOptions
 from fct.terminal import plain_log
 from fct.types import GalleryLike, TransformationLike
 
-__all__ = ["Resolved", "load_transformation", "occupied", "require_rows", "resolve"]
+__all__ = ["Resolved", "load_transformation", "require_rows", "resolve"]
 
 _log = plain_log("fct.gallery")
 _SHARD_BYTES = 128 << 20
@@ -121,7 +120,7 @@ def resolve(
     access = opening(options.access)
     gallery = _open_gallery(source, h, options.columns, access)
     form = _format_of(destination, gallery.source, options.cut.format)
-    writer, journal = _open_new(destination, form, gallery, options.database, access)
+    writer, journal = open_new(destination, form, (gallery.source, gallery.side), options.database, access)
     stored, old = journal.job(), gallery.source
     saved = options.cut.format == "auto" and (stored is None or stored.saved_dataset)
     if saved and isinstance(old, SavedDatasetSource) and isinstance(writer, ArrowDestination):
@@ -280,44 +279,6 @@ def _require_rows(job: Job) -> None:
         )
 
 
-def _open_new(
-    destination: GalleryLike | Destination, form: str, gallery: _OldGallery, database: Database, access: Opening
-) -> tuple[Destination, Journal]:
-    """The writer of the new gallery and its journal, in a place that touches no old one."""
-    store, patience = access["storage_options"], access["patience"]
-    if isinstance(destination, Destination) or is_database(destination):
-        writer = open_destination(destination, form, storage_options=store, patience=patience)
-        if isinstance(writer, DatabaseDestination):
-            return writer, database_journal(database.journal)
-        place = location_of(writer.url, storage_options=store, patience=patience)
-        return writer, Journal(journal_location(place, form), place)
-    if is_iceberg(destination):
-        writer = open_destination(destination, form, storage_options=store, patience=patience)
-        return writer, _table_journal(writer, database.journal, gallery)
-    place = location_of(destination, name="destination", **access)
-    if form == "lance":
-        table = gallery.source.url.rstrip("/").rpartition("/")[2].removesuffix(".lance")
-        place = lance_in(place, table=table if gallery.source.kind == "lance" else "gallery")
-    writer = open_destination(place, form, storage_options=store, patience=patience)
-    _require_apart_from(place, gallery)
-    _require_folder(place)
-    return writer, Journal(journal_location(place, form), place)
-
-
-def _table_journal(writer: Destination, folder: str | os.PathLike[str] | None, gallery: _OldGallery) -> Journal:
-    """The journal of rows that are appended to a table: below it, or in the folder that was named."""
-    assert isinstance(writer, FileDestination)
-    _require_apart_from(writer.where, gallery)
-    root = journal_location(writer.where, writer.kind) if folder is None else database_journal(folder).root
-    return Journal(root, writer.where)
-
-
-def _require_apart_from(place: Location, gallery: _OldGallery) -> None:
-    for old, what in ((gallery.source, "source"), (gallery.side, "side_source")):
-        if old is not None:
-            _require_apart(place, getattr(old, "inner", old), what)
-
-
 def _row_of(gallery: _OldGallery, form: str, options: JobOptions) -> tuple[str, str]:
     """(dtype, vector_format) of the new rows: as asked for, else as the old ones are."""
     kind = gallery.source.schema.field(gallery.vector).type
@@ -410,31 +371,3 @@ def _require_dim(kind: pa.DataType, binary_dtype: str, d: int, expected: str) ->
         return
     if found != d:
         raise BackfillError(f"{expected}, got {found:g}-d vectors")
-
-
-def _require_apart(where: Location, source: Source, what: str) -> None:
-    """A source is never written to: the new gallery lies neither in it nor around it, whatever the two are called."""
-    mine = getattr(source, "where", None)
-    if not isinstance(mine, Location) or mine.fs != where.fs or (mine.is_pattern and "**" not in mine.path):
-        return
-    root = mine.path.partition("**")[0].rstrip("/") if mine.is_pattern else mine.path.rstrip("/")
-    old, new = ((os.path.realpath(p) if where.is_local else p) + "/" for p in (root, where.path.rstrip("/")))
-    if old == new:
-        raise ValueError(f"destination: expected another place than the {what}, which is never written to")
-    if new.startswith(old) or old.startswith(new):
-        inside = f"inside the {what}" if new.startswith(old) else f"around the {what}"
-        raise ValueError(f"destination: expected a place apart from the {what} {mine}, got {where} {inside}")
-
-
-def _require_folder(where: Location) -> None:
-    """Raises NotADirectoryError where a file stands in the destination's way."""
-    if where.is_local:
-        way = next((p for p in (where.local, *where.local.parents) if p.exists()), None)
-        if way is not None and not way.is_dir():
-            raise NotADirectoryError(f"destination: expected a folder, or a place for a new one, {way} is a file")
-
-
-def occupied(place: Location) -> list[str]:
-    """Names in a destination that no backfill of ours began."""
-    table = TITLES.get(table_kind(place) or "")
-    return [*([table] if table else []), *(n for n in place.files() if n != SIDE_FILE)]

@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fct.backfilling.backfill_bar import Bar
+from fct.backfilling.claim import known_key, refuse_claimed, release, take_claim
 from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.job import Job
-from fct.backfilling.journal import Journal, system_errors
+from fct.backfilling.journal import BEFORE_A_JOB, Journal, system_errors
 from fct.backfilling.marker import Marker
-from fct.backfilling.resolve import Resolved, occupied
+from fct.backfilling.new_place import occupied
+from fct.backfilling.resolve import Resolved
 from fct.backfilling.row_mapper import RowMapper, output_schema
 from fct.errors import BackfillError, FctError
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Piece, Shard, Source
-from fct.gallery.space_tags import side_file_space
+from fct.gallery.space_tags import OURS, side_file_space
 
-__all__ = ["begin", "finish", "is_whole_beside", "kept_shards"]
+__all__ = ["begin", "finish", "is_whole_beside", "kept_shards", "refuse_strangers"]
 
 
 def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) -> Job:
@@ -28,14 +30,20 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
     journal = found.journal
     stored = journal.job()
     if stored is None:
-        others = [] if found.destination.shared else occupied(journal.destination)
-        if others:
-            raise BackfillError(
-                f"destination: expected an empty folder or a backfill to continue, {journal.destination} holds "
-                f"{', '.join(others[:3])}"
-            )
+        claimed = take_claim(journal)
+        try:
+            refuse_strangers(found)
+        except BackfillError:
+            if claimed:
+                release(journal)
+            raise
         journal.start(found.job)
         return found.job
+    if journal.apart and stored.destination != found.job.destination:
+        raise BackfillError(
+            f"journal: {journal.root} is the journal of {stored.destination}, not of {found.job.destination}: name "
+            f"another folder; if the gallery was moved, the journal belongs in it, as {journal.destination / OURS}"
+        )
     if follow:
         stored = _with_what_came(stored, found.job, journal)
     differences = stored.differences(found.job)
@@ -66,6 +74,25 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
     ):  # so that whoever verifies looks in the right place; the cut into shards stays
         journal.start(moved)
     return replace(moved, backend=found.job.backend)
+
+
+def refuse_strangers(found: Resolved) -> None:
+    """Raises BackfillError where a new job's rows, or its journal, would be strewn among what is somebody else's."""
+    journal = found.journal
+    refuse_claimed(journal.destination, known_key(journal))
+    others = [] if found.destination.shared else occupied(journal.destination)
+    if others:
+        raise BackfillError(
+            f"destination: expected an empty folder or a backfill to continue, {journal.destination} holds "
+            f"{', '.join(others[:3])} (a backfill that was begun with --journal goes on with it alone)"
+        )
+    strange = [*journal.root.files(), *journal.root.folders()] if journal.apart else []
+    strange = [name for name in strange if name not in BEFORE_A_JOB]
+    if strange:
+        raise BackfillError(
+            f"journal: expected an empty folder, a new one, or the journal of this backfill, {journal.root} holds "
+            f"{', '.join(strange[:3])}"
+        )
 
 
 def _with_what_came(stored: Job, now: Job, journal: Journal) -> Job:
@@ -193,7 +220,11 @@ def is_whole_beside(found: Resolved, job: Job) -> bool:
     """Whether what lies beside the rows of a finished gallery is what was written: h, and a folder's space."""
     destination = found.destination
     try:
-        if isinstance(destination, FileDestination) and side_file_space(destination.where) != job.new_space:
+        if (
+            isinstance(destination, FileDestination)
+            and destination.beside
+            and side_file_space(destination.where) != job.new_space
+        ):
             return False
         return found.journal.transformation().fingerprint == job.transformation
     except (FctError, FileNotFoundError):

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from fct.backfilling.backfill_bar import Bar, backfill_bar
 from fct.backfilling.choosing import choose_rows
+from fct.backfilling.claim import release, take_claim
 from fct.backfilling.database_job import require_journal
 from fct.backfilling.growth import Growth
 from fct.backfilling.job import Job
@@ -21,7 +22,7 @@ from fct.backfilling.judged_gate import GateVerdict, check_judged, judged_querie
 from fct.backfilling.marker import Marker
 from fct.backfilling.quality import Writing, check_quality, held_out_pairs
 from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
-from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards
+from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards, refuse_strangers
 from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.row_mapper import output_schema
 from fct.backfilling.sample import refuse_misfit
@@ -129,6 +130,8 @@ def backfill(
         raise QualityGateError("; ".join(refusals))
     live = isinstance(found.source, DatabaseSource)
     journal = found.journal
+    if journal.job() is None:
+        refuse_strangers(found)  # before a lock is left there
     joined = isinstance(found.side, JoinedSide)  # kept in the journal, which has to be held
     if not joined and not journal.marked():  # else it was looked at when it was begun
         refuse_misfit(found, threads=threads)
@@ -208,6 +211,7 @@ def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool
     _check_rejects(rejects, how.max_rejects, journal)
     bar.start(job.rows, sum(m.rows_in for m in markers.values()))
     if todo:
+        take_claim(journal)
         if isinstance(side := bound_side(found.side, job, found.patience), JoinedSide):
             side.joined()  # once, before Ray's workers look for it
         growth = Growth(found.source, follow)
@@ -229,7 +233,10 @@ def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool
         finished = None
     whole = True
     if todo or finished is None or finished.get("fingerprint") != job.fingerprint:
+        take_claim(journal)
         whole = finish(found, job, markers, follow=follow)
+    if whole:
+        release(journal)
     return _Pass(job, markers, kept, len(todo), sum(shard.rows for shard in todo), whole)
 
 

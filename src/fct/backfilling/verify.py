@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from fct.artifact.transformation import Transformation
 from fct.backfilling.against_source import AgainstSource, compare_with_source
+from fct.backfilling.claim import refuse_claimed
 from fct.backfilling.database_job import database_journal, require_journal
 from fct.backfilling.in_database import DatabaseResult
 from fct.backfilling.job import Job
@@ -93,13 +94,15 @@ def gallery_journal(path: Any, *, journal: Any = None, **access: Unpack[Access])
         where = lance_in(location_of(path, **access))
         found = Journal(journal_location(where, "lance" if where.name.endswith(".lance") else ""), where)
         place = str(where)
-        if journal is not None and found.job() is None:
-            found = Journal(database_journal(journal).root, where)
+        named = None if journal is None else Journal(database_journal(journal).root, where, apart=True)
+        if named is not None and (named.job() is not None or found.job() is None):
+            found = named
+        elif named is None:
+            refuse_claimed(where)
     job = found.job()
     if job is None:
         raise BackfillError(f"gallery: expected the destination of a backfill, {found.root} has no job.json of {place}")
-    named = journal is not None and found.root == database_journal(journal).root
-    same = _same_table(str(path), job.destination) if is_database(path) else not named or job.destination == place
+    same = _same_table(str(path), job.destination) if is_database(path) else not found.apart or job.destination == place
     if not same:
         raise BackfillError(f"journal: expected the journal of {place}, {found.root} is of {job.destination}")
     return found, job

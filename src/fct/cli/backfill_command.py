@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,7 +65,9 @@ def backfill(
     for line in report.left_to_do:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if faiss is not None:
-        console.print(f"index: {build_faiss(destination, faiss)}")
+        journal = options.get("journal")
+        out = None if journal is None else Path(journal) / "index.faiss"
+        console.print(f"index: {build_faiss(destination, faiss, out)}")
     if report.rejects:
         console.print(f"rejected rows: {report.rejects_folder}")
         raise typer.Exit(4)

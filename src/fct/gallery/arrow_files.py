@@ -87,6 +87,7 @@ class ArrowSource(FileSource):
 
 class ArrowDestination(FileDestination):
     kind = "arrow"
+    tags_itself = True
     suffix = ".arrow"
 
     def write_file(self, path: Path, shard: Shard, batches: Batches, files: dict[str, Path]) -> None:

@@ -81,6 +81,7 @@ class CommittedFiles(ParquetDestination):
     """
 
     times: bool
+    tags_itself = False  # the table's log does
 
     @property
     @abstractmethod

@@ -262,16 +262,19 @@ class FileDestination(Destination):
     """One file per shard in a folder, named after the shard; a subclass writes one file."""
 
     suffix: ClassVar[str]
+    tags_itself: ClassVar[bool] = False  # whether its files name their space, and the journal may lie elsewhere
 
     def __init__(self, where: Location) -> None:
         self.where = where
+        self.beside = True  # whether the space is written beside the files too
 
     @property
     def url(self) -> str:
         return str(self.where)
 
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
-        write_side_file(self.where, space)
+        if self.beside:
+            write_side_file(self.where, space)
 
     def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], object]:
         name = f"{shard.name}{self.suffix}"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fct.atomic_files import checksum_file, write_bytes
+from fct.atomic_files import atomic_path, checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError, StoreError
 from fct.gallery.urls import check_scheme, redacted, without_query, without_secrets
@@ -220,7 +220,14 @@ class Location:
                 os.fsync(file.fileno())
                 _let_go(file.fileno())
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part, self.path)
+            try:
+                os.replace(part, self.path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                with atomic_path(self.path) as whole:  # another disk: written beside, and renamed there
+                    shutil.copyfile(part, whole)
+                part.unlink()
         else:
             self._ask("writing", lambda: self.fs.put_file(str(part), self.path), moves=part.stat().st_size)
             part.unlink()

@@ -165,6 +165,7 @@ class _Run:
 
 class ParquetDestination(FileDestination):
     kind = "parquet"
+    tags_itself = True
     suffix = ".parquet"
 
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:

@@ -208,10 +208,13 @@ class Cut(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Database(Group):
-    """What a database needs beside its address."""
+    """Where a job's journal lies, and what a database needs beside its address."""
 
     journal: str | PathLike[str] | None = option(
-        None, "Folder for the journal of a backfill into a database: it has no place for files.", flag=_A_PATH
+        None,
+        "Folder of this machine for the journal: of a database, which has no place for files, or of a folder of "
+        "parquet or arrow files in which nothing but these is to lie.",
+        flag=_A_PATH,
     )
     max_rows_per_s: float | None = option(
         None, "Rows a second at most, so that a live database keeps answering.", check=optional(positive())
@@ -338,7 +341,7 @@ class SpotCheck(Group):
     trust_journal: bool = option(False, "Open the source that the gallery's own journal names.")
     journal: str | PathLike[str] | None = option(
         None,
-        "Folder of the job's journal, where it had one: of a gallery in a database, or made from one.",
+        "Folder of the job's journal, where it was begun with one (--journal).",
         flag=_A_PATH,
     )
     expect_rows: int | None = option(None, "Rows that the source had, by your own table.", check=optional(whole(0)))

@@ -145,10 +145,11 @@ class CutKeywords(TypedDict, total=False):
 
 
 class DatabaseKeywords(TypedDict, total=False):
-    """What a database needs beside its address."""
+    """Where a job's journal lies, and what a database needs beside its address."""
 
     journal: str | PathLike[str] | None
-    """Folder for the journal of a backfill into a database: it has no place for files."""
+    """Folder of this machine for the journal: of a database, which has no place for files, or of a folder of parquet or
+    arrow files in which nothing but these is to lie."""
     max_rows_per_s: float | None
     """Rows a second at most, so that a live database keeps answering."""
     switch_alias: bool
@@ -235,7 +236,7 @@ class SpotCheckKeywords(TypedDict, total=False):
     trust_journal: bool
     """Open the source that the gallery's own journal names."""
     journal: str | PathLike[str] | None
-    """Folder of the job's journal, where it had one: of a gallery in a database, or made from one."""
+    """Folder of the job's journal, where it was begun with one (--journal)."""
     expect_rows: int | None
     """Rows that the source had, by your own table."""
     deep: bool
