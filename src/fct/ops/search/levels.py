@@ -2,7 +2,7 @@
 
 Most of a real embedding's length lies in a few directions. A shadow with levels holds its rows rotated, so that the
 first ``head`` dimensions are these; a search reads the heads of all rows, and the rest only of rows that the heads
-leave over. The rotation is exact mathematics on inexact numbers: ``loss`` bounds the difference (docs/retrieval.md).
+leave over. The rotation is exact mathematics on inexact numbers: ``loss`` bounds the difference (KERNELS.md).
 """
 
 from __future__ import annotations
