@@ -203,7 +203,7 @@ def _roofline(mine: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], pa
     ]  # fmt: skip
     handles += [Line2D([], [], color=colour, label=precision) for precision, colour in colours.items()]
     handles += [
-        Line2D([], [], color="grey", linestyle=line, label=f"reads from {name}, {reads[name]:.0f} GB/s")
+        Line2D([], [], color="grey", linestyle=line, label=f"reads from {name}, {reads[name]:.0f} GB/s")  # type: ignore[arg-type]
         for name, line in (("memory", "-"), ("cache", ":"))
         if reads[name]
     ]

@@ -186,7 +186,7 @@ def test_backfill(
     gallery: Gallery, inner: int, precision: str, threads: int, record: Callable[..., None], benchmark: Any
 ) -> None:
     h, new = transformation(inner), gallery.folder / "new"
-    common = {"old_model": "random-old", "precision": precision, "progress": False, "threads": threads}
+    common: dict[str, Any] = {"old_model": "random-old", "precision": precision, "progress": False, "threads": threads}
     alone: list[list[float]] = []  # the kernel's windows before the first part, between the parts, after the last
     reports: list[fct.BackfillReport] = []
 

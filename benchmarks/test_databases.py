@@ -19,11 +19,12 @@ import pytest
 
 import fct
 from fct.fit.precision_choice import calibrate
+from fct.types import Precision
 
 N = int(os.environ.get("FCT_BENCH_TABLE", "500000"))
 D = 384
 ROUNDS = 3
-PRECISION = "int8"  # what auto takes for an h that was fitted on real pairs
+PRECISION: Precision = "int8"  # what auto takes for an h that was fitted on real pairs
 
 
 def timed(do: Callable[[], Any]) -> float:

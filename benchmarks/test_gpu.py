@@ -135,9 +135,9 @@ def torch_peers(h: Transformation, old: Any, side: Any) -> dict[tuple[str, str],
 
     found: dict[tuple[str, str], Callable[[], Call]] = {}
     for precision in types:
-        found["torch eager", precision] = lambda p=precision: module(p, False)
-        found["torch.compile", precision] = lambda p=precision: module(p, True)
-        found["cuBLASLt", precision] = lambda p=precision: epilogues(p)
+        found["torch eager", precision] = lambda p=precision: module(p, False)  # type: ignore[misc]
+        found["torch.compile", precision] = lambda p=precision: module(p, True)  # type: ignore[misc]
+        found["cuBLASLt", precision] = lambda p=precision: epilogues(p)  # type: ignore[misc]
     return found
 
 
@@ -166,8 +166,8 @@ def measure_transform(
             status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             record("gpu transform", who=who, precision=precision, rows=rows, gpu=device.model, status=status)
             continue
-        error = error_of(got, want)
-        assert error < TOLERANCE[precision], f"{who} ({precision}): error {error:.1e} against the reference"
+        off = error_of(got, want)
+        assert off < TOLERANCE[precision], f"{who} ({precision}): error {off:.1e} against the reference"
         calls[f"{who}|{precision}"] = call
     for name, timing in interleave(calls, seconds=seconds, rounds=5).items():
         who, _, precision = name.partition("|")

@@ -123,8 +123,8 @@ def what_was_read(q: Any, prepared: fct.PreparedGallery, seconds: float, threads
     first = shadow.tiles.nbytes + shadow.meta.nbytes
     halves = shadow.low is not None
     if halves:
-        first += shadow.high_error.nbytes if len(q) == 1 else shadow.low.nbytes
-    after = counts["tails"] * (0 if shadow.levels is None else shadow.tails.nbytes / rows.n)
+        first += shadow.high_error.nbytes if len(q) == 1 else shadow.low.nbytes  # type: ignore[union-attr]
+    after = counts["tails"] * (0 if shadow.levels is None else shadow.tails.nbytes / rows.n)  # type: ignore[union-attr]
     exact = counts["rescored"] * rows.d * rows.itemsize
     return {
         "kind": f"levels, {shadow.levels.head} directions first" if shadow.levels else "halves" if halves else "flat",
@@ -189,9 +189,11 @@ def test_against_a_whole_shadow(name: str, queries: int, threads: int, record: C
     rows = prepared.rows
     whole = fct.PreparedGallery(g, rows, build_shadow(rows, "l2", threads=threads), "l2", None)
     galleries = {OURS: prepared, "fct, whole shadow": whole}
-    fns = {who: partial(fct.topk, q, gallery, K, threads=threads, progress=False) for who, gallery in galleries.items()}
+    fns: dict[str, Callable[[], Any]] = {
+        who: partial(fct.topk, q, gallery, K, threads=threads, progress=False) for who, gallery in galleries.items()
+    }
     np.testing.assert_array_equal(*(fn().indices for fn in fns.values()))
-    packing = {
+    packing: dict[str, Callable[[], object]] = {
         OURS: partial(fct.prepare_gallery, g, threads=threads, progress=False),
         "fct, whole shadow": partial(build_shadow, rows, "l2", threads=threads),
     }

@@ -126,7 +126,7 @@ def test_topk(
     q = q[:queries]
     with faiss_search(q, file, k, threads, faiss_settings, folder) as worker:
         fns = {OURS: ours(q, prepared, k, threads), FAISS: worker}
-        measure("topk", fns, q, g, k, threads, record, peaks, exact={FAISS: worker.result()})
+        measure("topk", fns, q, g, k, threads, record, peaks, exact={FAISS: worker.result()})  # type: ignore[arg-type]
 
 
 def torch_search(q: Any, g: Any, k: int, dtype: Any) -> Callable[[], Any]:

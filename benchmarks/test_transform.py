@@ -68,8 +68,8 @@ def test_against_peers(
             except Exception as error:
                 missing[key] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     for (name, precision), call in calls.items():
-        error = error_of(call()[:256], want)
-        assert error < TOLERANCE[precision], f"{name} ({precision}): error {error:.1e} against the reference"
+        off = error_of(call()[:256], want)
+        assert off < TOLERANCE[precision], f"{name} ({precision}): error {off:.1e} against the reference"
     times = interleave({f"{a}|{b}": call for (a, b), call in calls.items()}, seconds=2.0, rounds=7, most=40, pause=0.02)
     for (name, precision), _ in calls.items():
         fields = timing_fields(times[f"{name}|{precision}"], rows=rows, flop=h.flop_per_row * rows)
@@ -134,19 +134,19 @@ def test_small_shapes_and_batches(
     want = ref.transform(old[:256], side[:256], h)
     for (who, precision), call in calls.items():
         # one row alone has no spread to compare with: its root mean square stands for it
-        error = error_of(call()[:256], want)
-        assert error < TOLERANCE[precision] * (1 if rows > 1 else 3), f"{who} ({precision}): error {error:.1e}"
+        off = error_of(call()[:256], want)  # type: ignore[index]
+        assert off < TOLERANCE[precision] * (1 if rows > 1 else 3), f"{who} ({precision}): error {off:.1e}"
     fns: dict[str, Callable[[], Any]] = {f"{who}|{precision}": call for (who, precision), call in calls.items()}
     fns["reference code, the paper's h|fp32"] = torch_peer(paper, old, side, "fp32", convolutions=True)
     if rows == 1:
         handles = {p: packed(CpuTransform(), h, p, "cpu").at(_C.detected_isa()).handle for p in BYTES}
         for p, handle in handles.items():
-            fns[f"reading the weights|{p}"] = lambda handle=handle: handle.read_weights(threads)
+            fns[f"reading the weights|{p}"] = lambda handle=handle: handle.read_weights(threads)  # type: ignore[misc]
     for state, times in measure_batch(fns, rows, seconds=2.0, rounds=5).items():
         reference = times["reference code, the paper's h|fp32"].median
         others = [t.median for key, t in times.items() if key.partition("|")[0] in {who for who, _ in peers}]
-        for key, timing in times.items():
-            who, _, precision = key.partition("|")
+        for name, timing in times.items():
+            who, _, precision = name.partition("|")
             flop = (paper if "paper" in who else h).flop_per_row * rows
             fields = timing_fields(timing, rows=rows, flop=None if who == "reading the weights" else flop)
             if who == "fct":

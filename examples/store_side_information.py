@@ -45,7 +45,10 @@ def main() -> None:
     side_model = fct.train_side_info(images, method="simclr", dim=32, epochs=options.epochs, backbone="small_cnn")
     # Frozen from here on: one model, one h. fct.fit.model_file.load_model reads it back.
     save_model(
-        side_model, options.out / "side-model.safetensors", backbone="small_cnn", image_shape=(1, *images.shape[1:])
+        side_model,  # type: ignore[arg-type]
+        options.out / "side-model.safetensors",
+        backbone="small_cnn",
+        image_shape=(1, *images.shape[1:]),  # type: ignore[arg-type]
     )
 
     # 2. Beside each embedding, the side-information; float16 halves the bytes.

@@ -60,7 +60,7 @@ def main() -> int:
     # 4. The gallery, from its stored vectors; for one that takes hours, use the crash-safe `fct backfill`.
     h.save(options.gallery / "h.safetensors")
     stored = [np.load(options.gallery / name, mmap_mode="r") for name in ("old.npy", "side.npy")]
-    np.save(options.gallery / "new.npy", fct.transform_batch(*stored, h))
+    np.save(options.gallery / "new.npy", fct.transform_batch(stored[0], stored[1], h))
     print(f"{len(stored[0]):,} rows mapped; h and the new gallery are in {options.gallery}")
     return 0
 

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "old: expected int8 rows with a scale, got bare int8; wrap them in fct.ScaledInt8(values, scale)",
     ),
     "transform: a list": (
-        lambda: fct.transform_batch([[1.0] * 8], rows(1, 4), H),
+        lambda: fct.transform_batch([[1.0] * 8], rows(1, 4), H),  # type: ignore[arg-type]
         TypeError,
         "old: expected a numpy array, a torch tensor or a DLPack object, got list",
     ),
@@ -454,7 +454,7 @@ SCALARS: dict[str, tuple[Callable[[Any], Any], str, tuple[Any, ...]]] = {
 }
 
 
-CHOSEN = (None, 3, "", [], np.ones(2), np.array(["npy"]), b"npy", float("nan"), True)
+CHOSEN: tuple[Any, ...] = (None, 3, "", [], np.ones(2), np.array(["npy"]), b"npy", float("nan"), True)
 
 
 def job(name: str) -> Callable[[Any], Any]:

@@ -129,7 +129,7 @@ class SaysHalf(np.ndarray[Any, Any]):
 
 class TorchSaysHalf(torch.Tensor):
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Any:  # type: ignore[override]
         return torch.float16
 
 

@@ -68,8 +68,8 @@ def test_slices_and_packing_count(x: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert told == pytest.approx([6400 / 50_000 * i for i in range(1, 8)] + [1.0])
     told.clear()
     monkeypatch.setattr(topk_cpu, "_SLICE", 10_000)
-    real = topk_cpu._C.topk
-    monkeypatch.setattr(topk_cpu._C, "topk", lambda *a: (a[-1](0.0), a[-1](1.0), real(*a))[-1])
+    real = topk_cpu._C.topk  # type: ignore[attr-defined]
+    monkeypatch.setattr(topk_cpu._C, "topk", lambda *a: (a[-1](0.0), a[-1](1.0), real(*a))[-1])  # type: ignore[attr-defined]
     queries = rows_of(x[:20_000, :], "q")
     topk_cpu.topk_cpu(queries, rows_of(x[:64], "g"), None, 1, "l2", False, threads=2, report=told.append)
     assert [told[0], told[1], told[-1]] == [0.0, 0.5, 1.0]

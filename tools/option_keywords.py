@@ -71,13 +71,14 @@ def rendered() -> str:
                 inner = "".join(f"    {keywords_name(group)},\n" for group in cls.groups().values())
                 head = f"class {name}(\n{inner}    total=False,\n):"
             parts.append(f'{head}\n    """{doc}"""\n')
-    text = "\n\n".join(parts)
+    whole = "\n\n".join(parts)
     names = "\n".join(f'    "{name}",' for name in sorted(keywords_name(c) for c in found))
-    used = [t for t in TYPES if any(t in str(f.type) for c in found for f in dataclasses.fields(c))]
+    kinds = [str(f.type) for c in found for f in dataclasses.fields(c)]  # type: ignore[arg-type]
+    used = [t for t in TYPES if any(t in kind for kind in kinds)]
     imported = f"from fct.types import {', '.join(used)}"
     if len(imported) > 120:
         imported = "from fct.types import (\n" + "".join(f"    {t},\n" for t in used) + ")"
-    return text.replace("{types}", imported).replace("{names}", names)
+    return whole.replace("{types}", imported).replace("{names}", names)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def shown(value: float, digits: int = 3) -> str:
 
 def machine(rows: Sequence[Row]) -> str:
     """The one machine of the tables that are shown; ValueError where they come from several."""
-    names = {str(dict(row["context"])["machine"]) for row in rows if row["table"] in TABLES}  # type: ignore[arg-type]
+    names = {str(dict(row["context"])["machine"]) for row in rows if row["table"] in TABLES}  # type: ignore[arg-type, index]
     if len(names) != 1:
         raise ValueError(f"benchmarks/report: expected one machine, the tables come from {sorted(names)}")
     return names.pop()

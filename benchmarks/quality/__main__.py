@@ -51,7 +51,7 @@ def measured(h: fct.Transformation, test: Rows) -> dict[str, float]:
     figures = fct.evaluate(test.new, mapped, test.labels, same_items=True, bootstrap=0, progress=False)
     mixed = {}
     if h.info.get("mixed"):
-        half = fct.evaluate_mixed(test.old, test.side if h.uses_side_info else None, test.new, h, shares=[0.5]).points[
+        half = fct.evaluate_mixed(test.old, test.side if h.uses_side_info else None, test.new, h, shares=[0.5]).points[  # type: ignore[arg-type]
             0
         ]
         mixed = {"half true": half.recall, "half true, corrected": half.corrected_recall}

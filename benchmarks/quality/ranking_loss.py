@@ -48,7 +48,7 @@ def ranking_term(weight: float) -> Iterator[None]:
             )
             return real(out, target, **how) + weight * term
 
-        functional.mse_loss = with_rank
+        functional.mse_loss = with_rank  # type: ignore[assignment]
         try:
             return plain(self, old, side, new)
         finally:

@@ -155,7 +155,7 @@ def _descriptions(folder: Path) -> list[tuple[str, str, str]]:
         digest_of = fields.get("Description-md5", "")
         if "Package" in fields and digest_of in long and digest_of not in seen:
             seen.add(digest_of)
-            source = fields.get("Source", fields["Package"]).split()[0]
+            source = (fields.get("Source") or fields["Package"]).split()[0]
             found.append((source, fields.get("Section", "?").split("/")[-1], long[digest_of]))
     return found
 

@@ -52,6 +52,8 @@ def published() -> _Published:
         if isinstance(module, nn.BatchNorm2d):  # anything may stand there after the recipe's switch to eval
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
+            assert module.running_mean is not None
+            assert module.running_var is not None
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 1e-4, 4.0)
     return model.eval()

@@ -20,7 +20,7 @@ from fct.errors import ArtifactError
 @pytest.fixture
 def archive(tmp_path: Path) -> tuple[Path, nn.Module]:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    model[0].weight.data = model[0].weight.data.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)  # not row by row
+    model[0].weight.data = model[0].weight.data.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)  # type: ignore[operator]  # not row by row
     torch.jit.script(model).save(str(tmp_path / "m.pt"))
     return tmp_path / "m.pt", model
 

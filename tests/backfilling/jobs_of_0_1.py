@@ -107,9 +107,12 @@ def planned(name: str, root: Path) -> Any:
     """The job that this version plans for a case, made anew below ``root``."""
     source = root / name
     source.mkdir(parents=True)
-    options = {"old_model": "random-old", "precision": "fp32", "shard_rows": SHARD_ROWS, "batch_rows": 8} | CASES[name](
-        source
-    )
+    options: dict[str, Any] = {
+        "old_model": "random-old",
+        "precision": "fp32",
+        "shard_rows": SHARD_ROWS,
+        "batch_rows": 8,
+    } | CASES[name](source)
     h = options.pop("h", None) or transformation()
     plan = fct.plan_backfill(str(source), str(root / f"{name}-new"), h, measure_seconds=0.001, **options)
     assert plan.job is not None, plan.refusals

@@ -384,7 +384,8 @@ def test_the_plan_counts_reading_and_writing(
 
 
 def test_the_plan_counts_a_stated_upload(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
-    source, quick = gallery(), {"measure_seconds": 0.05, "sample_rows": 64}
+    source = gallery()
+    quick: dict[str, Any] = {"measure_seconds": 0.05, "sample_rows": 64}
     here = fct.plan_backfill(source, tmp_path / "new", h, **quick)
     assert (here.upload_left_out, here.upload_rows_per_second) == (False, None)
     silent = fct.plan_backfill(source, "memory://new", h, **quick)
@@ -450,7 +451,7 @@ def _child(source: str, new: str, path: str, log: str) -> None:
             file.write(f"{shard.number}\n")
         yield from batches(self, shard)
 
-    ShardReader.batches = logged  # type: ignore[method-assign]
+    ShardReader.batches = logged  # type: ignore[assignment, method-assign]
     fct.backfill(source, new, path, progress=False, shard_rows=300, batch_rows=64, threads=1)
 
 

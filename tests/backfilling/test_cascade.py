@@ -24,7 +24,8 @@ class Model:
     """The new model: its vector of an item, and how often it was asked for each."""
 
     def __init__(self, vectors: Any) -> None:
-        self.vectors, self.asked, self.lock = vectors, [], threading.Lock()
+        self.vectors, self.lock = vectors, threading.Lock()
+        self.asked: list[Any] = []
 
     def __call__(self, ids: list[str]) -> Any:
         with self.lock:

@@ -148,7 +148,7 @@ class Unwell:
 def unwell(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Unwell, dict[str, Any]]]:
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.server import DomainDispatcherApplication, create_backend_app  # type: ignore[attr-defined]
     from werkzeug.serving import make_server
 
     application = Unwell(DomainDispatcherApplication(create_backend_app))
@@ -187,7 +187,7 @@ def test_a_store_that_fails_for_a_while(
     source = gallery(1500, bad=(3,))
     s3fs.S3FileSystem(**options).put(str(source) + "/", "unwell/old/", recursive=True)
     waits: list[float] = []
-    monkeypatch.setattr(location.time, "sleep", waits.append)
+    monkeypatch.setattr(location.time, "sleep", waits.append)  # type: ignore[attr-defined]
     asked = application.requests
 
     def mode(request: int) -> str:
@@ -218,7 +218,7 @@ def test_a_store_that_fails_for_good(
 
     application, options = unwell
     source = gallery(1500)
-    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)  # type: ignore[attr-defined]
     publish = location.Location.publish
 
     def ill(self: location.Location, part: Path) -> None:
@@ -312,7 +312,7 @@ def test_every_reader_retries_as_often_as_was_asked_for(
 ) -> None:
     from fct.gallery import location
 
-    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)  # type: ignore[attr-defined]
     h, source = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=16, side_info=False), Silent()
 
     def read() -> None:
@@ -322,6 +322,6 @@ def test_every_reader_retries_as_often_as_was_asked_for(
             live = fct.UpgradingGallery(source, tmp_path / "new", h, format="npy", retries=1)
             live.topk(np.zeros((1, D_NEW), np.float32), 3)
 
-    with pytest.raises(location.StoreError, match=r"no answer \(tried twice\)"):
+    with pytest.raises(location.StoreError, match=r"no answer \(tried twice\)"):  # type: ignore[attr-defined]
         read()
     assert source.asked == 2

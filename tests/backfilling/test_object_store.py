@@ -115,7 +115,8 @@ def test_from_and_to_gs(gallery: Callable[..., Path], h: fct.Transformation, tmp
     options = {"endpoint_url": google, "token": "anon", "project": "p", "skip_instance_cache": True}
     fs = location_of("gs://bucket/x", storage_options=options).fs
     fs.put(str(source) + "/", "bucket/old/", recursive=True)
-    old, new, access = "gs://bucket/old", "gs://bucket/new", {"storage_options": options}
+    old, new = "gs://bucket/old", "gs://bucket/new"
+    access: dict[str, Any] = {"storage_options": options}
     how: dict[str, Any] = {"progress": False, "shard_rows": 800, "batch_rows": 400}
     report = fct.backfill(old, new, h, **access, **how)
     assert (report.rows_out, report.rejects) == (1499, 1)

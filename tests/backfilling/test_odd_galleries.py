@@ -101,7 +101,7 @@ def test_ids_of_any_type_travel_and_are_named_in_rejects(
 
 @pytest.mark.parametrize("format", ["parquet", "arrow", "npy"])
 def test_a_dictionary_that_changes_from_batch_to_batch(
-    format: str, h: fct.Transformation, tmp_path: Path, rng: np.random.Generator
+    format: Any, h: fct.Transformation, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """An Arrow file can add to a dictionary and not replace it; a stream can do both."""
     vectors = vector_array(rng.standard_normal((N, D_OLD), dtype=np.float32))
@@ -340,7 +340,7 @@ def test_input_that_changes_meanwhile_is_no_finished_backfill(
         elif event == "is new":
             file.unlink()
 
-    finish = run.finish
+    finish = run.finish  # type: ignore[attr-defined]
 
     def late(*arguments: Any, **how: Any) -> Any:
         happen()

@@ -75,7 +75,7 @@ def test_the_ranges_of_sentence_transformers(
     codes = (counted if dtype == "uint8" else counted - 128).astype(dtype)
     np.save(tmp_path / "codes.npy", codes)
     np.save(tmp_path / "ranges.npy", ranges)
-    given = {"code_ranges": tmp_path / "ranges.npy"}
+    given: dict[str, Any] = {"code_ranges": tmp_path / "ranges.npy"}
     fct.backfill(tmp_path / "codes.npy", tmp_path / "new", h, format="npy", **given, **QUICK)
     true = fct.transform_batch(values, None, h, precision="fp32")
     bare = fct.transform_batch(codes.astype(np.float32), None, h, precision="fp32")

@@ -57,7 +57,7 @@ def test_the_gate_is_the_jobs_own_dtype(source: Path, tmp_path: Path) -> None:
 def test_the_gate_runs_on_the_jobs_backend(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
     seen: list[tuple[Any, ...]] = []
-    real = quality.transform_finite
+    real = quality.transform_finite  # type: ignore[attr-defined]
 
     def watched(*rows: Any, **how: Any) -> Any:
         seen.append((how["precision"], how["backend"], how["device"], how["threads"]))

@@ -121,7 +121,7 @@ def test_the_join_is_made_once_for_all_runs(
     pair, folder = Pair(tmp_path, pa.array(range(N))), tmp_path / "n/_fct/side"
     from fct.gallery.parquet_files import ParquetDestination
 
-    write, made = ParquetDestination.write, side_join.IdPartitions
+    write, made = ParquetDestination.write, side_join.IdPartitions  # type: ignore[attr-defined]
 
     def breaks(self: Any, shard: Any, *rest: Any) -> Any:
         if shard.number == 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,8 @@ def test_a_lance_dataset_is_written_whole_and_replaced_whole(tmp_path: Path, mon
     rows = np.random.default_rng(0).standard_normal((20, 8), dtype=np.float32)
     table = pa.table({"id": range(20), "old": pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), 8)})
     pq.write_table(table, tmp_path / "old.parquet")
-    out, how = tmp_path / "new.lance", {"old_model": "random-old", "precision": "fp32"}
+    out = tmp_path / "new.lance"
+    how: dict[str, Any] = {"old_model": "random-old", "precision": "fp32"}
     for seed in (0, 1):
         h = fct.Transformation.random(8, 8, 4, inner=16, side_info=False, seed=seed)
         assert transform_file(tmp_path / "old.parquet", out, h, overwrite=bool(seed), **how) == 20

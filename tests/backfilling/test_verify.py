@@ -17,7 +17,7 @@ import pytest
 
 import fct
 from fct.atomic_files import checksum_bytes
-from fct.backfilling.job import BackfillError
+from fct.backfilling.job import BackfillError  # type: ignore[attr-defined]
 from fct.fit.precision_choice import calibrate
 from tests.backfilling.conftest import D_NEW, D_OLD, QUICK
 
@@ -182,7 +182,7 @@ def test_the_journals_source_is_never_opened_unasked(pair: tuple[Path, Path], mo
     from fct.backfilling import verify
 
     opened: list[str] = []
-    real = verify.open_source
+    real = verify.open_source  # type: ignore[attr-defined]
 
     def watched(where: Any, **how: Any) -> Any:
         opened.append(str(where))
@@ -220,7 +220,7 @@ def _inputs(rng: np.random.Generator) -> tuple[Any, Any]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_bounds_are_calculated_for_the_jobs_own_precision(
-    precision: str, dtype: str, gallery: Make, tmp_path: Path, rng: np.random.Generator
+    precision: Any, dtype: Any, gallery: Make, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     source, new = gallery(N), tmp_path / "new"
     h = calibrate(fct.Transformation.random(D_OLD, 8, D_NEW, inner=64), *_inputs(rng))
@@ -232,7 +232,7 @@ def test_bounds_are_calculated_for_the_jobs_own_precision(
 
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
 def test_a_precision_of_a_gpu_is_no_key_error(
-    precision: str, pair: tuple[Path, Path], h: fct.Transformation, rng: np.random.Generator
+    precision: Any, pair: tuple[Path, Path], h: fct.Transformation, rng: np.random.Generator
 ) -> None:
     from dataclasses import replace
 
@@ -261,7 +261,7 @@ def test_checksums_of_columns_do_not_depend_on_the_cut(gallery: Make, h: fct.Tra
 
 @pytest.mark.parametrize("form", ["npy", "arrow", "parquet", "bin", "lance"])
 def test_every_format_is_compared_with_its_source(
-    form: str, h: fct.Transformation, gallery: Make, tmp_path: Path
+    form: Any, h: fct.Transformation, gallery: Make, tmp_path: Path
 ) -> None:
     source = gallery(N, bad=(3, 100, 599))
     new = tmp_path / ("new.lance" if form == "lance" else "new")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_figures_fit_together(h: fct.Transformation) -> None:
 
 
 def test_a_wrong_result_is_never_timed(h: fct.Transformation, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = bench.transform_batch
+    run = bench.transform_batch  # type: ignore[attr-defined]
 
     def wrong(*args: Any, **named: Any) -> Any:
         out = run(*args, **named)
@@ -107,7 +108,7 @@ def test_warm_calls_come_in_a_row() -> None:
         called.append(name)
         time.sleep(seconds)
 
-    fns = {"a": lambda: call("a", 0.001), "b": lambda: call("b", 0.002)}
+    fns: dict[str, Callable[[], object]] = {"a": lambda: call("a", 0.001), "b": lambda: call("b", 0.002)}
     found = measure_batch(fns, 64, seconds=0.1, rounds=2)
     assert set(found) == {"warm", "after a pause"}
     assert found["warm"]["a"].median < found["warm"]["b"].median

@@ -194,10 +194,10 @@ def test_search_finds_ids_rows_and_distances(tmp_path: Path, capsys: pytest.Capt
     for name in ("out.parquet", "out.json", "out.jsonl"):
         run(capsys, *words, "--out", tmp_path / name)
         text = (tmp_path / name).read_text() if name != "out.parquet" else ""
-        found = {
+        found: dict[str, Any] = {
             "out.parquet": lambda: pq.read_table(tmp_path / "out.parquet").to_pylist(),
-            "out.json": lambda text=text: json.loads(text),
-            "out.jsonl": lambda text=text: [json.loads(line) for line in text.splitlines()],
+            "out.json": lambda text=text: json.loads(text),  # type: ignore[misc]
+            "out.jsonl": lambda text=text: [json.loads(line) for line in text.splitlines()],  # type: ignore[misc]
         }[name]()
         assert found == lines
         assert "exists" in refused(capsys, *words, "--out", tmp_path / name)

@@ -22,7 +22,7 @@ ROWS = 150
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    made = STORES[request.param](tmp_path)
+    made: Any = STORES[request.param](tmp_path)
     made.make(rows_of(ROWS))
     yield made
     close()
@@ -97,7 +97,7 @@ def test_a_reader_of_collections_that_gives_other_rows_is_found(
     from fct.gallery.location import Patience
 
     source, kind = store.place + "items", type(database_source(store.place + "items", Patience()))
-    scan, points = kind.scan, kind.points
+    scan, points = kind.scan, kind.points  # type: ignore[attr-defined]
 
     def fewer(self: Any) -> Iterator[pa.Array]:
         return (ids.slice(1) for ids in scan(self))

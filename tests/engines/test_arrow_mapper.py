@@ -151,7 +151,7 @@ def test_a_table_in_many_small_pieces_is_mapped_at_once(
     h: fct.Transformation, old: Any, side: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch, calls = batch_of(old, side), []
-    real = arrow_mapper.transform_finite
+    real = arrow_mapper.transform_finite  # type: ignore[attr-defined]
     monkeypatch.setattr(arrow_mapper, "transform_finite", lambda *a, **k: (calls.append(len(a[0])), real(*a, **k)))
     mapper = h.arrow_mapper(vector="v", side="s", out="new", precision="fp32")
     table = pa.Table.from_batches([batch.slice(i, 1) for i in range(ROWS)])

@@ -130,7 +130,7 @@ def test_never_under_ridge_and_procrustes(pairs: int, side: bool) -> None:
     fresh = made(3_000, seed=1)
     h = fct.fit_transformation(old, side_info if side else None, new, progress=False)
     reached = recall(h, fresh if side else (fresh[0], None, fresh[2]))
-    spaces = {"new_space": h.new_space}
+    spaces: dict[str, Any] = {"new_space": h.new_space}
     floors = [
         recall(f, (fresh[0], None, fresh[2]))
         for f in (fit_ridge(old, new, **spaces), fit_procrustes(old, new, **spaces))

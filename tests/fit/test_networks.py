@@ -122,7 +122,7 @@ def test_resumed_training_ends_with_the_same_weights(images: tuple[Any, Any], tm
     file = tmp_path / "side.safetensors"
 
     def run(**more: Any) -> dict[str, Any]:
-        settings = {"dim": 8, "epochs": 3, "batch_size": 64, "progress": False, "backbone": "small_cnn"}
+        settings: dict[str, Any] = {"dim": 8, "epochs": 3, "batch_size": 64, "progress": False, "backbone": "small_cnn"}
         return fct.train_side_info(x[:128], **settings, **more).state_dict()
 
     whole = run()
@@ -133,13 +133,15 @@ def test_resumed_training_ends_with_the_same_weights(images: tuple[Any, Any], tm
 
     import fct.fit.loop as loop
 
-    original = loop.train.__kwdefaults__["checkpoint_seconds"]
-    loop.train.__kwdefaults__["checkpoint_seconds"] = 0.0
+    defaults = loop.train.__kwdefaults__
+    assert defaults is not None
+    original = defaults["checkpoint_seconds"]
+    defaults["checkpoint_seconds"] = 0.0
     try:
         with pytest.raises(KeyboardInterrupt):
             run(checkpoint=file, on_epoch=stop)
     finally:
-        loop.train.__kwdefaults__["checkpoint_seconds"] = original
+        defaults["checkpoint_seconds"] = original
     assert file.exists()
     resumed = run(checkpoint=file)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)

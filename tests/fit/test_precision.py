@@ -141,7 +141,7 @@ def test_one_row_and_labels_without_a_pair(h: fct.Transformation, inputs: tuple[
     old, side = (x[:1] for x in inputs)
     new = ref.transform(old, side, h).astype(np.float32)
     assert measure_precisions(h, old, side, new, precisions=["bf16"]).precisions["bf16"].top10_kept == 1.0
-    alone = measure_precisions(h, *(x[:20] for x in inputs), np.ones((20, 10), np.float32), np.arange(20))
+    alone = measure_precisions(h, inputs[0][:20], inputs[1][:20], np.ones((20, 10), np.float32), np.arange(20))
     assert alone.precisions["bf16"].map_change == 0.0, "no query has a match: nothing can change"
 
 

@@ -153,7 +153,7 @@ def test_norm_is_frozen_in_the_second_half(pairs: tuple[Any, Any, Any]) -> None:
     means = []
     for _ in range(4):
         training.one_epoch()
-        means.append(training.module.mixer[0].norm.running_mean.clone())  # type: ignore[union-attr]
+        means.append(training.module.mixer[0].norm.running_mean.clone())  # type: ignore[operator, union-attr]
     assert not torch.equal(means[0], means[1])
     assert torch.equal(means[1], means[2])
     assert torch.equal(means[2], means[3])

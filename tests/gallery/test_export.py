@@ -268,7 +268,7 @@ def test_a_stopped_export_leaves_nothing(tmp_path: Path, to: str, there: bool, m
     if there:
         (tmp_path / "out").mkdir()
     monkeypatch.setattr(bulk, "_BATCH", 100)
-    real, calls = bulk.vector_block, []
+    real, calls = bulk.vector_block, []  # type: ignore[attr-defined]
 
     def stop(*args: Any, **more: Any) -> Any:
         calls.append(1)

@@ -143,7 +143,7 @@ def test_an_arrow_gallery_opens_in_polars_and_datasets(new: dict[str, Path], wan
 
 
 @pytest.mark.parametrize("form", ["npy", "bin"])
-def test_matrices_lie_alone_with_their_rows_aside(form: str, old: Path, h: fct.Transformation, tmp_path: Path) -> None:
+def test_matrices_lie_alone_with_their_rows_aside(form: Any, old: Path, h: fct.Transformation, tmp_path: Path) -> None:
     fct.backfill(old, tmp_path / "new", h, old_model="random-old", format=form, progress=False)
     assert [p.name for p in sorted((tmp_path / "new").iterdir()) if not p.name.startswith("_")] == [
         f"part-00000000.{'npy' if form == 'npy' else 'fbin'}"

@@ -177,7 +177,7 @@ def test_a_row_group_is_decoded_once_however_it_is_cut(
 
     def read(start: int, rows: int, source: Any = source) -> None:
         batches = source.read(piece, start, rows, 7)
-        parts = []
+        parts: list[Any] = []
         while sum(map(len, parts)) < rows:  # as a backfill does: nobody asks for the end
             parts.append(vector_block(next(batches).column("vector"), 5).values)
         np.testing.assert_array_equal(np.concatenate(parts), values[start : start + rows])
@@ -185,7 +185,7 @@ def test_a_row_group_is_decoded_once_however_it_is_cut(
     for start in range(0, 50, 10):
         read(start, 10)
     assert len(begun) == 1
-    assert not source._paused[0].file.closed
+    assert not source._paused[0].file.closed  # type: ignore[attr-defined]
     read(54, 2)  # skips rows that another worker has
     assert len(begun) == 1
     read(56, 44)  # to the end of this row group, and the next
@@ -198,7 +198,7 @@ def test_a_row_group_is_decoded_once_however_it_is_cut(
     assert len(begun) == 4
     for start in (0, 30, 1, 31, 2, 32):  # more passes than are kept
         read(start, 3)
-        assert len(source._paused) <= 2
+        assert len(source._paused) <= 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("ahead", [0, 1 << 30])

@@ -23,7 +23,7 @@ from fct.gallery import export_bulk
 
 N, D = 300, 8
 UUIDS = [str(uuid.UUID(int=(i + 1) * 2**90 + i)) for i in range(N)]
-IDS = {"integers": list(range(10, N + 10)), "text": [f"item {i}" for i in range(N)], "UUIDs": UUIDS}
+IDS: dict[str, Any] = {"integers": list(range(10, N + 10)), "text": [f"item {i}" for i in range(N)], "UUIDs": UUIDS}
 
 
 @pytest.fixture(scope="module")

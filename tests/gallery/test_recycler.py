@@ -42,7 +42,7 @@ def test_whatever_looks_at_it_keeps_it() -> None:
         "an Arrow column": vector_array(array),
         "a slice of a record batch": pa.record_batch({"v": vector_array(array, "binary")}).slice(7, 2),
         "a buffer": pa.py_buffer(array).slice(64, 4),
-        "a memoryview": memoryview(array)[2:3],
+        "a memoryview": memoryview(array.data)[2:3],
     }
     del array
     assert not memory._free

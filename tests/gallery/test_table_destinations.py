@@ -90,7 +90,8 @@ class Iceberg:
         self.where = folder / "lake/shop/items"
         lake = folder / "lake"
         self.store = {"type": "sql", "uri": f"sqlite:///{lake / 'catalog.db'}", "warehouse": str(lake)}
-        self.to, self.how = "iceberg://prod/shop.items", {"storage_options": self.store}
+        self.to = "iceberg://prod/shop.items"
+        self.how: dict[str, Any] = {"storage_options": self.store}
 
     def catalog(self) -> Any:
         return sql.SqlCatalog("prod", **self.store)

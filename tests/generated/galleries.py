@@ -120,7 +120,7 @@ def _pandas(table: pa.Table, path: Path) -> None:
 def _polars(table: pa.Table, path: Path) -> None:
     import polars as pl
 
-    pl.from_arrow(table).write_parquet(path)
+    pl.from_arrow(table).write_parquet(path)  # type: ignore[union-attr]
 
 
 def _duckdb(table: pa.Table, path: Path) -> None:
@@ -181,8 +181,8 @@ def write_gallery(drawn: Drawn, rows: Rows, folder: Path) -> str:
             write(table_of(drawn, part).drop_columns(["lang"]), place)
         return str(folder)
     third = -(-len(rows) // 3)
-    for i, place in enumerate(_PLACES[drawn.layout]):
-        path = folder / place.format(s=suffix)
+    for i, name in enumerate(_PLACES[drawn.layout]):
+        path = folder / name.format(s=suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         write(table_of(drawn, rows[third * i : third * (i + 1)]), path)
     return str(folder)
@@ -221,7 +221,7 @@ def _write_table(drawn: Drawn, rows: Rows, folder: Path) -> str:
         return place
     from deltalake import DeltaTable, write_deltalake
 
-    by = {"partition_by": ["lang"]} if drawn.layout == "hive" else {}
+    by: dict[str, Any] = {"partition_by": ["lang"]} if drawn.layout == "hive" else {}
     write_deltalake(str(folder), first, **by)
     write_deltalake(str(folder), second, mode="append", **by)
     if extra is not None:

@@ -82,7 +82,7 @@ class JournalFinished(JournalResumed):
     """The same of a backfill that is finished, its files of rows damaged as well."""
 
     stopped = False
-    files = (*JournalResumed.files, "new/*.parquet", "new/_fct/transformation.safetensors")
+    files = (*JournalResumed.files, "new/*.parquet", "new/_fct/transformation.safetensors")  # type: ignore[assignment]
 
 
 class JournalVerified(_Journal):
@@ -172,7 +172,7 @@ class SavedDataset(common.Job):
         for i, name in enumerate(names):
             with pa.ipc.new_stream(str(whole / name), table.schema) as writer:
                 writer.write_table(table.slice(20 * i, 20))
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": n} for n in names], "_fingerprint": "x", "_format_columns": None,
             "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": "train",
         }  # fmt: skip

@@ -158,7 +158,7 @@ def _labels_mixed(patch: pytest.MonkeyPatch) -> None:
                 batch = batch.set_column(i, field, column)
         return batch
 
-    real = fct.gallery.file_gallery.conform
+    real = fct.gallery.file_gallery.conform  # type: ignore[attr-defined]
     patch.setattr(fct.gallery.file_gallery, "conform", conform)
 
 

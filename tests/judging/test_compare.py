@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alternatives, "fit_residual", lambda o, n, **how: fit_ridge(o, n))
 
 
-def compared(old: np.ndarray, new: np.ndarray, **how: object) -> fct.Comparison:
+def compared(old: np.ndarray, new: np.ndarray, **how: Any) -> fct.Comparison:
     return fct.compare_alternatives(old, None, new, curve="none", measure_seconds=0.001, progress=False, **how)
 
 

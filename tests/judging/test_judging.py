@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fct.errors import FctError
 from fct.judging import Judgements, UpgradeQueries, judge_upgrade, measure_rankings, paired_interval, read_qrels
+from fct.judging.upgrade_verdict import UpgradeVerdict
 
 
 def drawn(rng: np.random.Generator, n: int = 40, items: int = 60) -> tuple[list[list[str]], list[dict[str, int]]]:
@@ -131,15 +133,15 @@ class World:
         )
         self.judgements = Judgements.of([f"q{i}" for i in range(n)], self.ids, [1] * n)
 
-    def judge(self, **options: object) -> object:
-        return judge_upgrade(self.queries, self.judgements, self.ids, self.old, self.mapped, **options)  # type: ignore[arg-type]
+    def judge(self, **options: Any) -> UpgradeVerdict:
+        return judge_upgrade(self.queries, self.judgements, self.ids, self.old, self.mapped, **options)
 
 
 def test_go_where_mapped_is_better() -> None:
     world = World(1.5, 0.3)
     verdict = world.judge(true_vectors=world.true)
     assert verdict.word == "go", verdict.reason
-    assert verdict.result("mapped").gain.low > 0
+    assert verdict.result("mapped").gain.low > 0  # type: ignore[union-attr]
     assert verdict.result("mapped + rerank").measures.mean() >= verdict.result("mapped").measures.mean()
     assert verdict.result("new/new").measures.mean() >= verdict.result("mapped + rerank").measures.mean()
     assert set(verdict.result("mapped").slices) == {"language=de", "language=en"}

@@ -30,7 +30,7 @@ def runtime() -> support.EmulatedRuntime:
 
 @pytest.fixture
 def schedule(runtime: support.EmulatedRuntime) -> Callable[[int, int], None]:
-    return lambda sched, seed=1: runtime.lib.schedule(sched, seed, 2)
+    return lambda sched, seed=1: runtime.lib.schedule(sched, seed, 2)  # type: ignore[misc]
 
 
 def rows(x: Any, dtype: str = "float32", scale: Any = None) -> Rows:
@@ -332,7 +332,7 @@ def test_the_exact_way_in_many_rounds(runtime: Any) -> None:
         ({"nq": 40000}, "expected 1 to 32768 queries in one call, got 40000"),
     ],
 )
-def test_sizes_are_refused_with_a_reason(runtime: Any, arguments: dict[str, int], message: str) -> None:
+def test_sizes_are_refused_with_a_reason(runtime: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         size_of(runtime, **arguments)
 

@@ -14,7 +14,7 @@ import torch
 
 from fct.ops.cuda_kernels import CudaSearch
 from fct.rows import Rows
-from tools.gpu_roofline import GPUS, Gpu, cuda_scan
+from tools.gpu_roofline import GPUS, Gpu, cuda_scan  # type: ignore[attr-defined]
 from tools.gpu_traffic import META, Scan, Unit, scan_launches
 
 # (block number, groups of copies committed before, write) -> units touched
@@ -97,7 +97,7 @@ def differences(recorded: Recorded, scan: Scan) -> list[str]:
         # the meta of the queries lies in registers from the start, and stage i is loaded behind i commits
         read = [stream.get((i, False), set()) for i in range(1 + max((group for group, _ in stream), default=0))]
         model = [set(reads) for reads, _ in tiles]
-        steps = enumerate(zip_longest(read, model, fillvalue=set()))
+        steps: Any = enumerate(zip_longest(read, model, fillvalue=set()))
         wrong += [f"program {program}, step {i}: {a ^ b}" for i, (a, b) in steps if a != b]
     return wrong
 

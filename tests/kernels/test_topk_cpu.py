@@ -22,7 +22,7 @@ from oracle import check_search
 import fct
 from fct import _C, ref
 from fct.ops.isa import using_isa
-from fct.ops.search.cpu_search import build_shadow, extend_shadow, ranks_cpu, topk_cpu
+from fct.ops.search.cpu_search import Shadow, build_shadow, extend_shadow, ranks_cpu, topk_cpu
 from fct.rows import Rows, ScaledInt8, rows_of
 
 LEVELS = _C.isa_names[: _C.detected_isa() + 1]
@@ -406,17 +406,18 @@ def test_a_shadow_past_two_to_the_31_elements(
     data.flush()
     gallery = np.load(tmp_path / "rows.npy", mmap_mode="r")
     prepared = fct.prepare_gallery(gallery, metric="ip")
+    shadow = prepared.shadow
+    assert isinstance(shadow, Shadow)
     few = np.asarray(gallery[planted])
     wanted = few[[np.searchsorted(planted, row) for row in (0, *at)]]
     queries = (wanted + 0.1 * rng.standard_normal(wanted.shape)).astype(np.float32)
     for some in (*np.split(queries[-3:], 3), queries[:20]):  # alone, the gallery in parts; and many
         q = rows_of(some, "q")
-        distances, indices, counts = topk_cpu(q, prepared.rows, prepared.shadow, 5, "ip", False, threads=2)
+        distances, indices, counts = topk_cpu(q, prepared.rows, shadow, 5, "ip", False, threads=2)
         assert counts["exhausted"] == 0
         want = ref.topk(some, few, 5, "ip")
         np.testing.assert_array_equal(indices, planted[want[1]])
         np.testing.assert_allclose(distances, want[0], rtol=1.3e-7)
-    shadow = prepared.shadow
     assert shadow.tiles.nbytes > 1 << 31
     for row, values in zip(planted, few, strict=True):
         tile, r = divmod(int(row), 64)

@@ -378,7 +378,7 @@ def test_the_cuda_search_asks_for_the_current_stream(fake: FakeDevice, rng: Any,
             return real
 
     runtime = cuda.CudaRuntime()
-    runtime.lib = Recorder()
+    runtime.lib = Recorder()  # type: ignore[assignment]
     monkeypatch.setattr(cuda, "_properties", lambda lib, index: dict(support.module().cuda_device(0)))
     q, g = sides(rng)
     search = cuda.CudaSearch(runtime, part=150)
@@ -413,7 +413,7 @@ def test_more_than_2_to_the_31_elements(fake: FakeDevice, triton: None) -> None:
     fake.launch = lambda kernel, grid, arguments, **_: reached.append(arguments)  # type: ignore[method-assign]
     scan = topk_triton._Scan
     plan = topk_triton.plan(3, 3, "bf16", 1, fake)
-    scan(gallery[2:3], prepared.shadow, prepared.meta, None, prepared, 3, plan, fake)._rescore(
+    scan(gallery[2:3], prepared.shadow, prepared.meta, None, prepared, 3, plan, fake)._rescore(  # type: ignore[arg-type]
         gallery[2:3], fake.upload(np.arange(3)[None])
     )
     assert reached[0]["stride_g"] == stride  # an int64 to the kernel; the interpreter would copy two gigabytes
@@ -487,7 +487,7 @@ def test_evaluate_equals_the_cpu(fake: FakeDevice, rng: Any, monkeypatch: Any, m
     others = labels if same_items else rng.integers(0, 30, 120)
     g = q if same_items else g
     monkeypatch.setattr(topk, "_BLOCK_BYTES", 24 * 120 * 50)
-    how = {"metric": metric, "same_items": same_items, "bootstrap": 0}
+    how: dict[str, Any] = {"metric": metric, "same_items": same_items, "bootstrap": 0}
     want = fct.evaluate(q, g, labels, others, **how)
     got = fct.evaluate(on(fake, q), on(fake, g), labels, others, **how)
     np.testing.assert_array_equal(got.first_match, want.first_match)
@@ -495,7 +495,8 @@ def test_evaluate_equals_the_cpu(fake: FakeDevice, rng: Any, monkeypatch: Any, m
     assert got.queries_without_match == want.queries_without_match > 0
     prepared = fct.prepare_gallery(on(fake, g), metric=metric)
     np.testing.assert_array_equal(
-        fct.evaluate(on(fake, q), prepared, labels, others, **how).first_match, want.first_match
+        fct.evaluate(on(fake, q), prepared, labels, others, **how).first_match,  # type: ignore[arg-type]
+        want.first_match,  # type: ignore[arg-type]
     )
 
 

@@ -101,8 +101,8 @@ def test_the_bounds_hold_for_every_row(metric: str, rng: np.random.Generator) ->
     heads = shadow.tiles.reshape(-1, head // 4, 64, 4).transpose(0, 2, 1, 3).reshape(-1, head)[:n].astype(float) - 128
     facts = shadow.meta[:, :192].reshape(-1, 3, 64)
     scale, half, tail = (facts[:, j].reshape(-1)[:n].astype(np.float64) for j in range(3))
-    own = np.ascontiguousarray(shadow.tails[:, :12]).view(np.float32).astype(np.float64)
-    rest = shadow.tails[:, 12 : 12 + d - head].astype(np.float64) - 128
+    own = np.ascontiguousarray(shadow.tails[:, :12]).view(np.float32).astype(np.float64)  # type: ignore[index]
+    rest = shadow.tails[:, 12 : 12 + d - head].astype(np.float64) - 128  # type: ignore[index]
     packed = np.concatenate([scale[:, None] * heads, own[:, :1] * rest], axis=1)
     assert (np.linalg.norm(y - packed, axis=1) <= own[:, 1]).all()
     assert (np.linalg.norm(packed, axis=1) <= own[:, 2]).all()

@@ -150,7 +150,7 @@ def test_every_dtype(fake: FakeDevice, rng: Any, dtype: str) -> None:
             sides.append(fake.rows(torch.from_numpy(x).to(getattr(torch, dtype)), pitch=23))
     q, g = sides
     found = searched(fake, q, g, 6, "l2", "bf16")
-    check(found, *(plain(x.float32()).numpy() for x in (q, g)), 6, "l2")
+    check(found, *(plain(x.float32()).numpy() for x in (q, g)), 6, "l2")  # type: ignore[call-arg]
 
 
 def test_a_split_gallery_and_split_queries(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:

@@ -117,7 +117,7 @@ def test_the_galleries_hold_no_images(run: Any) -> None:
     assert new["id"].equals(old["id"])
     h = fct.Transformation.load(run.files["h"])
     matrices = [np.stack(old[c].to_numpy(zero_copy_only=False)) for c in ("embedding", "side_info")]
-    expected = fct.ref.transform(*matrices, h)  # type: ignore[attr-defined]
+    expected = fct.ref.transform(*matrices, h)  # type: ignore[arg-type, attr-defined, call-arg]
     got = np.stack(new["embedding"].to_numpy(zero_copy_only=False))
     np.testing.assert_allclose(got, expected, atol=0.06)  # "auto" may have taken a faster precision
 

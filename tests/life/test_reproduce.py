@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 import fct
 from fct.fit.recipes import paper_config
 from fct.life import Experiment, experiment_names, load_experiment, run_experiment
+from fct.terminal import PlainConsole
 
 ROWS = [
     "old/old",
@@ -30,7 +30,7 @@ ROWS = [
 def shrunk(experiment: Experiment, classes: int) -> Experiment:
     """One epoch, small images and vectors; the networks, losses and methods are the experiment's own."""
     small = experiment.with_epochs(1)
-    size = {"image_size": 32, "dim": 8, "batch_size": 12}
+    size: dict[str, Any] = {"image_size": 32, "dim": 8, "batch_size": 12}
     return replace(
         small,
         old_classes=classes // 2,
@@ -74,7 +74,9 @@ DATA = {
 def test_the_large_experiments_run_an_epoch(tmp_path: Path, name: str) -> None:
     DATA[name.partition("-")[0]](tmp_path)
     out = tmp_path / "out"
-    table = run_experiment(shrunk(load_experiment(name), 4), tmp_path, out, progress=False, console=Console(quiet=True))
+    table = run_experiment(
+        shrunk(load_experiment(name), 4), tmp_path, out, progress=False, console=PlainConsole(quiet=True)
+    )
     assert [row.name for row in table.rows] == ROWS
     assert table.row("new/new").recall10 == 1.0
     h = fct.Transformation.load(out / name / "h" / "h.safetensors")
@@ -102,7 +104,7 @@ def small_fashion(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_stages_are_skipped_redone_and_refused(tmp_path: Path, small_fashion: Any) -> None:
     def go(experiment: Experiment, **options: Any) -> tuple[Any, list[str]]:
-        console = Console(record=True, quiet=False, file=open(tmp_path / "log", "w"))  # noqa: SIM115
+        console = PlainConsole(record=True, quiet=False, file=open(tmp_path / "log", "w"))  # noqa: SIM115
         table = run_experiment(experiment, None, tmp_path / "out", progress=False, console=console, **options)
         lines = [line for line in console.export_text().split("\n") if line]
         return table, [line for line in lines if "there already" not in line]
@@ -133,12 +135,12 @@ def test_stages_are_skipped_redone_and_refused(tmp_path: Path, small_fashion: An
 def test_an_interrupted_stage_goes_on(tmp_path: Path, small_fashion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fct.life import stages
 
-    real = stages.train_bct
+    real = stages.train_bct  # type: ignore[attr-defined]
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    quiet = Console(quiet=True)
+    quiet = PlainConsole(quiet=True)
     monkeypatch.setattr(stages, "train_bct", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(tiny(), None, tmp_path, progress=False, console=quiet)

@@ -211,14 +211,14 @@ def test_bad_days_name_the_argument(fake: FakeDevice, rng: Any, monkeypatch: pyt
     x = rng.standard_normal((7, 5), dtype=np.float32)
     on_gpu = Rows(fake.upload(x), "float32", None, "cuda:0", "torch")
     known = {id(on_gpu): on_gpu}
-    real = public.rows_of
+    real = public.rows_of  # type: ignore[attr-defined]
     monkeypatch.setattr(public, "rows_of", lambda a, *rest, **how: known.get(id(a)) or real(a, *rest, **how))
     with pytest.raises(ValueError, match="side_info: expected an array on cuda:0 like old, got one on cpu"):
-        fct.transform_batch(on_gpu, x, h)
+        fct.transform_batch(on_gpu, x, h)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="out: expected an array on cuda:0 like old, got one on cpu"):
-        fct.transform_batch(on_gpu, on_gpu, h, out=np.zeros((7, 6), np.float32))
+        fct.transform_batch(on_gpu, on_gpu, h, out=np.zeros((7, 6), np.float32))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device: expected cuda:0, where the rows lie, or cuda, got cpu"):
-        fct.transform_batch(on_gpu, on_gpu, h, device="cpu")
+        fct.transform_batch(on_gpu, on_gpu, h, device="cpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device: expected cpu, where the rows lie, or cuda, got tpu:0"):
         fct.transform_batch(x, x, h, device="tpu:0")
     with pytest.raises(ValueError, match="out: expected rows whose elements are contiguous"):
@@ -299,7 +299,7 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
 
     monkeypatch.setattr(doctor, "_time_search", timed)
     with fake.torch():
-        assert pick_search(5, "l2", "cuda:0", "auto", queries=1)[0].name == "triton"  # not timed: in order
+        assert pick_search(5, "l2", "cuda:0", "auto", queries=1)[0].name == "triton"  # type: ignore[union-attr]  # not timed: in order
         for few, many in (("torch", "triton"), ("triton", "torch")):
             report = doctor.examine()
             verdict = {(f.backend, f.precision): f.verdict for f in report.findings}
@@ -311,10 +311,10 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
                 for n, name in ((1, few), (3, few), (40, many), (10**6, many)):
                     search, _ = pick_search(5, "l2", "cuda:0", "auto", queries=n)
                     assert ("torch" if search is None else search.name) == name, n
-                assert pick_search(5, "l2", "cuda:0", "bf16", queries=1)[0].name == "triton"  # demanded
+                assert pick_search(5, "l2", "cuda:0", "bf16", queries=1)[0].name == "triton"  # type: ignore[union-attr]  # demanded
             told["triton"], told["torch"] = told["torch"], told["triton"]
         monkeypatch.setattr(selfproof, "_build", lambda: "another build")
-        assert pick_search(5, "l2", "cuda:0", "auto", queries=10**6)[0].name == "triton"  # its times do not count
+        assert pick_search(5, "l2", "cuda:0", "auto", queries=10**6)[0].name == "triton"  # type: ignore[union-attr]  # its times do not count
     monkeypatch.setattr("fct.ops.device.state.why_no_gpu", lambda name: [])
     facts = build_info()
     assert facts["searches"]["triton"]["runs"]

@@ -153,7 +153,7 @@ def test_a_bad_row_in_any_place_of_a_large_batch_is_found(h: Transformation, rng
     fct.transform_batch(old, side, h)
     for row in (0, 255, 256, 1499, 1500, 2999):
         for name, bad in (("old", spoilt(old, np.nan, row)), ("side_info", spoilt(side, np.inf, row))):
-            call = {"old": old, "side_info": side} | {name: bad}
+            call: dict[str, Any] = {"old": old, "side_info": side} | {name: bad}
             with pytest.raises(ValueError, match=f"^{name}: expected finite values, got NaN or infinity in row {row}$"):
                 fct.transform_batch(**call, transformation=h)
 

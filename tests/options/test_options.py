@@ -20,7 +20,7 @@ from fct.cli.flags import flags
 from fct.gallery import export_bulk
 from fct.options import groups, keywords
 from fct.options.declare import Flag, Group, OptionSet, flat, option, optional, takes
-from fct.options.groups import (
+from fct.options.groups import (  # type: ignore[attr-defined]
     BackfillOptions,
     ExportOptions,
     PlanOptions,
@@ -97,7 +97,7 @@ def test_a_group_is_frozen_keyword_only_and_picklable() -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, first, None)
         with pytest.raises(TypeError, match="positional"):
-            cls(None)
+            cls(None)  # type: ignore[call-arg]
 
 
 def test_a_check_keeps_pythons_own_numbers() -> None:
@@ -148,7 +148,7 @@ def test_a_new_field_is_all_that_a_new_option_takes() -> None:
     small.command()(command)
     words = ["x", "--max-rows-per-s", "7", "--careful", "--mode", "hard", "--tag", "a", "--tag", "b", "--retries", "2"]
     assert CliRunner().invoke(small, words).exit_code == 0
-    assert seen["given"].brakes == Brakes(max_rows_per_s=7, mode="hard", careful=True, tags=("a", "b"))
+    assert seen["given"].brakes == Brakes(max_rows_per_s=7, mode="hard", careful=True, tags=("a", "b"))  # type: ignore[arg-type]
     assert seen["given"].access.retries == 2
     assert "hook" not in seen["options"]
     failed = CliRunner().invoke(small, ["x", "--mode", "gentle"])

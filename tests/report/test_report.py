@@ -31,7 +31,7 @@ def test_share_of_the_gap() -> None:
     assert table(0.4).gap_closed(H, "cmc1") == pytest.approx(-0.25)
     assert t.gap_closed(OLD, "map") is None
     assert t.gap_closed(NEW, "map") is None
-    no_gap = ResultTable([Row(OLD, 0.9, 0.9, 0.9, 0.1), Row(H, 0.9, 0.9, 0.9, 0.5), Row(NEW, 0.9, 0.95, 0.8, 1.0)])
+    no_gap = ResultTable((Row(OLD, 0.9, 0.9, 0.9, 0.1), Row(H, 0.9, 0.9, 0.9, 0.5), Row(NEW, 0.9, 0.95, 0.8, 1.0)))
     assert no_gap.gap_closed(H, "map") is None
 
 
@@ -57,9 +57,9 @@ def test_bad_tables_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cmc1: expected a share from 0 to 1, got nan"):
         Row(H, float("nan"), 0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match=r"rows: expected one named 'new/new', got \['old/old'\]"):
-        ResultTable([Row(OLD, 0.5, 0.7, 0.4, 0.1)])
+        ResultTable((Row(OLD, 0.5, 0.7, 0.4, 0.1),))
     with pytest.raises(ValueError, match=r"rows: expected unique names"):
-        ResultTable([Row(OLD, 0.5, 0.7, 0.4, 0.1)] * 2)
+        ResultTable((Row(OLD, 0.5, 0.7, 0.4, 0.1),) * 2)
     with pytest.raises(ValueError, match=r"measure: expected one of cmc1, cmc5, map, recall10, got 'f1'"):
         table().gap_closed(H, "f1")
     with pytest.raises(ValueError, match=r"table: expected what ResultTable.to_dict gives"):

@@ -38,7 +38,7 @@ def unit(rows: Any) -> Any:
 def partial(tmp_path: Path, rng: np.random.Generator) -> Callable[..., Path]:
     """Makes a gallery of which half is true; h's own correction is left out unless it is asked for."""
 
-    def make(form: str, *, mixed: bool = False, column: str = "reembedded", budget: float = 0.5) -> Path:
+    def make(form: Any, *, mixed: bool = False, column: str = "reembedded", budget: float = 0.5) -> Path:
         h = fct.Transformation.random(D, D, D, inner=16, side_info=False, normalise=True)
         h = h.with_(new_space=fct.EmbeddingSpace("new", D, metric="ip", normalised=True), info={"mixed": MEASURED})
         rows = rng.standard_normal((60, D), dtype=np.float32)
@@ -75,7 +75,7 @@ def search(gallery: Path, *more: str) -> str:
 
 @pytest.mark.parametrize(("form", "column"), [("parquet", "reembedded"), ("npy", "is_true"), ("arrow", "is_true")])
 def test_search_and_export_of_a_partial_backfill(
-    partial: Callable[..., Path], tmp_path: Path, form: str, column: str
+    partial: Callable[..., Path], tmp_path: Path, form: Any, column: str
 ) -> None:
     new = partial(form, column=column)
     assert re.search(f"--gallery: mapped rows stand among true ones uncorrected, .*{LOSS}", search(new))

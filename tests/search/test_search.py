@@ -59,6 +59,7 @@ def test_prepared_appended_saved_and_loaded(rows: Any, tmp_path: Path) -> None:
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
     loaded = fct.PreparedGallery.load(tmp_path / "gallery.shadow", mapped)
     assert loaded.space == OLD
+    assert isinstance(loaded.shadow, Shadow)
     assert isinstance(loaded.shadow.tiles, np.memmap)
     for gallery in (prepared, loaded, prepared.append(rows[:0], gallery=mapped)):
         got = fct.topk(rows[:30], gallery, 7, query_space=OLD)
@@ -117,16 +118,18 @@ def test_packing_in_slices_changes_nothing(rows: Any, monkeypatch: pytest.Monkey
     calls = []
     from fct.ops.search import cpu_search as topk_cpu
 
-    real = topk_cpu._C.shadow_pack
+    real = topk_cpu._C.shadow_pack  # type: ignore[attr-defined]
 
     def counted(*args: Any) -> None:
         calls.append(args[4])
         real(*args)
 
     monkeypatch.setattr(topk_cpu, "_PACKED_AT_ONCE", 12 * 64 * 2)
-    monkeypatch.setattr(topk_cpu._C, "shadow_pack", counted)
+    monkeypatch.setattr(topk_cpu._C, "shadow_pack", counted)  # type: ignore[attr-defined]
     sliced = fct.prepare_gallery(rows).shadow
     assert calls == [128, 128, 44]
+    assert isinstance(sliced, Shadow)
+    assert isinstance(whole, Shadow)
     np.testing.assert_array_equal(sliced.tiles, whole.tiles)
     np.testing.assert_array_equal(sliced.meta, whole.meta)
 
@@ -163,7 +166,7 @@ def test_two_models_are_never_mixed(rows: Any) -> None:
     with pytest.raises(fct.SpaceMismatchError):
         fct.topk(rows, rows, 1, query_space=NEW, gallery_space=OLD)
     with pytest.raises(fct.SpaceMismatchError):
-        fct.evaluate(rows, prepared, np.zeros(300, int), query_space=NEW)
+        fct.evaluate(rows, prepared, np.zeros(300, int), query_space=NEW)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -233,9 +236,9 @@ def test_append_takes_every_form_of_codes_that_a_gallery_may_have(form: str, lib
         held = values if library == "numpy" else pytest.importorskip("torch").from_numpy(values.copy())
         return fct.ScaledInt8(held, 0.5, 0.1 if form.endswith("offset") else 0.0)
 
-    grown = fct.prepare_gallery(rows(slice(0, 200)), metric="ip").append(rows(slice(200, 280)))
-    grown = grown.append(rows(slice(280, 300)))
-    whole = fct.prepare_gallery(rows(slice(None)), metric="ip")
+    grown = fct.prepare_gallery(rows(slice(0, 200)), metric="ip").append(rows(slice(200, 280)))  # type: ignore[arg-type]
+    grown = grown.append(rows(slice(280, 300)))  # type: ignore[arg-type]
+    whole = fct.prepare_gallery(rows(slice(None)), metric="ip")  # type: ignore[arg-type]
     queries = codes[250:260].astype(np.float32)
     for got, want in zip(
         fct.topk(queries, grown, 5, metric="ip"), fct.topk(queries, whole, 5, metric="ip"), strict=True

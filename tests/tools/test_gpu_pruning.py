@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,13 @@ def test_a_thousand_queries_are_bound_by_products_and_by_what_is_left_over() -> 
 
 
 def test_the_reports_rows_are_read() -> None:
-    row = {"table": "search sets: what was read", "set": "a", "gallery": 10, "d": 50, "left_after_first_level": 0.5}
+    row: dict[str, Any] = {
+        "table": "search sets: what was read",
+        "set": "a",
+        "gallery": 10,
+        "d": 50,
+        "left_after_first_level": 0.5,
+    }
     rows = [{**row, "queries": 1, "kind": "halves"}, {**row, "queries": 9, "kind": "levels, 16 directions first"}]
     assert counted(rows) == [Counted("a", 1, 10, 50, 25, 0.5), Counted("a", 9, 10, 50, 16, 0.5)]
     assert counted([{**row, "queries": 1, "kind": "flat"}, {"table": "other"}]) == []

@@ -19,7 +19,7 @@ from fct.kernels.tile_choices import tiles
 from fct.ops.search import triton_search as topk_triton
 from fct.ops.transform import triton_backend as backend
 from tools import gpu_traffic
-from tools.gpu_roofline import GPUS, Gpu, cuda_scan, plan_of, scan_bound, small_bound, traffic, triton_scan
+from tools.gpu_roofline import GPUS, Gpu, cuda_scan, plan_of, scan_bound, small_bound, traffic, triton_scan  # type: ignore[attr-defined]
 from tools.gpu_traffic import UNIT, Cache, Launch, Scan, Unit, block, scan_launches, simulate, transform_launches
 
 D, INNER = 128, 320
@@ -126,7 +126,7 @@ def test_the_search_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch,
     device = FakeDevice("sm_89", processors=2)
     recorder = Recorder(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", recorder)
-    monkeypatch.setattr(topk_triton.devices, "device_of", lambda name: device)
+    monkeypatch.setattr(topk_triton.devices, "device_of", lambda name: device)  # type: ignore[attr-defined]
     monkeypatch.setattr(device, "_push", lambda work: work())
     launch = device.launch
     scans: list[Any] = []
