@@ -48,8 +48,8 @@ def assert_same(first: Transformation, second: Transformation, one: Any, other: 
     return composed
 
 
-@pytest.mark.parametrize("sides", itertools.product([True, False], repeat=2), ids=str)
-@pytest.mark.parametrize("shapes", itertools.product(SHAPES, repeat=2), ids=" then ".join)
+@pytest.mark.parametrize("sides", [*itertools.product([True, False], repeat=2)], ids=str)
+@pytest.mark.parametrize("shapes", [*itertools.product(SHAPES, repeat=2)], ids=" then ".join)
 def test_one_gives_what_the_two_give_in_turn(shapes: tuple[str, str], sides: tuple[bool, bool]) -> None:
     first, second = two(shapes, sides, normalise=True)
     rng = np.random.default_rng(3)

@@ -67,7 +67,7 @@ def test_it_is_the_principal_components_of_the_pooled_layer(network: nn.Module, 
         pooled = nn.functional.adaptive_avg_pool2d(maps, 3).flatten(1).numpy()
     _, _, axes = np.linalg.svd(pooled - pooled.mean(axis=0), full_matrices=False)
     want = (pooled - pooled.mean(axis=0)) @ axes[:10].T
-    got = side.encode(images, progress=False)
+    got: Any = side.encode(images, progress=False)
     np.testing.assert_allclose(np.abs(got), np.abs(want), atol=2e-4)
     assert side_info_from(network, images, dim=10, progress=False).layer == "3", "by default the last map of features"
 
@@ -77,8 +77,8 @@ def test_texts_are_averaged_over_their_own_tokens() -> None:
     model, texts = TextModel(), [f"text {i * 7919 % 101} {'x' * (i % 9)}" for i in range(60)]
     how: dict[str, Any] = {"layer": "first", "dim": 6, "storage": "float32", "batch": tokenised, "progress": False}
     side = side_info_from(model, texts, **how)
-    alone = np.concatenate([side.encode([text], progress=False) for text in texts])
-    np.testing.assert_allclose(side.encode(texts, progress=False), alone, atol=1e-5)
+    alone = np.concatenate([np.asarray(side.encode([text], progress=False)) for text in texts])
+    np.testing.assert_allclose(side.encode(texts, progress=False), alone, atol=1e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("storage", "kept", "size"), [("float32", 0.9999, 48), ("int8", 0.999, 12), ("int4", 0.97, 6)])
@@ -86,9 +86,9 @@ def test_fewer_bits_keep_almost_all(network: nn.Module, images: Any, storage: st
     plain = side_info_from(network, images, layer="3", dim=12, storage="float32", progress=False)
     side = side_info_from(network, images, layer="3", dim=12, storage=storage, progress=False)
     assert side.bytes_per_item == size
-    stored = side.encode(images, progress=False)
+    stored: Any = side.encode(images, progress=False)
     codes = {"float32": lambda: stored, "int8": lambda: stored.values, "int4": lambda: stored.codes() + 0.5}[storage]()
-    values = plain.encode(images, progress=False)
+    values: Any = plain.encode(images, progress=False)
     for i in range(12):
         assert np.corrcoef(values[:, i], codes[:, i])[0, 1] >= kept
 
@@ -99,7 +99,8 @@ def test_the_file_and_the_model_give_the_same_rows(network: nn.Module, images: A
     again = LayerSideInfo.load(tmp_path / "side.safetensors", network)
     assert again.id == side.id
     np.testing.assert_array_equal(
-        again.encode(images, progress=False).values, side.encode(images, progress=False).values
+        again.encode(images, progress=False).values,
+        side.encode(images, progress=False).values,  # type: ignore[union-attr]
     )
     (tmp_path / "other.safetensors").write_bytes(b"no")
     with pytest.raises(ArtifactError, match=r"expected a file by LayerSideInfo\.save"):
@@ -230,12 +231,14 @@ def test_a_layer_goes_by_the_name_of_either_version_of_sentence_transformers(
     side = side_info_from(model, texts, layer="auto_model.first", dim=4, progress=False)
     other = side_info_from(model, texts, layer="model.first", dim=4, progress=False)
     np.testing.assert_array_equal(
-        side.encode(texts, progress=False).codes(), other.encode(texts, progress=False).codes()
+        side.encode(texts, progress=False).codes(),
+        other.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
     )
     side.save(tmp_path / "side.safetensors")
     again = LayerSideInfo.load(tmp_path / "side.safetensors", model)
     np.testing.assert_array_equal(
-        again.encode(texts, progress=False).codes(), side.encode(texts, progress=False).codes()
+        again.encode(texts, progress=False).codes(),
+        side.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
     )
     for name in ("auto_model.second", "auto_model.forward", "training", "auto_model."):
         with pytest.raises(

@@ -43,19 +43,19 @@ def names_in(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
 
 
-def polars(folder: Path, form: str) -> list[int]:
+def polars(folder: Path, form: Any) -> list[int]:
     read = pytest.importorskip("polars")
     frame = read.scan_parquet(folder) if form == "parquet" else read.scan_ipc(folder)
     return [int(i) for i in frame.collect()["id"].to_list()]
 
 
-def datasets(folder: Path, form: str) -> list[int]:
+def datasets(folder: Path, form: Any) -> list[int]:
     load = pytest.importorskip("datasets").load_dataset
     rows = load(str(folder), cache_dir=str(folder.parent / "cache"))["train"]
     return [int(i) for i in rows["id"]]
 
 
-def daft(folder: Path, form: str) -> list[int]:
+def daft(folder: Path, form: Any) -> list[int]:
     if form != "parquet":
         pytest.skip("daft reads no Arrow files")
     return [int(i) for i in pytest.importorskip("daft").read_parquet(str(folder)).to_pydict()["id"]]
@@ -69,7 +69,7 @@ def new(request: pytest.FixtureRequest, h: fct.Transformation, tmp_path_factory:
     return root
 
 
-def form_of(root: Path) -> str:
+def form_of(root: Path) -> Any:
     return next(p.suffix[1:] for p in (root / "new").iterdir())
 
 
@@ -102,7 +102,7 @@ def test_a_finished_job_started_again_does_nothing(new: Path, h: fct.Transformat
 
 
 def test_search_plan_and_upgrading_gallery(new: Path, h: fct.Transformation) -> None:
-    how = {"old_model": "random-old", "journal": new / "j", "shard_rows": 20, "format": form_of(new)}
+    how: dict[str, Any] = {"old_model": "random-old", "journal": new / "j", "shard_rows": 20, "format": form_of(new)}
     plan = fct.plan_backfill(new / "old", new / "new", h, **how)
     assert not plan.refusals
     gallery = fct.UpgradingGallery(new / "old", new / "new", h, **how)
@@ -156,7 +156,7 @@ def test_a_journal_lies_apart(journal: str, words: str, h: fct.Transformation, t
 
 
 @pytest.mark.parametrize("form", ["npy", "bin", "lance", "delta"])
-def test_formats_that_are_read_with_their_journal_are_refused(form: str, h: fct.Transformation, tmp_path: Path) -> None:
+def test_formats_that_are_read_with_their_journal_are_refused(form: Any, h: fct.Transformation, tmp_path: Path) -> None:
     pytest.importorskip({"lance": "lance", "delta": "deltalake"}.get(form, "numpy"))
     with pytest.raises(ValueError, match=f"journal: expected None with format {form}"):
         fct.backfill(old_gallery(tmp_path / "old"), tmp_path / "new", h, format=form, journal=tmp_path / "j", **QUICK)
