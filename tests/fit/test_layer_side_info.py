@@ -99,7 +99,7 @@ def test_the_file_and_the_model_give_the_same_rows(network: nn.Module, images: A
     again = LayerSideInfo.load(tmp_path / "side.safetensors", network)
     assert again.id == side.id
     np.testing.assert_array_equal(
-        again.encode(images, progress=False).values,
+        again.encode(images, progress=False).values,  # type: ignore[union-attr]
         side.encode(images, progress=False).values,  # type: ignore[union-attr]
     )
     (tmp_path / "other.safetensors").write_bytes(b"no")
@@ -231,13 +231,13 @@ def test_a_layer_goes_by_the_name_of_either_version_of_sentence_transformers(
     side = side_info_from(model, texts, layer="auto_model.first", dim=4, progress=False)
     other = side_info_from(model, texts, layer="model.first", dim=4, progress=False)
     np.testing.assert_array_equal(
-        side.encode(texts, progress=False).codes(),
+        side.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
         other.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
     )
     side.save(tmp_path / "side.safetensors")
     again = LayerSideInfo.load(tmp_path / "side.safetensors", model)
     np.testing.assert_array_equal(
-        again.encode(texts, progress=False).codes(),
+        again.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
         side.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
     )
     for name in ("auto_model.second", "auto_model.forward", "training", "auto_model."):
