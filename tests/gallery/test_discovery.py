@@ -79,13 +79,116 @@ def test_folder_names_are_columns_as_pyarrow_types_them(values: dict[str, list[s
 def test_partitions_come_out_again(key: str, tmp_path: Path) -> None:
     for i in range(2):
         write(tmp_path / f"g/{key}={i}/part-0.parquet", 20 * i)
-    write(tmp_path / "g/_temporary/0/part-0.parquet", 400)
+    write(tmp_path / "g/_old/0/part-0.parquet", 400)
     h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
     fct.backfill(tmp_path / "g", tmp_path / "new", h, old_model="random-old", progress=False)
     assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "g").ok
     got = rows(tmp_path / "new")
     assert list(zip(got["id"].to_pylist(), got[key].to_pylist(), strict=True)) == [(i, i // 20) for i in range(40)]
     assert "columns from folder names: " + key in open_source(tmp_path / "g").notes[0]
+
+
+def partitioned(folder: Path, values: Any, name: str) -> Path:
+    """A file in ``folder`` that has a column ``name`` of its own."""
+    folder.mkdir(parents=True)
+    held = table(0).drop_columns([name]) if name == "id" else table(0)
+    pq.write_table(held.append_column(name, values) if name != "embedding" else held, folder / "a.parquet")
+    return folder.parent
+
+
+@pytest.mark.parametrize(
+    ("folder", "values", "words"),
+    [
+        ("embedding=3", None, r"embedding=3, and the files have a column 'embedding' of fixed_size_list.*rename"),
+        ("id=3", pa.array(range(20)), r"other values in its column 'id' than the folder .* says \(id=3\)"),
+        ("side=x", pa.array([[1.0]] * 20), r"side=x, and the files have a column 'side' of list"),
+        ("lang=de", pa.array(["fr"] * 20), r"other values in its column 'lang' than the folder .* says \(lang=de\)"),
+        ("lang=de", pa.array([None] * 20, pa.string()), r"other values in its column 'lang'"),
+        ("lang=__HIVE_DEFAULT_PARTITION__", pa.array(["fr"] * 20), r"lang=__HIVE_DEFAULT_PARTITION__"),
+        ("n=x", pa.array(range(20)), r"n=x, and the files have a column 'n' of int64"),
+    ],
+)
+def test_a_folder_and_a_column_that_disagree(folder: str, values: Any, words: str, tmp_path: Path) -> None:
+    source = partitioned(tmp_path / "g" / folder, values, folder.partition("=")[0])
+    with pytest.raises(FctError, match=words):
+        rows(source)
+
+
+@pytest.mark.parametrize("entry", ["backfill", "transform", "export", "vectors", "search"])
+def test_no_entry_drops_a_partition_that_is_called_like_the_vectors(entry: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fct.cli.app import app
+
+    source = partitioned(tmp_path / "g" / "embedding=3", None, "embedding")
+    h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False).save(tmp_path / "h.safetensors")
+    new, model = str(tmp_path / "new"), ["-t", str(h), "--old-model", "random-old"]
+    named = {
+        "backfill": ["backfill", str(source), new, *model],
+        "transform": ["transform", str(source / "embedding=3/a.parquet"), f"{new}.parquet", *model],
+        "export": ["export", str(source), new, "--to", "qdrant"],
+        "search": ["search", "--queries", str(source), "--gallery", str(source), "--out", f"{new}.parquet"],
+    }
+    if entry == "vectors":  # fit and evaluate
+        with pytest.raises(FctError, match=r"embedding=3"):
+            fct.gallery.load_vectors(source)
+        return
+    result = CliRunner().invoke(app, named[entry])
+    assert result.exit_code != 0
+    assert "embedding=3" in " ".join((result.output + str(result.exception)).split())
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "values"),
+    [
+        ("id=3", pa.array([3] * 20)),
+        ("label=007", pa.array(["007"] * 20)),
+        ("lang=de", pa.array(["de"] * 20).dictionary_encode()),
+        ("day=2024-01-01", pa.array([19723] * 20, pa.int32()).cast(pa.date32())),
+        ("lang=__HIVE_DEFAULT_PARTITION__", pa.array([None] * 20, pa.string())),
+    ],
+)
+def test_a_folder_that_repeats_a_column_is_that_column(folder: str, values: Any, tmp_path: Path) -> None:
+    name = folder.partition("=")[0]
+    source = partitioned(tmp_path / "g" / folder, values, name)
+    assert rows(source)[name].to_pylist() == values.to_pylist()
+    h = fct.Transformation.random(4, 4, 2, inner=8, side_info=False)
+    fct.backfill(source, tmp_path / "new", h, old_model="random-old", progress=False)
+    assert fct.verify_gallery(tmp_path / "new", source=source, progress=False).proven
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["_temporary/0/_temporary/attempt_1", ".spark-staging-1f/lang=de", ".hive-staging_hive_1", "__magic_job-1"],
+)
+def test_a_write_that_has_not_ended_is_refused(folder: str, tmp_path: Path) -> None:
+    write(tmp_path / "g/part-0.parquet", 0)
+    write(tmp_path / "g" / folder / "part-1.parquet", 20)
+    with pytest.raises(FctError, match=r"a job of Spark, Hadoop or Hive that has not ended: .*part-1.parquet; wait"):
+        open_source(tmp_path / "g")
+
+
+def test_a_folder_of_spark_without_success_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "g/lang=de/part-00000-0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f-c000.snappy.parquet", 0)
+    for place in (tmp_path / "g", tmp_path / "g/lang=de"):
+        assert "has no _SUCCESS, which Spark writes last" in open_source(place).notes[0]
+    (tmp_path / "g/_SUCCESS").touch()
+    for place in (tmp_path / "g", tmp_path / "g/lang=de"):
+        assert not [note for note in open_source(place).notes if "_SUCCESS" in note]
+
+
+def test_json_beside_the_rows_is_named_unless_it_is_known(tmp_path: Path) -> None:
+    write(tmp_path / "g/a.parquet", 0)
+    for known in ("space.json", "a.parquet.space.json", "dataset_info.json"):
+        (tmp_path / "g" / known).write_text('{"model_id": "m", "dim": 4}')
+    assert len(open_source(tmp_path / "g").pieces()) == 1
+    (tmp_path / "g/more.json").write_text('{"id": 3, "embedding": [1, 2, 3, 4]}')
+    with pytest.raises(FctError, match=r"got \.json, \.parquet: .*more.json is no parquet data; move it elsewhere"):
+        open_source(tmp_path / "g")
+    (tmp_path / "g/a.parquet").unlink()
+    with pytest.raises(FctError, match=r"write it once as Parquet, in DuckDB: COPY .*read_json"):
+        open_source(tmp_path / "g")
 
 
 def test_a_column_that_is_in_the_file_too_stays(tmp_path: Path) -> None:

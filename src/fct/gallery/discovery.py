@@ -22,7 +22,30 @@ from fct.gallery.location import Location
 from fct.gallery.urls import without_query
 from fct.types import JsonDict
 
-__all__ = ["check_readable", "find_files", "is_partition", "natural", "partition_columns", "root_of"]
+__all__ = ["check_readable", "find_files", "is_partition", "natural", "partition_columns", "root_of", "unmarked"]
+
+
+# Beside data and no rows: the space as version 0.1 wrote it, what datasets says of its files.
+_BESIDE = re.compile(r"(.*\.)?space\.json|dataset_infos?\.json|state\.json|dataset_dict\.json")
+# Where committers keep what is not committed: Hadoop's, S3A's, Spark's dynamic overwrite, Hive's.
+_STAGING = re.compile(r"_temporary|__magic.*|\.spark-staging.*|\.hive-staging.*|_tmp\..*|\.emrfs_staging.*")
+_OF_SPARK = re.compile(r"part-\d{5}-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}[-.].*")
+
+
+def unmarked(where: Location, files: Sequence[Location]) -> str:
+    """What to know of a folder that Spark wrote and that has no ``_SUCCESS``, which it writes last; else ""."""
+    ours = next((f for f in files if _OF_SPARK.fullmatch(f.name)), None)
+    if ours is None or where.is_pattern or not where.is_folder():
+        return ""
+    folder = where
+    while is_partition(folder.name):
+        folder = folder.parent
+    if "_SUCCESS" in folder.files():
+        return ""
+    return (
+        f"source: {ours.name} is named as Spark names files, and {folder} has no _SUCCESS, which Spark writes last: a "
+        "write that was ended in the middle looks the same; hold the rows against your own count with --expect-rows"
+    )
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -44,7 +67,8 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
     """The data files of a folder (at any depth), a glob or a single file, in natural order; side files left out.
 
     Raises:
-        FileNotFoundError: nothing there. FctError: what may stand for rows and cannot be read (a link to a folder).
+        FileNotFoundError: nothing there. FctError: what may stand for rows and cannot be read (a link to a folder),
+        or a write that has not ended (Spark's ``_temporary``).
     """
     if without_query(where.path) != where.path:
         return [where]  # a URL with a query, whose "?" is no pattern
@@ -58,7 +82,8 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
         parts = file.path[len(root) :].strip("/").split("/")
         _refuse_table(where, root, parts, name)
         _refuse_stream(where, parts, name)
-        if _is_hidden(parts) or file.path.endswith(".json"):
+        _refuse_staging(where, root, parts, name)
+        if _is_hidden(parts) or _BESIDE.fullmatch(parts[-1]):
             continue
         check_readable(file)
         found.append(file)
@@ -90,6 +115,19 @@ def _refuse_stream(where: Location, parts: Sequence[str], name: str) -> None:
             f"{name}: {where} is what a stream of Spark wrote, whose rows are those of the files that _spark_metadata "
             "names: read it once by Spark and write it as Parquet, or name its files (such as "
             f"{where}/*.parquet) if all of them count"
+        )
+
+
+def _refuse_staging(where: Location, root: str, parts: Sequence[str], name: str) -> None:
+    """Raises FctError where a write goes on, or was ended in the middle: what is there already is a part of it."""
+    folders = parts[:-1]
+    at = next((i for i, folder in enumerate(folders) if _STAGING.fullmatch(folder)), None)
+    if at is not None:
+        staging = where.at("/".join([root, *folders[: at + 1]]))
+        raise FctError(
+            f"{name}: {where} is written by a job of Spark, Hadoop or Hive that has not ended: {staging} holds "
+            f"{parts[-1]}; wait for that job, or, if it died, write the gallery anew (remove {staging} only if you "
+            "know that all rows are there)"
         )
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fct.errors import FctError, SpaceMismatchError
-from fct.gallery.discovery import find_files, is_partition, natural, partition_columns, root_of
+from fct.gallery.discovery import find_files, is_partition, natural, partition_columns, root_of, unmarked
 from fct.gallery.interfaces import Batches, Destination, Piece, Shard, Source
 from fct.gallery.location import Location, Version
 from fct.gallery.schemas import RULE, conform, difference, readable, unify
@@ -136,7 +137,20 @@ class FileSource(Source):
         for field in self._folders[0]:
             if field.name not in whole.names:
                 whole = whole.append(field)
+            else:
+                self._require_one_meaning(whole.field(field.name))
         return whole
+
+    def _require_one_meaning(self, field: pa.Field) -> None:
+        """Raises FctError where a folder's name (``id=3``) cannot be a value of the files' column of that name."""
+        for path, row in self._folders[1].items():
+            value = row.get(field.name)
+            if value is not None and _typed(value, field.type) is None:
+                raise FctError(
+                    f"source: {self.where.at(path)} lies in a folder that is a value of {field.name!r}, "
+                    f"{field.name}={value}, and the files have a column {field.name!r} of {field.type}, which cannot "
+                    "hold it: rename the folders or the column, since only one of the two can be read"
+                )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -144,7 +158,9 @@ class FileSource(Source):
             not s.equals(next(iter(self._schemas.values()))) for s in self._schemas.values()
         )
         added = [f.name for f in self._folders[0] if f.name in self.schema.names]
+        written = "" if self.of_log else unmarked(self.where, self._files)
         return (
+            *((written,) if written else ()),
             *((f"source: {RULE}",) if spelled else ()),
             *((f"source: columns from folder names: {', '.join(added)}",) if added else ()),
         )
@@ -230,11 +246,49 @@ class FileSource(Source):
         """A file's batch under the gallery's schema, the columns of its folders' names added."""
         schema, values = self.schema, self._folders[1][file.path]
         for name, value in values.items():
-            if name not in batch.schema.names:
+            if name in batch.schema.names:
+                if not self.of_log:
+                    _require_equal(batch.column(name), name, value, file)
+            else:
                 kind = schema.field(name).type
                 column = pa.repeat(pa.scalar(value, kind), batch.num_rows)
                 batch = batch.append_column(pa.field(name, kind), column)
         return conform(batch, schema)
+
+
+def _typed(value: object, kind: pa.DataType) -> pa.Scalar | None:
+    """A folder's value as one of a column; None where the column cannot hold it."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return None
+    try:
+        return pa.scalar(str(value)).cast(kind)
+    except pa.ArrowException:
+        return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _require_equal(column: pa.Array, name: str, value: object, file: Location) -> None:
+    """Raises FctError where a file's own column says otherwise than the folder that it lies in."""
+    values = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    if value is None:
+        same = values.null_count == len(values)
+    else:
+        try:
+            values = values.cast(pa.int32()) if isinstance(value, int) and _is_text(values.type) else values
+            want = _typed(value, values.type)
+            same = bool(pc.all(pc.fill_null(pc.equal(values, want), False), min_count=0).as_py())
+        except pa.ArrowException:
+            same = False
+    if not same:
+        raise FctError(
+            f"source: {file} has other values in its column {name!r} than the folder that it lies in says "
+            f"({name}={'__HIVE_DEFAULT_PARTITION__' if value is None else value}): only one of the two can be right; "
+            "rename the folders or the column"
+        )
 
 
 @contextlib.contextmanager

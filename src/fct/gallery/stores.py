@@ -42,7 +42,7 @@ FORMATS = (*_DESTINATIONS, "lance", "delta")
 _JSON = "COPY (SELECT * REPLACE (embedding::FLOAT[] AS embedding) FROM read_json('FILES')) TO 'gallery.parquet'"
 _CSV = _JSON.replace("read_json", "read_csv")
 _TSV = _CSV.replace("'FILES'", r"'FILES', delim='\t'")  # else the commas of a list are taken for columns
-_REWRITE = {".jsonl": _JSON, ".ndjson": _JSON, ".csv": _CSV, ".tsv": _TSV}
+_REWRITE = {".json": _JSON, ".jsonl": _JSON, ".ndjson": _JSON, ".csv": _CSV, ".tsv": _TSV}
 
 
 class Opening(TypedDict):
