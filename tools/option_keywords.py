@@ -39,6 +39,7 @@ TYPES = (
     "Format",
     "GalleryLike",
     "Precision",
+    "StorageOptions",
     "TransformationLike",
     "VectorFormat",
 )

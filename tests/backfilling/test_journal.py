@@ -288,3 +288,29 @@ def test_markers_say_which_rows_they_are_of(finished: tuple[Path, Path]) -> None
     starts = np.cumsum([0] + [m.rows_in for m in markers if m and m.piece == 0])
     assert [m.start for m in markers if m and m.piece == 0] == starts[:-1].tolist()
     assert np.sum([m.rows_in for m in markers if m]) == 900
+
+
+def test_a_file_of_the_journal_may_have_its_largest_size_and_not_a_byte_more(tmp_path: Path) -> None:
+    from fct.backfilling.journal import Journal
+    from fct.gallery.location import location_of
+
+    (tmp_path / "new/_fct").mkdir(parents=True)
+    (tmp_path / "new/_fct/manifest.json").write_bytes(b"x" * 100)
+    journal = Journal(location_of(tmp_path / "new/_fct"), location_of(tmp_path / "new"))
+    assert journal.read("manifest.json", 100) == b"x" * 100
+    with pytest.raises(BackfillError, match=r"manifest\.json is larger than 99 bytes: no backfill wrote it; remove it"):
+        journal.read("manifest.json", 99)
+
+
+@pytest.mark.parametrize("name", ["shard_rows", "batch_rows"])
+def test_a_job_without_rows_in_a_shard_is_refused_and_one_row_is_enough(name: str, finished: tuple[Path, Path]) -> None:
+    import dataclasses
+
+    from fct.backfilling.job import Job
+
+    job = Job.from_json((finished[1] / "_fct/job.json").read_bytes(), "job.json")
+    values: dict[str, Any] = {name: 1}
+    dataclasses.replace(job, **values).require_sound()
+    values = {name: 0}
+    with pytest.raises(BackfillError, match="shard_rows, batch_rows: expected at least 1, got"):
+        dataclasses.replace(job, **values).require_sound()

@@ -86,3 +86,14 @@ def test_recall_that_equals_its_limit_passes(source: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert plan.quality is not None
     assert (plan.quality.recall_at_10, plan.refusals) == (1.0, ())
+
+
+def test_twelve_pairs_are_enough_and_eleven_are_not(source: Path, tmp_path: Path) -> None:
+    h = fct.Transformation.random(16, 16, 12, inner=64, side_info=False)
+    pairs = {name: rows[:12] for name, rows in pairs_close_together(h).items()}
+    assert fct.plan_backfill(source, tmp_path / "new", h, old_model="random-old", pairs=pairs).quality is not None
+    few = {name: rows[:11] for name, rows in pairs.items()}
+    with pytest.raises(ValueError, match="pairs: expected as many rows of each, at least 12"):
+        fct.plan_backfill(source, tmp_path / "new", h, old_model="random-old", pairs=few)
+    with pytest.raises(ValueError, match="pairs: expected as many rows of each, at least 12"):
+        fct.plan_backfill(source, tmp_path / "new", h, old_model="random-old", pairs=pairs | {"old": few["old"]})

@@ -144,7 +144,7 @@ def test_qdrant_uploads_ids_and_payload(kind: str, new: dict[str, Path], tmp_pat
     vectors, payload = export_bulk(new[kind], tmp_path / "out", "qdrant")
     client = qdrant_client.QdrantClient(":memory:")
     client.create_collection("items", VectorParams(size=D, distance=Distance.EUCLID))
-    lines = (json.loads(line) for line in open(payload, encoding="utf-8"))  # noqa: SIM115
+    lines = map(json.loads, payload.read_text(encoding="utf-8").splitlines())
     ids, rows = zip(*((x["id"], x["payload"]) for x in lines), strict=True)
     client.upload_collection(
         "items", vectors=np.load(vectors, mmap_mode="r", allow_pickle=False), ids=ids, payload=rows

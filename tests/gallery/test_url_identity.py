@@ -144,6 +144,7 @@ def port(tmp_path: Path) -> Iterator[int]:
     threading.Thread(target=served.serve_forever, daemon=True).start()
     yield int(served.server_address[1])
     served.shutdown()
+    served.server_close()
 
 
 def test_a_resumed_job_takes_a_renewed_url_and_no_other_place(
