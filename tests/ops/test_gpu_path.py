@@ -133,7 +133,7 @@ def test_a_kernel_that_disagrees_is_refused(fake: FakeDevice, monkeypatch: pytes
     monkeypatch.setattr(torch_backend, "why_not", lambda h, precision, device: [])
     monkeypatch.setattr(dispatch, "transform_backends", lambda: [Broken(), torch_backend])
     h = Transformation.random(9, 5, 6, inner=8)
-    with pytest.warns(FctWarning, match=r"triton \(fp32\) is refused on cuda:0: 1 rows are off by"):
+    with pytest.warns(FctWarning, match=r"triton \(fp32\) is refused on cuda:0: 1 rows, .*: off by"):
         chosen, _ = dispatch.pick_transform(h, "fp32", "cuda:0")
     assert chosen is torch_backend
     assert dispatch.pick_transform(h, "fp32", "cuda:0")[0] is torch_backend  # remembered, no second warning
@@ -164,7 +164,7 @@ def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pyt
 
     monkeypatch.setattr(doctor, "devices", lambda: {"cpu": "here", "cuda:0": "fake"})
     monkeypatch.setattr(doctor, "SIZES", (1,))
-    monkeypatch.setattr(doctor, "ODD_ROWS", (3,))
+    monkeypatch.setattr(selfproof, "ROWS", (3,))
     monkeypatch.setattr(doctor, "PAPER_SHAPE", (16, 16, 16, 32))
     monkeypatch.setattr(Broken, "name", "broken")
     report = doctor.examine(backends=[RefTransform(), backend.TritonTransform(), Broken()])
@@ -191,7 +191,7 @@ def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pyt
 def test_doctor_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every backend as it is: what can not run here says so, and nothing here is wrong."""
     monkeypatch.setattr(doctor, "SIZES", (1,))
-    monkeypatch.setattr(doctor, "ODD_ROWS", (3,))
+    monkeypatch.setattr(selfproof, "ROWS", (3,))
     monkeypatch.setattr(doctor, "SEARCH_GALLERY", (500, 128))
     monkeypatch.setattr(doctor, "SEARCH_SIZES", (1,))
     report = doctor.examine()
