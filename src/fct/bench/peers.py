@@ -326,9 +326,6 @@ _FAISS = """
 import sys, time
 import faiss, numpy as np
 
-if TYPE_CHECKING:
-    from torch import nn
-
 queries, gallery, k, threads = sys.argv[1:]
 faiss.omp_set_num_threads(int(threads))
 q, g = (np.load(path, mmap_mode="r") for path in (queries, gallery))
