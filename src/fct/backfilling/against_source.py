@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -233,7 +232,7 @@ def _result(
             return iter(()), ()
         have = pq.read_schema(journal.place(first).open()).names
         return _files(journal, job, columns), have if columns != [ROW] else ()
-    other: Any = None
+    other: RowReader | WholeReader | None = None
     with contextlib.suppress(
         MissingExtraError
     ):  # said of the source, or of nothing: the rows are compared all the same

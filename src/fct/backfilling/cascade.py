@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +50,7 @@ class Cascade:
         self._files: Counter[int] = Counter()
         self._lock = threading.Lock()
 
-    def rank(self, queries: Any, near: TopK, k: int, ask: Reembed) -> tuple[TopK, bool]:
+    def rank(self, queries: Floats, near: TopK, k: int, ask: Reembed) -> tuple[TopK, bool]:
         """(the k best of ``near`` by their true vectors, which ``ask`` gives where they are not known yet; whether all
         of ``near`` have some, else the others were ranked by their mapped ones)."""
         rows = np.unique(near.indices)
@@ -96,7 +95,8 @@ class Cascade:
         shard = self._job.shards[number]
         if number not in self._ids:
             self._ids[number] = self._read_ids(shard)
-        return self._ids[number][row - shard.first].as_py()
+        stored: Id = self._ids[number][row - shard.first].as_py()
+        return stored
 
     def _keep(self, rows: Rows, shards: Rows, vectors: Floats) -> None:
         store = self._store()

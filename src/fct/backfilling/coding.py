@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,11 @@ from fct.backfilling.job import Job
 from fct.gallery.vector_types import plain_type
 from fct.gallery.vectors import VectorBlock
 from fct.options.groups import Columns
-from fct.types import Array
+from fct.types import Array, CodeArray
+
+if TYPE_CHECKING:
+    pass
+
 
 __all__ = ["JobCoding", "code_columns", "decoded", "job_coding", "taken_as_they_are"]
 
@@ -54,10 +58,10 @@ def job_coding(columns: Columns, schema: pa.Schema, vector: str, d: int) -> JobC
     return made
 
 
-def _of_ranges(ranges: Any, kind: pa.DataType) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _of_ranges(ranges: CodeArray, kind: pa.DataType) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(scales, offsets) of the ranges that sentence-transformers' ``quantize_embeddings`` cuts into 255 steps: uint8
     codes count from the lowest value, int8 codes from 128 steps above it."""
-    low, high = (np.asarray(row, np.float64) for row in ranges)
+    low, high = (np.asarray(row, np.float64) for row in np.asarray(ranges, np.float64))
     step = (high - low) / 255
     element = getattr(plain_type(kind), "value_type", None)
     if element not in _CODES:

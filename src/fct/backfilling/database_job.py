@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from fct.backfilling.journal import Journal
 from fct.checks import check_flag, check_path, check_positive
@@ -16,7 +15,7 @@ from fct.gallery.location import location_of
 __all__ = ["database_journal", "join_databases", "require_journal"]
 
 
-def database_journal(folder: Any) -> Journal:
+def database_journal(folder: str | os.PathLike[str] | None) -> Journal:
     """The journal in a local folder; where none was named (a plan), in one that nobody makes."""
     if folder is None:
         folder = Path(tempfile.gettempdir()) / f"fct-plan-{os.getpid()}"
@@ -24,7 +23,7 @@ def database_journal(folder: Any) -> Journal:
     return Journal(root, root / "outputs")
 
 
-def require_journal(destination: str, folder: Any) -> None:
+def require_journal(destination: str, folder: str | os.PathLike[str] | None) -> None:
     """Raises ValueError where a database is to be written and nothing says where the journal goes."""
     if folder is None:
         raise ValueError(
@@ -39,7 +38,7 @@ def join_databases(
     destination: Destination,
     id_column: str,
     journal: Journal,
-    folder: Any,
+    folder: str | os.PathLike[str] | None,
     *,
     needed: tuple[str, ...],
     rate: float | None,

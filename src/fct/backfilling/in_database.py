@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 
@@ -110,7 +109,7 @@ class DatabaseResult:
         rows = self._store.batch(ids.cast(kind), self._schema, self.id_column)
         return rows.select([self.vector])
 
-    def beside(self, stream: Iterator[pa.RecordBatch], columns: Sequence[str]) -> tuple[Any, Any]:
+    def beside(self, stream: Iterator[pa.RecordBatch], columns: Sequence[str]) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         """(the source's rows as they should be there, what is there of their ids), two streams in one order."""
         waiting: list[pa.Array] = []
 
@@ -126,7 +125,7 @@ class DatabaseResult:
         return want(), got()
 
 
-def canonical(value: Any) -> str:
+def canonical(value: object) -> str:
     """An object as JSON in one spelling; what is null is not there."""
     if isinstance(value, dict):
         value = {k: v for k, v in value.items() if v is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,10 @@ import pyarrow as pa
 from fct import _C
 from fct.gallery.column_checksum import ColumnChecksum
 from fct.gallery.vectors import VectorBlock
+
+if TYPE_CHECKING:
+    from fct._C import Xxh64
+
 
 __all__ = ["InputDigest"]
 
@@ -24,10 +28,10 @@ class InputDigest:
     def __init__(self, version: int = 2) -> None:
         self.version = version
         self._first = _C.Xxh64()
-        self._blocks: dict[int, Any] = {}
+        self._blocks: dict[int, Xxh64] = {}
         self._columns: dict[str, ColumnChecksum] = {}
 
-    def block(self, number: int, block: VectorBlock, rows: int) -> Any:
+    def block(self, number: int, block: VectorBlock, rows: int) -> Xxh64:
         """The stream that the values of the old vectors (0) or the side-information (1) are to be added to."""
         if self.version == 1:
             return self._first

@@ -74,7 +74,7 @@ def cut_shards(pieces: Sequence[Piece], shard_rows: int) -> list[Shard]:
     return shards
 
 
-def since(default: Any, words: str, *, meaning: bool = False, check: Check | None = None) -> Any:
+def since(default: object, words: str, *, meaning: bool = False, check: Check | None = None) -> Any:
     """A field of :class:`Job` that came after version 0.1, so that backfills begun without it go on.
 
     A job that has the default there has the fingerprint and the job.json of one that never heard of the field.

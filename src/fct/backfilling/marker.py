@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from fct.atomic_files import checksum_bytes
 from fct.backfilling.checked_json import (
@@ -49,7 +48,7 @@ class Marker:
     outputs: tuple[Output, ...]
     rejected: Output | None
     backend: str
-    extra: Any = None
+    extra: object = None
     piece: int | None = None
     start: int | None = None
     digest: int = 1

@@ -222,7 +222,7 @@ class ShardPipeline:
             self._down = error
         work.fail(_plainer(error, url) if url else error)
 
-    def _publish(self, work: _Work, files: dict[str, Path], extra: Any) -> Marker:
+    def _publish(self, work: _Work, files: dict[str, Path], extra: object) -> Marker:
         rejected = None
         if work.rejects:
             path = self.scratch / f"{work.shard.name}.jsonl"

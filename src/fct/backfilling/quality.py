@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,10 @@ from fct.rows import rows_of
 from fct.search import topk
 from fct.transform import transform_finite
 from fct.types import Array, JsonDict
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 
 __all__ = [
     "Quality",
@@ -72,7 +76,9 @@ class ScoreShift:
         return map_threshold(self.old, self.new, old, flipped=(self.metric_old == "l2") != (self.metric_new == "l2"))
 
 
-def map_threshold(old_scores: Any, new_scores: Any, threshold: float, *, flipped: bool = False) -> float:
+def map_threshold(
+    old_scores: npt.ArrayLike, new_scores: npt.ArrayLike, threshold: float, *, flipped: bool = False
+) -> float:
     """The value that stands among ``new_scores`` at the quantile at which ``threshold`` stands among ``old_scores``.
 
     flipped: one of the two is a distance and the other a similarity.
@@ -99,7 +105,7 @@ def held_out_pairs(gate: Gate, h: Transformation) -> JsonDict | None:
     return data
 
 
-def _pairs(pairs: Any, h: Transformation) -> JsonDict:
+def _pairs(pairs: object, h: Transformation) -> JsonDict:
     if isinstance(pairs, (str, os.PathLike)):
         pairs = load_pairs(pairs)
     if not isinstance(pairs, Mapping):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from fct.backfilling.true_source import (
 )
 from fct.backfilling.true_vectors import TrueVectors
 from fct.errors import BackfillError
-from fct.gallery.interfaces import Shard
+from fct.gallery.interfaces import Piece, Shard
 from fct.gallery.stores import Opening
 from fct.gallery.vectors import vector_array, vector_block
 from fct.mixed_gallery import correction_of, mixed_transformation
@@ -209,7 +208,7 @@ class TrueRows:
         return vectors, there
 
     def _ask(
-        self, ids: list[Id], rows: pa.RecordBatch, piece: Any, numbers: npt.NDArray[np.int64]
+        self, ids: list[Id], rows: pa.RecordBatch, piece: Piece, numbers: npt.NDArray[np.int64]
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Asks the function; what it gives is kept before anything else happens, since it may have cost money."""
         assert self.how.ask is not None

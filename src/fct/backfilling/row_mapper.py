@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from fct.gallery.space_tags import SPACE_KEY, with_space
 from fct.gallery.vectors import VectorBlock, column_type, vector_array, vector_block
 from fct.rows import nonfinite_rows, rows_of
 from fct.transform import transform_finite
-from fct.types import JsonDict
+from fct.types import Array, JsonDict
 
 __all__ = ["RowMapper", "output_schema"]
 
@@ -94,7 +93,7 @@ class RowMapper:
             keep = np.ones(n, dtype=bool)
             keep[list(bad)] = False
             out = out[~wild]
-        columns: list[Any] = []
+        columns: list[pa.Array] = []
         mask = None if keep is None else pa.array(keep)
         for entry in self.schema:
             if entry.name == job.vector:
@@ -114,7 +113,7 @@ class RowMapper:
         ]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema), rejects
 
-    def _map(self, old: Any, side: Any, out: Any) -> None:
+    def _map(self, old: Array, side: Array | None, out: Array) -> None:
         job = self.job
         transform_finite(
             old, side, self.h, out=out, device=self.device, precision=job.precision, backend=job.backend,
@@ -143,7 +142,7 @@ class RowMapper:
         return batch.drop_columns([n for n in (self.job.vector, self.job.side_column) if n])
 
 
-def _plain(scalar: pa.Scalar) -> Any:
+def _plain(scalar: pa.Scalar) -> object:
     """An id as it stands in rejects/: Arrow holds dates and time zones that Python has no objects for."""
     try:
         value = scalar.as_py()

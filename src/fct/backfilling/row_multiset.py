@@ -3,8 +3,6 @@ or took a value of another row."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -72,7 +70,7 @@ def _mixed(x: Hashes) -> Hashes:
     return mixed
 
 
-def _hashes(column: Any) -> Hashes:
+def _hashes(column: pa.Array) -> Hashes:
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     kind = column.type
@@ -107,14 +105,14 @@ def _hashes(column: Any) -> Hashes:
     return _joined(_mixed(data.astype(np.uint64) + _ODD), np.diff(ends)) if len(column) else np.empty(0, np.uint64)
 
 
-def _with_nulls(found: Hashes, column: Any) -> Hashes:
+def _with_nulls(found: Hashes, column: pa.Array) -> Hashes:
     if not column.null_count:
         return found
     valid = np.asarray(column.is_valid().to_numpy(zero_copy_only=False), bool)
     return np.where(valid, found, _NULL)
 
 
-def _of_width(column: Any) -> Hashes:
+def _of_width(column: pa.Array) -> Hashes:
     """Of numbers, times, decimals and fixed-size bytes: their bytes as they lie."""
     kind = column.type
     width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else kind.bit_width // 8

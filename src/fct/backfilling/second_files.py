@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -110,7 +110,7 @@ def _count(kind: str, file: Location) -> int:
         raise FctError(f"{file} cannot be counted: {error}") from error
 
 
-def _dataset(kind: str, file: Location) -> Any:
+def _dataset(kind: str, file: Location) -> pa.dataset.Dataset:
     where = {} if file.is_local else {"filesystem": file.fs}
     return ds.dataset(file.path, format=_DATASETS[kind], **where)
 
@@ -143,7 +143,7 @@ def _of_folder(value: str | None, rows: int) -> pa.Array:
 
 
 # ---- matrices ----
-def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, NumpyDType]:
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, NumpyDType]:
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,12 @@ from fct.gallery.databases.postgres_copy import Column
 from fct.gallery.databases.postgres_server import Server, table_of
 from fct.gallery.databases.postgres_source import PostgresSource
 from fct.types import Id
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+    from psycopg.rows import TupleRow
+    from psycopg.sql import Composed, Identifier
+
 
 __all__ = ["PostgresStore"]
 
@@ -34,17 +40,17 @@ class PostgresStore(Store):
         from psycopg import sql
 
         query = sql.SQL("SELECT count(*) FROM {}").format(self._table)
-        return int(self._server.run(lambda c: c.execute(query).fetchone()[0]))
+        return int(self._server.run(lambda c: c.execute(query).fetchall()[0][0]))
 
-    def ids(self) -> Iterator[Any]:
+    def ids(self) -> Iterator[Id]:
         from psycopg import sql
 
         query = sql.SQL("SELECT {}::text FROM {}").format(sql.Identifier(self._key.name), self._table)
         read = _reader(self._key)
         yield from (read(row[0].encode()) for row in self._server.run(lambda c: c.execute(query).fetchall()))
 
-    def key(self, value: Any) -> Any:
-        return str(uuid.UUID(value)) if self._key.type == "uuid" else value
+    def key(self, value: Id) -> Id:
+        return str(uuid.UUID(str(value))) if self._key.type == "uuid" else value
 
     def rows(self, ids: list[Id]) -> Rows:
         from psycopg import sql
@@ -53,7 +59,7 @@ class PostgresStore(Store):
         wanted = sql.SQL(", ").join(_selected(column) for column in [self._key, *self._columns])
         query = sql.SQL("SELECT {} FROM {} WHERE {} = ANY(%s::{}[])").format(wanted, self._table, key, kind)
 
-        def ask(connection: Any) -> Rows:
+        def ask(connection: Connection[TupleRow]) -> Rows:
             with connection.cursor(binary=True) as cursor:
                 cursor.execute(query, [[str(i) for i in ids]])
                 return self._decoded(cursor.pgresult)
@@ -73,7 +79,7 @@ class PostgresStore(Store):
         return found
 
 
-def _selected(column: Column) -> Any:
+def _selected(column: Column) -> Identifier | Composed:
     """The column as text, or as the server's own bytes where these are carried over."""
     from psycopg import sql
 

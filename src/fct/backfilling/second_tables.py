@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Any
 
 import pyarrow as pa
 
@@ -45,10 +44,10 @@ class IcebergReader(RowReader):
         self._version = source.version
         self._tasks = {source._inside(task.file.file_path): task for task in self._scan(("*",)).plan_files()}
 
-    def _scan(self, columns: tuple[str, ...]) -> Any:
+    def _scan(self, columns: tuple[str, ...]) -> pa.RecordBatchReader:
         return self._table.scan(snapshot_id=self._version, selected_fields=columns)
 
-    def _of_one(self, name: str, columns: tuple[str, ...]) -> Any:
+    def _of_one(self, name: str, columns: tuple[str, ...]) -> pa.RecordBatchReader:
         one = copy.copy(self._scan(columns))
         one.plan_files = lambda: [self._tasks[name]]
         return one
@@ -118,7 +117,7 @@ class SavedReader(RowReader):
             yield from rows[at : min(end, at + BATCH_ROWS)].to_batches()
 
 
-def _datasets() -> Any:
+def _datasets() -> pa.RecordBatchReader:
     try:
         return import_module("datasets")
     except ModuleNotFoundError as error:

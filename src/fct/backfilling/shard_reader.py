@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -106,7 +105,9 @@ class ShardReader:
         most = 1 << int(np.log2(max(1, min(_FIRST_ROWS if seen is None else _ROWS, _MOST_BYTES / 2 / wide))))
         return max(1, min(rows, self.job.batch_rows, most))
 
-    def rows(self, source: Source, pieces: Any, piece: int, start: int, rows: int) -> Iterator[pa.RecordBatch]:
+    def rows(
+        self, source: Source, pieces: Sequence[Piece], piece: int, start: int, rows: int
+    ) -> Iterator[pa.RecordBatch]:
         """The rows, going on where it broke off after an error that may pass."""
         done = 0
         batches: Iterator[pa.RecordBatch] | None = None

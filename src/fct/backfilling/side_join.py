@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +35,7 @@ from fct.gallery.schemas import conform, unify
 from fct.gallery.side_ids import id_column_of
 from fct.progress import LongCall
 from fct.spaces import EmbeddingSpace
-from fct.types import JsonDict
+from fct.types import Array, JsonDict
 
 __all__ = ["JoinedSide", "bound_side", "join_by_id"]
 
@@ -210,7 +209,7 @@ class JoinedSide(Source):
             column = column.dictionary_decode()
         return conform(pa.record_batch([column], names=["id"]), pa.schema([("id", self._id_type)])).column(0)
 
-    def _scatter(self, folder: Path, job: Job, targets: Any, call: LongCall) -> None:
+    def _scatter(self, folder: Path, job: Job, targets: Array, call: LongCall) -> None:
         tell, at, spill = call.stage("side-information by id"), 0, None
         schema = pa.schema([*self.schema, pa.field("row", pa.int64())])
         per_bucket = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from fct.errors import FctError
 from fct.gallery.interfaces import Shard, Source
 from fct.gallery.matrix_files import ROW
 from fct.gallery.schemas import conform
+from fct.types import Id
 
 __all__ = ["SourceWalk"]
 
@@ -55,9 +55,9 @@ class SourceWalk:
         self.proven = 0
         self._lost: pa.Array | None = None
 
-    def lose(self, reader: DatabaseReader) -> set[Any]:
+    def lose(self, reader: DatabaseReader) -> set[Id]:
         """Leaves out the rows of a database that are gone and were not rejected; returns their ids."""
-        kept: set[Any] = set()
+        kept: set[Id] = set()
         kind = self.schema.field(self.job.id_column).type
         for shard in self.job.shards:
             ids = reader.ids(self.job.pieces[shard.piece].name).slice(shard.start, shard.rows).to_pylist()

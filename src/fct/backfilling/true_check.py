@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -15,6 +13,7 @@ from fct.backfilling.row_choice import RowChoice, kept_choice
 from fct.backfilling.true_source import TruePairs, row_ids
 from fct.backfilling.true_vectors import TrueVectors
 from fct.gallery.interfaces import Shard
+from fct.types import Array
 
 __all__ = ["TrueCheck"]
 
@@ -90,7 +89,7 @@ class TrueCheck:
                 f"re-embedded with ({int(wrong.sum())} of {int(there.sum())} rows looked at)"
             )
 
-    def _wanted(self, rows: Rows, batch: pa.RecordBatch, first: int, shard: Shard) -> tuple[Any, Mask]:
+    def _wanted(self, rows: Rows, batch: pa.RecordBatch, first: int, shard: Shard) -> tuple[Array, Mask]:
         want, there = np.zeros((len(rows), self.job.new_space.dim), np.float32), np.zeros(len(rows), bool)
         if self.pairs is not None:
             taken = batch.take(pa.array(rows - first))

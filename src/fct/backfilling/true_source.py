@@ -17,14 +17,15 @@ from fct.errors import BackfillError
 from fct.gallery.array_argument import load_vectors, split_column
 from fct.gallery.beside_rows import load_ids
 from fct.gallery.columns import VECTOR_NAMES, pick_id_column
+from fct.gallery.interfaces import Source
 from fct.gallery.stores import Opening, open_source
 from fct.rows import rows_of
 from fct.spaces import EmbeddingSpace
+from fct.types import Float32s, Id, RowsLike
 
 __all__ = ["AccessCounts", "Id", "Reembed", "TruePairs", "ask_for_vectors", "load_true_pairs", "named_ids", "row_ids"]
 
-Id: TypeAlias = Any  # what a column of ids holds: text, a number, a UUID's bytes
-Reembed: TypeAlias = Callable[..., Any]  # (ids) or (ids, rows) -> (n, d_new)
+Reembed: TypeAlias = Callable[..., object]  # (ids) or (ids, rows) -> (n, d_new)
 Floats = npt.NDArray[np.float32]
 _UNIT = 0.02
 _COUNTS = ("count", "counts", "access_count", "accesses", "hits", "views")
@@ -127,7 +128,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _ids_of(source: Any, place: str) -> pa.Array:
+def _ids_of(source: Source, place: str) -> pa.Array:
     ids = load_ids(source, name="reembed")
     if ids is None:
         raise ValueError(
@@ -152,7 +153,7 @@ def ask_for_vectors(
         BackfillError: it raised, or what it gave are not n vectors of the new space.
     """
     try:
-        given = ask(ids) if rows is None else ask(ids, rows)
+        given: Any = ask(ids) if rows is None else ask(ids, rows)
     except Exception as error:
         raise BackfillError(
             f"{name}: the function raised {type(error).__name__}: {error}, for {len(ids)} ids ({named_ids(ids)}); "
@@ -185,7 +186,7 @@ def ask_for_vectors(
     return vectors, good, why
 
 
-def _stacked(given: Sequence[Any], n: int, d: int, name: str) -> Any:
+def _stacked(given: Sequence[RowsLike], n: int, d: int, name: str) -> Float32s:
     """A list of vectors, some of them None, as an array; what is no such list as it is, for the message."""
     if len(given) != n:
         raise BackfillError(f"{name}: expected {n} vectors, one for each id, the function gave {len(given)}")

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from fct.backfilling.journal import Journal, system_errors
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Piece
 from fct.spaces import EmbeddingSpace
+from fct.types import Array
 
 __all__ = ["TrueFile", "TrueVectors"]
 
@@ -141,7 +141,7 @@ class TrueVectors:
         except FileNotFoundError:  # into a larger one meanwhile, which is listed next time
             return numbers[:0], vectors[:0]
         with os.fdopen(descriptor, "rb") as opened:
-            mapped: Any = np.memmap(opened, "<f4", "r", offset, vectors.shape)
+            mapped: Array = np.memmap(opened, "<f4", "r", offset, vectors.shape)
         return np.array(numbers), mapped
 
     @property
@@ -163,7 +163,7 @@ class TrueVectors:
         n, rest = divmod(len(data), self._row_bytes)
         if rest or not n or checksum_bytes(data) != file.checksum:
             return none
-        numbers: Any = np.frombuffer(data, "<i8", n)
-        vectors: Any = np.frombuffer(data, "<f4", n * d, offset=8 * n).reshape(n, d)
+        numbers: Array = np.frombuffer(data, "<i8", n)
+        vectors: Array = np.frombuffer(data, "<f4", n * d, offset=8 * n).reshape(n, d)
         sound = (np.diff(numbers) > 0).all() and numbers[0] == file.first and numbers[-1] == file.last
         return (numbers, vectors) if sound and np.isfinite(vectors).all() else none

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from fct.errors import FctError
 from fct.gallery import open_source
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Destination, Shard
+from fct.gallery.location import Location
 from fct.gallery.vectors import vector_block
 from fct.mixed_warning import warn_uncorrected
 from fct.options.declare import takes
@@ -29,7 +29,7 @@ from fct.options.groups import JobOptions
 from fct.options.keywords import JobKeywords
 from fct.search import PreparedGallery, TopK, prepare_gallery, topk
 from fct.spaces import EmbeddingSpace, check_space
-from fct.types import GalleryLike, TransformationLike
+from fct.types import Floats, GalleryLike, Int64s, TransformationLike
 
 __all__ = ["UpgradingGallery"]
 
@@ -124,7 +124,7 @@ class UpgradingGallery:
         """Share of the shards that are done."""
         return len(self._found.journal.marked()) / len(self._job.shards)
 
-    def topk(self, queries: Any, k: int, *, query_space: EmbeddingSpace | None = None) -> TopK:
+    def topk(self, queries: Floats, k: int, *, query_space: EmbeddingSpace | None = None) -> TopK:
         """The exact k nearest rows; indices are row numbers in the old gallery, int64.
 
         A row counts by its true vector where the gallery's ``_fct/true`` keeps one (of :meth:`search`, of a partial
@@ -152,7 +152,7 @@ class UpgradingGallery:
 
     def search(
         self,
-        queries: Any,
+        queries: Floats,
         k: int,
         *,
         rerank: Reembed | None = None,
@@ -200,7 +200,7 @@ class UpgradingGallery:
         with self._making:
             return pa.chunked_array([batch.column(self._job.id_column) for batch, _ in self._reader.batches(shard)])
 
-    def _nearest(self, queries: Any, k: int, query_space: EmbeddingSpace | None, *, true: bool) -> TopK:
+    def _nearest(self, queries: Floats, k: int, query_space: EmbeddingSpace | None, *, true: bool) -> TopK:
         """The k nearest rows, or all where there are fewer. true: by their true vectors, where they have some."""
         check_space(query_space, "query_space")
         if query_space is not None:
@@ -218,7 +218,7 @@ class UpgradingGallery:
             return TopK(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
         return best
 
-    def _of_shard(self, queries: Any, held: _Held, true: _Held | None, k: int) -> TopK:
+    def _of_shard(self, queries: Floats, held: _Held, true: _Held | None, k: int) -> TopK:
         """The k nearest rows of a shard. true: those of its rows that count by their true vectors."""
         assert held.rows is not None
         metric = self.space.metric
@@ -312,14 +312,14 @@ class UpgradingGallery:
             )
         return self._prepared(stamp, rows, numbers)
 
-    def _prepared(self, stamp: tuple[int, ...] | None, rows: Any, numbers: Rows) -> _Held:
+    def _prepared(self, stamp: tuple[int, ...] | None, rows: Floats, numbers: Rows) -> _Held:
         if not len(rows):
             return _Held(stamp, None, numbers, numbers.nbytes)
         prepared = prepare_gallery(rows, metric=self.space.metric, space=self.space, progress=False)
         kept = 0 if isinstance(rows, np.memmap) else rows.nbytes
         return _Held(stamp, prepared, numbers, kept + prepared.nbytes + numbers.nbytes)
 
-    def _mapped(self, shard: Shard) -> tuple[Any, list[int]]:
+    def _mapped(self, shard: Shard) -> tuple[Floats, list[int]]:
         """((m, d_new) rows by h, numbers of the rejected ones)."""
         blocks, gone, at = [], [], shard.first
         for batch, side in self._reader.batches(shard):
@@ -329,15 +329,16 @@ class UpgradingGallery:
             at += batch.num_rows
         return np.concatenate(blocks) if blocks else np.empty((0, self.space.dim), self._job.dtype), gone
 
-    def _file(self, shard: Shard) -> Any:
+    def _file(self, shard: Shard) -> Location:
         return self._writer.where / f"{shard.name}{self._writer.suffix}"
 
-    def _read(self, shard: Shard) -> Any:
+    def _read(self, shard: Shard) -> Floats:
         file = self._file(shard)
         if self._writer.suffix == ".npy" and os.path.isfile(str(file)):
             rows = np.load(str(file), mmap_mode="r", allow_pickle=False)
             if rows.ndim == 2 and rows.shape[1] == self.space.dim and rows.dtype.name == self._job.dtype:
-                return rows
+                stored: Floats = rows
+                return stored
         gallery = open_source(file)
         column = self._job.vector if self._job.vector in gallery.schema.names else "vector"
         piece = gallery.pieces()[0]
@@ -348,6 +349,6 @@ class UpgradingGallery:
         return np.concatenate(blocks) if blocks else np.empty((0, self.space.dim), self._job.dtype)
 
 
-def _numbers(shard: Shard, gone: list[int]) -> Any:
+def _numbers(shard: Shard, gone: list[int]) -> Int64s:
     numbers = np.arange(shard.first, shard.first + shard.rows, dtype=np.int64)
     return np.delete(numbers, np.asarray(gone, np.int64) - shard.first)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from typing_extensions import Unpack
@@ -35,6 +35,10 @@ from fct.options.groups import SpotCheck, VerifyOptions
 from fct.options.keywords import VerifyKeywords
 from fct.progress import LongCall
 from fct.types import Access, GalleryLike, JsonDict
+
+if TYPE_CHECKING:
+    import os
+
 
 __all__ = ["VerifyReport", "gallery_journal", "verify_gallery"]
 
@@ -80,7 +84,9 @@ class VerifyReport:
         return self.ok and not self.unproven
 
 
-def gallery_journal(path: Any, *, journal: Any = None, **access: Unpack[Access]) -> tuple[Journal, Job]:
+def gallery_journal(
+    path: str | os.PathLike[str], *, journal: str | os.PathLike[str] | None = None, **access: Unpack[Access]
+) -> tuple[Journal, Job]:
     """The journal and the job of a backfill's destination. journal: its folder, where the destination is a database
     or a table whose job had one.
 
@@ -115,7 +121,7 @@ def _same_table(one: str, other: str) -> bool:
 
 
 @takes(VerifyOptions)
-def verify_gallery(path: GalleryLike, **options: Unpack[VerifyKeywords]) -> VerifyReport:
+def verify_gallery(path: str | os.PathLike[str], **options: Unpack[VerifyKeywords]) -> VerifyReport:
     """Checks a finished backfill: nothing missing, nothing twice, nothing changed, one space, right values.
 
     The journal alone proves that what was written is still there. That it is the source's, all of it, is proven
@@ -194,7 +200,7 @@ class _Journalled:
         self.rows_in = self.rows_out = self.rejects = self.size = 0
         self.rows: dict[str, int] = {}  # by data file
 
-    def check_all(self, path: GalleryLike, access: Opening) -> None:
+    def check_all(self, path: str | os.PathLike[str], access: Opening) -> None:
         manifest = self._manifest()
         self._shards()
         job = self.job
@@ -251,7 +257,7 @@ class _Journalled:
                 self.problems.append(f"{output.name} is named by two shards")
             self.rows[output.name] = marker.rows_out
 
-    def _content(self, path: GalleryLike, access: Opening) -> list[str]:
+    def _content(self, path: str | os.PathLike[str], access: Opening) -> list[str]:
         """The gallery as any reader sees it: its space, its rows, no file that no shard made."""
         job = self.job
         if is_database(path):
@@ -279,7 +285,9 @@ class _Journalled:
 class _Outside:
     """What is proven from outside the gallery: against the source, and by h."""
 
-    def __init__(self, journal: Journal, job: Job, path: GalleryLike, access: Opening, spot: SpotCheck) -> None:
+    def __init__(
+        self, journal: Journal, job: Job, path: str | os.PathLike[str], access: Opening, spot: SpotCheck
+    ) -> None:
         self.journal, self.job, self.path, self.access, self.spot = journal, job, path, access, spot
 
     def check(self) -> tuple[AgainstSource, VectorCheck, str]:
@@ -353,7 +361,7 @@ class _Outside:
         except (FctError, OSError, ValueError) as error:
             return VectorCheck(problems=[f"the rows could not be mapped again: {error}"]), str(error)
 
-    def _open(self, given: Any, named: str, what: str) -> tuple[Source | None, str]:
+    def _open(self, given: GalleryLike | None, named: str, what: str) -> tuple[Source | None, str]:
         """(the source, or None, and why it was not opened). What the journal names needs to be confirmed."""
         if given is None and not self.spot.trust_journal:
             option = what.replace("_", "-")

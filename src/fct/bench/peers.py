@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fct.artifact.transformation import Transformation
-from fct.types import JsonDict
+from fct.types import Array, JsonDict
 
 __all__ = [
     "OPENBLAS_SETTINGS",
@@ -73,7 +73,7 @@ def torch_module(h: Transformation, dtype: Any, *, convolutions: bool = False) -
 
 
 def torch_peer(
-    h: Transformation, old: Any, side: Any, precision: str, *, compiled: str = "", convolutions: bool = False
+    h: Transformation, old: Array, side: Array, precision: str, *, compiled: str = "", convolutions: bool = False
 ) -> Callable[[], object]:
     """compiled: by torch's own "inductor" or AMD's "zentorch"; not at all by default."""
     import torch
@@ -102,7 +102,7 @@ def _onnx_file(h: Transformation, folder: Path) -> Path:
 
 
 def onnx_peer(
-    h: Transformation, old: Any, side: Any, threads: int, folder: Path, *, int8: bool
+    h: Transformation, old: Array, side: Array, threads: int, folder: Path, *, int8: bool
 ) -> Callable[[], object]:
     import onnxruntime
 
@@ -124,7 +124,7 @@ def onnx_peer(
     return lambda: session.run(None, feed)[0]
 
 
-def _static_int8_file(h: Transformation, old: Any, side: Any, folder: Path) -> Path:
+def _static_int8_file(h: Transformation, old: Array, side: Array, folder: Path) -> Path:
     """ONNX Runtime's own static quantisation, calibrated on such rows: QDQ pairs, weights per channel."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -155,7 +155,7 @@ def _static_int8_file(h: Transformation, old: Any, side: Any, folder: Path) -> P
     return path
 
 
-def _like(rows: Any, least: int = 1024, most: int = 4096) -> Any:
+def _like(rows: Array, least: int = 1024, most: int = 4096) -> Any:
     """Rows to calibrate on: those given, or where they are too few, random ones of the same mean and spread."""
     if len(rows) >= least:
         return rows[:most]
@@ -164,7 +164,7 @@ def _like(rows: Any, least: int = 1024, most: int = 4096) -> Any:
 
 
 def openvino_peer(
-    h: Transformation, old: Any, side: Any, threads: int, folder: Path, precision: str, *, hint: str = "LATENCY"
+    h: Transformation, old: Array, side: Array, threads: int, folder: Path, precision: str, *, hint: str = "LATENCY"
 ) -> Callable[[], object]:
     """OpenVINO on the batch's own shape; "int8": on a static QDQ model. hint: "LATENCY" or "THROUGHPUT"."""
     import openvino
@@ -193,7 +193,7 @@ def openvino_peer(
 
 
 def transform_peers(
-    h: Transformation, old: Any, side: Any, threads: int, folder: Path, *, compiled: bool = False
+    h: Transformation, old: Array, side: Array, threads: int, folder: Path, *, compiled: bool = False
 ) -> dict[tuple[str, str], Callable[[], Callable[[], object]]]:
     """(name, precision) -> how to make the call; making it raises ImportError where the package is missing.
 

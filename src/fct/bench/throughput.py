@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from fct.ops.registry import pick_transform
 from fct.ops.transform.cpu_backend import CpuTransform
 from fct.ops.weights import packed
 from fct.transform import transform_batch
+from fct.types import Array, Values
 
 __all__ = ["TOLERANCE", "error_of", "inputs_of", "our_call", "processor", "run_bench", "same_neighbours"]
 
@@ -54,12 +54,12 @@ def processor() -> str:
     return " ".join(part for part in (name, family, f"({', '.join(have)})") if part)
 
 
-def error_of(got: Any, want: Any) -> float:
+def error_of(got: Values, want: Array) -> float:
     """Root mean squared difference over the spread of ``want``."""
     return float(np.sqrt(np.mean((got - want) ** 2) / np.var(want)))
 
 
-def inputs_of(h: Transformation, rows: int, seed: int = 0) -> tuple[Any, Any]:
+def inputs_of(h: Transformation, rows: int, seed: int = 0) -> tuple[Array, Array]:
     """Gaussian (rows, d_old) and (rows, d_side) float32, inside the ranges h was calibrated on where it was; at most
     65,536 of them differ, since the values cost nothing and drawing them does."""
     rng = np.random.default_rng(seed)
@@ -74,7 +74,7 @@ def inputs_of(h: Transformation, rows: int, seed: int = 0) -> tuple[Any, Any]:
     return found[0], found[1] if h.uses_side_info else found[0]
 
 
-def same_neighbours(queries: Any, gallery: Any, a: Any, b: Any) -> bool:
+def same_neighbours(queries: Array, gallery: Array, a: Array, b: Array) -> bool:
     """Whether two (n, k) answers by inner product differ only where the rows' scores are float32 rounding apart."""
     other = a != b
     if not other.any():
@@ -166,7 +166,7 @@ def run_bench(
     return report
 
 
-def our_call(h: Transformation, old: Any, side: Any, precision: str, threads: int) -> Callable[[], object]:
+def our_call(h: Transformation, old: Array, side: Array, precision: str, threads: int) -> Callable[[], object]:
     """:func:`fct.transform_batch` of these rows on the CPU, the call that a server makes, into one buffer."""
     out = np.empty((len(old), h.d_new), np.float32)
     side_info = side if h.uses_side_info else None
@@ -316,7 +316,7 @@ def _search(
                 report.search.append({"who": who, "queries": m, "gallery": n, "d": d, "k": k, "status": reason})
 
 
-def _faiss_setting(queries: Any, gallery: Any, threads: int, folder: Path, report: BenchReport) -> dict[str, str]:
+def _faiss_setting(queries: Array, gallery: Array, threads: int, folder: Path, report: BenchReport) -> dict[str, str]:
     """The OPENBLAS_* variables under which FAISS is fastest here, found on a small gallery."""
     np.save(folder / "small.npy", gallery)
     np.save(folder / "probe.npy", queries)

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -102,7 +102,14 @@ def _say(message: str) -> None:
     error_console.say("error:", message, "bold red")
 
 
-def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
     if issubclass(category, FctWarning):
         error_console.say("warning:", str(message), "yellow")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,9 +13,10 @@ from fct.cli.evaluate_judged import Judged, Limits, judged_upgrade, one_system, 
 from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
-from fct.types import StorageAccess
+from fct.types import Array, StorageAccess
 
 if TYPE_CHECKING:
+    import fct
     from fct.judging.group_losses import GroupLosses
 
 __all__ = ["DEPTHS", "evaluate"]
@@ -105,6 +106,7 @@ def evaluate(
             before_queries, before_gallery, metric, same_items, tuple(k or ()), bootstrap, seed, access,
         )  # fmt: skip
     if pairs is not None:
+        assert h is not None
         curve = rerank_on_pairs(pairs, h, tuple(depth or DEPTHS), access)
         figures = figures | {"rerank": {str(depth): recall for depth, recall in curve.recalls.items()}}
     if out is not None:
@@ -126,7 +128,7 @@ def _judged(
     metric: str,
     limits: Limits,
     access: StorageAccess,
-    h: Any,
+    h: fct.Transformation | None,
     side_info: str | None,
     precision: str,
     dtype: str,
@@ -181,7 +183,7 @@ def _labelled(
         raise ValueError("--before-queries: expected the queries before the upgrade beside --before-gallery, got none")
     own_labels = named_labels(query_labels, "--query-labels", **access)
 
-    def measured(asked: Any, answering: Any, resamples: int) -> fct.RetrievalMetrics:
+    def measured(asked: Array, answering: Array, resamples: int) -> fct.RetrievalMetrics:
         return fct.evaluate(
             asked,
             answering,

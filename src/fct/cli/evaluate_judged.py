@@ -13,6 +13,7 @@ from fct.options.groups import StoreAccess
 from fct.types import StorageAccess
 
 if TYPE_CHECKING:
+    import fct
     from fct.rerank_depth import RerankCurve
 
 __all__ = ["Judged", "Limits", "judged_upgrade", "one_system", "rerank_on_pairs"]
@@ -82,7 +83,7 @@ def judged_upgrade(
     limits: Limits,
     access: StorageAccess,
     *,
-    h: Any = None,
+    h: fct.Transformation | None = None,
     side_info: str | None = None,
     precision: str = "auto",
     dtype: str = "float32",
@@ -96,6 +97,7 @@ def judged_upgrade(
         old_rows = named_vectors(before, "--before-gallery", ("old",), **access)
         ids, away = item_ids(before, len(old_rows), "--before-gallery"), 0
         side = None if side_info is None else named_vectors(side_info, "--side-info", ("side",), **access)
+        assert h is not None
         if h.uses_side_info and side is None:
             raise ValueError(f"--side-info: expected (n, {h.d_side}) beside --before-gallery, which h maps, got none")
         with named_as_options({"pairs": "--before-gallery"}):
@@ -136,7 +138,7 @@ def _missed(values: dict[str, float], limits: Limits) -> bool:
     return bool(missed)
 
 
-def rerank_on_pairs(pairs: str, h: Any, depths: tuple[int, ...], access: StorageAccess) -> RerankCurve:
+def rerank_on_pairs(pairs: str, h: fct.Transformation, depths: tuple[int, ...], access: StorageAccess) -> RerankCurve:
     """Prints what ranking the nearest mapped rows by their true vectors gives back, by how many are ranked."""
     from rich.table import Table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from fct.cli.console import console
 from fct.cli.named_arrays import named_as_options, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
-from fct.types import JsonDict, StorageAccess
+from fct.types import Array, JsonDict, StorageAccess
 
 if TYPE_CHECKING:
     from fct.artifact.transformation import Transformation
@@ -116,7 +116,7 @@ def _validation(h: Transformation) -> list[str]:
     return lines
 
 
-def _space(array: Any, model: str, metric: str) -> EmbeddingSpace | None:
+def _space(array: Array, model: str, metric: str) -> EmbeddingSpace | None:
     """The space that an array's rows lie in; None leaves a bad rank to the fit, which names the argument."""
     import numpy as np
 

@@ -31,7 +31,7 @@ def flags(options: type[OptionSet], *, without: tuple[str, ...] = ()) -> Callabl
     ]  # fmt: skip
 
     def decorate(command: Command) -> Command:
-        def run(**given: Any) -> None:
+        def run(**given: object) -> None:
             for known, _, flag in taken:
                 if flag.parse is not None:
                     given[known.name] = flag.parse(given[known.name])
@@ -57,7 +57,7 @@ def _flag(known: Field[Any]) -> Flag:
     return flag if isinstance(flag, Flag) else Flag()
 
 
-def _parameter(known: Field[Any], hint: Any, flag: Flag, panel: str) -> inspect.Parameter:
+def _parameter(known: Field[Any], hint: object, flag: Flag, panel: str) -> inspect.Parameter:
     kind = flag.type if flag.type is not None else str if choices_of(hint) else hint
     names = flag.name.split("/") if flag.name else []
     if not names and hint is bool and known.default is False:

@@ -13,7 +13,7 @@ from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.errors import FctError
 from fct.options.groups import StoreAccess, storage_options
-from fct.types import StorageAccess
+from fct.types import Array, StorageAccess
 
 if TYPE_CHECKING:
     from fct.backfilling.judged_gate import GateVerdict
@@ -104,7 +104,7 @@ def _named_slice(text: str, access: StorageAccess) -> tuple[str, list[str]]:
 
 def joined_by_id(
     old: str, mapped: str, access: StorageAccess, options: tuple[str, str] = ("--old", "--mapped")
-) -> tuple[list[str], Any, Any, int]:
+) -> tuple[list[str], Array, Array, int]:
     """(ids, old rows, new rows) of the rows that both galleries have, and how many only the old one has."""
     import numpy as np
 

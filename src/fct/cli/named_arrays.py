@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from typing_extensions import Unpack
 
 from fct.errors import FctError
-from fct.types import Access
+from fct.types import Access, Array
 
 __all__ = ["named_as_options", "named_labels", "named_vectors"]
 
 
-def named_vectors(where: str, option: str, usual: tuple[str, ...] = (), **access: Unpack[Access]) -> Any:
+def named_vectors(where: str, option: str, usual: tuple[str, ...] = (), **access: Unpack[Access]) -> Array:
     """(n, d) of FILE_OR_FOLDER[:COLUMN], a glob or a URL; usual: names that the column may have besides fct's own."""
     from fct.gallery import load_vectors
     from fct.gallery.columns import VECTOR_NAMES
@@ -23,7 +22,7 @@ def named_vectors(where: str, option: str, usual: tuple[str, ...] = (), **access
         return load_vectors(where, name=option, usual=(*VECTOR_NAMES, *usual), **access)
 
 
-def named_labels(where: str, option: str, **access: Unpack[Access]) -> Any:
+def named_labels(where: str, option: str, **access: Unpack[Access]) -> Array:
     """(n,) of FILE_OR_FOLDER:COLUMN, a glob or a URL, or of a flat .npy."""
     from fct.gallery import load_labels
 

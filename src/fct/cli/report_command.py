@@ -17,6 +17,7 @@ from fct.options.groups import storage_options
 from fct.types import JsonDict, StorageAccess
 
 if TYPE_CHECKING:
+    import fct
     from fct.report.neighbour_lists import Neighbours
 
 __all__ = ["report"]
@@ -79,7 +80,7 @@ def report(
         for option, given in (("--texts", texts), ("--images", images), ("--groups", groups)):
             if given is not None:
                 raise ValueError(f"{option}: expected --pairs beside it, whose {option[2:]} they are")
-    mixed: Any = None if h is None else h.info.get("mixed")
+    mixed: object = None if h is None else h.info.get("mixed")
     write_decision_page(
         out,
         _figures(comparison, "COMPARISON"),
@@ -143,7 +144,7 @@ class _Held:
         return len(self.answers[0])
 
     @classmethod
-    def of(cls, where: str, h: Any, access: StorageAccess) -> _Held:
+    def of(cls, where: str, h: fct.Transformation, access: StorageAccess) -> _Held:
         import numpy as np
 
         import fct

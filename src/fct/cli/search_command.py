@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fct.cli.named_arrays import named_as_options
 from fct.cli.storage_option import StorageOption
+from fct.gallery.interfaces import Source
 from fct.options.groups import storage_options
-from fct.types import JsonDict, StorageAccess
+from fct.types import Array, JsonDict, StorageAccess
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    import fct
 
 _WHERE = "a file, folder, glob or URL, with :COLUMN where there are several"
 _FORMS = (".parquet", ".json", ".jsonl")
@@ -69,7 +72,7 @@ def search(
     )
 
 
-def _opened(where: str, option: str, access: StorageAccess) -> tuple[Any, Any]:
+def _opened(where: str, option: str, access: StorageAccess) -> tuple[Array, Source]:
     """(the vectors, the open gallery)"""
     from fct.gallery import load_vectors, open_source, split_column
 
@@ -79,25 +82,25 @@ def _opened(where: str, option: str, access: StorageAccess) -> tuple[Any, Any]:
         return load_vectors(source, name=option, column=column), source
 
 
-def _ids(source: Any, wanted: str, option: str) -> pa.Array | None:
+def _ids(source: Source, wanted: str, option: str) -> pa.Array | None:
     """The ids as they are stored, whatever their type; None where rows go by their number."""
     from fct.gallery import load_ids
 
     return load_ids(source, wanted, name=option)
 
 
-def _table(found: Any, asked: pa.Array | None, stored: pa.Array | None) -> pa.Table:
+def _table(found: fct.TopK, asked: pa.Array | None, stored: pa.Array | None) -> pa.Table:
     """One line a query: its number, its id, and lists of k rows, ids and distances."""
     import numpy as np
     import pyarrow as pa
 
     n, k = found.indices.shape
 
-    def lists(values: Any) -> pa.Array:
+    def lists(values: Array) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(np.arange(0, (n + 1) * k, k, dtype=np.int32)), values)
 
     rows = pa.array(np.ascontiguousarray(found.indices).ravel())
-    columns: JsonDict = {"query": pa.array(np.arange(n))}
+    columns: dict[str, pa.Array] = {"query": pa.array(np.arange(n))}
     if asked is not None:
         columns["query_id"] = asked
     columns["rows"] = lists(rows)

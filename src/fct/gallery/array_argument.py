@@ -9,7 +9,6 @@ as it is. A single local ``.npy`` file is mapped, all else is read into memory.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
 from fct.gallery.stores import open_source
 from fct.gallery.vectors import vector_block, vector_dim
-from fct.types import Access, Array, FileSystem, StorageOptions
+from fct.types import Access, Array, FileSystem, GalleryLike, StorageOptions
 
 __all__ = ["load_labels", "load_vectors", "map_npy", "split_column"]
 
@@ -48,7 +47,7 @@ def split_column(where: str, *, storage_options: StorageOptions | None = None) -
 
 
 def load_vectors(
-    where: Any,
+    where: GalleryLike,
     *,
     name: str = "vectors",
     column: str | None = None,
@@ -111,7 +110,7 @@ def load_vectors(
 
 
 def load_labels(
-    where: Any,
+    where: GalleryLike,
     *,
     name: str = "labels",
     column: str | None = None,
@@ -182,7 +181,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _opened(where: Any, column: str | None, name: str, access: Access) -> tuple[Source, str | None]:
+def _opened(where: GalleryLike, column: str | None, name: str, access: Access) -> tuple[Source, str | None]:
     if isinstance(where, (str, os.PathLike)) and column is None and access["filesystem"] is None:
         where, column = split_column(os.fspath(where))
     return open_source(where, **access, name=name), column
@@ -202,7 +201,7 @@ def _mapped(source: Source, name: str) -> Array | None:
     return map_npy(files[0].path, name)
 
 
-def _flat_npy(where: Any, name: str, access: Access) -> Array | None:
+def _flat_npy(where: GalleryLike, name: str, access: Access) -> Array | None:
     """A local .npy file of one dimension, which is no gallery."""
     if access["filesystem"] is not None or not isinstance(where, (str, os.PathLike)) or not str(where).endswith(".npy"):
         return None

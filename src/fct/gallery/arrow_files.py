@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +27,7 @@ class ArrowSource(FileSource):
     kind = "arrow"
     suffixes = (".arrow", ".feather", ".ipc")
 
-    def _open(self, file: Location) -> tuple[Any, Any, bool]:
+    def _open(self, file: Location) -> tuple[pa.NativeFile, pa.ipc.RecordBatchFileReader, bool]:
         """(what to close, reader, whether batches can be asked for by number)."""
         try:
             with file.open() as head:

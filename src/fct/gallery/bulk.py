@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +31,7 @@ from fct.options.declare import takes
 from fct.options.groups import ExportOptions
 from fct.options.keywords import ExportKeywords
 from fct.progress import LongCall, Report
-from fct.types import GalleryLike
+from fct.types import Array, GalleryLike
 
 __all__ = ["BULK_FORMATS", "export_bulk"]
 
@@ -197,7 +196,7 @@ class _Rows:
     def total(self) -> int:
         return sum(piece.rows for piece in self.pieces)
 
-    def __iter__(self) -> Iterator[tuple[pa.Array, Any, pa.RecordBatch]]:
+    def __iter__(self) -> Iterator[tuple[pa.Array, Array, pa.RecordBatch]]:
         d = self.source.space.dim if self.source.space else None
         done = 0
         for batch, numbers in self._batches():

@@ -19,6 +19,7 @@ from fct.gallery import copy_binary
 from fct.gallery.json_values import json_values, plain_array, text_of_times
 from fct.gallery.matrix_files import npy_header
 from fct.gallery.vectors import vector_array
+from fct.types import Array
 
 __all__ = ["WRITERS", "BulkWriter", "Names"]
 
@@ -50,7 +51,7 @@ class BulkWriter(ABC):
     hollow: Counter[str] = field(default_factory=Counter)
 
     @abstractmethod
-    def add(self, ids: pa.Array, values: Any, rest: pa.RecordBatch, first: int) -> None:
+    def add(self, ids: pa.Array, values: Array, rest: pa.RecordBatch, first: int) -> None:
         """Rows: ids without nulls, (n, d) float32, other columns. first: number of the first row, for messages."""
 
     @abstractmethod
@@ -82,7 +83,7 @@ class Milvus(BulkWriter):
     _count = 0
     _arrays: dict[str, bool] = field(default_factory=dict)  # by column of lists: whether they are arrays there, or JSON
 
-    def add(self, ids: pa.Array, values: Any, rest: pa.RecordBatch, first: int) -> None:
+    def add(self, ids: pa.Array, values: Array, rest: pa.RecordBatch, first: int) -> None:
         self._require_free(rest.schema.names)
         columns = {self.names.id: ids, self.names.vector: vector_array(values, "list")}
         columns |= {n: self._column(c, n, first) for n, c in zip(rest.schema.names, rest.columns, strict=True)}
@@ -154,7 +155,7 @@ class Qdrant(BulkWriter):
     _lines: Any = None
     _shape = (0, 0)
 
-    def add(self, ids: pa.Array, values: Any, rest: pa.RecordBatch, first: int) -> None:
+    def add(self, ids: pa.Array, values: Array, rest: pa.RecordBatch, first: int) -> None:
         if self._matrix is None:
             self._matrix = open(self._new("vectors.npy"), "wb")  # noqa: SIM115 (closed by close and abandon)
             self._lines = open(self._new("payload.jsonl"), "w", encoding="utf-8")  # noqa: SIM115
@@ -185,7 +186,7 @@ class Pgvector(BulkWriter):
     _file: Any = None
     _sql = ""
 
-    def add(self, ids: pa.Array, values: Any, rest: pa.RecordBatch, first: int) -> None:
+    def add(self, ids: pa.Array, values: Array, rest: pa.RecordBatch, first: int) -> None:
         d = values.shape[1]
         names = rest.schema.names
         if self._file is None:

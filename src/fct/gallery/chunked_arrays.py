@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.location import Location, Version
 from fct.gallery.matrix_files import matrix_batch
 from fct.gallery.members import READ, MemberSource, native_name, pick_member, require_matrix
-from fct.types import Array
+from fct.types import Array, NumpyDType
 
 __all__ = ["ChunkedSource", "Hdf5Source", "ZarrSource", "is_zarr"]
 
@@ -40,13 +40,13 @@ class Stored(Protocol):
     """What h5py and zarr have in common."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: NumpyDType
     chunks: tuple[int, ...] | None
 
     @property
-    def attrs(self) -> Any: ...
+    def attrs(self) -> Mapping[str, object]: ...
 
-    def __getitem__(self, at: slice) -> Any: ...
+    def __getitem__(self, at: slice) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Hdf5Source(ChunkedSource):
                 raise FctError(f"source: expected a whole HDF5 file, {file} is not: {error}") from error
             found: dict[str, tuple[tuple[int, ...], str]] = {}
 
-            def note(name: str, node: Any) -> None:  # links to other files are not followed
+            def note(name: str, node: object) -> None:  # links to other files are not followed
                 if isinstance(node, h5py.Dataset) and node.shape is not None:
                     found[name] = (tuple(node.shape), native_name(node.dtype))
 
@@ -268,7 +268,7 @@ class ZarrSource(ChunkedSource):
         yield root[name], name
 
 
-def _arrays_below(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _arrays_below(group: Any, prefix: str) -> Iterator[tuple[str, Stored]]:
     for name, array in group.arrays():
         yield f"{prefix}{name}", array
     for name, inner in group.groups():

@@ -12,7 +12,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -66,7 +65,7 @@ def properties(files: Sequence[CommittedFile], schema: pa.Schema) -> dict[str, s
     }
 
 
-def shards_committed(said: Mapping[str, Any], files: Sequence[CommittedFile]) -> int | None:
+def shards_committed(said: Mapping[str, object], files: Sequence[CommittedFile]) -> int | None:
     """How many of ``files`` a commit with these properties holds; None where it is not of this run."""
     count = str(said.get(SHARDS, ""))
     if not count.isdecimal() or int(count) > len(files):

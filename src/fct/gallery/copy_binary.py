@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from fct.gallery.json_values import json_values, plain_array
+from fct.types import Array
 
 __all__ = ["END", "HEADER", "column_type_of", "encoded", "rows_of_fields", "vectors_encoded"]
 
@@ -160,7 +161,7 @@ def _numeric(value: Decimal) -> bytes:
     return head + struct.pack(f">{len(groups)}h", *groups)
 
 
-def vectors_encoded(values: Any, *, half: bool) -> Any:
+def vectors_encoded(values: Array, *, half: bool) -> Array:
     """(n, d) float32 as an (n,) structured array of whole fields, their length in front."""
     n, d = values.shape
     size = 2 if half else 4
@@ -171,7 +172,7 @@ def vectors_encoded(values: Any, *, half: bool) -> Any:
     return record
 
 
-def rows_of_fields(ids: Sequence[bytes], vectors: Any, payload: Sequence[Sequence[Field]]) -> bytes:
+def rows_of_fields(ids: Sequence[bytes], vectors: Array, payload: Sequence[Sequence[Field]]) -> bytes:
     """Whole tuples: id, vector, payload columns."""
     if not payload and len({len(key) for key in ids}) == 1:
         return _without_payload(ids, vectors)
@@ -187,7 +188,7 @@ def rows_of_fields(ids: Sequence[bytes], vectors: Any, payload: Sequence[Sequenc
     return b"".join(parts)
 
 
-def _without_payload(ids: Sequence[bytes], vectors: Any) -> bytes:
+def _without_payload(ids: Sequence[bytes], vectors: Array) -> bytes:
     width = len(ids[0])
     record = np.zeros(
         len(ids),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -25,6 +25,10 @@ from fct.gallery.location import Location
 from fct.gallery.table_types import check_names, table_schema
 from fct.spaces import EmbeddingSpace
 from fct.types import StorageOptions
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
 
 __all__ = ["DeltaDestination"]
 
@@ -52,7 +56,7 @@ class DeltaDestination(CommittedFiles):
         check_names(schema, self.title)
         return table_schema(schema, self.title, times=self.times)
 
-    def _table(self) -> Any:
+    def _table(self) -> DeltaTable | None:
         """The table that is there, or None."""
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
@@ -96,7 +100,7 @@ class DeltaDestination(CommittedFiles):
 
     def _write(
         self,
-        table: Any,
+        table: DeltaTable | None,
         new: Sequence[CommittedFile],
         files: Sequence[CommittedFile],
         schema: pa.Schema,
@@ -124,7 +128,7 @@ class DeltaDestination(CommittedFiles):
                     str(self.where), columns, adds, storage_options=self._options, commit_properties=how
                 )
             else:
-                table.create_write_transaction(adds, "append", table.schema(), commit_properties=how)
+                table.create_write_transaction(list(adds), "append", table.schema(), commit_properties=how)
         except (DeltaError, ValueError) as error:
             raise FctError(
                 f"destination: the Delta table {self.where} could not be committed: {error}; all shards are there, "
@@ -132,7 +136,7 @@ class DeltaDestination(CommittedFiles):
             ) from error
 
 
-def _said(table: Any) -> dict[str, str]:
+def _said(table: DeltaTable) -> dict[str, str]:
     """What the table's first commit says of itself."""
     return next((dict(f.metadata) for f in table.schema().fields if JOB in f.metadata), {})
 

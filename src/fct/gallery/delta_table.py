@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,6 +18,10 @@ from fct.gallery.lance_dataset import lance_options
 from fct.gallery.location import Location
 from fct.gallery.parquet_files import ParquetSource
 from fct.types import Array, JsonDict, StorageOptions
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
 
 __all__ = ["DeltaSource"]
 
@@ -132,7 +136,7 @@ def _padded(kept: Array, rows: int) -> Array:
     return np.concatenate([kept, np.ones(max(0, rows - len(kept)), bool)])
 
 
-def _physical_names(table: Any, where: Location) -> dict[str, str]:
+def _physical_names(table: DeltaTable, where: Location) -> dict[str, str]:
     """Names in the files of a table with column mapping, by the table's names."""
     import json
 

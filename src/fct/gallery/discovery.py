@@ -11,7 +11,6 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -48,7 +47,7 @@ def unmarked(where: Location, files: Sequence[Location]) -> str:
     )
 
 
-def natural(name: str) -> tuple[Any, ...]:
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts part-2 before part-10. Digits are what ``int`` reads: ``10²`` is 10 and a sign."""
     return tuple(
         (0, int(p), "") if p.isdecimal() and len(p) < 4300 else (1, 0, p) for p in re.split(r"(\d+)", name) if p

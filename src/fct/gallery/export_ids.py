@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fct.gallery.json_values import plain_array
+from fct.types import Array
 
 __all__ = ["RULES", "IdCheck", "IdRule", "id_kind"]
 
@@ -69,7 +70,7 @@ class IdCheck:
             raise ValueError(
                 f"id_column: expected {rule.takes}, column {column!r} is {kind}; name another, or '' for row numbers"
             )
-        self._keys: list[Any] = []
+        self._keys: list[Array] = []
         self._held = 0
         self._spread: tempfile.TemporaryDirectory[str] | None = None
         self._scratch = scratch
@@ -111,7 +112,7 @@ class IdCheck:
     def _wrong(self, row: int, got: str) -> ValueError:
         return ValueError(f"id_column: expected {self.rule.takes} in {self.column!r}, row {row} has {got}")
 
-    def _keep(self, keys: Any) -> None:
+    def _keep(self, keys: Array) -> None:
         self._keys.append(np.array(keys, np.int64))
         self._held += len(keys)
         if self._held > _HELD:
@@ -127,7 +128,7 @@ class IdCheck:
                 file.write(keys[bucket == number].tobytes())
         self._keys, self._held = [], 0
 
-    def _buckets(self) -> Iterator[Any]:
+    def _buckets(self) -> Iterator[Array]:
         if self._spread is None:
             yield np.concatenate(self._keys) if self._keys else np.empty(0, np.int64)
             return

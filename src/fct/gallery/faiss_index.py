@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,11 @@ from fct.gallery.location import location_of
 from fct.gallery.stores import journal_location, open_source
 from fct.gallery.vectors import vector_block
 from fct.spaces import EmbeddingSpace
+from fct.types import Array, GalleryLike
+
+if TYPE_CHECKING:
+    import os
+
 
 __all__ = ["build_faiss", "check_faiss"]
 
@@ -23,7 +28,13 @@ _BATCH = 65536
 
 
 def build_faiss(
-    gallery: Any, factory: str = "Flat", out: Any = None, *, train_rows: int = 262144, seed: int = 0, gpu: bool = False
+    gallery: GalleryLike,
+    factory: str = "Flat",
+    out: str | os.PathLike[str] | None = None,
+    *,
+    train_rows: int = 262144,
+    seed: int = 0,
+    gpu: bool = False,
 ) -> Path:
     """Builds an index over a whole gallery; the ids are row numbers in its order.
 
@@ -56,7 +67,7 @@ def build_faiss(
     if gpu:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
 
-    def block(piece: Piece, start: int, rows: int) -> Any:
+    def block(piece: Piece, start: int, rows: int) -> Array:
         batch = pa.concat_batches(list(source.read(piece, start, rows, rows)))
         values = vector_block(batch.column(_column(source)), space.dim).values.astype(np.float32)
         if space.metric == "cosine":

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from fct.errors import FctError
 from fct.extras import need
 from fct.gallery.location import Location, Patience, location_of
-from fct.types import JsonDict
+from fct.types import JsonDict, StorageOptions
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+    from pyiceberg.table import Table
+
 
 __all__ = ["NAMES", "IcebergAddress", "fsspec_options", "is_iceberg"]
 
@@ -23,7 +28,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def is_iceberg(where: Any) -> bool:
+def is_iceberg(where: object) -> TypeGuard[str | os.PathLike[str]]:
     return isinstance(where, (str, os.PathLike)) and os.fspath(where).startswith(_ICEBERG)
 
 
@@ -47,7 +52,7 @@ class IcebergAddress:
     properties: Mapping[str, str]
 
     @classmethod
-    def of(cls, url: str, properties: Mapping[str, Any] | None, name: str) -> IcebergAddress:
+    def of(cls, url: str, properties: StorageOptions | None, name: str) -> IcebergAddress:
         """Raises ValueError for a URL that names no table."""
         parts = urlsplit(url)
         table = tuple(unquote(part) for part in parts.path.strip("/").split("."))
@@ -68,7 +73,7 @@ class IcebergAddress:
     def url(self) -> str:
         return f"{_ICEBERG}{self.catalog}/{'.'.join(self.table)}"
 
-    def open(self) -> Any:
+    def open(self) -> Catalog:
         """The catalog. Raises FctError where pyiceberg cannot open it; no property's value is repeated."""
         need("pyiceberg", f"{self.url}, an Iceberg table,")
         from pyiceberg.catalog import load_catalog
@@ -84,7 +89,7 @@ class IcebergAddress:
                 "pyiceberg's configuration, or as storage options (--storage-option uri=...)"
             ) from error
 
-    def load(self, catalog: Any) -> Any:
+    def load(self, catalog: Catalog) -> Table | None:
         """The table, or None where the catalog has none of that name."""
         from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
 
@@ -93,7 +98,7 @@ class IcebergAddress:
         except (NoSuchTableError, NoSuchNamespaceError):
             return None
 
-    def place(self, catalog: Any, table: Any) -> str:
+    def place(self, catalog: Catalog, table: Table | None) -> str:
         """Where the table lies, or a new one is to lie.
 
         Raises:

@@ -7,7 +7,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -28,6 +28,10 @@ from fct.gallery.location import Patience
 from fct.gallery.table_types import check_names, table_schema
 from fct.spaces import EmbeddingSpace
 from fct.terminal import plain_log
+
+if TYPE_CHECKING:
+    from pyiceberg.table import Table
+
 
 __all__ = ["IcebergDestination"]
 
@@ -76,7 +80,7 @@ class IcebergDestination(CommittedFiles):
             self._check(table, stored, space)
         super().begin(schema, space)
 
-    def _check(self, table: Any, stored: pa.Schema, space: EmbeddingSpace) -> None:
+    def _check(self, table: Table, stored: pa.Schema, space: EmbeddingSpace) -> None:
         """Raises FctError for a table that these rows do not belong in."""
         if table.spec().fields:
             raise FctError(
@@ -129,7 +133,7 @@ class IcebergDestination(CommittedFiles):
                 _log.warning("destination: %s was not committed (%s); looking at it again", self.title, error)
         self._tidy(files)
 
-    def _committed(self, table: Any, files: Sequence[CommittedFile], said: Mapping[str, str]) -> int:
+    def _committed(self, table: Table, files: Sequence[CommittedFile], said: Mapping[str, str]) -> int:
         """How many of the shards the table's snapshots hold already.
 
         Raises:
@@ -149,13 +153,13 @@ class IcebergDestination(CommittedFiles):
         return done
 
     def _append(
-        self, table: Any, new: Sequence[CommittedFile], said: Mapping[str, str], describes: Mapping[str, str]
+        self, table: Table, new: Sequence[CommittedFile], said: Mapping[str, str], describes: Mapping[str, str]
     ) -> None:
         changed = {key: value for key, value in describes.items() if table.properties.get(key) != value}
         try:
             with table.transaction() as transaction:
                 if changed:
-                    transaction.set_properties(**changed)
+                    transaction.set_properties(changed)
                 with _quiet():
                     transaction.add_files([f"{self._place}/{f.name}" for f in new], snapshot_properties=dict(said))
         except ValueError as error:

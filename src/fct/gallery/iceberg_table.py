@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -21,6 +21,11 @@ from fct.gallery.schemas import conform
 from fct.gallery.space_tags import SPACE_KEY, side_file_space, space_of_schema
 from fct.spaces import EmbeddingSpace
 from fct.types import JsonDict, StorageOptions
+
+if TYPE_CHECKING:
+    from pyiceberg.io import FileIO
+    from pyiceberg.table import DataScan, FileScanTask, Table
+
 
 __all__ = ["IcebergSource"]
 
@@ -61,7 +66,7 @@ class IcebergSource(Source):
     def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_pass": None}
 
-    def _opened(self) -> tuple[Any, Any]:
+    def _opened(self) -> tuple[Table, FileIO]:
         """(table, its files). The table's own properties choose nothing: they may name code to be loaded."""
         from pyiceberg.catalog.noop import NoopCatalog
         from pyiceberg.exceptions import ValidationError
@@ -97,12 +102,14 @@ class IcebergSource(Source):
     def space(self) -> EmbeddingSpace | None:
         return space_of_schema(self.schema, self.url) or side_file_space(self.where)
 
-    def _scan(self, table: Any) -> Any:
-        return table.scan(snapshot_id=self.version)
+    def _scan(self, table: Table) -> DataScan:
+        scan: DataScan = table.scan(snapshot_id=self.version)
+        return scan
 
-    def _tasks(self, table: Any, io: Any) -> JsonDict:
+    def _tasks(self, table: Table, io: FileIO) -> JsonDict:
         """What is read for each data file, by its path below the table. Files that lie elsewhere are not opened."""
         snapshot = table.metadata.snapshot_by_id(self.version)
+        assert snapshot is not None  # as it was opened
         self._inside(snapshot.manifest_list)
         for manifest in snapshot.manifests(io):
             self._inside(manifest.manifest_path)
@@ -135,12 +142,12 @@ class IcebergSource(Source):
             for name, task in self._tasks(table, io).items()
         ]
 
-    def _rows(self, table: Any, io: Any, task: Any) -> int:
+    def _rows(self, table: Table, io: FileIO, task: FileScanTask) -> int:
         if not task.delete_files:
             return int(task.file.record_count)
         return sum(batch.num_rows for batch in self._batches(table, io, task))
 
-    def _batches(self, table: Any, io: Any, task: Any) -> Iterator[pa.RecordBatch]:
+    def _batches(self, table: Table, io: FileIO, task: FileScanTask) -> Iterator[pa.RecordBatch]:
         from pyiceberg.expressions import AlwaysTrue
         from pyiceberg.io.pyarrow import ArrowScan
 

@@ -7,7 +7,7 @@ microseconds, and compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,16 @@ import pyarrow as pa
 from fct.errors import FctError
 from fct.gallery.interfaces import Batches
 from fct.gallery.location import Location
+from fct.types import Array
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
 
 __all__ = ["columns_of_int96", "unwrapped"]
 
 
-def columns_of_int96(schema: Any) -> list[str]:
+def columns_of_int96(schema: pq.ParquetSchema) -> list[str]:
     """The columns of a Parquet schema that hold INT96, alone or within lists, structs and maps."""
     columns = (schema.column(i) for i in range(len(schema)))
     return list(dict.fromkeys(c.path.partition(".")[0] for c in columns if c.physical_type == "INT96"))
@@ -51,7 +56,7 @@ def unwrapped(batches: Batches, again: Batches, names: Sequence[str], file: Loca
         yield batch
 
 
-def _times(column: pa.Array) -> Iterator[Any]:
+def _times(column: pa.Array) -> Iterator[Array]:
     """The timestamps in a column as int64, nulls left out, however deep they lie."""
     if pa.types.is_timestamp(column.type):
         yield column.drop_null().cast(pa.int64()).to_numpy()

@@ -107,11 +107,11 @@ def _duration(value: int, digits: int) -> str:
     return f"{sign}PT{whole}{f'.{rest:0{digits}d}'.rstrip('0') if rest else ''}S"
 
 
-def _interval(value: Any) -> str:
+def _interval(value: pa.MonthDayNano) -> str:
     return f"P{value.months}M{value.days}D" + _duration(value.nanoseconds, 9).replace("PT", "T").replace("-T", "T-")
 
 
-def _objects(column: Any, name: str, first: int, hollow: Counter[str]) -> list[Json]:
+def _objects(column: pa.Array, name: str, first: int, hollow: Counter[str]) -> list[Json]:
     names = [column.type.field(i).name for i in range(column.type.num_fields)]
     if len(set(names)) < len(names):
         raise ValueError(f"payload: column {name!r} is {column.type}, with two fields of one name")
@@ -125,7 +125,7 @@ def _objects(column: Any, name: str, first: int, hollow: Counter[str]) -> list[J
     ]
 
 
-def _lists(column: Any, name: str, first: int, hollow: Counter[str]) -> list[Json]:
+def _lists(column: pa.Array, name: str, first: int, hollow: Counter[str]) -> list[Json]:
     """Lists of all kinds and maps, which are lists of pairs."""
     if pa.types.is_map(column.type):
         keys, items, lengths = _pairs(column)

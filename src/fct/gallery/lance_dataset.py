@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from fct.types import JsonDict, StorageOptions
 __all__ = ["LanceDestination", "LanceSource"]
 
 
-def _lance() -> Any:
+def _lance() -> ModuleType:
     return need("lance", "lance")
 
 
@@ -40,9 +41,11 @@ _NAMES = {
 _FSSPEC_ONLY = ("skip_instance_cache", "use_listings_cache", "client_kwargs", "config_kwargs")
 
 
-def lance_options(options: Mapping[str, Any]) -> dict[str, str] | None:
+def lance_options(options: StorageOptions) -> dict[str, str] | None:
     """fsspec's storage options as Lance takes them: strings alone, under its own names."""
-    flat = {k: v for k, v in {**options, **dict(options.get("client_kwargs") or {})}.items() if k not in _FSSPEC_ONLY}
+    further = options.get("client_kwargs")
+    given = {**options, **(dict(further) if isinstance(further, Mapping) else {})}
+    flat = {k: v for k, v in given.items() if k not in _FSSPEC_ONLY}
     found = {_NAMES.get(k, k): str(v).lower() if isinstance(v, bool) else str(v) for k, v in flat.items()}
     if found.get("aws_endpoint", "").startswith("http://"):
         found.setdefault("allow_http", "true")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -23,6 +23,10 @@ from fct.errors import FctError, StoreError
 from fct.gallery.urls import check_scheme, redacted, without_query, without_secrets
 from fct.terminal import plain_log, printable
 from fct.types import FileSystem, StorageOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 
 __all__ = ["DELTA", "Location", "Patience", "Version", "location_of", "with_retries"]
 
@@ -242,7 +246,7 @@ class Location:
             self._ask("removing", lambda: self.fs.rm(self.path, recursive=True))
 
 
-def _without_markers(infos: Mapping[str, Mapping[str, Any]], root: str) -> list[str]:
+def _without_markers(infos: Mapping[str, Mapping[str, object]], root: str) -> list[str]:
     """Paths of a store's objects, the empty ones left out that consoles and tools make for folders: ``gallery/``, a
     name that other objects lie below, Hadoop's ``gallery_$folder$``."""
     above = {root.rstrip("/")}
@@ -277,7 +281,7 @@ class _Remote(io.RawIOBase):
         self._at = offset + (self._at if whence == io.SEEK_CUR else 0)
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         view = memoryview(buffer).cast("B")
         data = self._place._ask("reading", lambda: self._read(view.nbytes), moves=view.nbytes)
         view[: len(data)] = data
@@ -322,7 +326,7 @@ def _let_go(descriptor: int) -> None:
 
 
 def location_of(
-    where: Any,
+    where: object,
     *,
     filesystem: FileSystem | None = None,
     storage_options: StorageOptions | None = None,
@@ -343,6 +347,7 @@ def location_of(
     check_path(where, name, "a path or a URL")
     if storage_options is not None and not isinstance(storage_options, Mapping):  # they may hold keys: none is shown
         raise TypeError(f"storage_options: expected a mapping or None, got {type(storage_options).__name__}")
+    assert isinstance(where, (str, os.PathLike))  # says check_path
     text = os.fspath(where).removeprefix(DELTA)
     if filesystem is not None:
         if not isinstance(filesystem, fsspec.AbstractFileSystem):

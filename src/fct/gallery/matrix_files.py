@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,10 @@ from fct.packed_int4 import PackedInt4, int4_codes_of
 from fct.spaces import EmbeddingSpace
 from fct.types import Array, NumpyDType
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
 __all__ = [
     "ROW",
     "BinDestination",
@@ -38,6 +42,7 @@ __all__ = [
     "MatrixSource",
     "NpyDestination",
     "NpySource",
+    "Stream",
     "matrix_batch",
     "npy_header",
     "read_npy_header",
@@ -46,6 +51,15 @@ __all__ = [
 ROW = "row"  # the column of row numbers of a gallery that has no ids of its own
 _BIN: dict[str, NumpyDType] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
 _HEADER = 128
+
+
+class Stream(Protocol):
+    """What a store's or an archive's file is read by."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+    def readinto(self, buffer: Buffer, /) -> int | None: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
 
 
 def npy_header(shape: tuple[int, int], dtype: NumpyDType) -> bytes:
@@ -107,7 +121,7 @@ class MatrixSource(FileSource):
         return [self._facts(file).n]
 
     @contextmanager
-    def _stream(self, file: Location, facts: Facts, at: int) -> Iterator[Any]:
+    def _stream(self, file: Location, facts: Facts, at: int) -> Iterator[Stream]:
         """What the matrix is read from, standing at a byte."""
         with file.open() as stream:
             stream.seek(at)
@@ -137,7 +151,7 @@ def matrix_batch(block: Array) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.FixedSizeListArray.from_arrays(child, block.shape[1])], ["vector"])
 
 
-def _fill(stream: Any, block: Array, file: Location) -> None:
+def _fill(stream: Stream, block: Array, file: Location) -> None:
     view = block.data.cast("B")
     while view.nbytes:
         count = stream.readinto(view)
@@ -146,7 +160,7 @@ def _fill(stream: Any, block: Array, file: Location) -> None:
         view = view[count:]
 
 
-def _transposed(stream: Any, file: Location, offset: int, n: int, rows: slice, d: int, dtype: NumpyDType) -> Array:
+def _transposed(stream: Stream, file: Location, offset: int, n: int, rows: slice, d: int, dtype: NumpyDType) -> Array:
     """Rows of a matrix that lies column by column: a run of each column, turned. In the file's byte order still."""
     columns = np.empty((d, rows.stop - rows.start), dtype.newbyteorder("="))
     for i in range(d):
@@ -155,7 +169,7 @@ def _transposed(stream: Any, file: Location, offset: int, n: int, rows: slice, d
     return np.ascontiguousarray(columns.T)
 
 
-def read_npy_header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, NumpyDType, int]:
+def read_npy_header(stream: Stream, where: str) -> tuple[tuple[int, ...], bool, NumpyDType, int]:
     """(shape, Fortran order, dtype, bytes of the header) of an .npy stream. where: names it in a message."""
     try:
         version = np.lib.format.read_magic(stream)
@@ -219,7 +233,7 @@ class _MatrixDestination(FileDestination):
         n, d, dtype = 0, 0, np.dtype(np.float32)
         beside: pq.ParquetWriter | None = None
         beside_path = path.with_name(path.stem + ".parquet")
-        numbers: list[Any] = []
+        numbers: list[int] = []
         try:
             # Plain writes, not a map: a full disk is an error at the write instead of a SIGBUS. The header comes
             # last: a file that a crash tore has none, and no reader takes it for a whole one.

@@ -1,4 +1,6 @@
 """Members of ``.npz`` archives, streamed: one that is stored is read at its place in the file, one that is compressed
+from typing import Any
+from typing import IO
 from the start, and the next shard goes on where the last one stopped."""
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def _headers(archive: zipfile.ZipFile, file: Location) -> dict[str, tuple[zipfil
     found = {}
     for info in archive.infolist():
         if info.filename.endswith(".npy"):
-            with archive.open(info) as stream:
+            opened: Any = archive.open(info)  # its stub leaves readinto out
+            with opened as stream:
                 found[info.filename[:-4]] = (info, read_npy_header(stream, f"{file}:{info.filename[:-4]}"))
     return found
 

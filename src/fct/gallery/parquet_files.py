@@ -42,7 +42,7 @@ class ParquetSource(FileSource):
     def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_paused": []}
 
-    def _open(self, file: Location, **more: Any) -> Any:
+    def _open(self, file: Location, **more: object) -> pq.ParquetFile:
         try:
             # A buffer for each column instead of whole column chunks: memory does not grow with the row group.
             buffer = {"buffer_size": _BUFFER if file.is_local else _REMOTE_BUFFER, "pre_buffer": False} | more
@@ -139,7 +139,7 @@ class _Run:
     """A pass over some row groups of an open file. A row group can only be decoded from its beginning on, so a pass
     that has not reached the end of one is worth keeping for whoever reads the rows after it."""
 
-    def __init__(self, name: tuple[str, str, int], file: Any, batches: Batches, at: int, end: int) -> None:
+    def __init__(self, name: tuple[str, str, int], file: pq.ParquetFile, batches: Batches, at: int, end: int) -> None:
         self.name, self.file, self.batches = name, file, iter(batches)
         self.at, self.end = at, end  # the rows, counted through the file, that are still to come
         self.left: pa.RecordBatch | None = None

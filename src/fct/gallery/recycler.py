@@ -7,11 +7,15 @@ one would get fresh pages, and having the system zero those costs more than copy
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fct.types import Array
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 
 __all__ = ["Recycler"]
 
@@ -25,12 +29,12 @@ class Recycler:
     """
 
     def __init__(self, keep: int = 4) -> None:
-        self._keep, self._free = keep, list[Any]()
+        self._keep, self._free = keep, list[Array]()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return Recycler, (self._keep,)
 
-    def empty(self, shape: tuple[int, int], dtype: Any) -> Array:
+    def empty(self, shape: tuple[int, int], dtype: npt.DTypeLike) -> Array:
         """As ``np.empty``: what is in it is arbitrary."""
         dtype = np.dtype(dtype)
         count = shape[0] * shape[1] * dtype.itemsize
@@ -42,9 +46,9 @@ class Recycler:
         weakref.finalize(lease, self._give, block).atexit = False
         # A memoryview between: NumPy makes the base of a view the oldest array behind it, but never looks through
         # another object. So every view of the result, and every view of those, keeps the lease alive.
-        return np.frombuffer(memoryview(lease), dtype).reshape(shape)
+        return np.frombuffer(lease.data, dtype).reshape(shape)
 
-    def _take(self, size: int) -> Any:
+    def _take(self, size: int) -> Array:
         # One step each: another thread, or a finalizer in this one, may come between any two.
         try:
             while not size <= (block := self._free.pop()).nbytes < 2 * size:
@@ -53,6 +57,6 @@ class Recycler:
             return np.empty(size, np.uint8)
         return block
 
-    def _give(self, block: Any) -> None:
+    def _give(self, block: Array) -> None:
         if len(self._free) < self._keep:
             self._free.append(block)

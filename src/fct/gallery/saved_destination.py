@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -32,7 +31,7 @@ class SavedDatasetDestination(ArrowDestination):
     info: dataset_info.json of the source.
     """
 
-    def __init__(self, where: Location, info: Mapping[str, Any]) -> None:
+    def __init__(self, where: Location, info: JsonDict) -> None:
         super().__init__(where)
         self._info = dict(info)
 
@@ -66,7 +65,7 @@ class SavedDatasetDestination(ArrowDestination):
         (self.where / "state.json").write_bytes(json.dumps(state, indent=2).encode())
 
 
-def _features(schema: pa.Schema, old: Any, vector: str) -> JsonDict | None:
+def _features(schema: pa.Schema, old: JsonDict | None, vector: str) -> JsonDict | None:
     """The source's features, the vectors' anew; None, so that ``datasets`` finds them itself, where it had none."""
     if not isinstance(old, dict) or not all(name in old for name in schema.names if name not in (vector, "row")):
         return None

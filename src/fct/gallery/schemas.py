@@ -15,7 +15,6 @@ Everything else is refused with the difference alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -224,7 +223,7 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
     if isinstance(column, pa.ExtensionArray):
         return _cast(column.storage, kind)
     if pa.types.is_dictionary(column.type):
-        values: Any = column.dictionary
+        values: pa.Array = column.dictionary
         if pa.types.is_dictionary(kind):
             return pa.DictionaryArray.from_arrays(column.indices, _cast(values, kind.value_type), ordered=kind.ordered)
         return _cast(values, kind).take(column.indices)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import pyarrow as pa
+from typing_extensions import Unpack
 
 from fct.errors import FctError
 from fct.gallery.location import Location, location_of
 from fct.gallery.urls import without_query
 from fct.spaces import EmbeddingSpace
+from fct.types import Access
 
 __all__ = [
     "OURS",
@@ -75,7 +76,7 @@ def _parse(text: bytes, what: str) -> EmbeddingSpace:
         raise FctError(f"{what}: expected a space (model_id, dim, metric, normalised) as JSON, got {error}") from error
 
 
-def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location: Any) -> None:
+def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location: Unpack[Access]) -> None:
     """Writes down which model made a gallery's vectors, in a side file: nothing else is touched.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from fct.checks import check_choice
 from fct.errors import FctError
@@ -26,7 +26,7 @@ from fct.gallery.tables import open_table, split_version
 from fct.gallery.urls import without_query
 from fct.gallery.vortex_files import VortexSource
 from fct.options.groups import StoreAccess
-from fct.types import FileSystem, StorageOptions
+from fct.types import FileSystem, GalleryLike, StorageOptions
 
 __all__ = ["FORMATS", "Opening", "journal_location", "lance_in", "open_destination", "open_source", "opening"]
 
@@ -63,7 +63,7 @@ def opening(access: StoreAccess) -> Opening:
 
 
 def open_source(
-    where: Any,
+    where: GalleryLike,
     *,
     filesystem: FileSystem | None = None,
     storage_options: StorageOptions | None = None,
@@ -201,7 +201,7 @@ def _rewritten(place: Location, ending: str) -> str:
 
 
 def open_destination(
-    where: Any,
+    where: GalleryLike,
     format: str,
     *,
     filesystem: FileSystem | None = None,

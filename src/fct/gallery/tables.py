@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
 
 from fct.errors import FctError
 from fct.extras import need
@@ -42,7 +41,7 @@ def split_version(where: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (where, None)
 
 
-def pinned(where: Any, source: Source, named: str) -> str | None:
+def pinned(where: object, source: Source, named: str) -> str | None:
     """``where`` at the version that a job names, where the table has gone on since; None where there is none to pin.
 
     where: as the caller named it; a version of theirs stands. source: what it opened. named: the job's URL of it.

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from fct.gallery.databases.address import KINDS
 from fct.gallery.location import DELTA, Location
@@ -83,7 +82,7 @@ def _path(path: str) -> str:
     return unquote(path).strip("/")
 
 
-def _of_store(scheme: str, split: Any, options: Mapping[str, Any]) -> dict[str, str]:
+def _of_store(scheme: str, split: SplitResult, options: StorageOptions) -> dict[str, str]:
     """The server or the bucket, and the endpoint where the storage options name one."""
     name, host = split.username or "", (split.hostname or "").rstrip(".")
     if scheme == "az":
@@ -98,7 +97,7 @@ def _of_store(scheme: str, split: Any, options: Mapping[str, Any]) -> dict[str, 
     return {"host": host, "port": str(_port(split) or _PORTS.get(scheme) or ""), "user": user}
 
 
-def _port(split: Any) -> int | None:
+def _port(split: SplitResult) -> int | None:
     try:
         port: int | None = split.port
     except ValueError:
@@ -106,7 +105,7 @@ def _port(split: Any) -> int | None:
     return port
 
 
-def _of_database(scheme: str, split: Any, query: dict[str, str]) -> dict[str, str]:
+def _of_database(scheme: str, split: SplitResult, query: dict[str, str]) -> dict[str, str]:
     holds = KINDS[scheme].holds
     host = split.hostname or ""
     user, path, port = unquote(split.username or ""), _path(split.path), _port(split)

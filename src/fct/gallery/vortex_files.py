@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -14,6 +15,8 @@ from fct.gallery.interfaces import Batches, Piece
 from fct.gallery.location import Location
 
 __all__ = ["VortexSource"]
+
+T = TypeVar("T")
 
 
 class VortexSource(FileSource):
@@ -51,7 +54,7 @@ class VortexSource(FileSource):
             raise FctError(f"source: {file} is truncated: it ended {left} rows early")
 
 
-def _told(do: Any, file: Location) -> Any:
+def _told(do: Callable[[], T], file: Location) -> T:
     """``do()``; whatever the library says of a file comes out as an FctError that names it, panics too."""
     try:
         return do()

@@ -9,6 +9,7 @@ import numpy as np
 
 from fct.checks import check_number, check_positive, shown
 from fct.options.declare import Check
+from fct.types import Array
 
 __all__ = ["code_number", "code_ranges", "number_or_name"]
 
@@ -26,7 +27,7 @@ def code_number(*, positive: bool) -> Check:
     column that has one for each row."""
     each = "positive finite numbers" if positive else "finite numbers"
 
-    def check(value: Any, name: str) -> Any:
+    def check(value: object, name: str) -> object:
         if isinstance(value, (str, os.PathLike)):
             path = os.fspath(value)
             if not path.endswith(".npy"):
@@ -50,7 +51,7 @@ def code_number(*, positive: bool) -> Check:
     return check
 
 
-def code_ranges(value: Any, name: str) -> Any:
+def code_ranges(value: object, name: str) -> object:
     """((lowest of each dimension), (highest)), of a (2, d) array or an ``.npy`` file; None as it is."""
     if value is None:
         return None
@@ -80,7 +81,7 @@ def _loaded(path: str, name: str) -> Any:
         raise ValueError(f"{name}: expected a whole .npy array, {path} is not: {error}") from error
 
 
-def _floats(value: Any, name: str, what: str) -> Any:
+def _floats(value: object, name: str, what: str) -> Array:
     try:
         array = np.asarray(value)
         if array.dtype.kind not in "fiu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal
+from typing import Literal
 
 from fct.checks import check_seed
 from fct.options.code_options import code_number, code_ranges, number_or_name
@@ -152,7 +152,7 @@ class Output(Group):
 class PartialRows(Group):
     """Which rows get the new model's own vectors instead of mapped ones, and where these come from."""
 
-    reembed: str | PathLike[str] | Mapping[str, Any] | Callable[..., Any] | None = option(
+    reembed: str | PathLike[str] | Mapping[str, object] | Callable[..., object] | None = option(
         None,
         "True vectors for a part of the rows: a table or .npz of ids and vectors of the new model; from Python also a "
         "function from a list of ids to (n, d_new), None in the place of a vector that there is not.",
@@ -226,7 +226,7 @@ class Database(Group):
 class Gate(Group):
     """What retrieval quality a backfill must promise, on held-out pairs and on queries of your own."""
 
-    pairs: str | PathLike[str] | Mapping[str, Any] | None = option(
+    pairs: str | PathLike[str] | Mapping[str, object] | None = option(
         None, "Held-out pairs, .npz with old, side, new and perhaps labels.", flag=_A_PATH
     )
     min_gap_closed: float | None = option(
@@ -235,7 +235,7 @@ class Gate(Group):
     min_recall: float | None = option(
         None, "Refuse (exit code 3) below this recall@10 on the pairs.", check=optional(share)
     )
-    queries: str | PathLike[str] | Mapping[str, Any] | None = option(
+    queries: str | PathLike[str] | Mapping[str, object] | None = option(
         None,
         "Queries of your own, embedded by both models: a table or an .npz with id, old and new.",
         check=table_or_mapping("a mapping of id, old and new, or the path of a table"),
@@ -335,7 +335,7 @@ class SpotCheck(Group):
     side_join: Literal["auto", "position", "id"] = option(
         "auto", "How it was joined; auto: as the journal says, and another answer is a problem."
     )
-    reembed: str | PathLike[str] | Mapping[str, Any] | None = option(
+    reembed: str | PathLike[str] | Mapping[str, object] | None = option(
         None, "Of a partial backfill: the table of ids and true vectors that re-embedded rows came from.", flag=_A_PATH
     )
     trust_journal: bool = option(False, "Open the source that the gallery's own journal names.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from fct.types import (
     CodeArray,
@@ -100,7 +100,7 @@ class OutputKeywords(TypedDict, total=False):
 class PartialRowsKeywords(TypedDict, total=False):
     """Which rows get the new model's own vectors instead of mapped ones, and where these come from."""
 
-    reembed: str | PathLike[str] | Mapping[str, Any] | Callable[..., Any] | None
+    reembed: str | PathLike[str] | Mapping[str, object] | Callable[..., object] | None
     """True vectors for a part of the rows: a table or .npz of ids and vectors of the new model; from Python also a
     function from a list of ids to (n, d_new), None in the place of a vector that there is not."""
     budget: float | None
@@ -159,13 +159,13 @@ class DatabaseKeywords(TypedDict, total=False):
 class GateKeywords(TypedDict, total=False):
     """What retrieval quality a backfill must promise, on held-out pairs and on queries of your own."""
 
-    pairs: str | PathLike[str] | Mapping[str, Any] | None
+    pairs: str | PathLike[str] | Mapping[str, object] | None
     """Held-out pairs, .npz with old, side, new and perhaps labels."""
     min_gap_closed: float | None
     """Refuse (exit code 3) below this share of the mAP gap closed."""
     min_recall: float | None
     """Refuse (exit code 3) below this recall@10 on the pairs."""
-    queries: str | PathLike[str] | Mapping[str, Any] | None
+    queries: str | PathLike[str] | Mapping[str, object] | None
     """Queries of your own, embedded by both models: a table or an .npz with id, old and new."""
     qrels: object
     """What answers them: a file of TREC or BEIR, or a table with query, item and grade; items are ids of the source.
@@ -231,7 +231,7 @@ class SpotCheckKeywords(TypedDict, total=False):
     """Gallery of the side-information, where it is no column of the source."""
     side_join: Literal["auto", "position", "id"]
     """How it was joined; auto: as the journal says, and another answer is a problem."""
-    reembed: str | PathLike[str] | Mapping[str, Any] | None
+    reembed: str | PathLike[str] | Mapping[str, object] | None
     """Of a partial backfill: the table of ids and true vectors that re-embedded rows came from."""
     trust_journal: bool
     """Open the source that the gallery's own journal names."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
@@ -47,25 +46,25 @@ def positive(what: str = "a positive number") -> Check:
     return lambda value, name: check_positive(value, name, what)
 
 
-def attempts(value: Any, name: str) -> int:
+def attempts(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name}: expected a number of further attempts, got {shown(value)}")
     return value
 
 
-def share(value: Any, name: str) -> Any:
+def share(value: object, name: str) -> object:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
         raise ValueError(f"{name}: expected a share or None, got {shown(value)}")
     return value
 
 
-def part(value: Any, name: str) -> float:
+def part(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
         raise ValueError(f"{name}: expected a share of the rows from 0 to 1, got {shown(value)}")
     return float(value)
 
 
-def reembedder(value: Any, name: str) -> Any:
+def reembedder(value: object, name: str) -> object:
     if value is None or isinstance(value, (str, PathLike, Mapping)) or callable(value):
         return value
     raise TypeError(f"{name}: expected a function, a mapping of id and new, or the path of a table, got {shown(value)}")
@@ -95,7 +94,7 @@ def storage_options(given: Sequence[str] | None) -> JsonDict | None:
 def table_or_mapping(what: str) -> Check:
     """None, the path of a table, a mapping of its columns, or an object that holds them already."""
 
-    def check(value: Any, name: str) -> Any:
+    def check(value: object, name: str) -> object:
         if isinstance(value, (bool, int, float, bytes, list, tuple, set, np.ndarray)):
             raise TypeError(f"{name}: expected {what}, got {shown(value)}")
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeGuard
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 __all__ = ["KINDS", "Address", "Kind", "is_database"]
@@ -27,7 +27,7 @@ KINDS = {
 _SPELLINGS = {"postgres": "postgresql"}
 
 
-def is_database(where: object) -> bool:
+def is_database(where: object) -> TypeGuard[str]:
     """Whether this is the URL of a vector database."""
     scheme = where.partition("://")[0] if isinstance(where, str) and "://" in where else ""
     return _SPELLINGS.get(scheme, scheme) in KINDS
@@ -82,7 +82,7 @@ class Address:
         query = {KINDS[self.kind].holds: self.table} | ({"vector": self.vector} if self.vector else {})
         return f"{self.kind}://{server}{self.path}?{urlencode(query)}"
 
-    def place(self) -> tuple[Any, ...]:
+    def place(self) -> tuple[str | int, ...]:
         """What two addresses of the same table have alike."""
         return self.kind, self.host, self.port, self.path, self.table
 

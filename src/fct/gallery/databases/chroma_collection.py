@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
@@ -16,6 +16,10 @@ from fct.gallery.databases.documents import CollectionSource, Point, asked, clie
 from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
 from fct.types import Id, JsonDict
+
+if TYPE_CHECKING:
+    pass
+
 
 __all__ = ["ChromaDestination", "ChromaSource"]
 
@@ -66,8 +70,14 @@ class ChromaSource(CollectionSource):
             raise DatabaseError(f"source: expected a collection, there is no {self.address.table} at {self.url}")
         return "id", pa.string(), (self.address.vector or _VECTOR,)
 
+    def _there(self) -> Any:
+        found = asked(self.address, lambda: _collection(self.address))
+        if found is None:
+            raise DatabaseError(f"source: expected a collection, there is no {self.address.table} at {self.url}")
+        return found
+
     def scan(self) -> Iterator[pa.Array]:
-        collection, at = asked(self.address, lambda: _collection(self.address)), 0
+        collection, at = self._there(), 0
         seen: set[str] = set()  # pages go by number: a row that is deleted meanwhile moves the others
         while page := asked(self.address, lambda at=at: collection.get(limit=_PAGE, offset=at, include=[])["ids"]):
             at += len(page)
@@ -77,7 +87,7 @@ class ChromaSource(CollectionSource):
 
     def points(self, ids: list[Id]) -> list[Point]:
         include = ["embeddings", "metadatas", "documents", "uris"] if self.payload else ["embeddings"]
-        found = _collection(self.address).get(ids=ids, include=include)
+        found = self._there().get(ids=ids, include=include)
         points: list[Point] = []
         for i, key in enumerate(found["ids"]):
             payload = {

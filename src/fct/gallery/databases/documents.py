@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,19 +15,21 @@ from fct.gallery.databases.address import Address
 from fct.gallery.databases.database_gallery import JSON_KEY, DatabaseDestination, DatabaseError, DatabaseSource
 from fct.gallery.interfaces import VECTOR_KEY
 from fct.gallery.location import Patience
-from fct.types import Id, JsonDict
+from fct.types import Array, Id, JsonDict
 
 __all__ = ["PAYLOAD", "CollectionSource", "asked", "clients", "points_of", "rows_of_points", "vectors_of"]
 
+T = TypeVar("T")
+
 PAYLOAD = "payload"
-Point = tuple[Any, Mapping[str, Any], Mapping[str, Any] | None]  # id, vectors by name, payload
+Point = tuple[Id, Mapping[str, Any], Mapping[str, Any] | None]  # id, vectors by name, payload
 clients: dict[tuple[str, str, int, str], Any] = {}
 """One client for each server or folder in this process: a store in a folder can be opened once."""
 
 _REFUSED = ("Unauthorized", "401", "403", "Forbidden", "authentication", "auth check failure", "API key", "permission")
 
 
-def asked(address: Address, do: Any) -> Any:
+def asked(address: Address, do: Callable[..., T]) -> T:
     """``do()``; a refusal becomes a DatabaseError without the address's secrets, the rest an error that may pass."""
     try:
         return do()
@@ -60,16 +62,17 @@ def rows_of_points(points: Sequence[Point], schema: pa.Schema, id_column: str) -
 
 
 def points_of(
-    destination: DatabaseDestination, batch: pa.RecordBatch, payload: Any
-) -> tuple[list[Any], Any, list[JsonDict]]:
+    destination: DatabaseDestination, batch: pa.RecordBatch, payload: Callable[[pa.RecordBatch], list[JsonDict]]
+) -> tuple[list[Id], Array, list[JsonDict]]:
     """(ids, (n, d) float32, payload objects) of a batch. payload: what makes objects of the other columns."""
     ids, vectors, rest = destination.split(batch)
     return ids.to_pylist(), vectors_of(vectors), payload(rest) if rest.num_columns else [{}] * len(ids)
 
 
-def vectors_of(column: pa.Array) -> Any:
+def vectors_of(column: pa.Array) -> Array:
     """A whole column of fixed-size lists as (n, d) float32."""
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32, copy=False)
+    flat: Array = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(column), -1).astype(np.float32, copy=False)
 
 
 class CollectionSource(DatabaseSource):

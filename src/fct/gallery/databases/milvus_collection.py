@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pyarrow as pa
 
@@ -15,6 +15,10 @@ from fct.gallery.databases.documents import CollectionSource, Point, asked, clie
 from fct.spaces import EmbeddingSpace
 from fct.types import Id, JsonDict
 
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
+
+
 __all__ = ["MilvusDestination", "MilvusSource"]
 
 _PAGE = 1000
@@ -22,7 +26,7 @@ _METRICS = {"l2": "L2", "ip": "IP", "cosine": "COSINE"}
 _LENGTH = 65535  # of a string that says nothing of its length: the most there is
 
 
-def _client(address: Address) -> Any:
+def _client(address: Address) -> MilvusClient:
     """``milvus://host:19530`` (``user:password@``, or MILVUS_TOKEN), or the file of a Milvus Lite."""
     milvus = need("pymilvus", "milvus")
     key = (address.kind, address.host, address.port, address.path)
@@ -39,7 +43,7 @@ def _client(address: Address) -> Any:
     return clients[key]
 
 
-def _fields(client: Any, address: Address) -> list[JsonDict] | None:
+def _fields(client: MilvusClient, address: Address) -> list[JsonDict] | None:
     if not client.has_collection(address.table):
         return None
     return list(client.describe_collection(address.table)["fields"])

@@ -267,7 +267,7 @@ def _encoded(array: pa.Array, kind: str, raw: bool) -> Cells:
     return [None if value is None else _cell(value, kind) for value in _plain(array, kind)]
 
 
-def _plain(array: pa.Array, kind: str) -> list[Any]:
+def _plain(array: pa.Array, kind: str) -> list[object]:
     if pa.types.is_timestamp(array.type):
         return [
             None if v is None else v - _EPOCH
@@ -294,7 +294,7 @@ def _cell(value: Any, kind: str) -> bytes:
     return (b"\1" if kind == "jsonb" else b"") + text.encode()
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     import json
 
     return json.dumps(value, default=str)

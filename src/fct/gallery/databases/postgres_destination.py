@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import pyarrow as pa
 
@@ -18,6 +19,7 @@ from fct.spaces import EmbeddingSpace
 if TYPE_CHECKING:
     from psycopg import Connection
     from psycopg.rows import TupleRow
+    from psycopg.sql import Composable, Composed
 
 __all__ = ["PostgresDestination"]
 
@@ -90,7 +92,7 @@ class PostgresDestination(DatabaseDestination):
         vector = (schema.metadata or {})[VECTOR_KEY].decode()
         return [n for n in schema.names if n not in (self.id_column, vector)]
 
-    def _mark(self) -> Any:
+    def _mark(self) -> Path | None:
         return None if self._journal is None else self._journal / "written-as-column"
 
     def _remember(self, column: bool) -> None:
@@ -173,7 +175,7 @@ class PostgresDestination(DatabaseDestination):
                 connection.execute(sql.SQL("DELETE FROM {} WHERE {} = ANY({})").format(table, key, self._array(ids)))
                 _copy_in(connection, table, names, blocks)
 
-    def _array(self, ids: pa.Array) -> Any:
+    def _array(self, ids: pa.Array) -> Composed:
         from psycopg import sql
 
         kind = {"int2": "smallint", "int4": "integer", "int8": "bigint"}.get(self._types[0], self._types[0])
@@ -201,7 +203,7 @@ class PostgresDestination(DatabaseDestination):
         return [*self._told, f"now run: {index}", f"and: ANALYZE {table};"]
 
 
-def _copy_in(connection: Connection[TupleRow], table: Any, names: Any, blocks: list[bytes]) -> None:
+def _copy_in(connection: Connection[TupleRow], table: Composable, names: Composable, blocks: list[bytes]) -> None:
     from psycopg import sql
 
     with (

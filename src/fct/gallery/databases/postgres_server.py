@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from fct.extras import need
 from fct.gallery.databases.address import Address
@@ -13,8 +14,11 @@ from fct.types import JsonDict
 if TYPE_CHECKING:
     from psycopg import Connection
     from psycopg.rows import TupleRow
+    from psycopg.sql import Identifier
 
 __all__ = ["Server", "columns_of", "key_of", "quoted", "table_of"]
+
+T = TypeVar("T")
 
 _COLUMNS = """
 SELECT a.attname, t.typname, format_type(a.atttypid, a.atttypmod), a.atttypmod
@@ -75,7 +79,7 @@ class Server:
         if connection is not None:
             connection.close()
 
-    def run(self, do: Any) -> Any:
+    def run(self, do: Callable[..., T]) -> T:
         """``do(connection)``; refusals become DatabaseError, and what may pass a ConnectionError."""
         psycopg = need("psycopg", "postgresql")
         try:
@@ -94,7 +98,7 @@ class Server:
             raise
 
 
-def table_of(address: Address) -> Any:
+def table_of(address: Address) -> Identifier:
     from psycopg import sql
 
     return sql.Identifier(*address.table.split("."))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
 import pyarrow as pa
@@ -16,6 +16,10 @@ from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
 from fct.types import Id, JsonDict
 
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
+
 __all__ = ["QdrantDestination", "QdrantSource"]
 
 _PAGE = 1000
@@ -23,7 +27,7 @@ _UNNAMED = "vector"  # what the one vector without a name is called in a schema
 _DISTANCES = {"l2": "Euclid", "ip": "Dot", "cosine": "Cosine"}
 
 
-def _client(address: Address) -> Any:
+def _client(address: Address) -> QdrantClient:
     """``qdrant://host:6333`` (the key from QDRANT_API_KEY, or as the password), or the folder of the local mode."""
     import os
 
@@ -37,10 +41,11 @@ def _client(address: Address) -> Any:
             secret = address.password or os.environ.get("QDRANT_API_KEY") or None
             url = f"{scheme}://{address.host}:{address.port}{address.path.rstrip('/')}"
             clients[key] = qdrant.QdrantClient(url=url, api_key=secret, timeout=60, check_compatibility=False)
-    return clients[key]
+    client: QdrantClient = clients[key]
+    return client
 
 
-def _vectors(client: Any, address: Address) -> JsonDict | None:
+def _vectors(client: QdrantClient, address: Address) -> JsonDict | None:
     """Name -> parameters of the collection's dense vectors; None where there is no collection."""
     if not client.collection_exists(address.table):
         return None
@@ -79,7 +84,11 @@ class QdrantSource(CollectionSource):
 
     def points(self, ids: list[Id]) -> list[Point]:
         found = _client(self.address).retrieve(
-            self.address.table, ids, with_payload=self.payload, with_vectors=True, timeout=60
+            self.address.table,
+            [i for i in ids if not isinstance(i, bytes)],
+            with_payload=self.payload,
+            with_vectors=True,
+            timeout=60,
         )
         return [(p.id, p.vector if isinstance(p.vector, dict) else {_UNNAMED: p.vector}, p.payload) for p in found]
 
