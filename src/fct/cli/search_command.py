@@ -11,7 +11,6 @@ import typer
 
 from fct.cli.named_arrays import named_as_options
 from fct.cli.storage_option import StorageOption
-from fct.gallery.interfaces import Source
 from fct.options.groups import storage_options
 from fct.types import Array, JsonDict, StorageAccess
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     import fct
+    from fct.gallery.interfaces import Source
 
 _WHERE = "a file, folder, glob or URL, with :COLUMN where there are several"
 _FORMS = (".parquet", ".json", ".jsonl")
