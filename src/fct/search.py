@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Generic, overload
 
 import numpy as np
+from typing_extensions import NamedTuple, TypeVar
 
 from fct.checks import check_flag, check_path
 from fct.errors import ArtifactError, BackendError
+from fct.joined_rows import together
 from fct.mixed_warning import warn_other_metric
 from fct.ops.backend import GpuShadow, check_precision
 from fct.ops.processors import threads_of
 from fct.ops.search.cpu_search import Shadow, build_shadow, extend_shadow, topk_cpu, why_not_shadow
 from fct.ops.search.gpu_search import extend_gpu, prepare_gpu, topk_gpu
 from fct.ops.search.shadow_file import ShadowHeader, read_shadow, write_shadow
-from fct.packed_int4 import PackedInt4
 from fct.progress import LongCall, Report
-from fct.rows import Rows, ScaledInt8, check_backed, rows_of
+from fct.rows import Rows, check_backed, rows_of
 from fct.spaces import EmbeddingSpace, check_metric, check_space
-from fct.types import RowsLike, Values
+from fct.types import Array, RowsLike, Values
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["PreparedGallery", "TopK", "prepare_gallery", "topk"]
 
@@ -30,15 +34,18 @@ _WORTH_A_SHADOW = 16
 _WORTH_LEVELS = 8192  # queries of one call from which fitting levels costs less than they save
 
 
-class TopK(NamedTuple):
-    """The k nearest rows of each query, nearest first.
+A = TypeVar("A", default=Array)
+
+
+class TopK(NamedTuple, Generic[A]):
+    """The k nearest rows of each query, nearest first: ``TopK[Array]`` for numpy queries, ``TopK[Tensor]`` for torch.
 
     distances: (n, k) float32; squared l2 ascending, or inner product / cosine descending.
     indices: (n, k) int64, rows of the gallery. Among equal distances the lower index comes first.
     """
 
-    distances: Values
-    indices: Values
+    distances: A
+    indices: A
 
 
 def check_pair(
@@ -160,7 +167,7 @@ class PreparedGallery:
                 f"{new.dtype}"
             )
         if gallery is None:
-            gallery = _together(self.gallery, rows, self.rows, new)
+            gallery = together(self.gallery, rows, self.rows, new)
         total = self.rows.n + new.n
         grown = rows_of(
             gallery, "gallery", d=self.rows.d, n=total, n_why="to hold the old rows and the new", finite=False
@@ -215,47 +222,6 @@ class PreparedGallery:
         if rows.dtype != header.dtype or _fingerprint(rows) != header.fingerprint:
             raise ValueError(f"gallery: expected the rows that {path} was made from, got others")
         return cls(gallery, rows, shadow, header.metric, space)
-
-
-def _together(gallery: RowsLike, rows: RowsLike, old: Rows, new: Rows) -> RowsLike:
-    """Both in one new array: codes as int8 with their scales, codes that have an offset as float32 rows."""
-    if not _is_coded(gallery) and not _is_coded(rows):
-        plain: RowsLike = _joined(gallery, rows)
-        return plain
-    values = _joined(old.values, new.values)
-    if old.kind == "torch" and isinstance(values, np.ndarray):
-        import torch
-
-        values = torch.from_numpy(values)
-    return values if new.scale is None else ScaledInt8(values, _joined_scales(old, new))
-
-
-def _is_coded(x: RowsLike) -> bool:
-    return isinstance(x, (ScaledInt8, PackedInt4)) or (isinstance(x, np.ndarray) and x.dtype.names is not None)
-
-
-def _joined(a: Values, b: Values) -> Values:
-    if isinstance(a, np.ndarray):
-        return np.concatenate([a, b])
-    import torch
-
-    if a.device != b.device:
-        raise ValueError(f"rows: expected an array on {a.device} like the gallery, got one on {b.device}")
-
-    return torch.cat([a, b])
-
-
-def _joined_scales(a: Rows, b: Rows) -> Values:
-    """One scale for both where it is the same, else one for each row."""
-    if a.scale.shape == b.scale.shape and len(a.scale) == 1 and bool((a.scale == b.scale).all()):
-        return a.scale
-    if a.scale.shape[1] > 1 or b.scale.shape[1] > 1:
-        raise ValueError("rows: expected the gallery's own scale, since one of the two has a scale per dimension")
-    if a.kind_is_numpy:
-        return np.concatenate([np.broadcast_to(rows.scale, (rows.n, 1)) for rows in (a, b)])
-    import torch
-
-    return torch.cat([rows.scale.expand(rows.n, 1) for rows in (a, b)])
 
 
 def _fingerprint(rows: Rows) -> str:
@@ -328,6 +294,30 @@ def _prepared_shadow(
     return build_shadow(rows, metric, threads=threads, levels=True, report=report)
 
 
+@overload
+def topk(
+    queries: Array, gallery: RowsLike | PreparedGallery, k: int, *, metric: str = ..., precision: str = ...,
+    same_items: bool = ..., query_space: EmbeddingSpace | None = ..., gallery_space: EmbeddingSpace | None = ...,
+    threads: int | None = ..., progress: bool = ...,
+) -> TopK[Array]: ...  # fmt: skip
+
+
+@overload
+def topk(
+    queries: torch.Tensor, gallery: RowsLike | PreparedGallery, k: int, *, metric: str = ..., precision: str = ...,
+    same_items: bool = ..., query_space: EmbeddingSpace | None = ..., gallery_space: EmbeddingSpace | None = ...,
+    threads: int | None = ..., progress: bool = ...,
+) -> TopK[torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def topk(
+    queries: RowsLike, gallery: RowsLike | PreparedGallery, k: int, *, metric: str = ..., precision: str = ...,
+    same_items: bool = ..., query_space: EmbeddingSpace | None = ..., gallery_space: EmbeddingSpace | None = ...,
+    threads: int | None = ..., progress: bool = ...,
+) -> TopK[Values]: ...  # fmt: skip
+
+
 def topk(
     queries: RowsLike,
     gallery: RowsLike | PreparedGallery,
@@ -340,7 +330,7 @@ def topk(
     gallery_space: EmbeddingSpace | None = None,
     threads: int | None = None,
     progress: bool = True,
-) -> TopK:
+) -> TopK[Values]:
     """The exact k nearest gallery rows of each query.
 
     Args:
@@ -434,7 +424,7 @@ def check_k(k: int, n: int, same_items: bool) -> None:
         raise ValueError(f"k: expected 1 to {most}, the rows of the gallery{without}, got {k!r}")
 
 
-def _as_kind(distances: Values, indices: Values, like: Rows) -> TopK:
+def _as_kind(distances: Values, indices: Values, like: Rows) -> TopK[Values]:
     if like.kind == "numpy":
         return TopK(distances, indices)
     import torch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, overload
+
 from fct.artifact.transformation import Transformation
 from fct.ops.backend import check_precision
 from fct.ops.device.state import numbered
@@ -11,7 +13,11 @@ from fct.ops.transform.repeated import remember_call, repeat_call
 from fct.ops.weights import packed
 from fct.progress import LongCall, Report
 from fct.rows import Rows, empty_like_kind, nonfinite_rows, rows_of
-from fct.types import RowsLike, Values
+from fct.types import Array, RowsLike, Values
+
+if TYPE_CHECKING:
+    import torch
+
 
 __all__ = ["check_inputs", "transform_batch", "transform_finite"]
 
@@ -46,6 +52,30 @@ def check_inputs(
     if side_rows.device != old_rows.device:
         raise ValueError(f"side_info: expected an array on {old_rows.device} like old, got one on {side_rows.device}")
     return old_rows, side_rows
+
+
+@overload
+def transform_batch(
+    old: Array, side_info: RowsLike | None, transformation: Transformation, *, out: None = ...,
+    precision: str = ..., device: str | None = ..., backend: str | None = ..., threads: int | None = ...,
+    progress: bool = ...,
+) -> Array: ...  # fmt: skip
+
+
+@overload
+def transform_batch(
+    old: torch.Tensor, side_info: RowsLike | None, transformation: Transformation, *, out: None = ...,
+    precision: str = ..., device: str | None = ..., backend: str | None = ..., threads: int | None = ...,
+    progress: bool = ...,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def transform_batch(
+    old: RowsLike, side_info: RowsLike | None, transformation: Transformation, *, out: RowsLike | None = ...,
+    precision: str = ..., device: str | None = ..., backend: str | None = ..., threads: int | None = ...,
+    progress: bool = ...,
+) -> Values: ...  # fmt: skip
 
 
 def transform_batch(

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 
 import fct
+from fct.gallery.databases import chroma_collection
+from fct.gallery.databases.address import Address
+from fct.gallery.databases.chroma_collection import ChromaSource
+from fct.gallery.databases.database_gallery import DatabaseError
 from fct.gallery.databases.documents import clients
+from fct.gallery.location import Patience
 from tests.databases.conftest import D_OLD, rows_of
 
 ROWS = 2500
@@ -267,3 +272,12 @@ def killed_after(process: subprocess.Popen[bytes], done: Path, shards: int) -> N
         time.sleep(0.005)
     process.kill()
     process.wait()
+
+
+def test_a_chroma_collection_that_is_deleted_while_it_is_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ChromaSource(Address.parse("chroma://localhost?collection=shoes", "source"), Patience())
+    monkeypatch.setattr(chroma_collection, "_collection", lambda address: None)
+    with pytest.raises(DatabaseError, match="expected a collection, there is no shoes"):
+        source.points(["a"])
+    with pytest.raises(DatabaseError, match="expected a collection, there is no shoes"):
+        next(source.scan())

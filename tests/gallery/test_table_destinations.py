@@ -22,7 +22,7 @@ import fct
 from fct.backfilling.journal import Journal
 from fct.errors import BackfillError, FctError
 from fct.gallery import open_source
-from fct.gallery.committed_files import CommittedFiles
+from fct.gallery.committed_files import CommittedFile, CommittedFiles
 from fct.gallery.delta_destination import DeltaDestination
 from fct.gallery.iceberg_destination import IcebergDestination
 
@@ -480,3 +480,11 @@ def test_an_iceberg_table_is_a_source_by_its_catalog(h: Any, tmp_path: Path) -> 
 def test_an_address_that_cannot_be_is_refused(h: Any, tmp_path: Path, to: str, how: Any, message: str) -> None:
     with pytest.raises((ValueError, FctError), match=message):
         fct.backfill(gallery(tmp_path / "old"), to.format(tmp_path), h, **QUICK, **how)
+
+
+@pytest.mark.parametrize("extra", [None, {"name": "a.parquet", "rows": 3}, [], "a.parquet"])
+def test_a_damaged_entry_of_a_shard_is_refused_before_anything_is_committed(extra: object) -> None:
+    with pytest.raises(FctError, match="expected the journal's name, rows, bytes and xxh64 of a shard's file, got"):
+        CommittedFile.of(extra)
+    whole = {"name": "a.parquet", "rows": 3, "bytes": 40, "xxh64": "0" * 16}
+    assert CommittedFile.of(whole).rows == 3

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typing_extensions import assert_type
 
 import fct
 from fct import ref, search
 from fct.errors import ArtifactError, BackendError
 from fct.ops.search.cpu_search import Shadow, build_shadow
 from fct.packed_int4 import pack_int4
+from fct.types import Array
 
 OLD, NEW = fct.EmbeddingSpace("old", 12), fct.EmbeddingSpace("new", 12)
 
@@ -244,3 +246,15 @@ def test_append_takes_every_form_of_codes_that_a_gallery_may_have(form: str, lib
         fct.topk(queries, grown, 5, metric="ip"), fct.topk(queries, whole, 5, metric="ip"), strict=True
     ):
         np.testing.assert_array_equal(got, want)
+
+
+def test_the_answer_is_of_the_queries_library() -> None:
+    rows = np.eye(3, dtype=np.float32)
+    of_numpy = assert_type(fct.topk(rows, fct.prepare_gallery(rows), 1), fct.TopK[Array])
+    of_torch = assert_type(fct.topk(torch.eye(3), torch.eye(3), 1), fct.TopK[torch.Tensor])
+    assert isinstance(of_numpy.indices, np.ndarray)
+    assert isinstance(of_torch.indices, torch.Tensor)
+    h = fct.Transformation.random(3, 3, 2)
+    assert isinstance(assert_type(fct.transform_batch(rows, rows, h), Array), np.ndarray)
+    tensors = assert_type(fct.transform_batch(torch.eye(3), torch.eye(3), h), torch.Tensor)
+    assert isinstance(tensors, torch.Tensor)
