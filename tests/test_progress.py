@@ -239,7 +239,7 @@ def test_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_is_true_or_false() -> None:
     with pytest.raises(ValueError, match="progress: expected True or False, got 'no'"):
-        fct.topk(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 1, progress="no")  # type: ignore[arg-type]
+        fct.topk(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 1, progress="no")  # type: ignore[call-overload]
     h = fct.Transformation.random(2, 2, 2, inner=4)
     with pytest.raises(ValueError, match="progress: expected True or False, got 'no'"):
-        fct.transform_batch(np.ones((2, 2)), np.ones((2, 2)), h, progress="no")  # type: ignore[arg-type]
+        fct.transform_batch(np.ones((2, 2)), np.ones((2, 2)), h, progress="no")  # type: ignore[call-overload]

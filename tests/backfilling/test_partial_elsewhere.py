@@ -156,7 +156,7 @@ def test_into_a_database(store: str, tmp_path: Path, rng: np.random.Generator) -
         from fct.gallery.databases.qdrant_collection import _client
 
         found, _ = _client(Address.parse(url, "x")).scroll("items", limit=1000, with_vectors=True)
-        there = {int(p.id): (p.vector, p.payload["reembedded"]) for p in found}
+        there = {int(p.id): (p.vector, (p.payload or {})["reembedded"]) for p in found}
     else:
         from fct.gallery.databases.chroma_collection import _client as chroma
 

@@ -30,7 +30,7 @@ class Qdrant:
         from fct.gallery.databases.address import Address
         from fct.gallery.databases.qdrant_collection import _client
 
-        self.client = _client(Address.parse(self.place + "x", "source"))
+        self.client: Any = _client(Address.parse(self.place + "x", "source"))
 
     def make(self, vectors: Any) -> None:
         from qdrant_client import models

@@ -214,11 +214,11 @@ def test_bad_days_name_the_argument(fake: FakeDevice, rng: Any, monkeypatch: pyt
     real = public.rows_of  # type: ignore[attr-defined]
     monkeypatch.setattr(public, "rows_of", lambda a, *rest, **how: known.get(id(a)) or real(a, *rest, **how))
     with pytest.raises(ValueError, match="side_info: expected an array on cuda:0 like old, got one on cpu"):
-        fct.transform_batch(on_gpu, x, h)  # type: ignore[arg-type]
+        fct.transform_batch(on_gpu, x, h)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="out: expected an array on cuda:0 like old, got one on cpu"):
-        fct.transform_batch(on_gpu, on_gpu, h, out=np.zeros((7, 6), np.float32))  # type: ignore[arg-type]
+        fct.transform_batch(on_gpu, on_gpu, h, out=np.zeros((7, 6), np.float32))  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="device: expected cuda:0, where the rows lie, or cuda, got cpu"):
-        fct.transform_batch(on_gpu, on_gpu, h, device="cpu")  # type: ignore[arg-type]
+        fct.transform_batch(on_gpu, on_gpu, h, device="cpu")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="device: expected cpu, where the rows lie, or cuda, got tpu:0"):
         fct.transform_batch(x, x, h, device="tpu:0")
     with pytest.raises(ValueError, match="out: expected rows whose elements are contiguous"):
