@@ -16,12 +16,14 @@ from fct.backfilling.resolve import Resolved
 from fct.errors import BackfillError
 from fct.extras import need
 from fct.gallery.interfaces import Shard
+from fct.terminal import plain_log
 
 if TYPE_CHECKING:
     from fct.backfilling.backfill_bar import Bar
 
 __all__ = ["check_ray", "run_on_ray"]
 
+_log = plain_log("fct.gallery")
 _PER_ACTOR = 3  # shards handed to an actor at once: it reads one ahead and writes one behind
 
 
@@ -158,6 +160,12 @@ def run_on_ray(
                     load[actor] -= 1
                 bar.advance(shard.rows)
                 yield value
+    except (KeyboardInterrupt, GeneratorExit):
+        if running:  # their workers mark them; a second Ctrl-C ends the wait
+            what = "shard" if len(running) == 1 else "shards"
+            _log.warning("finishing %d %s, press Ctrl-C again to leave them", len(running), what)
+            ray.wait(list(running), num_returns=len(running))
+        raise
     finally:
         for actor in (*load, *waiting.values()):
             ray.kill(actor)
