@@ -89,6 +89,40 @@ def test_go_passes_and_no_go_is_refused_before_anything_is_written(
     ]
 
 
+@pytest.mark.filterwarnings("ignore:reembed. mapped rows stand among true ones uncorrected")  # h is untrained
+def test_rows_that_will_be_re_embedded_are_judged_as_true_ones(
+    asked: tuple[Path, Any, Any], h: fct.Transformation, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Queries that no mapped row answers, and true vectors of the judged rows that do, in whole or in part."""
+    old, _, qrels = asked
+    new = rng.standard_normal((40, h.d_new), dtype=np.float32)
+    if h.new_space.normalised:
+        new /= np.linalg.norm(new, axis=1, keepdims=True)
+    queries = {"id": qrels["query"], "old": rng.standard_normal((40, h.d_old), dtype=np.float32), "new": new}
+    how: dict[str, Any] = {"queries": queries, "qrels": qrels, "allow_inconclusive": True, "ndcg_margin": 1.0}
+    pairs = {"id": qrels["item"], "new": new}
+
+    def plan(**more: Any) -> fct.BackfillPlan:
+        return fct.plan_backfill(old, tmp_path / "new", h, measure_seconds=0.001, **how, **more)
+
+    def recall(judged: Any) -> float:
+        return float(judged.verdict.result("mapped").measures.mean("recall"))
+
+    plain, whole, part = (
+        plan(**more).judged for more in ({}, {"reembed": pairs}, {"reembed": pairs, "budget": 20 / N})
+    )
+    assert plain is not None
+    assert whole is not None
+    assert part is not None
+    assert (plain.reembedded, whole.reembedded, part.reembedded) == (0, 40, 20)
+    assert recall(plain) < 0.2
+    assert recall(whole) == 1.0
+    assert recall(part) == pytest.approx(0.5, abs=0.1)
+    report = fct.backfill(old, tmp_path / "new", h, reembed=pairs, budget=20 / N, **how, **QUICK)
+    assert report.judged is not None
+    assert (report.judged.reembedded, report.reembedded) == (20, 20)
+
+
 def test_few_queries_decide_nothing_and_that_is_refused_unless_it_is_allowed(
     asked: tuple[Path, Any, Any], h: fct.Transformation, tmp_path: Path
 ) -> None:

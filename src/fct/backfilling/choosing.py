@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fct.backfilling.backfill_bar import Bar
+from fct.backfilling.backfill_bar import Bar, backfill_bar
 from fct.backfilling.job import Job
 from fct.backfilling.resolve import Resolved
 from fct.backfilling.row_choice import FOLDER, RowChoice, keep_choice, kept_choice
@@ -25,7 +25,7 @@ from fct.errors import BackfillError
 from fct.gallery.interfaces import Shard
 from fct.gallery.vectors import vector_block
 
-__all__ = ["choose_rows"]
+__all__ = ["choose_rows", "expected_choice"]
 
 Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float64]
@@ -50,6 +50,17 @@ def choose_rows(found: Resolved, job: Job, bar: Bar) -> RowChoice:
         )
     chosen = _Chooser(found, job, bar).choose(shards, job.rows - kept.covered)
     return keep_choice(found.journal, job, kept, chosen)
+
+
+def expected_choice(found: Resolved) -> Mask:
+    """(rows,) which rows of the gallery a partial backfill will choose, or has chosen; nothing is written."""
+    job, kept = found.job, kept_choice(found.journal, found.job)
+    if kept.covered == job.rows:
+        return kept.mask(0, job.rows)
+    with backfill_bar(False) as bar:
+        shards = [shard for shard in job.shards if shard.first >= kept.covered]
+        behind = _Chooser(found, job, bar).choose(shards, job.rows - kept.covered)
+    return np.concatenate([kept.mask(0, kept.covered), behind])
 
 
 class _Chooser:

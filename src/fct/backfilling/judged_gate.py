@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
+from fct.backfilling.choosing import expected_choice
 from fct.backfilling.quality import Writing, before_and_after
 from fct.backfilling.resolve import Resolved
 from fct.backfilling.true_source import named_ids, row_ids
@@ -50,6 +51,8 @@ class GateVerdict:
     verdict: as :func:`fct.judge_upgrade` has it, without the ceiling, since nobody has the gallery's true vectors yet.
     rows: of the gallery that were searched: every judged one, and others by lot. of: how many it has.
     rejected: of those, rows that h cannot map; they are left out on both sides. refusals: which limits it misses.
+    reembedded: of the rows searched, those that stood as the true vectors that a partial backfill will give them: of
+    pairs all that it will choose; a function is not asked by a gate, so its rows are judged as mapped ones.
     """
 
     verdict: UpgradeVerdict
@@ -57,6 +60,7 @@ class GateVerdict:
     of: int
     rejected: int
     refusals: tuple[str, ...]
+    reembedded: int = 0
 
 
 def judged_queries(gate: Gate, h: Transformation, access: StoreAccess) -> JudgedQueries | None:
@@ -154,7 +158,7 @@ def check_judged(found: Resolved, gate: Gate, asked: JudgedQueries | None, writi
         margin=gate.ndcg_margin,
     )
     refusals = tuple(f"quality gate: {why}" for why in _missed(gate, verdict))
-    return GateVerdict(verdict, len(items.ids), found.job.rows, items.rejected, refusals)
+    return GateVerdict(verdict, len(items.ids), found.job.rows, items.rejected, refusals, items.reembedded)
 
 
 def _missed(gate: Gate, verdict: UpgradeVerdict) -> list[str]:
@@ -179,6 +183,26 @@ class _Items:
     old: list[Floats] = field(default_factory=list)
     new: list[Floats] = field(default_factory=list)
     rejected: int = 0
+    reembedded: int = 0
+
+
+class _TrueRows:
+    """The true vectors of pairs in the place of mapped rows, where a partial backfill will write them."""
+
+    def __init__(self, found: Resolved) -> None:
+        how = found.reembedding
+        self.pairs = None if how is None else how.pairs
+        self.dtype = found.job.dtype
+        self.chosen = None if self.pairs is None else expected_choice(found)
+
+    def put(self, new: Floats, ids: list[Any], numbers: npt.NDArray[np.int64]) -> int:
+        """Replaces rows of ``new`` (as they will be stored); how many. numbers: of the rows, in the gallery."""
+        if self.pairs is None or self.chosen is None:
+            return 0
+        places = self.pairs.places(ids)
+        there = (places >= 0) & self.chosen[numbers]
+        new[there] = np.asarray(self.pairs.vectors)[places[there]].astype(self.dtype)
+        return int(there.sum())
 
 
 def _gallery_rows(found: Resolved, asked: JudgedQueries, writing: Writing) -> _Items:
@@ -188,18 +212,21 @@ def _gallery_rows(found: Resolved, asked: JudgedQueries, writing: Writing) -> _I
     lot = np.ones(job.rows, bool) if job.rows <= most else _drawn(job.rows, most)
     mapper, reader = found.mapper(job, threads=writing.threads), found.reader(job)
     known: set[str] = set()
+    true = _TrueRows(found)
     for shard in job.shards:
         at = shard.first
         for batch, side in reader.batches(shard):
-            ids = [str(one) for one in row_ids(batch, job.id_column, at)]
+            own = row_ids(batch, job.id_column, at)
+            ids = [str(one) for one in own]
             known.update(judged.intersection(ids))
             wanted = lot[at : at + len(ids)] | np.fromiter((one in judged for one in ids), bool, len(ids))
-            rows = np.flatnonzero(wanted)
+            rows, first = np.flatnonzero(wanted), at
             at += len(ids)
             if not len(rows):
                 continue
             taken = pa.array(rows)
             old, new, kept = before_and_after(mapper, batch.take(taken), None if side is None else side.take(taken))
+            items.reembedded += true.put(new, [own[row] for row in rows[kept].tolist()], first + rows[kept])
             items.ids += [ids[row] for row in rows[kept].tolist()]
             items.old.append(old)
             items.new.append(new)
