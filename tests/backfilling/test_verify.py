@@ -179,7 +179,7 @@ def test_without_a_source_it_says_what_was_not_proven(pair: tuple[Path, Path]) -
 
 
 def test_the_journals_source_is_never_opened_unasked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fct.backfilling import verify
+    from fct.backfilling import new_gallery, verify
 
     opened: list[str] = []
     real = verify.open_source  # type: ignore[attr-defined]
@@ -188,7 +188,8 @@ def test_the_journals_source_is_never_opened_unasked(pair: tuple[Path, Path], mo
         opened.append(str(where))
         return real(where, **how)
 
-    monkeypatch.setattr(verify, "open_source", watched)
+    for module in (verify, new_gallery):
+        monkeypatch.setattr(module, "open_source", watched)
     source, new = pair
     assert fct.verify_gallery(new).ok
     assert set(opened) == {str(new)}

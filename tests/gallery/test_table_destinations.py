@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import fct
 from fct.backfilling.journal import Journal
 from fct.errors import BackfillError, FctError
-from fct.gallery import open_source
+from fct.gallery import location_of, open_source
 from fct.gallery.committed_files import CommittedFile, CommittedFiles
 from fct.gallery.delta_destination import DeltaDestination
 from fct.gallery.iceberg_destination import IcebergDestination
@@ -452,6 +453,30 @@ def test_a_table_that_the_rows_do_not_belong_in_is_refused(
     assert new.commits() == rows
 
 
+def test_rows_appended_to_an_iceberg_table_are_verified_among_those_of_others(h: Any, tmp_path: Path) -> None:
+    new = Iceberg(tmp_path)
+    here, there = gallery(tmp_path / "old"), gallery(tmp_path / "more", first=5000)
+    fct.backfill(here, new.to, h, **QUICK, **new.how)
+    fct.backfill(there, new.to, h, journal=tmp_path / "j", **QUICK, **new.how)
+
+    def verified(source: Path, **more: Any) -> fct.VerifyReport:
+        return fct.verify_gallery(new.to, source=source, transformation=h, progress=False, **new.how, **more)
+
+    for report in (verified(here), verified(there, journal=tmp_path / "j", deep=True)):
+        assert report.proven, report
+        assert (report.source_rows, report.rows_out) == (ROWS, ROWS - 2)
+    assert verified(here, journal=tmp_path / "j").problems
+    new.table().delete("id = 5001")
+    changed = verified(there, journal=tmp_path / "j")
+    assert changed.ok
+    assert re.search(
+        r"998 were compared at snapshot .* has 89\d rows; they were deleted or rewritten", changed.unproven[0]
+    )
+    assert verified(here).proven
+    with pytest.raises(fct.BackfillError, match=r"has no job.json of .*lake/shop/gone"):
+        fct.verify_gallery("iceberg://prod/shop.gone", **new.how)
+
+
 def test_an_iceberg_table_is_a_source_by_its_catalog(h: Any, tmp_path: Path) -> None:
     new = Iceberg(tmp_path)
     source = gallery(tmp_path / "old")
@@ -459,10 +484,12 @@ def test_an_iceberg_table_is_a_source_by_its_catalog(h: Any, tmp_path: Path) -> 
     found = open_source(new.to, storage_options=new.store)
     assert sum(p.rows for p in found.pieces()) == ROWS - 2
     assert found.space == h.new_space
+    with pytest.raises(FctError, match=r"the catalog 'prod' could not be opened: .*--storage-option uri="):
+        fct.verify_gallery(new.to)
     with pytest.raises(
         ValueError, match=r"expected the folder of the Iceberg table .*got iceberg://prod/shop.items, wh"
     ):
-        fct.verify_gallery(new.to)
+        location_of(new.to)
     with pytest.raises(FileNotFoundError, match=r"found no iceberg://prod/shop.gone"):
         open_source("iceberg://prod/shop.gone", storage_options=new.store)
 

@@ -13,18 +13,18 @@ from typing_extensions import Unpack
 
 from fct.artifact.transformation import Transformation
 from fct.backfilling.against_source import AgainstSource, compare_with_source
-from fct.backfilling.claim import refuse_claimed
-from fct.backfilling.database_job import database_journal, require_journal
+from fct.backfilling.database_job import database_journal
 from fct.backfilling.in_database import DatabaseResult
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.marker import Marker
+from fct.backfilling.new_gallery import changed_since, journal_of, open_gallery
 from fct.backfilling.resolve import load_transformation
 from fct.backfilling.side_join import join_by_id
 from fct.backfilling.spot_check import VectorCheck, VectorChecker
 from fct.backfilling.true_source import load_true_pairs
 from fct.errors import BackfillError, FctError, MissingExtraError
-from fct.gallery import journal_location, lance_in, location_of, open_source
+from fct.gallery import open_source
 from fct.gallery.databases import DatabaseSource, is_database
 from fct.gallery.databases.address import Address
 from fct.gallery.interfaces import Source
@@ -93,18 +93,7 @@ def gallery_journal(
     Raises:
         BackfillError: it is none, or the journal is another's.
     """
-    if is_database(path):
-        require_journal(Address.parse(path, "gallery").shown, journal)
-        found, place = database_journal(journal), Address.parse(path, "gallery").shown
-    else:
-        where = lance_in(location_of(path, **access))
-        found = Journal(journal_location(where, "lance" if where.name.endswith(".lance") else ""), where)
-        place = str(where)
-        named = None if journal is None else Journal(database_journal(journal).root, where, apart=True)
-        if named is not None and (named.job() is not None or found.job() is None):
-            found = named
-        elif named is None:
-            refuse_claimed(where)
+    found, place = journal_of(path, journal, access)
     job = found.job()
     if job is None:
         raise BackfillError(f"gallery: expected the destination of a backfill, {found.root} has no job.json of {place}")
@@ -163,7 +152,7 @@ def verify_gallery(path: str | os.PathLike[str], **options: Unpack[VerifyKeyword
     if not count.problems:
         against, vectors, skipped = _Outside(journal, job, path, access, spot).check()
     return VerifyReport(
-        destination=job.destination if is_database(path) else str(location_of(path, **access)),
+        destination=job.destination if is_database(path) else str(journal.destination),
         rows_in=count.rows_in,
         rows_out=count.rows_out,
         rejects=count.rejects,
@@ -263,7 +252,7 @@ class _Journalled:
         if is_database(path):
             return []  # it has no files; its rows are counted when they are compared
         try:
-            gallery = open_source(path, **access)
+            gallery = open_gallery(path, self.journal, job, access)
             problems = []
             if gallery.space != job.new_space:
                 problems.append(f"expected vectors of {job.new_space}, the gallery says {gallery.space}")
@@ -307,6 +296,7 @@ class _Outside:
             new, lists = self._opened(old)
             known = None if no_side else h
             found = compare_with_source(self.journal, self.job, old, new, side=side, h=known, lists=lists)
+            found.unproven += changed_since(new)
         except MissingExtraError as error:
             found = AgainstSource(unproven=[f"{_ALL}: {error}"])
             return found, VectorCheck(), str(error)
@@ -332,7 +322,7 @@ class _Outside:
                 lists = root.local / "ids"
         if is_database(self.path):
             return DatabaseResult(str(self.path), job, old, self.access["patience"]), lists
-        return open_source(self.path, **self.access), lists
+        return open_gallery(self.path, self.journal, job, self.access), lists
 
     def _transformation(self) -> tuple[Transformation | None, str]:
         """(the job's h, or None, and why not)."""

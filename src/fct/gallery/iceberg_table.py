@@ -5,14 +5,16 @@ Without a catalog the newest metadata file is the table. One data file is in mem
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from fct.errors import FctError
 from fct.gallery.arrow_guard import validated
+from fct.gallery.committed_files import CommittedFile, shards_committed
 from fct.gallery.discovery import natural
 from fct.gallery.iceberg_catalog import NAMES
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Source
@@ -61,6 +63,7 @@ class IcebergSource(Source):
                 f"source: the Iceberg table {where} has no snapshot{'' if version is None else f' {version}'}"
             )
         self.version = int(snapshot)
+        self._only: frozenset[str] | None = None
         self._pass: tuple[str, int, Iterator[pa.RecordBatch]] | None = None
 
     def __getstate__(self) -> JsonDict:
@@ -80,6 +83,24 @@ class IcebergSource(Source):
         except (ValueError, OSError, KeyError, ValidationError) as error:
             raise FctError(f"source: {place} is no metadata of an Iceberg table: {error}") from error
         return Table(("table",), metadata, place, io, NoopCatalog("none")), io
+
+    def as_added(self, files: Sequence[CommittedFile]) -> IcebergSource | None:
+        """These files alone, at the snapshot that a backfill added the last of them by; None where there is none."""
+        table, _ = self._opened()
+        for snapshot in table.metadata.snapshots:
+            said = {} if snapshot.summary is None else dict(snapshot.summary.additional_properties)
+            if shards_committed(said, files) == len(files):
+                found = copy.copy(self)
+                found.version, found._only = int(snapshot.snapshot_id), frozenset(f.name for f in files)
+                return found
+        return None
+
+    def current(self) -> IcebergSource:
+        """The same files as the table's current snapshot has them."""
+        table, _ = self._opened()
+        found = copy.copy(self)
+        found.version = int(table.metadata.current_snapshot_id or self.version)
+        return found
 
     @property
     def url(self) -> str:
@@ -121,6 +142,9 @@ class IcebergSource(Source):
             for deletes in task.delete_files:
                 self._inside(deletes.file_path)
         found = {self._inside(task.file.file_path): task for task in tasks}
+        if self._only is not None:
+            tasks = [task for name, task in found.items() if name in self._only]
+            found = {name: task for name, task in found.items() if name in self._only}
         if len(found) != len(tasks):
             raise FctError(f"source: the Iceberg table {self.where} names one data file twice")
         return dict(sorted(found.items(), key=lambda item: natural(item[0])))
