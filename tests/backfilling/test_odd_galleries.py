@@ -287,6 +287,11 @@ def test_what_is_no_file_or_no_folder_is_named(h: fct.Transformation, tmp_path: 
     (old / ".hidden.parquet").write_text("x")
     (old / "_temporary").mkdir()
     (old / "_temporary/b.parquet").write_text("x")
+    with pytest.raises(
+        FctError, match=r"a job of Spark, Hadoop or Hive that has not ended: .*_temporary holds b.parquet"
+    ):
+        fct.backfill(old, tmp_path / "new", h, **QUICK)
+    (old / "_temporary/b.parquet").unlink()
     assert fct.backfill(old, tmp_path / "new", h, **QUICK).rows_in == 2 * N
 
 
