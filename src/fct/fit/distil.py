@@ -61,7 +61,7 @@ def _student(
     count = _MEMBERS_FEW if fit.plan.folds else _MEMBERS
     old, side, new = train.loaded()
     more_old, more_side = _extra_rows(old, side, extra, fit.seed)
-    rows = check_pairs(more_old, more_side, np.empty((len(more_old), train.dims[2]), np.float32) * 0)
+    rows = check_pairs(more_old, more_side, np.zeros((len(more_old), train.dims[2]), np.float32))
     said_pairs, said_extra = np.zeros_like(new), np.zeros((len(rows), train.dims[2]), np.float32)
     for member in range(count):
         teacher = fit.one(train, held, found.config, scalings, linear, seed=fit.seed + 101 + member)
