@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import fct
@@ -47,3 +49,24 @@ def test_a_fortran_ordered_gallery_of_float64_is_mapped(tmp_path: Path, rng: np.
     assert "beyond float32's range" in next((tmp_path / "new/_fct/rejects").iterdir()).read_text()
     want = fct.transform_batch(np.delete(values, 7, 0).astype(np.float32), None, h, precision="fp32")
     np.testing.assert_array_equal(np.load(next((tmp_path / "new").glob("*.npy"))), want)
+
+
+def test_float64_lists_are_decoded_in_smaller_batches(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Beside the vectors or in their place: side-information of float64 is said and decoded like old vectors of it."""
+    h = fct.Transformation.random(16, 8, 8, inner=32)
+    rows = {}
+    for old, side in (("f4", "f4"), ("f8", "f4"), ("f4", "f8")):
+        columns = {
+            "old": rng.standard_normal((300, 16)).astype(old),
+            "side": rng.standard_normal((300, 8)).astype(side),
+        }
+        where = tmp_path / f"{old}{side}.parquet"
+        pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), where)
+        plan = fct.plan_backfill(
+            where, tmp_path / "new", h, vector_column="old", side_column="side", old_model="random-old",
+            measure_seconds=0.01,
+        )  # fmt: skip
+        assert plan.job is not None
+        assert ("source: float64 rows are rounded to float32" in plan.notes) == ("f8" in (old, side))
+        rows[old, side] = plan.job.batch_rows
+    assert rows["f8", "f4"] == rows["f4", "f8"] == rows["f4", "f4"] // 4

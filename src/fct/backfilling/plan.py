@@ -16,7 +16,7 @@ from fct.backfilling.new_place import occupied
 from fct.backfilling.pace import Pace, measure_h, measure_reading, measure_writing
 from fct.backfilling.quality import Quality, ScoreShift, Writing, check_quality, held_out_pairs, score_shift
 from fct.backfilling.reembed_plan import ReembedPlan, planned_reembedding, with_a_budget
-from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
+from fct.backfilling.resolve import Resolved, load_transformation, reads_float64, require_rows, resolve
 from fct.backfilling.row_mapper import RowMapper
 from fct.backfilling.sample import Reject, misfit, sampled
 from fct.backfilling.side_join import JoinedSide
@@ -24,7 +24,6 @@ from fct.errors import FctError
 from fct.gallery.databases import DatabaseDestination
 from fct.gallery.interfaces import Destination
 from fct.gallery.urls import redacted
-from fct.gallery.vectors import holds_float64
 from fct.ops.processors import threads_of
 from fct.options.declare import takes
 from fct.options.groups import PlanOptions, Prediction
@@ -215,10 +214,10 @@ def _counted(job: Job, expected: int | None) -> list[str]:
 
 def _notes(found: Resolved) -> tuple[str, ...]:
     """What is read otherwise than it is stored, of the gallery and of its side-information."""
-    sides = [(found.source, found.job.vector), *([(found.side, found.job.side_vector)] if found.side else [])]
+    sides = [found.source, *([found.side] if found.side else [])]
     rounded = "source: float64 rows are rounded to float32"
-    wide = any(holds_float64(source.schema.field(name).type) for source, name in sides if name in source.schema.names)
-    notes = [note for source, _ in sides for note in source.notes]
+    wide = reads_float64(found.source, found.job.vector, found.job.side_column, found.side, found.job.side_vector)
+    notes = [note for source in sides for note in source.notes]
     if taken_as_they_are(found.job, found.source.schema):
         notes.append(
             "source: 8-bit codes are taken as they are; if a scale and an offset bring them back, give --scale and "

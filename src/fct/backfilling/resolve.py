@@ -34,14 +34,14 @@ from fct.gallery.saved_dataset import SavedDatasetSource
 from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
 from fct.gallery.stores import FORMATS, Opening, opening
 from fct.gallery.tables import pinned
-from fct.gallery.vectors import is_packed_int4, vector_dtype, vector_type
+from fct.gallery.vectors import holds_float64, is_packed_int4, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
 from fct.options.groups import BackfillOptions, Columns, JobOptions
 from fct.terminal import plain_log
 from fct.types import GalleryLike, TransformationLike
 
-__all__ = ["Resolved", "load_transformation", "require_rows", "resolve"]
+__all__ = ["Resolved", "load_transformation", "reads_float64", "require_rows", "resolve"]
 
 _log = plain_log("fct.gallery")
 _SHARD_BYTES = 128 << 20
@@ -137,6 +137,9 @@ def resolve(
     by_url = isinstance(writer, DatabaseDestination) or is_iceberg(destination)  # others are known by their journal
     urls = (source, options.columns.side_source, destination if by_url else None)
     width = 4 * (h.d_old + (h.d_side if h.uses_side_info else 0) + h.d_new)
+    batch_width = width
+    if reads_float64(gallery.source, gallery.vector, gallery.side_column, gallery.side, gallery.side_vector):
+        batch_width *= 4  # decoded into new memory, twice as much; small batches are still cached when they are rounded
     job = Job(
         source=gallery.source.url,
         destination=writer.url if isinstance(writer, DatabaseDestination) else str(journal.destination),
@@ -162,12 +165,19 @@ def resolve(
         **coding,
         **url_parts(urls, access["storage_options"], stored),
         shard_rows=options.cut.shard_rows or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
-        batch_rows=options.cut.batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / width))),
+        batch_rows=options.cut.batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / batch_width))),
     )
     _require_rows(job)
     how = reembedding_of(options.partial, h, gallery.source.schema, gallery.vector, gallery.ids, access)
     device, patience = options.execution.device, access["patience"]
     return Resolved(partial_job(job, how), gallery.source, gallery.side, writer, journal, h, device, patience, how)
+
+
+def reads_float64(source: Source, vector: str, side_column: str, side: Source | None, side_vector: str) -> bool:
+    """Whether vectors or side-information are rounded to float32 as they are read."""
+    return holds_float64(source.schema, (vector, side_column)) or (
+        side is not None and holds_float64(side.schema, (side_vector,))
+    )
 
 
 def _pinned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,9 +90,10 @@ def is_packed_int4(kind: pa.DataType, d: int, binary_dtype: str = "float32") -> 
     return bool(width == (d + 1) // 2 and width != d * np.dtype(binary_dtype).itemsize)
 
 
-def holds_float64(kind: pa.DataType) -> bool:
-    """Whether a column's vectors are rounded to float32 as they are read."""
-    return bool(getattr(plain_type(kind), "value_type", None) == pa.float64())
+def holds_float64(schema: pa.Schema, columns: Iterable[str]) -> bool:
+    """Whether the vectors of any of these columns are rounded to float32 as they are read."""
+    kinds = [plain_type(schema.field(name).type) for name in columns if name in schema.names]
+    return any(getattr(kind, "value_type", None) == pa.float64() for kind in kinds)
 
 
 def vector_dim(column: pa.Array, binary_dtype: str = "float32") -> int | None:

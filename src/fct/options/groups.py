@@ -202,7 +202,9 @@ class Cut(Group):
         None, "Rows of a shard; by default as many as take about 128 MB.", check=optional(whole(1))
     )
     batch_rows: int | None = option(
-        None, "Rows mapped at once; by default as many as take about 64 MB.", check=optional(whole(1))
+        None,
+        "Rows mapped at once; by default as many as take about 64 MB, float64 lists 16 MB.",
+        check=optional(whole(1)),
     )
 
 

@@ -141,7 +141,7 @@ class CutKeywords(TypedDict, total=False):
     shard_rows: int | None
     """Rows of a shard; by default as many as take about 128 MB."""
     batch_rows: int | None
-    """Rows mapped at once; by default as many as take about 64 MB."""
+    """Rows mapped at once; by default as many as take about 64 MB, float64 lists 16 MB."""
 
 
 class DatabaseKeywords(TypedDict, total=False):
