@@ -75,8 +75,9 @@ class RidgePath:
         assert shift is not None  # there are pairs
         self._mean = mean + shift
         deviation = np.sqrt(np.maximum(gram.diagonal(), 0))
-        floor = deviation.max(initial=0) * 1e-3
-        self._scale = np.where(deviation > floor, deviation, deviation.max(initial=0) or 1.0)
+        # What is constant has no scale of its own. Each array is its own judge: old and side may have other units.
+        widest = np.concatenate([np.full(len(x), x.max(initial=0)) for x in np.split(deviation, [d_old])])
+        self._scale = np.where(deviation > 1e-3 * widest, deviation, np.where(widest > 0, widest, 1.0))
         gram /= np.outer(self._scale, self._scale)
         cross /= self._scale[:, None]
         self._values, self._vectors = np.linalg.eigh(gram)

@@ -146,7 +146,9 @@ def fit_transformation(
             None if side_info is None else side_model, bar, state, checkpoint_seconds, on_epoch,
         )  # fmt: skip
         if settings is None:
-            length = _common_length(sample[2]) if not spaces[1].normalised else 1.0
+            length = _common_length(sample[2])
+            if spaces[1].normalised and (length is None or abs(length - 1) < 1e-2):
+                length = 1.0
             h, held = run.auto(length, seconds, extra if config == "best" else None, best=config == "best")
         else:
             h, held = run.single(settings)
@@ -327,7 +329,7 @@ class _Run:
             self.train, held = split_pairs(self.train, share, self.seed)
         for line in plan.why:
             self._tell(line)
-        metric, normalise = self.spaces[1].metric, length is not None
+        metric, normalise = self.spaces[1].metric, self.spaces[1].normalised or length is not None
         epochs = sum(c.epochs for c in plan.rungs)
         self._task = self.bar.add_task("fitting h", total=epochs * max(1, plan.folds) + plan.rungs[-1].epochs)
         fit = AutoFit(
@@ -356,7 +358,9 @@ class _Run:
             "history": training.history,
             "mixed": calibrate_length(test, judged.raw, self.seed, self._tell),
         }
-        return self._returned(training, judged.share, judged.linear, normalise, length or 1.0, info), found.judged
+        # A space of unit length may have come in other units: it is measured in those, and written as it says.
+        written = 1.0 if self.spaces[1].normalised else length or 1.0
+        return self._returned(training, judged.share, judged.linear, normalise, written, info), found.judged
 
     def _returned(
         self, training: PairTraining, share: float, linear: LinearMap, normalise: bool, length: float, info: JsonDict
