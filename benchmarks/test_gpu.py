@@ -162,7 +162,7 @@ def measure_transform(
                 warnings.simplefilter("ignore")
                 call = settled(build(), place)
                 got = host(call()[:shown], place)
-        except Exception as error:  # whatever one can not do here, the others are measured
+        except Exception as error:  # whatever one cannot do here, the others are measured
             status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             record("gpu transform", who=who, precision=precision, rows=rows, gpu=device.model, status=status)
             continue

@@ -93,7 +93,7 @@ class ArrowMapper:
         self.h = _one_here(self.h, self.fingerprint)
 
     def __call__(self, rows: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
-        """The rows with ``out``. Raises ValueError for a column that is not there or can not hold h's vectors."""
+        """The rows with ``out``. Raises ValueError for a column that is not there or cannot hold h's vectors."""
         if isinstance(rows, pa.RecordBatch):
             return self._batch(rows)
         if isinstance(rows, pa.Table):
@@ -124,7 +124,7 @@ class ArrowMapper:
         if bad and self.on_bad == "raise":
             first = min(bad)
             raise ValueError(
-                f"{self.vector}: expected vectors that can be mapped, {len(bad)} of {batch.num_rows} rows can not; "
+                f"{self.vector}: expected vectors that can be mapped, {len(bad)} of {batch.num_rows} rows cannot; "
                 f"row {first}: {bad[first]}"
             )
         self.bad.update(bad.values())
@@ -144,7 +144,7 @@ class ArrowMapper:
         return batch
 
     def _mapped(self, batch: pa.RecordBatch) -> tuple[Floats, dict[int, str]]:
-        """((n, d_new), reason by row): what can not be mapped is zero there."""
+        """((n, d_new), reason by row): what cannot be mapped is zero there."""
         n, h = batch.num_rows, self.h
         bad: dict[int, str] = {}
         arrays = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import numpy as np
 
 from fct.checks import shown
-from fct.types import Values
+from fct.types import Array, NumbersLike, OneKind
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class ScaledInt8:
     """8-bit codes and what brings them back: row = values * scale + offset.
 
     Args:
-        values: (n, d) int8 or uint8, numpy or torch. uint8 codes are copied to int8 once, and can not be written to.
+        values: (n, d) int8 or uint8, numpy or torch. uint8 codes are copied to int8 once, and cannot be written to.
         scale: a positive float; or (n,) / (n, 1), one per row; or (1, d), one per dimension. float32.
         offset: what a code of 0 stands for: a float; or (n,) / (n, 1); or (1, d). float32. Codes with a zero point z,
             row = (values - z) * scale, have offset = -z * scale; codes made from a minimum (row = (values + 128) *
@@ -35,9 +35,9 @@ class ScaledInt8:
         (2, 3)
     """
 
-    values: Values
-    scale: Values = 1.0
-    offset: Values = 0.0
+    values: Array | torch.Tensor
+    scale: NumbersLike = 1.0
+    offset: NumbersLike = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ def is_torch(x: object) -> TypeGuard[torch.Tensor]:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def signed(codes: Values) -> Values:
+def signed(codes: OneKind) -> OneKind:
     """uint8 codes less 128, as int8: the same bits but the first."""
     if isinstance(codes, np.ndarray):
         return (codes ^ np.uint8(0x80)).view(np.int8)
@@ -61,7 +61,7 @@ def signed(codes: Values) -> Values:
     return (codes ^ 0x80).view(torch.int8)
 
 
-def check_per_row(given: Values, what: str, shape: tuple[int, int], like: Values, name: str) -> Values:
+def check_per_row(given: NumbersLike, what: str, shape: tuple[int, int], like: OneKind, name: str) -> OneKind:
     """A "scale" or an "offset" as float32 (1, 1), (n, 1) or (1, d), where the values lie."""
     n, d = shape
     kind = "a scale of positive floats" if what == "scale" else "an offset of floats"

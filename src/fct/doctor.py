@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from fct.ops.transform.reference_backend import store
 from fct.ops.weights import packed
 from fct.ref import chain
 from fct.rows import Rows
-from fct.types import JsonDict, Values
+from fct.types import Array, Floats, JsonDict
 
 if TYPE_CHECKING:
+    import torch
+
     from fct.ops.backend import SearchBackend
 
 
@@ -208,13 +210,16 @@ def _remember(timings: list[Timing]) -> str:
     return str(verdict_file()) if kept else ""
 
 
+_Found: TypeAlias = "tuple[Array | torch.Tensor, Array | torch.Tensor]"  # distances, rows
+_Ask: TypeAlias = Callable[[Rows, int], _Found]  # (queries, k)
+
+
 @dataclass(frozen=True)
 class _Search:
-    """A search on a device. prepare: (gallery rows, metric) -> what ``run`` takes besides the queries, k and metric."""
+    """A search on a device. prepare: (gallery rows, metric) -> what answers queries in it."""
 
     why_not: Callable[[], list[str]]
-    prepare: Callable[[Rows, str], Values]
-    run: Callable[[Rows, Values, int, str], tuple[Values, Values]]
+    prepare: Callable[[Rows, str], _Ask]
 
 
 def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
@@ -226,18 +231,18 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
     threads = default_threads()
 
     def compiled(shadowed: bool) -> _Search:
-        return _Search(
-            list,
-            lambda g, metric: (g, build_shadow(g, metric, threads=threads) if shadowed else None),
-            lambda q, ready, k, metric: topk_cpu(q, ready[0], ready[1], k, metric, False, threads=threads)[:2],
-        )
+        def prepare(g: Rows, metric: str) -> _Ask:
+            shadow = build_shadow(g, metric, threads=threads) if shadowed else None
+            return lambda q, k: topk_cpu(q, g, shadow, k, metric, False, threads=threads)[:2]
 
-    def shadowed(search: SearchBackend, kind: str) -> _Search:
-        return _Search(
-            lambda: search.why_not(SEARCH_K, "l2", place),
-            lambda g, metric: search.prepare(g, metric, kind),
-            lambda q, g, k, metric: search.search(q, g, k),
-        )
+        return _Search(list, prepare)
+
+    def on_gpu(search: SearchBackend, kind: str) -> _Search:
+        def prepare(g: Rows, metric: str) -> _Ask:
+            shadow = search.prepare(g, metric, kind)
+            return lambda q, k: search.search(q, shadow, k)
+
+        return _Search(lambda: search.why_not(SEARCH_K, "l2", place), prepare)
 
     if place == "cpu":
         yield "cpu", "int8", compiled(True)
@@ -245,7 +250,7 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
     else:
         for search in search_backends():
             for kind in ("bf16", "int8"):
-                yield search.name, kind, shadowed(search, kind)
+                yield search.name, kind, on_gpu(search, kind)
     from fct.ops.device.state import why_no_cuda
 
     yield (
@@ -253,8 +258,7 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
         "fp32",
         _Search(
             lambda: [] if place == "cpu" else why_no_cuda(place),
-            lambda g, metric: g,
-            lambda q, g, k, metric: topk_blocked(q, g, k, metric, False),
+            lambda g, metric: lambda q, k: topk_blocked(q, g, k, metric, False),
         ),
     )
 
@@ -266,8 +270,8 @@ def _prove_search(name: str, precision: str, place: str, search: _Search) -> Fin
     for metric in METRICS:
         for case in search_cases():
             try:
-                ready = search.prepare(_rows(case.gallery, "float32", place), metric)
-                found = search.run(_rows(case.queries, "float32", place), ready, case.k, metric)
+                ask = search.prepare(_rows(case.gallery, "float32", place), metric)
+                found = ask(_rows(case.queries, "float32", place), case.k)
                 distances, rows = (_array(x, place) for x in found)
                 wrong = case.error((distances, rows), metric)
                 if not wrong:
@@ -280,7 +284,7 @@ def _prove_search(name: str, precision: str, place: str, search: _Search) -> Fin
     return Finding(name, precision, place, "right", "", worst, "search")
 
 
-def _array(x: Values, place: str) -> Values:
+def _array(x: Array | torch.Tensor, place: str) -> Array:
     if isinstance(x, np.ndarray):
         return x
     from fct.ops.device.state import device_of
@@ -291,7 +295,7 @@ def _array(x: Values, place: str) -> Values:
 def _time_search(name: str, precision: str, place: str, search: _Search, full: bool) -> list[Timing]:
     rng = np.random.default_rng(5)
     n, d = FULL_SEARCH_GALLERY if full else SEARCH_GALLERY
-    g = search.prepare(_rows(rng.standard_normal((n, d), dtype=np.float32), "float32", place), "l2")
+    ask = search.prepare(_rows(rng.standard_normal((n, d), dtype=np.float32), "float32", place), "l2")
     found = []
     for n_q in FULL_SEARCH_SIZES if full else SEARCH_SIZES:
         if place == "cpu" and precision == "fp32" and n_q > 16:
@@ -299,7 +303,7 @@ def _time_search(name: str, precision: str, place: str, search: _Search, full: b
         q = _rows(rng.standard_normal((n_q, d), dtype=np.float32), "float32", place)
 
         def call(q: Rows = q) -> None:
-            search.run(q, g, min(SEARCH_K, n), "l2")
+            ask(q, min(SEARCH_K, n))
 
         seconds = _seconds(call, place)
         found.append(Timing(name, precision, place, n_q, *seconds, "search", n))
@@ -325,7 +329,7 @@ def _calibrated(h: Transformation) -> Transformation:
     rng = np.random.default_rng(1)
     ranges: JsonDict = {}
 
-    def walk(name: str, values: Values) -> Values:
+    def walk(name: str, values: Floats) -> Floats:
         for i, layer in enumerate(getattr(h, name)):
             ranges[f"{name}.{i}"] = np.stack([values.min(0), values.max(0)]).astype(np.float32)
             values = chain(values, [layer], np.float32)
@@ -367,7 +371,7 @@ def _prove(backend: TransformBackend, precision: str, place: str, full: bool) ->
     return Finding(backend.name, precision, place, "right", "", worst)
 
 
-def _rows(x: Values, dtype: str, place: str) -> Rows:
+def _rows(x: Floats, dtype: str, place: str) -> Rows:
     """Host float32 values as a block of the dtype on a device."""
     bits = Rows(np.empty(x.shape, "uint16" if dtype == "bfloat16" else dtype), dtype, None, "cpu", "numpy")
     store(x, bits)
@@ -382,7 +386,7 @@ def _rows(x: Values, dtype: str, place: str) -> Rows:
     return Rows(device_of(place).upload(host), dtype, None, place, "torch")
 
 
-def _host(rows: Rows) -> Values:
+def _host(rows: Rows) -> Floats:
     if rows.kind_is_numpy:
         return rows.float32()
     from fct.ops.device.state import device_of
@@ -402,7 +406,7 @@ def _time(
         old, out = _rows(x, "float32", place), _rows(np.zeros((n, h.d_new), np.float32), "float32", place)
         weights = packed(backend, h, precision, place)
 
-        def call(old: Rows = old, out: Rows = out, weights: Values = weights) -> None:
+        def call(old: Rows = old, out: Rows = out, weights: object = weights) -> None:
             backend.run(weights, old, old, out, threads=default_threads())
 
         found.append(Timing(backend.name, precision, place, n, *_seconds(call, place)))

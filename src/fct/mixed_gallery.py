@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,10 @@ from fct.metrics import evaluate, recall_at_k
 from fct.rows import check_labels, rows_of
 from fct.search import topk
 from fct.transform import transform_batch
-from fct.types import Bools, Floats, Indices, JsonDict, LabelsLike, RowsLike, Values
+from fct.types import Array, Bools, Floats, Indices, JsonDict, LabelsLike, RowsLike
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "MIXED_SHARES",
@@ -256,7 +259,7 @@ def mixed_transformation(transformation: Transformation, correction: MixedCorrec
         transformation: h. correction: None: the one stored in it.
 
     Raises:
-        ValueError: none is stored, or it is a coordinate more, which h can not write: the message says what to do.
+        ValueError: none is stored, or it is a coordinate more, which h cannot write: the message says what to do.
 
     Example:
         >>> import fct
@@ -348,5 +351,5 @@ def evaluate_mixed(
     return mixed_curve(truth, values, how, correction, shares=shares, labels=classes, seed=seed, k=k)
 
 
-def _host(x: Values) -> Floats:
+def _host(x: Array | torch.Tensor) -> Floats:
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()

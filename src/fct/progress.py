@@ -21,7 +21,7 @@ _shown = threading.Lock()  # one bar at a time: a call inside another's, or in a
 class LongCall:
     """Shows how far a call is, once it has lasted two seconds, where stderr is a terminal.
 
-    show: False for silence. A bar that can not be drawn (the terminal is gone) never stops the call.
+    show: False for silence. A bar that cannot be drawn (the terminal is gone) never stops the call.
 
     Example:
         >>> with LongCall(True) as call:

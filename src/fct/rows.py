@@ -21,9 +21,11 @@ from fct.codes import ScaledInt8, check_per_row, is_torch, signed
 from fct.extras import need
 from fct.native_codes import BYTES_OF, DTYPE_CODES
 from fct.packed_int4 import PackedInt4
-from fct.types import Array, Bools, RowsLike, Values
+from fct.types import Array, Bools, OneKind, RowsLike, Values
 
 if TYPE_CHECKING:
+    import torch
+
     from fct._C import Xxh64
 
 
@@ -240,7 +242,7 @@ def _unwrap(x: RowsLike, name: str) -> tuple[str, str, Values, str]:
     raise TypeError(f"{name}: expected a numpy array, a torch tensor or a DLPack object, got {type(x).__name__}")
 
 
-def _numpy(x: Array, kind: str, name: str) -> tuple[str, str, Values, str]:
+def _numpy(x: Array, kind: str, name: str) -> tuple[str, str, Array, str]:
     if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
         masked = np.count_nonzero(x.mask)
         raise ValueError(f"{name}: expected values without a mask, got {masked} masked; use .filled(...)")
@@ -256,7 +258,7 @@ def _numpy(x: Array, kind: str, name: str) -> tuple[str, str, Values, str]:
     return kind, "cpu", x, dtype
 
 
-def _torch(x: Values, kind: str, name: str) -> tuple[str, str, Values, str]:
+def _torch(x: torch.Tensor, kind: str, name: str) -> tuple[str, str, Values, str]:
     import torch
 
     if x.is_nested or x.layout != torch.strided:
@@ -275,7 +277,7 @@ def _torch(x: Values, kind: str, name: str) -> tuple[str, str, Values, str]:
     return kind, str(x.device), x, dtype
 
 
-def _inner_contiguous(x: Values) -> Values:
+def _inner_contiguous(x: OneKind) -> OneKind:
     n, d = x.shape
     if isinstance(x, np.ndarray):
         if x.flags.c_contiguous and x.flags.aligned:
@@ -313,7 +315,7 @@ def check_backed(array: Array, name: str) -> None:
         raise ValueError(f"{name}: expected a mapped file of at least {needed} bytes, got {size}: it was truncated")
 
 
-def _check_writable(given: Values, array: Values, tidy: Values, name: str) -> None:
+def _check_writable(given: object, array: object, tidy: object, name: str) -> None:
     if isinstance(given, np.ndarray) and not np.ndarray.view(given, np.ndarray).dtype.isnative:
         raise ValueError(f"{name}: expected values in this machine's byte order, got {given.dtype.str}")
     if is_torch(given) and given.requires_grad:
@@ -388,7 +390,7 @@ def empty_like_kind(like: Rows, shape: tuple[int, int], dtype: str) -> tuple[Val
     return _as_kind(tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor, like.kind), rows
 
 
-def _as_kind(tensor: Values, kind: str) -> Values:
+def _as_kind(tensor: torch.Tensor, kind: str) -> Values:
     """A torch tensor handed over, without a copy, to the DLPack library that the input came from."""
     if kind == "torch":
         return tensor

@@ -94,7 +94,7 @@ class PreparedGallery:
     """A gallery with the 8-bit shadow that :func:`topk` scans; made by :func:`prepare_gallery`.
 
     The rows themselves are not copied: keep them unchanged as long as this is used (they are scored again, in
-    float64, wherever the shadow can not decide).
+    float64, wherever the shadow cannot decide).
 
     gallery: the (n, d) array that was given. metric, space: as given. nbytes: of the shadow. memory_ratio: rows and
     shadow together over the rows alone, 1 + (d + 20.25) / (4 d) for float32: 1.29 at 128 dimensions, under 1.3 from
@@ -254,11 +254,11 @@ def prepare_gallery(
         progress: show a bar on stderr, where that is a terminal and the call lasts more than two seconds.
 
     Returns:
-        PreparedGallery: pass it as ``gallery``. The shadow takes d + 20.25 bytes a row on the CPU. Where a GPU can not
+        PreparedGallery: pass it as ``gallery``. The shadow takes d + 20.25 bytes a row on the CPU. Where a GPU cannot
         run the kernels there is none, and :func:`topk` scores every row.
 
     Raises:
-        TypeError, ValueError: the argument, what was expected and what came. BackendError: a precision that can not be
+        TypeError, ValueError: the argument, what was expected and what came. BackendError: a precision that cannot be
         had there, or a device out of memory.
 
     Example:
@@ -358,7 +358,7 @@ def topk(
 
     Raises:
         TypeError, ValueError: the argument, what was expected and what came. SpaceMismatchError: two models' vectors.
-        BackendError: a forced precision that this search can not use, or a GPU out of memory. DeviceLostError: the
+        BackendError: a forced precision that this search cannot use, or a GPU out of memory. DeviceLostError: the
         GPU failed; nothing that it computed can be trusted.
 
     Example:
@@ -413,7 +413,7 @@ def _shadow_for(
         if shadow is None or not shadow.usable:
             why, shadow = "some norms are beyond 1e12, too far for float32 products", None
     if shadow is None and precision == "int8":
-        raise BackendError(f"precision: int8 can not be scanned here: {why}")
+        raise BackendError(f"precision: int8 cannot be scanned here: {why}")
     return shadow
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 from uuid import UUID
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "JsonDict",
     "LabelsLike",
     "Metric",
+    "NumbersLike",
     "NumpyDType",
+    "OneKind",
     "Precision",
     "RowsLike",
     "StorageAccess",
@@ -90,10 +92,13 @@ if TYPE_CHECKING:
     NumpyDType: TypeAlias = np.dtype[np.generic]
     Indices: TypeAlias = npt.NDArray[np.integer[Any]]
     Bools: TypeAlias = npt.NDArray[np.bool_]
-    # What comes in at the gate; and what lies behind it: numpy arrays on a CPU, torch tensors on a GPU. One code
-    # calculates with both, through the operators that the two share, which no type of theirs has in common.
+    # What comes in at the gate; and what lies behind it: numpy arrays on a CPU, torch tensors on a GPU. Where one code
+    # calculates with both through the operators that the two share, which no type of theirs has in common, these are
+    # Values; where what goes out is of the kind that came in, OneKind.
+    OneKind = TypeVar("OneKind", npt.NDArray[Any], torch.Tensor)
     RowsLike: TypeAlias = Array | torch.Tensor | ScaledInt8 | PackedInt4 | SupportsDLPack
     LabelsLike: TypeAlias = npt.ArrayLike | torch.Tensor
+    NumbersLike: TypeAlias = npt.ArrayLike | torch.Tensor  # one for all, a row or a dimension
     Values: TypeAlias = Any
     GalleryLike: TypeAlias = str | os.PathLike[str] | Source | Location | ds.Dataset | pa.Table | Callable[[], object]
     TransformationLike: TypeAlias = str | os.PathLike[str] | Transformation
@@ -102,4 +107,4 @@ if TYPE_CHECKING:
     FileSystem: TypeAlias = fsspec.AbstractFileSystem | pyarrow.fs.FileSystem
 else:  # at run time an argument's check says what it expected; nothing heavy is loaded for a name
     Array = Floats = Float32s = Int64s = NumpyDType = Indices = Bools = RowsLike = LabelsLike = Values = Any
-    CodeArray = CodeNumber = GalleryLike = TransformationLike = FileSystem = Any
+    CodeArray = CodeNumber = GalleryLike = TransformationLike = FileSystem = NumbersLike = OneKind = Any

@@ -79,7 +79,7 @@ def test_bad_rows_are_null_counted_and_explained(h: fct.Transformation, old: Any
     want = fct.transform_batch(old[good], side[good], h, precision="fp32", progress=False)
     assert np.array_equal(values(got.column("new").take(pa.array(good))), want)
     with pytest.raises(
-        ValueError, match="v: expected vectors that can be mapped, 3 of 40 rows can not; row 3: v: not finite"
+        ValueError, match="v: expected vectors that can be mapped, 3 of 40 rows cannot; row 3: v: not finite"
     ):
         h.arrow_mapper(vector="v", side="s", on_bad="raise")(batch)
 

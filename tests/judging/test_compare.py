@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fct
-from fct.baselines import fit_ridge
+from fct.baselines import fit_residual, fit_ridge
 from fct.judging import alternatives
 from fct.judging.learning_curve import extrapolate
 from fct.judging.pair_coverage import neighbour_means, recalls_at_10, unlike_pairs
@@ -100,7 +100,7 @@ def test_a_comparison_says_what_each_map_does_on_held_out_pairs(
     )
     train, held = alternatives.split_apart(old, 0.2, 0)
     by_name = {row.name: row for row in found.alternatives}
-    assert list(by_name) == ["nothing", "procrustes", "ridge", "low-rank 1", "residual MLP", "auto"]
+    assert list(by_name) == ["nothing", "procrustes", "ridge", "low-rank 1", "residual MLP", "residual MLP, queries to old", "auto"]
     assert (found.train_pairs, found.held_out_pairs) == (len(train), len(held)) == (320, 80)
     h = fit_ridge(old[train], new[train])
     mapped = fct.transform_batch(old[held], None, h)
@@ -114,6 +114,10 @@ def test_a_comparison_says_what_each_map_does_on_held_out_pairs(
     assert ridge.cost == pytest.approx(3 * ridge.hours)
     assert ridge.bytes_per_row == 32
     assert ridge.mflop_per_row == h.flop_per_row / 1e6
+    back = by_name["residual MLP, queries to old"]
+    asked = fct.transform_batch(new[held], None, fit_residual(new[train], old[train], progress=False))
+    assert back.recall_at_10 == pytest.approx(by_hand(asked, old[held], new[held]).mean(), abs=0.02)
+    assert (back.hours, back.cost, back.bytes_per_row) == (0, 0, 16), "the gallery stays as it is"
     assert [p.pairs for p in found.curve] == [40, 80, 160, 320, 640, 1280]
     assert found.curve[3].recall == pytest.approx(ridge.recall_at_10)
     assert found.unlike_gallery == 0.0

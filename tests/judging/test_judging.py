@@ -195,9 +195,15 @@ def test_fused_search_is_the_weighted_sum_of_both_scores(rng: np.random.Generato
             q, g = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, g))
         return q.astype(np.float64) @ g.T.astype(np.float64)
 
-    for a, b in (("l2", "l2"), ("ip", "cosine"), ("cosine", "cosine")):
+    for a, b in (("l2", "l2"), ("ip", "cosine"), ("cosine", "cosine"), ("l2", "ip"), ("cosine", "l2")):
         want = np.argsort(-(0.3 * score(q_old, old, a) + 0.7 * score(q_new, new, b)), axis=1)[:, :5]
         np.testing.assert_array_equal(_Fused(old, new, a, b).search(q_old, q_new, 0.7, 5), want)
+
+
+@pytest.mark.parametrize("metrics", [("l2", "cosine"), ("ip", "l2")])
+def test_both_spaces_are_fused_whatever_their_metrics(metrics: tuple[str, str]) -> None:
+    verdict = World(1.5, 0.3).judge(old_metric=metrics[0], new_metric=metrics[1], candidate="fused")
+    assert verdict.candidate == "fused"
 
 
 def test_what_is_left_out_is_counted_and_named() -> None:

@@ -182,7 +182,7 @@ def test_no_rows_launch_nothing(fake: FakeDevice) -> None:
 def test_certified_by_the_bounds_and_not_by_luck(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:
     """Lists that keep too little: the bounds must say so. Without them, the answer is wrong."""
     g = np.repeat(rng.standard_normal((32, 16)), 64, axis=0).astype(np.float32)
-    g += rng.standard_normal(g.shape).astype(np.float32) * 1e-4  # near-ties that bfloat16 can not tell
+    g += rng.standard_normal(g.shape).astype(np.float32) * 1e-4  # near-ties that bfloat16 cannot tell
     q = g[::300] + np.float32(1e-4)
     narrow = topk_triton.Plan(
         kernels.tile("bf16", 32, "sm_90", width=64, queries=4), 32, 1, False

@@ -189,7 +189,7 @@ def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pyt
 
 
 def test_doctor_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every backend as it is: what can not run here says so, and nothing here is wrong."""
+    """Every backend as it is: what cannot run here says so, and nothing here is wrong."""
     monkeypatch.setattr(doctor, "SIZES", (1,))
     monkeypatch.setattr(selfproof, "ROWS", (3,))
     monkeypatch.setattr(doctor, "SEARCH_GALLERY", (500, 128))

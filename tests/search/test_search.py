@@ -197,7 +197,7 @@ def test_own_row_left_out_needs_one_more(rows: Any) -> None:
 
 
 def test_a_forced_precision_runs_or_says_why(rows: Any) -> None:
-    with pytest.raises(BackendError, match="int8 can not be scanned here: some norms"):
+    with pytest.raises(BackendError, match="int8 cannot be scanned here: some norms"):
         fct.topk(rows, rows * np.float32(1e14), 1, precision="int8")
     with pytest.raises(BackendError, match="got 'bf16'"):
         fct.topk(rows, rows, 1, precision="bf16")

@@ -25,7 +25,7 @@ from fct.ops.registry import pick_transform
 from fct.ops.transform.cpu_backend import CpuTransform
 from fct.ops.weights import packed
 from fct.transform import transform_batch
-from fct.types import Array, Values
+from fct.types import Array
 
 __all__ = ["TOLERANCE", "error_of", "inputs_of", "our_call", "processor", "run_bench", "same_neighbours"]
 
@@ -54,7 +54,7 @@ def processor() -> str:
     return " ".join(part for part in (name, family, f"({', '.join(have)})") if part)
 
 
-def error_of(got: Values, want: Array) -> float:
+def error_of(got: Array, want: Array) -> float:
     """Root mean squared difference over the spread of ``want``."""
     return float(np.sqrt(np.mean((got - want) ** 2) / np.var(want)))
 
@@ -196,7 +196,7 @@ def _transform(
         for key, build in transform_peers(h, old, side, threads, folder).items():
             try:
                 calls[key], checks[key] = build(), small[key]()
-            except Exception as error:  # whatever a peer can not do here, the others are measured
+            except Exception as error:  # whatever a peer cannot do here, the others are measured
                 status[key] = _why(error)
     want = ref.transform(*checked, h)
     for key, check in checks.items():

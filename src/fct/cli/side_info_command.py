@@ -34,7 +34,7 @@ def train_side_info(
 ) -> None:
     """Train a side-information model on the images that the old model was trained on.
 
-    Do it today: once the images are gone, side-information can not be made.
+    Do it today: once the images are gone, side-information cannot be made.
 
     Example: fct train-side-info photos/train --out side.safetensors --vectors side.npy --backbone resnet18
     """

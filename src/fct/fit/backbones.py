@@ -165,5 +165,5 @@ def embedding_model(
         module, features = backbone(network, in_channels=image_shape[0])
         model = EmbeddingModel(module, features, dim, image_shape[0])
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *image_shape))  # settles lazy sizes, and refuses images it can not read
+            model.eval()(torch.zeros(1, *image_shape))  # settles lazy sizes, and refuses images it cannot read
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +16,10 @@ from fct.ops.backend import PRECISIONS
 from fct.rows import check_labels, rows_of
 from fct.search import topk
 from fct.transform import check_inputs, transform_batch
-from fct.types import Array, Floats, JsonDict, LabelsLike, RowsLike, Values
+from fct.types import Array, Floats, JsonDict, LabelsLike, RowsLike
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["calibrate", "measure_precisions"]
 
@@ -158,5 +162,5 @@ def _difference(after: float, before: float) -> float:
     return 0.0 if np.isnan(after) and np.isnan(before) else float(after - before)
 
 
-def _host(x: Values) -> Floats:
+def _host(x: Array | torch.Tensor) -> Floats:
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()

@@ -1,6 +1,6 @@
 """Side-information: a small vector beside each old embedding, learnt for a future that nobody knows yet.
 
-It can not be made retroactively. Every method here knows the old images only, and no label but "supervised".
+It cannot be made retroactively. Every method here knows the old images only, and no label but "supervised".
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class Alternative:
     """One way to go on. recall_at_10, cmc1 and map are shares in [0, 1] of held-out rows; cmc1 and map need labels.
 
     bytes_per_row: the float32 vector that is searched, and the side-information that is kept for it.
-    rows_per_s: of ``transform_batch`` on this machine. hours, cost: for the rows and the price asked about.
+    rows_per_s: of ``transform_batch`` on this machine. hours, cost: for the rows and the price asked about; 0 where the
+    gallery stays as it is.
     """
 
     name: str
@@ -98,6 +99,15 @@ class _Part:
 _Fit = Callable[[_Part], Transformation]
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A map to fit. with_side: it reads side-information. of_queries: it brings new queries to the old gallery."""
+
+    fit: _Fit
+    with_side: bool = False
+    of_queries: bool = False
+
+
 def compare_alternatives(
     old: Floats,
     side_info: Floats | None,
@@ -131,7 +141,8 @@ def compare_alternatives(
         seed: of the split and the fits. progress: show a bar.
 
     Returns:
-        Comparison. "nothing" is old queries in the old gallery; the others are new queries in the mapped one.
+        Comparison. "nothing" is old queries in the old gallery; in "residual MLP, queries to old" new queries are
+        mapped and search the old gallery, which stays; in all others new queries search the mapped gallery.
 
     Raises:
         ValueError: arrays that do not fit, too few pairs, an unknown name.
@@ -175,19 +186,18 @@ def compare_alternatives(
     sizes = [len(train_rows) // part for part in _SHARES if len(train_rows) // part >= _LEAST_PAIRS]
     with step_bar(progress) as bar:
         task = bar.add_task("comparing", total=len(fits) + (0 if curve == "none" else len(sizes) - 1))
-        for name, (fit, with_side) in fits.items():
+        for name, way in fits.items():
             bar.update(task, description=f"fitting {name}")
-            row, recalls[name] = judge.map(name, fit, train, with_side)
+            row, recalls[name] = judge.map(name, way, train)
             found.append(row)
             bar.advance(task)
         points: list[Floats] = []
         for size in sizes[:-1] if curve != "none" else []:
             bar.update(task, description=f"{curve} on {size:,} pairs")
             part = train.take(np.random.default_rng([seed, 3]).permutation(len(train_rows))[:size])
-            fit, with_side = fits[curve]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FctWarning)  # of all pairs it was said already
-                points.append(judge.map(curve, fit, part, with_side)[1])
+                points.append(judge.map(curve, fits[curve], part)[1])
             bar.advance(task)
     drawn = () if curve == "none" else extrapolate(sizes, [*map(_doubles, points), _doubles(recalls[curve])], seed=seed)
     notes = _notes(whole - len(held_rows), len(held_rows), held_labels, found, unlike)
@@ -270,30 +280,38 @@ def fit_low_rank(old: Floats, new: Floats, *, rank: int) -> Transformation:
     return full.with_(old=(both,), mixer=(Layer(last, bias, relu=False),), skip=None, info={"baseline": "low-rank"})
 
 
-def _fits(train: _Part, extra: Sequence[str], metric: str, seed: int) -> dict[str, tuple[_Fit, bool]]:
-    """Name -> (fit, whether it reads side-information)."""
-    unit = bool(np.all(np.abs(np.linalg.norm(train.new, axis=1) - 1) < 1e-3))
-    space = EmbeddingSpace("new", train.new.shape[1], metric=metric, normalised=unit)
+def _fits(train: _Part, extra: Sequence[str], metric: str, seed: int) -> dict[str, _Way]:
+    space, back = _space("new", train.new, metric), _space("old", train.old, metric)
     rank = max(1, min(train.old.shape[1], train.new.shape[1]) // 4)
 
-    def learned(config: str, with_side: bool) -> tuple[_Fit, bool]:
-        return lambda p: fit_transformation(
-            p.old, p.side if with_side else None, p.new, config=config, seed=seed, new_space=space, progress=False
-        ), with_side
+    def learned(config: str, with_side: bool) -> _Way:
+        return _Way(
+            lambda p: fit_transformation(
+                p.old, p.side if with_side else None, p.new, config=config, seed=seed, new_space=space, progress=False
+            ),
+            with_side,
+        )
 
     side = train.side is not None
-    fits: dict[str, tuple[_Fit, bool]] = {
-        "procrustes": (lambda p: fit_procrustes(p.old, p.new, new_space=space), False),
-        "ridge": (lambda p: fit_ridge(p.old, p.new, new_space=space), False),
-        f"low-rank {rank}": (
-            lambda p: fit_low_rank(p.old, p.new, rank=rank).with_(new_space=space, normalise=unit),
-            False,
+    fits = {
+        "procrustes": _Way(lambda p: fit_procrustes(p.old, p.new, new_space=space)),
+        "ridge": _Way(lambda p: fit_ridge(p.old, p.new, new_space=space)),
+        f"low-rank {rank}": _Way(
+            lambda p: fit_low_rank(p.old, p.new, rank=rank).with_(new_space=space, normalise=space.normalised)
         ),
-        "residual MLP": (lambda p: fit_residual(p.old, p.new, new_space=space, seed=seed, progress=False), False),
+        "residual MLP": _Way(lambda p: fit_residual(p.old, p.new, new_space=space, seed=seed, progress=False)),
+        "residual MLP, queries to old": _Way(
+            lambda p: fit_residual(p.new, p.old, new_space=back, seed=seed, progress=False), of_queries=True
+        ),
     }
     if side:
         fits["auto, no side-information"] = learned("auto", False)
     return fits | {name: learned(name, side) for name in ("auto", *dict.fromkeys(extra))}
+
+
+def _space(name: str, rows: Floats, metric: str) -> EmbeddingSpace:
+    unit = bool(np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-3))
+    return EmbeddingSpace(name, rows.shape[1], metric=metric, normalised=unit)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -314,17 +332,19 @@ class _Judge:
         cost = None if self.price is None else 0.0
         return Alternative("nothing", float(recall.mean()), cmc1, mean, 0.0, 0.0, None, 4 * old.shape[1], 0.0, cost)
 
-    def map(self, name: str, fit: _Fit, train: _Part, with_side: bool) -> tuple[Alternative, Floats]:
+    def map(self, name: str, way: _Way, train: _Part) -> tuple[Alternative, Floats]:
         begun = time.perf_counter()
-        h = fit(train)
+        h = way.fit(train)
         took = time.perf_counter() - begun
-        side = self.held.side if with_side else None
-        mapped = transform_batch(self.held.old, side, h, progress=False)
-        recall = self._recalls(mapped)
-        cmc1, mean = self._by_labels(self.held.new, mapped)
-        speed = rows_per_second(h, self.held.old, side, self.seconds)
-        kept = 4 * (h.d_new + (0 if side is None else side.shape[1]))
-        hours = self.rows / speed / 3600
+        held = self.held
+        rows, side = held.new if way.of_queries else held.old, held.side if way.with_side else None
+        mapped = transform_batch(rows, side, h, progress=False)
+        queries, gallery = (mapped, held.old) if way.of_queries else (held.new, mapped)
+        recall = recalls_at_10(queries, gallery, held.new, gallery_metric=self.metric, metric=self.metric)
+        cmc1, mean = self._by_labels(queries, gallery)
+        speed = rows_per_second(h, rows, side, self.seconds)
+        kept = 4 * (gallery.shape[1] + (0 if side is None else side.shape[1]))
+        hours = 0.0 if way.of_queries else self.rows / speed / 3600
         cost = None if self.price is None else hours * self.price
         mflop = h.flop_per_row / 1e6
         return Alternative(name, float(recall.mean()), cmc1, mean, took, mflop, speed, kept, hours, cost), recall

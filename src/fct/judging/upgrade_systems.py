@@ -132,7 +132,7 @@ def judge_upgrade(
     if true_vectors is not None:
         rows = _reranked(asked.new, new_rows, true_vectors, depth, k, new_metric)
         found["mapped + rerank"] = (measured(rows), f"depth {min(depth, len(items))}")
-    if fused and (old_metric == new_metric or "l2" not in (old_metric, new_metric)):
+    if fused:
         both = _Fused(old_rows, new_rows, old_metric, new_metric)
         tried = [measured(both.search(asked.old, asked.new, alpha, k)) for alpha in _ALPHAS]
         found["fused"] = _cross_fitted(tried, seed)
@@ -207,26 +207,30 @@ def _reranked(
 class _Fused:
     """One search over (1 - alpha) of the old score and alpha of the new, exact, as an inner product.
 
-    A squared distance is a constant of the query less 2 q.g - |g|^2, so that the lengths of the rows are two further
-    coordinates, which the query weights by -(1 - alpha) and -alpha.
+    A squared distance is a constant of the query less 2 q.g - |g|^2, so that the length of such a row is one further
+    coordinate, which the query weights by minus the space's share.
     """
 
     def __init__(self, old: Floats, new: Floats, old_metric: str, new_metric: str) -> None:
         self._metrics = (old_metric, new_metric)
-        parts = [_unit(old) if old_metric == "cosine" else old, _unit(new) if new_metric == "cosine" else new]
-        self._l2 = old_metric == "l2"
-        if self._l2:
-            parts += [(part.astype(np.float64) ** 2).sum(1, keepdims=True).astype(np.float32) for part in parts[:2]]
-        self._gallery = np.concatenate(parts, axis=1)
+        self._gallery = np.concatenate([*_stored(old, old_metric), *_stored(new, new_metric)], axis=1)
 
     def search(self, old: Floats, new: Floats, alpha: float, k: int) -> Rows:
-        old, new = (_unit(x) if m == "cosine" else x for x, m in zip((old, new), self._metrics, strict=True))
-        a, b = np.float32(1 - alpha), np.float32(alpha)
-        parts = [a * old, b * new]
-        if self._l2:
-            ones = np.ones((len(old), 1), np.float32)
-            parts = [2 * parts[0], 2 * parts[1], -a * ones, -b * ones]
-        return _nearest(np.concatenate(parts, axis=1), self._gallery, k, "ip")
+        asked = [*_asked(old, self._metrics[0], 1 - alpha), *_asked(new, self._metrics[1], alpha)]
+        return _nearest(np.concatenate(asked, axis=1), self._gallery, k, "ip")
+
+
+def _stored(rows: Floats, metric: str) -> list[Floats]:
+    if metric == "l2":
+        return [rows, (rows.astype(np.float64) ** 2).sum(1, keepdims=True).astype(np.float32)]
+    return [_unit(rows) if metric == "cosine" else rows]
+
+
+def _asked(rows: Floats, metric: str, share: float) -> list[Floats]:
+    weight = np.float32(share)
+    if metric == "l2":
+        return [2 * weight * rows, np.full((len(rows), 1), -weight)]
+    return [weight * (_unit(rows) if metric == "cosine" else rows)]
 
 
 def _unit(rows: Floats) -> Floats:

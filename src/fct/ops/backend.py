@@ -1,4 +1,4 @@
-"""What a backend is. Each says why it can not run a request; none falls back by itself."""
+"""What a backend is. Each says why it cannot run a request; none falls back by itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_precision(precision: str, *, gpu: bool = False) -> str:
 
 
 def why_not_plain(h: Transformation) -> list[str]:
-    """Why kernels that know two branches and a mixer alone can not run h; empty when they can."""
+    """Why kernels that know two branches and a mixer alone cannot run h; empty when they can."""
     why = [] if h.skip is None else ["has no skip"]
     return why + ([] if h.length == 1.0 else [f"brings outputs to length 1 only, got {h.length:g}"])
 
@@ -48,7 +48,7 @@ class TransformBackend(Protocol):
     name: str
 
     def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
-        """Every reason why this backend can not run h at this precision on this device; empty when it can."""
+        """Every reason why this backend cannot run h at this precision on this device; empty when it can."""
         ...
 
     def fastest_first(self, device: str) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ class SearchBackend(Protocol):
     name: str
 
     def why_not(self, k: int, metric: str, device: str) -> list[str]:
-        """Every reason why this search can not run on this device; empty when it can."""
+        """Every reason why this search cannot run on this device; empty when it can."""
         ...
 
     def prepare(self, gallery: Rows, metric: str, kind: str = "bf16") -> GpuShadow:

@@ -287,7 +287,7 @@ class CudaSearch:
         self.part = part
 
     def why_not(self, k: int, metric: str, device: str) -> list[str]:
-        """Every reason why this search can not run on this device; empty when it can."""
+        """Every reason why this search cannot run on this device; empty when it can."""
         why = [] if k <= _MAX_K else [f"expected k up to {_MAX_K}, got {k}"]
         if metric not in METRIC_CODES:
             why.append(f"has no metric {metric!r}")

@@ -31,7 +31,7 @@ from fct.ops.numerics.quantise import exact_first
 from fct.ops.numerics.rounding import SIGMAS, deviation
 from fct.ops.weights import packed
 from fct.rows import Rows
-from fct.types import Values
+from fct.types import Array, Floats
 
 if TYPE_CHECKING:
     from fct.ops.backend import SearchBackend
@@ -87,7 +87,7 @@ def read_verdicts() -> dict[str, str]:
 
 
 def write_verdict(key: str, verdict: str) -> None:
-    """Adds one verdict; a folder that can not be written costs the next process a proof, nothing more."""
+    """Adds one verdict; a folder that cannot be written costs the next process a proof, nothing more."""
     try:
         verdict_file().parent.mkdir(parents=True, exist_ok=True)
         write_bytes(verdict_file(), json.dumps(read_verdicts() | {key: verdict}, indent=1, sort_keys=True).encode())
@@ -95,7 +95,7 @@ def write_verdict(key: str, verdict: str) -> None:
         pass
 
 
-def error_of(got: Values, want: Values) -> float:
+def error_of(got: Array, want: Array) -> float:
     """Largest difference over ``want``'s root mean square; infinite where anything is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if not np.isfinite(got).all():
@@ -120,7 +120,7 @@ def _key(name: str, device: str, what: str) -> str:
     return f"{name} {place.model} {hashlib.sha256(whole.encode()).hexdigest()[:16]}"
 
 
-def far_off(h: Transformation, old: Values, side: Values) -> tuple[Transformation, Values, Values]:
+def far_off(h: Transformation, old: Floats, side: Floats) -> tuple[Transformation, Floats, Floats]:
     """(h, old, side) moved so that a first layer that rounds rows or weights to bfloat16 is seen.
 
     The later layers' roundings hide what rounding the rows costs. So the rows are moved some hundreds of units away,
@@ -148,7 +148,7 @@ def far_off(h: Transformation, old: Values, side: Values) -> tuple[Transformatio
     return h.with_(old=chains[0], side=chains[1], calibration=ranges), moved[0], moved[1]
 
 
-def _cancelling(weight: Values, far: Values) -> Values:
+def _cancelling(weight: Floats, far: Floats) -> Floats:
     """The weights (d_out, d) with a last column for which rows that are all ``far`` away give what they gave before."""
     return np.column_stack([weight[:, :-1], -(weight[:, :-1] @ far[:-1]) / far[-1]])
 
@@ -259,7 +259,7 @@ def _run_search(search: SearchBackend, metric: str, kind: str, device: str) -> s
 
     place = device_of(device)
 
-    def answer(q: Values, g: Values, k: int) -> tuple[Values, Values]:
+    def answer(q: Floats, g: Floats, k: int) -> tuple[Array, Array]:
         on_q, on_g = (Rows(place.upload(x), "float32", None, device, "torch") for x in (q, g))
         got, rows = search.search(on_q, search.prepare(on_g, metric, kind), k)
         return place.download(got), place.download(rows)
@@ -276,12 +276,12 @@ class SearchCase:
     """One search whose answer is known: float32 queries and gallery. whole: small whole numbers, of which many scores
     tie, and every l2 or ip score is exact, so that the rows must be the reference's too."""
 
-    queries: Values
-    gallery: Values
+    queries: Floats
+    gallery: Floats
     k: int
     whole: bool
 
-    def error(self, found: tuple[Values, Values], metric: str) -> str:
+    def error(self, found: tuple[Array, Array], metric: str) -> str:
         """What is wrong with (distances, rows) on the host; empty where nothing is."""
         same_rows = self.whole and metric != "cosine"
         return search_error(*found, self.queries, self.gallery, self.k, metric, same_rows=same_rows)
@@ -299,7 +299,7 @@ def search_cases() -> Iterator[SearchCase]:
             yield SearchCase(sides[0].astype(np.float32), sides[1].astype(np.float32), k, whole)
 
 
-def search_error(got: Values, rows: Values, q: Values, g: Values, k: int, metric: str, *, same_rows: bool) -> str:
+def search_error(got: Array, rows: Array, q: Floats, g: Floats, k: int, metric: str, *, same_rows: bool) -> str:
     """What is wrong with an answer; empty when it is the reference's. same_rows: scores are exact, so rows must be."""
     scores = ref.scores(q, g, metric).astype(np.float32)
     want, want_rows = ref.topk(q, g, k, metric)
@@ -318,11 +318,11 @@ class TransformCase:
     """One block of rows for h, whose answer is known. far: moved so that rounding in the first layers is seen."""
 
     h: Transformation
-    old: Values
-    side: Values
+    old: Floats
+    side: Floats
     far: bool
 
-    def error(self, got: Values, precision: str, backend: str) -> tuple[str, float]:
+    def error(self, got: Floats, precision: str, backend: str) -> tuple[str, float]:
         """(what is wrong with the (n, d_new) output on the host, or nothing; the largest error over its size)."""
         want = ref.transform(self.old, self.side, self.h)
         error = error_of(got, want)
@@ -374,7 +374,7 @@ def _run(backend: TransformBackend, h: Transformation, precision: str, device: s
     return ""
 
 
-def _sample(rng: np.random.Generator, h: Transformation, layer: str, n: int, d: int) -> Values:
+def _sample(rng: np.random.Generator, h: Transformation, layer: str, n: int, d: int) -> Floats:
     """Random rows, inside the calibrated ranges where there are any, and in their middle for the most part: rows at
     their ends in every dimension at once would leave the ranges of the layers behind."""
     x = rng.standard_normal((n, d), dtype=np.float32)

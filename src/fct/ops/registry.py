@@ -154,7 +154,7 @@ def pick_search(
 
     ``precision``: "bf16" and "int8" demand a shadow of that kind, "fp32" demands none, "auto" takes bf16. A prepared
     gallery is searched by what prepared it. ``FCT_BACKEND`` forces "cuda", "triton" or "torch".
-    Raises BackendError, with every reason, for a demand that can not be met.
+    Raises BackendError, with every reason, for a demand that cannot be met.
     """
     devices.check_not_lost(device)
     forced = forced_backend(None)

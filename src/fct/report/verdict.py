@@ -30,7 +30,7 @@ def judge(table: ResultTable, candidate: str, *, lead: tuple[float, float] | Non
         table: with the rows floor (old/old), ceiling (new/new) and ``candidate``.
         candidate: the row that would go into service.
         lead: a confidence interval of the candidate's mAP minus old/old's, over queries; one that reaches down to
-            zero means that the gain can not be told from chance.
+            zero means that the gain cannot be told from chance.
 
     Example:
         >>> from fct.report import ResultTable, Row, judge
@@ -49,7 +49,7 @@ def judge(table: ResultTable, candidate: str, *, lead: tuple[float, float] | Non
     if lead is not None and lead[0] <= 0:
         return Verdict(
             False,
-            f"Do not migrate: the gain of {candidate} over {table.floor} can not be told from chance "
+            f"Do not migrate: the gain of {candidate} over {table.floor} cannot be told from chance "
             f"({mean}, between {100 * lead[0]:+.1f} and {100 * lead[1]:+.1f} points).",
         )
     shares = [

@@ -221,7 +221,7 @@ class DatabaseDestination(Destination):
         if mark is not None and not begun:
             write_bytes(str(mark), json.dumps({"to": self.url}).encode())
         if self._source is not None:
-            self._source.release()  # a column can not be added under a reader's transaction
+            self._source.release()  # a column cannot be added under a reader's transaction
         self.prepare(schema, space, begun=begun)
 
     def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], object]:

@@ -47,7 +47,7 @@ def check_not_lost(device: str) -> None:
 
 
 def why_no_gpu(device: str) -> list[str]:
-    """Every reason why our kernels can not use ``device`` ("cuda" or "cuda:1") in this process; empty when they can."""
+    """Every reason why our kernels cannot use ``device`` ("cuda" or "cuda:1") in this process; empty when they can."""
     why = why_no_cuda(device)
     if why:
         return why

@@ -63,7 +63,7 @@ class LayerPlan:
 
 
 def why_not_int8(h: Transformation) -> list[str]:
-    """Why h can not run in int8; empty when it can."""
+    """Why h cannot run in int8; empty when it can."""
     layers = dict(h.layers())
     missing = [name for name in layers if name not in h.calibration]
     why = []

@@ -101,7 +101,7 @@ class TritonSearch:
         self.slab = slab
 
     def why_not(self, k: int, metric: str, device: str) -> list[str]:
-        """Every reason why this search can not run on this device; empty when it can."""
+        """Every reason why this search cannot run on this device; empty when it can."""
         why = [] if k <= MAX_K else [f"expected k up to {MAX_K}, got {k}"]
         if metric not in METRIC_CODES:
             why.append(f"has no metric {metric!r}")
