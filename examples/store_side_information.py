@@ -1,8 +1,8 @@
-"""Today: learn a side-information model and store its vectors beside the embeddings of a gallery.
+"""Today: store side-information from an inner layer of your model beside the embeddings of a gallery.
 
     python examples/store_side_information.py --out gallery
 
-Runs as it stands on made-up images; put your own model into `embed_old` and your own images into `load_images`.
+Runs as it stands on made-up images; put your own model into `old_model` and your own images into `load_images`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import fct
-from fct.fit.images import embed
-from fct.fit.model_file import save_model
 
 
 def load_images(count: int, seed: int = 0) -> np.ndarray:
@@ -26,38 +25,42 @@ def load_images(count: int, seed: int = 0) -> np.ndarray:
     return images.astype(np.uint8)
 
 
+def old_model() -> torch.nn.Module:
+    """(n, 1, 24, 24) floats -> (n, 64). Yours: the model that is in production today; this one has drawn weights."""
+    torch.manual_seed(7)
+    maps = (torch.nn.Conv2d(1, 16, 5, 2), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, 2), torch.nn.ReLU())
+    return torch.nn.Sequential(*maps, torch.nn.Flatten(), torch.nn.Linear(512, 64), torch.nn.Tanh()).eval()
+
+
+def inputs(images: np.ndarray) -> np.ndarray:
+    """What the model reads."""
+    return images[:, None].astype(np.float32) / 255
+
+
+@torch.inference_mode()
 def embed_old(images: np.ndarray) -> np.ndarray:
-    """(n, 64) float32. Yours: the model that is in production today."""
-    weights = np.random.default_rng(7).standard_normal((24 * 24, 64)) / 24
-    return np.tanh(images.reshape(len(images), -1) / 64 @ weights).astype(np.float32)
+    """(n, 64) float32."""
+    return old_model()(torch.from_numpy(inputs(images))).numpy()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gallery"))
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=5, help="few, for a look; 100 and more for real use")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    # 1. A model of the images that knows nothing of today's task: no labels go in.
+    # 1. Which components of a layer are kept: nothing is trained, and no label goes in.
     images = load_images(options.images)
-    side_model = fct.train_side_info(images, method="simclr", dim=32, epochs=options.epochs, backbone="small_cnn")
-    # Frozen from here on: one model, one h. fct.fit.model_file.load_model reads it back.
-    save_model(
-        side_model,  # type: ignore[arg-type]
-        options.out / "side-model.safetensors",
-        backbone="small_cnn",
-        image_shape=(1, *images.shape[1:]),  # type: ignore[arg-type]
-    )
+    side = fct.side_info_from(old_model(), inputs(images), layer="3", dim=128, storage="int4")
+    side.save(options.out / "side.safetensors")  # fixed from here on: tomorrow's pairs are read by the same ones
 
-    # 2. Beside each embedding, the side-information; float16 halves the bytes.
+    # 2. Beside each embedding, the side-information, as a packed .npy.
+    codes = side.encode(inputs(images))
     np.save(options.out / "id.npy", np.arange(len(images)))
     np.save(options.out / "old.npy", embed_old(images))
-    np.save(options.out / "side.npy", embed(side_model, images).astype(np.float16))
-
-    side = np.load(options.out / "side.npy", mmap_mode="r")
-    print(f"{len(side):,} rows in {options.out}; side-information: {side.nbytes / len(side):.0f} bytes a row")
+    np.save(options.out / "side.npy", codes.records)
+    print(f"{len(codes):,} rows in {options.out}; side-information: {side.bytes_per_item} bytes a row")
 
 
 if __name__ == "__main__":

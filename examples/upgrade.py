@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from store_side_information import embed_old, load_images
+from store_side_information import embed_old, inputs, load_images, old_model
 
 import fct
-from fct.fit.images import embed
-from fct.fit.model_file import load_model
+from fct.fit.layer_side_info import LayerSideInfo
 from fct.fit.recipes import FitConfig
 from fct.metrics import recall_at_k
 
@@ -33,11 +32,11 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3000)
     options = parser.parse_args()
 
-    side_model = load_model(options.gallery / "side-model.safetensors")
+    side_info = LayerSideInfo.load(options.gallery / "side.safetensors", old_model())
 
-    # 1. Pairs: items that you still have, run once through all three models. They need not be in the gallery.
+    # 1. Pairs: items that you still have, run once through both models. They need not be in the gallery.
     items = load_images(options.pairs + 500, seed=1)
-    old, side, new = embed_old(items), embed(side_model, items), embed_new(items)
+    old, side, new = embed_old(items), side_info.encode(inputs(items)), embed_new(items)
     fit, test = slice(0, options.pairs), slice(options.pairs, None)
 
     # 2. h. Leave `config` out for the default recipe; this short one is for a look.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
 __all__ = [
     "check_choice",
     "check_flag",
+    "check_items",
+    "check_kind",
+    "check_mapping",
     "check_number",
     "check_path",
     "check_positive",
     "check_seed",
+    "check_share",
     "check_text",
     "check_whole",
     "shown",
@@ -55,6 +59,33 @@ def check_path(value: object, name: str, what: str = "a path") -> Path:
     return Path(text)
 
 
+T = TypeVar("T")
+
+
+def check_kind(value: object, name: str, kind: type[T], what: str) -> T:
+    """``value`` itself; raises TypeError unless it is a ``kind``. what: "an fct.Transformation", for the message."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+    return value
+
+
+def check_mapping(value: T, name: str, what: str) -> T:
+    """``value`` itself; raises TypeError unless it is a mapping. what: "a mapping of ids to grades", for the message."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+    return value
+
+
+def check_items(value: object, name: str, what: str) -> list[object]:
+    """``value``'s items; raises TypeError unless it is a sequence or an array, and no text. what: for the message."""
+    if isinstance(value, (str, bytes, Mapping, set, frozenset)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected {what}, got {shown(value)}")
+    try:
+        return list(value)
+    except TypeError as error:  # an array without a dimension
+        raise TypeError(f"{name}: expected {what}, got {shown(value)}") from error
+
+
 def check_flag(value: object, name: str) -> bool:
     """``value`` as a bool; raises ValueError unless it is one (or numpy's)."""
     if not isinstance(value, (bool, np.bool_)):
@@ -90,6 +121,13 @@ def check_positive(value: object, name: str, what: str = "a positive number") ->
     """``value`` as a float; raises ValueError unless it is a finite number above 0. what: for the message."""
     if not _is_number(value) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected {what}, got {shown(value)}")
+    return float(value)
+
+
+def check_share(value: object, name: str, *, ends: bool = False) -> float:
+    """``value`` as a float; raises ValueError unless it is a number between 0 and 1. ends: 0 and 1 are fine too."""
+    if not _is_number(value) or not (0 <= value <= 1 if ends else 0 < value < 1):
+        raise ValueError(f"{name}: expected a share {'from 0 to 1' if ends else 'between 0 and 1'}, got {shown(value)}")
     return float(value)
 
 

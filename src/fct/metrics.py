@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fct.checks import check_seed, check_whole
+from fct.checks import check_items, check_seed, check_share, check_whole
 from fct.ops.processors import threads_of
 from fct.ops.search.cpu_search import ranks_cpu
 from fct.ops.search.gpu_search import ranks_gpu
@@ -346,9 +346,9 @@ def backfilling_curve(
     old, new = rows_of(old_gallery, "old_gallery"), rows_of(new_gallery, "new_gallery")
     if (old.n, old.d) != (new.n, new.d):
         raise ValueError(f"new_gallery: expected {(old.n, old.d)} like old_gallery, got {(new.n, new.d)}")
-    for share in shares:
-        if not 0 <= share <= 1:
-            raise ValueError(f"shares: expected shares of the gallery between 0 and 1, got {share!r}")
+    check_seed(seed)
+    given = check_items(shares, "shares", "shares of the gallery that are new")
+    shares = [check_share(share, "shares", ends=True) for share in given]
     order = np.random.default_rng(seed).permutation(old.n)
     old_values, new_values = old.float32(), new.float32()
     results = []

@@ -15,10 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fct.artifact.transformation import Layer, Transformation
-from fct.checks import check_positive, check_seed, check_whole
+from fct.checks import (
+    check_choice,
+    check_flag,
+    check_items,
+    check_kind,
+    check_positive,
+    check_seed,
+    check_share,
+    check_whole,
+)
 from fct.metrics import evaluate, recall_at_k
 from fct.rows import check_labels, rows_of
 from fct.search import topk
+from fct.spaces import check_metric
 from fct.transform import transform_batch
 from fct.types import Array, Bools, Floats, Indices, JsonDict, LabelsLike, RowsLike
 
@@ -54,6 +64,12 @@ class MixedCorrection:
 
     kind: str
     value: float
+
+    def __post_init__(self) -> None:
+        check_choice(self.kind, "correction.kind", ("length", "coordinate"))
+        check_positive(self.value, "correction.value")
+        if self.kind == "coordinate" and self.value > 1:
+            raise ValueError(f"correction.value: expected a coordinate of at most 1, got {self.value}")
 
     def apply(self, mapped: Floats) -> Floats:
         """(n, d) float32 mapped rows as they count beside true ones; the added coordinate is left out, since it meets
@@ -116,11 +132,23 @@ class MixedReport:
         return "\n".join(lines)
 
 
+def _shares(shares: Sequence[float]) -> list[float]:
+    given = check_items(shares, "shares", "shares of the gallery that are true rows")
+    return [check_share(share, "shares", ends=True) for share in given]
+
+
 class _Mixture:
     """Items by the new model and by h, and how a search over a mixture of both does."""
 
-    def __init__(self, new: Floats, mapped: Floats, metric: str, k: int, seed: int) -> None:
-        self.new, self.mapped, self.metric = new, mapped, metric
+    def __init__(self, new: RowsLike, mapped: RowsLike, metric: str, k: int, seed: int) -> None:
+        rows = rows_of(new, "new")
+        if rows.n < 2:
+            raise ValueError(f"new: expected at least 2 rows, got {rows.n}")
+        check_whole(k, "k", 1)
+        check_seed(seed)
+        self.metric = check_metric(metric)
+        self.new = _host(rows.float32())
+        self.mapped = _host(rows_of(mapped, "mapped", n=rows.n, d=rows.d, d_why="to match new").float32())
         self.k = max(1, min(k, len(new) - 1))
         self.order = np.random.default_rng([seed, 19]).permutation(len(new))
         self.reference = self._nearest(new)
@@ -179,6 +207,8 @@ def add_coordinate(rows: RowsLike, correction: MixedCorrection, *, mapped: bool)
         >>> add_coordinate(np.array([[0.0, 1.0]], np.float32), MixedCorrection("coordinate", 0.6), mapped=True)
         array([[0. , 0.6, 0.8]], dtype=float32)
     """
+    check_kind(correction, "correction", MixedCorrection, "fct.mixed_gallery.MixedCorrection")
+    check_flag(mapped, "mapped")
     if correction.kind != "coordinate":
         raise ValueError(f"correction: expected one of kind 'coordinate', got {correction}")
     values = np.asarray(rows_of(rows, "rows").float32())
@@ -219,6 +249,8 @@ def mixed_curve(
     k: int = 10,
 ) -> MixedReport:
     """:func:`evaluate_mixed` on arrays: (n, d) float32 numpy rows of the same items by the new model and by h."""
+    check_kind(correction, "correction", MixedCorrection, "fct.mixed_gallery.MixedCorrection")
+    shares = _shares(shares)
     mixture = _Mixture(new, mapped, metric, k, seed)
     points = []
     for share in shares:
@@ -242,6 +274,7 @@ def correction_of(transformation: Transformation) -> MixedCorrection:
     Raises:
         ValueError: the artifact holds none: it was fitted before there was one, or by "paper" or numbers of its own.
     """
+    check_kind(transformation, "transformation", Transformation, "an fct.Transformation")
     stored: Any = transformation.info.get("mixed")
     try:
         return MixedCorrection(str(stored["correction"]["kind"]), float(stored["correction"]["value"]))
@@ -268,7 +301,9 @@ def mixed_transformation(transformation: Transformation, correction: MixedCorrec
         >>> mixed_transformation(h, MixedCorrection("length", 0.9)).length
         0.9
     """
-    h = transformation
+    h = check_kind(transformation, "transformation", Transformation, "an fct.Transformation")
+    if correction is not None:
+        check_kind(correction, "correction", MixedCorrection, "fct.mixed_gallery.MixedCorrection")
     how = correction or correction_of(h)
     value = check_positive(how.value, "correction")
     if how.kind != "length":
@@ -328,9 +363,7 @@ def evaluate_mixed(
     """
     check_seed(seed)
     check_whole(k, "k", 1)
-    for share in shares:
-        if not 0 <= share <= 1:
-            raise ValueError(f"shares: expected shares of the gallery between 0 and 1, got {share!r}")
+    shares = _shares(shares)
     mapped = transform_batch(old, side_info, transformation, progress=progress)
     rows = rows_of(mapped, "old")
     why = "to match the transformation"
@@ -339,7 +372,9 @@ def evaluate_mixed(
         raise ValueError(f"old: expected at least 2 rows, got {rows.n}")
     values, truth = (_host(x.float32()) for x in (rows, true))
     classes = None if labels is None else check_labels(labels, "labels", rows.n)
-    how = metric or transformation.new_space.metric
+    how = transformation.new_space.metric if metric is None else check_metric(metric)
+    if correction is not None:
+        check_kind(correction, "correction", MixedCorrection, "fct.mixed_gallery.MixedCorrection")
     if correction is None:
         kind = "coordinate" if how == "cosine" else "length"
         try:

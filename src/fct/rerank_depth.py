@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fct.artifact.transformation import Transformation
-from fct.checks import check_whole
+from fct.checks import check_items, check_kind, check_whole
 from fct.rows import rows_of
 from fct.search import topk
 from fct.transform import transform_batch
@@ -67,13 +67,13 @@ def rerank_curve(
         >>> list(fct.rerank_curve(old, None, new, h, depths=(10, 59), progress=False).recalls.values())[-1]
         1.0
     """
+    check_kind(transformation, "transformation", Transformation, "an fct.Transformation")
     check_whole(k, "k", 1)
     rows = rows_of(new, "new", d=transformation.d_new, d_why="to match the transformation").float32()
     if len(rows) < k + 2:
         raise ValueError(f"new: expected at least k + 2 = {k + 2} pairs, got {len(rows)}")
-    for depth in depths:
-        check_whole(depth, "depths", 1)
-    wanted = sorted({k, *(depth for depth in depths if k <= depth < len(rows))})
+    asked = [check_whole(depth, "depths", 1) for depth in check_items(depths, "depths", "whole numbers")]
+    wanted = sorted({k, *(depth for depth in asked if k <= depth < len(rows))})
     mapped = np.asarray(transform_batch(old, side_info, transformation, progress=progress))
     metric = transformation.new_space.metric
     truth = np.asarray(topk(rows, rows, k, metric=metric, same_items=True, progress=progress).indices)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import fct
+from fct import ref
 from fct.cli import main
 from fct.data import load_fashion_mnist
 from fct.errors import BackfillError, FctError, SpaceMismatchError
@@ -25,7 +27,7 @@ from fct.life.table_stage import BCT_NEW, BCT_OLD, WITH, WITHOUT
 from fct.report import ResultTable
 
 FIT = FitConfig(inner=64, epochs=8, batch_size=64, lr=2e-3, warmup_epochs=1.0, standardise=True)
-SHORT = QuickstartConfig(dim=16, old_epochs=2, side_epochs=2, new_epochs=3, queries=80, fit=FIT)
+SHORT = QuickstartConfig(dim=16, old_epochs=2, new_epochs=3, queries=80, side_dim=16, fit=FIT)
 NAMES = ["old/old", BCT_OLD, BCT_NEW, WITHOUT, WITH, "new/new"]
 
 
@@ -116,8 +118,10 @@ def test_the_galleries_hold_no_images(run: Any) -> None:
     assert new.schema.names == ["id", "embedding", "label"]
     assert new["id"].equals(old["id"])
     h = fct.Transformation.load(run.files["h"])
-    matrices = [np.stack(old[c].to_numpy(zero_copy_only=False)) for c in ("embedding", "side_info")]
-    expected = fct.ref.transform(*matrices, h)  # type: ignore[arg-type, attr-defined, call-arg]
+    assert old["side_info"].type == pa.binary(8), "16 codes of 4 bits"
+    side = fct.PackedInt4(np.stack([np.frombuffer(x, np.uint8) for x in old["side_info"].to_pylist()]), 16).codes()
+    vectors = np.stack(old["embedding"].to_numpy(zero_copy_only=False))
+    expected = ref.transform(vectors, side, h)
     got = np.stack(new["embedding"].to_numpy(zero_copy_only=False))
     np.testing.assert_allclose(got, expected, atol=0.06)  # "auto" may have taken a faster precision
 
@@ -134,7 +138,7 @@ def test_same_seed_same_table(run: Any, data_root: Path, tmp_path: Path) -> None
 
 def test_a_bad_h_is_not_recommended(data_root: Path, tmp_path: Path) -> None:
     hopeless = FitConfig(inner=8, epochs=1, batch_size=512, lr=1e-9)
-    config = QuickstartConfig(dim=16, old_epochs=2, side_epochs=1, new_epochs=3, queries=80, fit=hopeless)
+    config = QuickstartConfig(dim=16, old_epochs=2, new_epochs=3, queries=80, side_dim=16, fit=hopeless)
     report = run_quickstart(tmp_path / "bad", data_root=data_root, config=config, progress=False)
     assert not report.verdict.migrate
     assert report.verdict.sentence.startswith("Do not migrate: new/old, h with side-info does not beat old/old")

@@ -141,7 +141,7 @@ def test_evaluate_mixed_reports_labels_and_refuses_nonsense(rng: np.random.Gener
     assert report.points[0].recall == report.points[0].corrected_recall == report.mapped_recall
     assert report.points[2].recall == 1.0
     assert report.points[1].map is not None
-    with pytest.raises(ValueError, match=r"shares: expected shares of the gallery between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"shares: expected a share from 0 to 1, got 1\.5"):
         fct.evaluate_mixed(old, None, new, h, shares=[1.5])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"new: expected \(120, 8\) to match old, got \(119, 8\)"):
         fct.evaluate_mixed(old, None, new[:-1], h)  # type: ignore[arg-type]

@@ -81,8 +81,12 @@ class Network(Protocol):
 
 
 def check_chain(layers: Iterable[Layer], name: str) -> tuple[Layer, ...]:
-    """The layers as a tuple; raises ValueError where there is none or one does not fit the one before it."""
-    chain = tuple(layers)
+    """The layers as a tuple; raises ValueError where there is none or one does not fit the one before it, TypeError for
+    anything else."""
+    chain = tuple(layers) if isinstance(layers, (tuple, list)) else (layers,)
+    for layer in chain:
+        if not isinstance(layer, Layer):
+            raise TypeError(f"{name}: expected a tuple of Layer, got {type(layer).__name__}")
     if not chain:
         raise ValueError(f"{name}: expected at least one layer, got none")
     for i, (a, b) in enumerate(itertools.pairwise(chain)):

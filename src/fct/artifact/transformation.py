@@ -26,7 +26,7 @@ from fct.artifact.ml_fct import load_ml_fct
 from fct.artifact.onnx_export import save_onnx
 from fct.artifact.tolerance import PrecisionEffect, Tolerance
 from fct.artifact.untrained import untrained_fields
-from fct.checks import check_flag, check_positive
+from fct.checks import check_flag, check_kind, check_mapping, check_positive, check_text
 from fct.errors import ArtifactError
 from fct.spaces import EmbeddingSpace
 from fct.types import Float32s, JsonDict
@@ -93,6 +93,7 @@ class Transformation:
     def __post_init__(self) -> None:
         for name in BRANCHES:
             object.__setattr__(self, name, check_chain(getattr(self, name), name))
+        self._check_kinds()
         joined = self.old[-1].d_out + self.side[-1].d_out
         if self.mixer[0].d_in != joined:
             raise ValueError(f"mixer.0: expected {joined} inputs, the branches' outputs, got {self.mixer[0].d_in}")
@@ -114,6 +115,18 @@ class Transformation:
             if layer is None or np.shape(ranges) != (2, layer.d_in):
                 want = f"(2, {layer.d_in})" if layer else "the name of a layer"
                 raise ValueError(f"calibration[{name!r}]: expected {want}, got shape {np.shape(ranges)}")
+
+    def _check_kinds(self) -> None:
+        for name in ("old_space", "new_space"):
+            check_kind(getattr(self, name), name, EmbeddingSpace, "an fct.EmbeddingSpace")
+        for name in ("calibration", "precisions", "info"):
+            check_mapping(getattr(self, name), name, "a mapping")
+        for name, effect in self.precisions.items():
+            check_kind(effect, f"precisions[{name!r}]", PrecisionEffect, "a PrecisionEffect")
+        check_kind(self.tolerance, "tolerance", Tolerance, "a Tolerance")
+        check_flag(self.normalise, "normalise")
+        if self.side_model is not None:
+            check_text(self.side_model, "side_model", "the id of a model, or None")
 
     def __getstate__(self) -> JsonDict:
         """The fields alone: packed weights and other things kept beside them stay in this process."""
@@ -323,6 +336,8 @@ class Transformation:
             >>> fct.Transformation.compose(a, b).d_new
             4
         """
+        for name, part in (("first", first), ("second", second)):
+            check_kind(part, name, Transformation, "an fct.Transformation")
         return cls(**composed_fields(first, second), tolerance=second.tolerance)
 
     def arrow_mapper(

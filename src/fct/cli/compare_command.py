@@ -161,6 +161,8 @@ def _show(result: Comparison, markdown: bool) -> None:
 
 
 def _notes(result: Comparison) -> list[str]:
+    from fct.judging.pair_coverage import ONLY_PAIRS
+
     lines = [f"{result.train_pairs:,} pairs fitted, {result.held_out_pairs:,} held out; {result.metric}"]
     lines += [f"k-NN oracle of {name}: recall@10 {100 * value:.1f} %" for name, value in result.ceiling.items()]
     for point in result.curve:
@@ -170,4 +172,4 @@ def _notes(result: Comparison) -> list[str]:
         )
     if result.unlike_gallery is not None and not any("resembles no pair" in note for note in result.notes):
         lines.append(f"{100 * result.unlike_gallery:.1f} % of the gallery's sample resembles no pair (expected: 1 %)")
-    return lines
+    return [*lines, ONLY_PAIRS]

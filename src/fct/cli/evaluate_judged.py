@@ -144,6 +144,7 @@ def rerank_on_pairs(pairs: str, h: fct.Transformation, depths: tuple[int, ...], 
 
     import fct
     from fct.gallery import load_pairs
+    from fct.judging.pair_coverage import ONLY_PAIRS
 
     with named_as_options({"source": "--pairs"}):
         found = load_pairs(pairs, name="--pairs", **access)
@@ -161,7 +162,7 @@ def rerank_on_pairs(pairs: str, h: fct.Transformation, depths: tuple[int, ...], 
         table.add_row(label, f"{100 * recall:.1f}")
     console.print(f"The nearest mapped rows ranked by their true vectors (rerank=), on {curve.rows:,} held-out pairs:")
     console.print(table)
-    console.print("A larger gallery needs a larger depth for the same recall.", highlight=False)
+    console.print(f"A larger gallery needs a larger depth for the same recall. {ONLY_PAIRS}", highlight=False)
     return curve
 
 

@@ -58,6 +58,10 @@ def _show_plan(found: BackfillPlan, threshold: float | None) -> None:
             f"quality on {found.quality.pairs} pairs: recall@10 {found.quality.recall_at_10:.3f}"
             + ("" if closed is None else f", {closed:.3f} of the mAP gap closed")
         )
+        if found.judged is None:
+            from fct.judging.pair_coverage import ONLY_PAIRS
+
+            console.print(ONLY_PAIRS, soft_wrap=True)
     if found.judged is not None:
         show_judged(found.judged)
     if found.scores is not None:

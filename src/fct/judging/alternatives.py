@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fct.artifact.transformation import Layer, Transformation
 from fct.baselines import fit_procrustes, fit_residual, fit_ridge
-from fct.checks import check_choice, check_number, check_positive, check_seed
+from fct.checks import check_choice, check_items, check_number, check_positive, check_seed, check_share
 from fct.errors import FctWarning
 from fct.fit.transformation_fit import fit_transformation
 from fct.judging.learning_curve import CurvePoint, extrapolate
@@ -155,8 +155,9 @@ def compare_alternatives(
     """
     check_choice(metric, "metric", METRICS)
     check_choice(curve, "curve", ("auto", "ridge", "none"))
-    for name in extra:
+    for name in check_items(extra, "extra", "some of paper, best"):
         check_choice(name, "extra", ("paper", "best"))
+    check_share(held_out, "held_out")
     check_positive(rows, "rows")
     check_positive(measure_seconds, "measure_seconds")
     if price_per_hour is not None:
@@ -245,8 +246,6 @@ def split_apart(
     old: Floats, share: float, seed: int, *, least: int = 1
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Rows to fit on and rows to measure on, ``least`` of them at least; equal old vectors are on one side."""
-    if not 0 < share < 1:
-        raise ValueError(f"held_out: expected a share between 0 and 1, got {share!r}")
     group = np.unique(_rows_as_bytes(old), return_inverse=True)[1].ravel()
     order = np.random.default_rng([seed, 5]).permutation(int(group.max()) + 1)
     position = np.empty_like(order)

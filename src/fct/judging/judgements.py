@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fct.checks import check_path, shown
+from fct.checks import check_items, check_path, shown
 from fct.errors import FctError
 
 __all__ = ["Judgements", "read_qrels"]
@@ -39,18 +39,20 @@ class Judgements:
             judged twice with different grades.
         """
         table: dict[str, dict[str, int]] = {}
-        try:
-            for row, (query, item, grade) in enumerate(zip(queries, items, grades, strict=True)):
-                q, i, g = _id(query, "query", row), _id(item, "item", row), _grade(grade, row)
-                if table.setdefault(q, {}).setdefault(i, g) != g:
-                    raise ValueError(
-                        f"qrels: expected one grade for query {shown(q)} and item {shown(i)}, got {table[q][i]} and "
-                        f"{g} (judgement {row})"
-                    )
-        except ValueError as error:
-            if "argument" in str(error):
-                raise ValueError(f"qrels: expected queries, items and grades of one length: {error}") from None
-            raise
+        given = [
+            check_items(column, f"qrels: {name}", "a column")
+            for name, column in (("queries", queries), ("items", items), ("grades", grades))
+        ]
+        if len({len(column) for column in given}) > 1:
+            sizes = ", ".join(str(len(column)) for column in given)
+            raise ValueError(f"qrels: expected queries, items and grades of one length, got {sizes}")
+        for row, (query, item, grade) in enumerate(zip(*given, strict=True)):
+            q, i, g = _id(query, "query", row), _id(item, "item", row), _grade(grade, row)
+            if table.setdefault(q, {}).setdefault(i, g) != g:
+                raise ValueError(
+                    f"qrels: expected one grade for query {shown(q)} and item {shown(i)}, got {table[q][i]} and "
+                    f"{g} (judgement {row})"
+                )
         return cls(table)
 
     def relevant(self, query: str) -> dict[str, int]:
@@ -85,19 +87,20 @@ def read_qrels(path: str | os.PathLike[str]) -> Judgements:
         >>> read_qrels(file).relevant("q1")
         {'d7': 2}
     """
-    file = check_path(path, "qrels")
+    file = check_path(path, "qrels", "the path of a file of judgements")
     if not file.is_file():
         raise FileNotFoundError(f"qrels: expected a file of judgements, found none at {file}")
     columns: tuple[list[str], list[str], list[str]] = ([], [], [])
     for number, fields in _lines(file):
-        if len(fields) == 4:  # TREC's second column is the iteration, which nobody uses
+        trec = len(fields) == 4
+        if trec:  # the second column is the iteration, which nobody uses
             fields = [fields[0], *fields[2:]]
         if len(fields) != 3:
             raise FctError(
                 f"qrels: expected 'query 0 item grade' (TREC) or 'query item grade' between tabs (BEIR), got "
                 f"{shown(' '.join(fields))} in line {number} of {file}"
             )
-        if number == 1 and not _whole(fields[2]):
+        if number == 1 and not trec and not _number(fields[2]):
             continue  # BEIR's head
         if not _whole(fields[2]):
             raise FctError(f"qrels: expected a whole number as grade, got {shown(fields[2])}, line {number} of {file}")
@@ -126,18 +129,29 @@ def _lines(file: Path) -> Iterable[tuple[int, list[str]]]:
 
 
 def _whole(text: str) -> bool:
-    return text.removeprefix("-").isdecimal() and text.isascii()
+    """A whole number of at most 18 digits: a grade, not a hash that stands in the wrong column."""
+    return text.isascii() and text.removeprefix("-").isdecimal() and len(text) <= 18
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _id(value: object, what: str, row: int) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         raise ValueError(f"qrels: expected a {what} id, got none in judgement {row}")
+    if isinstance(value, (list, dict, set, np.ndarray)):
+        raise ValueError(f"qrels: expected a {what} id, got {shown(value)} in judgement {row}")
     return str(value.item() if isinstance(value, np.generic) else value)
 
 
 def _grade(value: object, row: int) -> int:
     if isinstance(value, str) and _whole(value):
         return int(value)
-    if isinstance(value, (int, float, np.integer, np.floating)) and float(value).is_integer():
+    if isinstance(value, (int, float, np.integer, np.floating)) and abs(value) < 1e18 and float(value).is_integer():
         return int(value)
     raise ValueError(f"qrels: expected a whole number as grade, got {shown(value)} in judgement {row}")

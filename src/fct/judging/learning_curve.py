@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_seed, check_whole
+from fct.checks import check_items, check_seed, check_whole, shown
 
 __all__ = ["CurvePoint", "extrapolate"]
 
@@ -55,13 +55,20 @@ def extrapolate(
     """
     check_whole(resamples, "resamples", 1)
     check_seed(seed)
+    pairs = [check_whole(n, "pairs", 1) for n in check_items(pairs, "pairs", "at least two numbers, ascending")]
     if len(pairs) < 2 or any(a >= b for a, b in itertools.pairwise(pairs)):
-        raise ValueError(f"pairs: expected at least two numbers, ascending, got {list(pairs)}")
-    table = np.asarray(recalls, np.float64)
+        raise ValueError(f"pairs: expected at least two numbers, ascending, got {pairs}")
+    factors = [check_whole(n, "factors", 2) for n in check_items(factors, "factors", "whole numbers")]
+    try:
+        table = np.asarray(recalls, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recalls: expected ({len(pairs)}, queries), got {shown(recalls)}") from error
     if table.ndim != 2 or len(table) != len(pairs) or not table.shape[1]:
         raise ValueError(f"recalls: expected ({len(pairs)}, queries), got {table.shape}")
+    if not np.isfinite(table).all():
+        raise ValueError("recalls: expected finite values, got NaN or infinity")
     at = np.log(np.asarray(pairs, np.float64))
-    wanted = [pairs[-1] * check_whole(factor, "factors", 2) for factor in factors]
+    wanted = [pairs[-1] * factor for factor in factors]
     ahead = np.log(np.asarray(wanted, np.float64))
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, table.shape[1], (resamples, table.shape[1]))

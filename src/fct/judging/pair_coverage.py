@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fct.checks import check_number
 from fct.rows import rows_of
 from fct.search import topk
 
-__all__ = ["neighbour_means", "recalls_at_10", "unlike_pairs"]
+__all__ = ["ONLY_PAIRS", "neighbour_means", "recalls_at_10", "unlike_pairs"]
+
+ONLY_PAIRS = "Pairs of items rank maps well and decide badly: what counts is what queries find (fct judge)."
 
 Floats = npt.NDArray[np.float32]
 
@@ -51,6 +54,8 @@ def unlike_pairs(pairs: Floats, gallery: Floats, *, percentile: float = 99.0) ->
         >>> unlike_pairs(x, x + 100)
         1.0
     """
+    if not 0 < check_number(percentile, "percentile", 0) < 100:
+        raise ValueError(f"percentile: expected a number between 0 and 100, got {percentile!r}")
     known = rows_of(pairs, "pairs", allow_empty=False).float32()
     rows = rows_of(gallery, "gallery", d=known.shape[1], allow_empty=False).float32()
     if len(known) < 2:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_seed, check_whole
+from fct.checks import check_items, check_mapping, check_seed, check_share, check_whole, shown
 
 __all__ = ["QueryMeasures", "measure_rankings", "paired_interval"]
 
@@ -61,17 +61,20 @@ def measure_rankings(
         (0.5, 0.631)
     """
     check_whole(k, "k", 1)
+    check_items(rankings, "rankings", "a list of ids for each query")
+    check_items(relevant, "relevant", "a mapping of ids to grades for each query")
     if len(rankings) != len(relevant):
         raise ValueError(f"relevant: expected one entry for each of {len(rankings)} rankings, got {len(relevant)}")
     discount = 1 / np.log2(np.arange(2, k + 2))
     rows = np.zeros((len(rankings), 3))
     for i, (ranking, wanted) in enumerate(zip(rankings, relevant, strict=True)):
-        if not wanted or min(wanted.values()) <= 0:
-            raise ValueError(f"relevant: expected items with grades above 0 for query {i}, got {dict(wanted)}")
-        first = list(ranking[:k])
+        check_mapping(wanted, "relevant", "a mapping of ids to grades for each query")
+        if not wanted or not all(isinstance(g, (int, np.integer)) and g > 0 for g in wanted.values()):
+            raise ValueError(f"relevant: expected items with grades above 0 for query {i}, got {shown(dict(wanted))}")
+        first = check_items(ranking, "rankings", "a list of ids for each query")[:k]
         if len(set(first)) < len(first):
             raise ValueError(f"rankings: expected each item once, query {i} has some twice")
-        gains = np.array([wanted.get(item, 0) for item in first], dtype=np.float64)
+        gains = np.array([wanted.get(str(item), 0) for item in first], dtype=np.float64)
         best = np.sort(np.fromiter(wanted.values(), np.float64))[::-1][:k]
         hits = np.flatnonzero(gains)
         rows[i, 0] = gains @ discount[: len(gains)] / (best @ discount[: len(best)])
@@ -81,12 +84,12 @@ def measure_rankings(
 
 
 def paired_interval(
-    values: Floats, others: Floats, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: npt.ArrayLike, others: npt.ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
     """Bootstrap interval of mean(values - others) over the same queries, resampled in pairs.
 
     Raises:
-        ValueError: arrays of different lengths, or empty.
+        ValueError: arrays of different lengths, empty, or not of finite numbers.
 
     Example:
         >>> import numpy as np
@@ -94,10 +97,10 @@ def paired_interval(
         >>> paired_interval(np.ones(30), np.zeros(30))
         (1.0, 1.0)
     """
-    if values.shape != others.shape or values.ndim != 1 or not len(values):
-        raise ValueError(f"others: expected {values.shape}, at least one query, got {others.shape}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    values, others = _each_query(values, "values"), _each_query(others, "others")
+    if values.shape != others.shape:
+        raise ValueError(f"others: expected {values.shape}, as values, got {others.shape}")
+    check_share(confidence, "confidence")
     check_whole(resamples, "resamples", 1)
     rng = np.random.default_rng(check_seed(seed))
     difference, n = values - others, len(values)
@@ -109,3 +112,10 @@ def paired_interval(
         means[start : start + count] = rng.multinomial(n, np.full(n, 1 / n), size=count) @ difference / n
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _each_query(values: npt.ArrayLike, name: str) -> Floats:
+    array = np.asarray(values)
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected (n,) finite numbers, one a query, got {array.dtype} of {array.shape}")
+    return array.astype(np.float64)

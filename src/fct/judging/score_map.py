@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_choice, check_seed, check_whole
+from fct.checks import check_choice, check_seed, check_share, check_whole
 from fct.rows import rows_of
 from fct.search import topk
 from fct.spaces import METRICS
@@ -129,8 +129,7 @@ def fit_score_map(
     """
     check_choice(nearest, "nearest", ("larger", "smaller"))
     check_seed(seed)
-    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not 0 < held_out < 1:
-        raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
+    check_share(held_out, "held_out")
     old, new = _finite(old_scores, "old_scores"), _finite(new_scores, "new_scores")
     if len(old) != len(new):
         raise ValueError(f"new_scores: expected ({len(old)},), the old scores' pairs, got ({len(new)},)")

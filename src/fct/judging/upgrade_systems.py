@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_choice, check_number, check_whole
+from fct.checks import check_choice, check_flag, check_items, check_kind, check_mapping, check_seed, check_share, check_whole, shown
 from fct.judging.judgements import Judgements
 from fct.judging.ranking_measures import QueryMeasures, measure_rankings, paired_interval
 from fct.judging.upgrade_verdict import Difference, SystemResult, UpgradeVerdict, decide
@@ -23,6 +23,7 @@ Rows = npt.NDArray[np.int64]
 TrueVectors = Callable[[Rows], Floats]
 _ALPHAS = np.linspace(0.1, 0.9, 9)
 _LEAST_OF_A_SLICE = 10
+_CANDIDATES = ("mapped", "mapped + rerank", "fused")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +43,19 @@ class UpgradeQueries:
     slices: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n = len(self.ids)
         object.__setattr__(self, "ids", _ids(self.ids, "queries.ids"))
+        n = len(self.ids)
+        check_mapping(self.slices, "queries.slices", 'a mapping of names to values, {"language": [...]}')
         for name in ("old", "new"):
             object.__setattr__(self, name, rows_of(getattr(self, name), f"queries.{name}", n=n).float32())
-        for name, values in self.slices.items():
+        slices = {
+            name: check_items(values, f"queries.slices[{name!r}]", f"{n} values, one a query")
+            for name, values in self.slices.items()
+        }
+        for name, values in slices.items():
             if len(values) != n:
                 raise ValueError(f"queries.slices[{name!r}]: expected {n} values, got {len(values)}")
+        object.__setattr__(self, "slices", slices)
 
     def take(self, rows: Sequence[int]) -> UpgradeQueries:
         slices = {name: [values[row] for row in rows] for name, values in self.slices.items()}
@@ -109,11 +116,18 @@ def judge_upgrade(
         >>> judge_upgrade(queries, Judgements.of(ids, ids, [1] * 40), ids, old, new).word
         'go'
     """
+    check_kind(queries, "queries", UpgradeQueries, "fct.UpgradeQueries")
+    check_kind(judgements, "judgements", Judgements, "fct.Judgements")
     check_choice(old_metric, "old_metric", METRICS)
     check_choice(new_metric, "new_metric", METRICS)
+    check_choice(candidate, "candidate", _CANDIDATES)
+    check_flag(fused, "fused")
     check_whole(k, "k", 1)
     check_whole(depth, "depth", k)
-    check_number(margin, "margin", 0)
+    check_share(margin, "margin", ends=True)
+    check_share(confidence, "confidence")
+    check_whole(resamples, "resamples", 1)
+    check_seed(seed)
     items = _ids(item_ids, "item_ids")
     old_rows = rows_of(gallery_old, "gallery_old", n=len(items), n_why="to match item_ids", allow_empty=False).float32()
     new_rows = rows_of(mapped, "mapped", n=len(items), n_why="to match item_ids", d=queries.new.shape[1]).float32()
@@ -129,6 +143,12 @@ def judge_upgrade(
         "old/old": (measured(_nearest(asked.old, old_rows, k, old_metric)), ""),
         "mapped": (measured(_nearest(asked.new, new_rows, k, new_metric)), ""),
     }
+    if true_vectors is not None and not callable(true_vectors):
+        why = "to match mapped"
+        n_why = "to match item_ids"
+        true_vectors = rows_of(
+            true_vectors, "true_vectors", n=len(items), n_why=n_why, d=new_rows.shape[1], d_why=why
+        ).float32()
     if true_vectors is not None:
         rows = _reranked(asked.new, new_rows, true_vectors, depth, k, new_metric)
         found["mapped + rerank"] = (measured(rows), f"depth {min(depth, len(items))}")
@@ -137,10 +157,9 @@ def judge_upgrade(
         tried = [measured(both.search(asked.old, asked.new, alpha, k)) for alpha in _ALPHAS]
         found["fused"] = _cross_fitted(tried, seed)
     if true_vectors is not None and not callable(true_vectors):
-        whole = rows_of(true_vectors, "true_vectors", n=len(items), n_why="to match item_ids").float32()
-        found["new/new"] = (measured(_nearest(asked.new, whole, k, new_metric)), "")
-    if candidate not in found or candidate in ("old/old", "new/new"):
-        able = [name for name in found if name not in ("old/old", "new/new")]
+        found["new/new"] = (measured(_nearest(asked.new, true_vectors, k, new_metric)), "")
+    if candidate not in found:
+        able = [name for name in found if name in _CANDIDATES]
         raise ValueError(f"candidate: expected one of {', '.join(able)}, got {candidate!r}")
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     results = tuple(_result(name, *found[name], found["old/old"][0], asked, options) for name in found)
@@ -160,7 +179,11 @@ def judge_upgrade(
 
 
 def _ids(ids: Sequence[object], name: str) -> list[str]:
-    out = [str(i.item() if isinstance(i, np.generic) else i) for i in ids]
+    given = check_items(ids, name, "ids, one a row")
+    for row, one in enumerate(given):
+        if one is None or isinstance(one, (list, dict, np.ndarray)) or (isinstance(one, float) and np.isnan(one)):
+            raise ValueError(f"{name}: expected an id for each row, got {shown(one)} in row {row}")
+    out = [str(i.item() if isinstance(i, np.generic) else i) for i in given]
     if len(set(out)) < len(out):
         seen: set[str] = set()
         twice = next(i for i in out if i in seen or seen.add(i))  # type: ignore[func-returns-value]
@@ -198,7 +221,7 @@ def _reranked(
     out = np.full((len(queries), min(k, near.shape[1])), -1, np.int64)
     for i, rows in enumerate(near):
         rows = np.sort(rows)  # so that ties go to the lower row, as everywhere
-        vectors = true_vectors(rows) if callable(true_vectors) else np.asarray(true_vectors)[rows]
+        vectors = true_vectors(rows) if callable(true_vectors) else true_vectors[rows]
         vectors = rows_of(vectors, "true_vectors", n=len(rows), d=mapped.shape[1], d_why="to match mapped").float32()
         out[i] = rows[_nearest(queries[i : i + 1], vectors, k, metric)[0]]
     return out

@@ -97,6 +97,7 @@ class Experiment:
     """One upgrade, from the first model to the table.
 
     old_classes: the old model knows the first so many.
+    side_info: the model that makes it; None: the old model itself does (fct.side_info_from), as in the quickstart.
     bct: what differs from ``new`` in the model that is trained to fit the old gallery; its dim is the old one's.
     h: "paper", "auto", or a mapping of fct.fit.recipes.FitConfig's fields.
     normalise: whether embeddings are brought to unit length before they are stored and compared.
@@ -107,7 +108,7 @@ class Experiment:
     data: DataPlan
     old_classes: int
     old: ModelPlan
-    side_info: SidePlan
+    side_info: SidePlan | None
     new: ModelPlan
     bct: Mapping[str, object] = field(default_factory=dict)
     h: str | Mapping[str, object] = "paper"
@@ -127,6 +128,13 @@ class Experiment:
         return _build(ModelPlan, {**asdict(self.new), **self.bct, "dim": self.old.dim}, "bct")
 
     @property
+    def side_plan(self) -> SidePlan:
+        """``side_info``, where a model is to be trained for it. Raises ValueError where there is none."""
+        if self.side_info is None:
+            raise ValueError("side_info: expected the model that makes it, got none")
+        return self.side_info
+
+    @property
     def fit_config(self) -> str | FitConfig:
         """What fct.fit_transformation takes as ``config``."""
         if isinstance(self.h, str):
@@ -143,7 +151,7 @@ class Experiment:
             self,
             old=replace(self.old, epochs=epochs),
             new=replace(self.new, epochs=epochs),
-            side_info=replace(self.side_info, epochs=epochs),
+            side_info=None if self.side_info is None else replace(self.side_info, epochs=epochs),
             bct={**self.bct, "epochs": epochs},
             h=fit.to_dict(),
         )

@@ -18,6 +18,7 @@ from fct.backfilling.plan import BackfillPlan
 from fct.backfilling.run import BackfillReport
 from fct.backfilling.verify import VerifyReport
 from fct.errors import BackfillError
+from fct.packed_int4 import PackedInt4
 from fct.spaces import EmbeddingSpace
 from fct.types import Array, Floats
 
@@ -41,9 +42,14 @@ def _vectors(values: Floats) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
 
 
-def write_gallery(path: Path, vectors: Floats, side_info: Floats, labels: Array, space: EmbeddingSpace) -> None:
+def _packed(codes: PackedInt4) -> pa.Array:
+    values = np.ascontiguousarray(codes.values)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1]), len(values), [None, pa.py_buffer(values)])
+
+
+def write_gallery(path: Path, vectors: Floats, side_info: PackedInt4, labels: Array, space: EmbeddingSpace) -> None:
     """id, embedding, side_info, label as one Parquet file that says which model made its vectors."""
-    columns = {VECTORS: _vectors(vectors), "side_info": _vectors(side_info)}
+    columns = {VECTORS: _vectors(vectors), "side_info": _packed(side_info)}
     table = pa.table({"id": pa.array(np.arange(len(labels))), **columns, "label": pa.array(labels)})
     metadata = {SPACE_KEY: json.dumps(space.to_dict(), sort_keys=True).encode()}
     with atomic_path(path) as part:

@@ -21,15 +21,17 @@ import fct
 from fct.artifact.transformation import Transformation
 from fct.atomic_files import refuse_existing, write_text
 from fct.backfilling.plan import BackfillPlan
-from fct.data import ImageSet
+from fct.data import ImageSet, first_classes
+from fct.fit.layer_side_info import LayerSideInfo
 from fct.fit.recipes import FitConfig
 from fct.life.costs import Costs, model_flop
-from fct.life.experiment import DataPlan, Experiment, ModelPlan, SidePlan
+from fct.life.experiment import DataPlan, Experiment, ModelPlan
 from fct.life.experiment_data import load_split
 from fct.life.gallery_stage import clear_upgraded, read_gallery, upgrade_gallery, write_gallery
 from fct.life.stages import Classifier, SpaceNames, Stages, Stopwatch, vectors_of
 from fct.life.table_stage import NEW, OLD, SECONDS, WITH, WITHOUT, Measured, Spent, Vectors, measure
 from fct.ops.processors import default_threads
+from fct.packed_int4 import PackedInt4
 from fct.report import Example, ResultTable, Verdict, judge, write_html, write_picture
 from fct.spaces import EmbeddingSpace
 from fct.terminal import PlainConsole
@@ -46,15 +48,16 @@ class QuickstartConfig:
     """What the models get. The defaults are what the README's table was made with.
 
     dim: length of every embedding.
-    old_epochs, side_epochs, new_epochs: passes over the training images; BCT's model gets new_epochs too.
+    old_epochs, new_epochs: passes over the training images; BCT's model gets new_epochs too.
+    side_dim: components of the old model's last map of features that are kept as side-information, 4 bits each.
     queries: held-out images that ask; the other held-out images are the gallery.
     fit: the recipe of h, as ``fct.fit_transformation``'s config.
     """
 
     dim: int = 128
     old_epochs: int = 8
-    side_epochs: int = 20
     new_epochs: int = 6
+    side_dim: int = 128
     queries: int = 1000
     fit: str | FitConfig = "auto"
 
@@ -66,7 +69,7 @@ class QuickstartConfig:
             data=DataPlan("fashion-mnist"),
             old_classes=5,
             old=ModelPlan("small_cnn", _SIDE, self.old_epochs, self.dim),
-            side_info=SidePlan("small_resnet", _SIDE, self.side_epochs, dim=self.dim),
+            side_info=None,
             new=ModelPlan("small_resnet", _SIDE, self.new_epochs, self.dim),
             h=self.fit.to_dict() if isinstance(self.fit, FitConfig) else self.fit,
             seed=seed,
@@ -127,7 +130,7 @@ class _Models:
     """What the stages before the gallery left in memory."""
 
     old: Classifier
-    side: nn.Module
+    side: LayerSideInfo
     old_space: EmbeddingSpace
 
 
@@ -160,18 +163,27 @@ class _Run:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
-    def stages(self) -> Stages:
+    def stages(self, side_model: str = "") -> Stages:
         """The stages on the training images, which are read anew: nothing keeps them between two stages."""
         e = self.experiment
         names = SpaceNames(
             old=f"small-cnn-{e.old_classes}-classes-{e.name}",
-            side_model=f"simclr-{e.old_classes}-classes-{e.name}",
+            side_model=side_model,
             new=f"small-resnet-10-classes-{e.name}",
         )
-        return Stages(experiment=e, images=load_split(e, "train", self.data_root), names=names, progress=self.progress)
+        return Stages(experiment=e, images=self.training_images(), names=names, progress=self.progress)
+
+    def training_images(self) -> ImageSet:
+        return load_split(self.experiment, "train", self.data_root)
 
     def embed(self, model: nn.Module, images: ImageSet) -> Floats:
         return vectors_of(self.experiment, model, images, _SIDE)
+
+    def encode(self, side: LayerSideInfo, images: ImageSet) -> PackedInt4:
+        codes = side.encode(images.resized(_SIDE).images, progress=False)
+        if not isinstance(codes, PackedInt4):
+            raise TypeError(f"side: expected one that stores int4, got {side.storage}")
+        return codes
 
     def held_out(self) -> tuple[ImageSet, ImageSet]:
         """(queries, gallery): the test split in two, by seed; no model is trained on either."""
@@ -207,22 +219,25 @@ class _Run:
 
     # 1
     def old_time(self) -> _Models:
-        """The old model on half the classes; on the same images, without their labels, the side-information model."""
+        """The old model on half the classes; on the same images, without their labels, what its last map says."""
         stages = self.stages()
         images, classes = len(stages.old_images), self.experiment.old_classes
         self.console.say("1", f"old model: small CNN, {images:,} images of {classes} classes")
         with self.watch.timed("old"):
             old = stages.old_model(2 * self.seed)
-        self.say("  side-information: SimCLR on the same images, without labels")
         with self.watch.timed("side"):
-            side = stages.side_model(self.seed)
+            own = self.training_images().of_classes(first_classes(stages.classes, self.experiment.old_classes))
+            side = fct.side_info_from(
+                old.model, own.resized(_SIDE).images, dim=self.config.side_dim, seed=self.seed, progress=self.progress
+            )
+        self.say(f"  side-information: {side.dim} components of its layer {side.layer}, {side.bytes_per_item} bytes")
         return _Models(old, side, stages.old_space)
 
     # 2
     def write_gallery(self, past: _Models) -> None:
         """(id, old embedding, side-information, label) go to disk; the images stay behind in this function."""
         held = self.held_out()[1]
-        old, side_info = self.embed(past.old.model, held), self.embed(past.side, held)
+        old, side_info = self.embed(past.old.model, held), self.encode(past.side, held)
         path = self.files["old gallery"]
         write_gallery(path, old, side_info, held.labels, past.old_space)
         size = path.stat().st_size / 1e6
@@ -239,15 +254,17 @@ class _Run:
     # 4
     def fit(self, past: _Models, new_model: nn.Module) -> tuple[Transformation, Transformation]:
         """h with and without side-information, on embeddings of the training images, each computed once."""
-        stages = self.stages()
+        stages = self.stages(past.side.id)
         self.pairs = len(stages.images)
         self.console.say("4", f"h: {self.pairs:,} pairs of the training split, embedded once")
         vectors = {}
-        for name, model in (("old", past.old.model), ("side", past.side), ("new", new_model)):
+        for name, model in (("old", past.old.model), ("new", new_model)):
             with self.watch.timed(f"{name} pairs"):
                 vectors[name] = stages.embed(model, stages.images, _SIDE)
+        with self.watch.timed("side pairs"):
+            side_info = self.encode(past.side, self.training_images())
         with self.watch.timed("h"):
-            h = stages.fit(vectors["old"], vectors["side"], vectors["new"], self.seed)
+            h = stages.fit(vectors["old"], side_info, vectors["new"], self.seed)
         with self.watch.timed("h without"):
             h_without = stages.fit(vectors["old"], None, vectors["new"], self.seed)
         h.save(self.files["h"])

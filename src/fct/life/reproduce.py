@@ -88,7 +88,7 @@ class _Run:
         self.folder = out / experiment.name
         train, self.test = load_splits(experiment, data_root)
         name = experiment.name
-        names = SpaceNames(old=f"{name}-old", side_model=f"{name}-{experiment.side_info.method}", new=f"{name}-new")
+        names = SpaceNames(old=f"{name}-old", side_model=f"{name}-{experiment.side_plan.method}", new=f"{name}-new")
         self.stages = Stages(
             experiment=experiment, images=train, names=names, device=device, workers=workers, progress=progress
         )
@@ -105,7 +105,7 @@ class _Run:
         )
         self._stage(
             "side-info",
-            {**asdict(e.side_info), "old_classes": e.old_classes, "seed": seed["side-info"], **common},
+            {**asdict(e.side_plan), "old_classes": e.old_classes, "seed": seed["side-info"], **common},
             ["data"],
             self._side_info,
         )
@@ -165,7 +165,7 @@ class _Run:
         def train(checkpoint: Path) -> nn.Module:
             return self.stages.side_model(seed, checkpoint=checkpoint)
 
-        return self._trained(folder, train, self.experiment.side_info.image_size)
+        return self._trained(folder, train, self.experiment.side_plan.image_size)
 
     def _new(self, folder: Path, seed: int) -> dict[str, float]:
         def train(checkpoint: Path) -> Classifier:

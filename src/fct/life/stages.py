@@ -26,7 +26,7 @@ from fct.fit.transformation_fit import fit_transformation
 from fct.life.experiment import Experiment, ModelPlan
 from fct.life.experiment_data import ImageSplit, crop_of, plain_images, training_images
 from fct.spaces import EmbeddingSpace
-from fct.types import Floats
+from fct.types import Floats, RowsLike
 
 __all__ = ["Classifier", "SpaceNames", "Stages", "Stopwatch", "vectors_of"]
 
@@ -128,7 +128,7 @@ class Stages:
 
     def side_model(self, seed: int, *, checkpoint: Path | None = None) -> nn.Module:
         """Trained on the old model's images."""
-        plan = self.experiment.side_info
+        plan = self.experiment.side_plan
         return train_side_info(
             training_images(self.old_images, plan.image_size, self.workers),
             method=plan.method,
@@ -198,7 +198,7 @@ class Stages:
         return vectors_of(self.experiment, model, images, size, workers=self.workers, progress=progress)
 
     def fit(
-        self, old: Floats, side_info: Floats | None, new: Floats, seed: int, *, checkpoint: Path | None = None
+        self, old: Floats, side_info: RowsLike | None, new: Floats, seed: int, *, checkpoint: Path | None = None
     ) -> Transformation:
         """h, from embeddings of the training images; without side-information where there is none."""
         return fit_transformation(
