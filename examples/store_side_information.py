@@ -57,6 +57,7 @@ def main() -> None:
 
     # 2. Beside each embedding, the side-information, as a packed .npy.
     codes = side.encode(inputs(images))
+    assert isinstance(codes, fct.PackedInt4)  # as storage="int4" says
     np.save(options.out / "id.npy", np.arange(len(images)))
     np.save(options.out / "old.npy", embed_old(images))
     np.save(options.out / "side.npy", codes.records)

@@ -37,6 +37,7 @@ def main() -> int:
     # 1. Pairs: items that you still have, run once through both models. They need not be in the gallery.
     items = load_images(options.pairs + 500, seed=1)
     old, side, new = embed_old(items), side_info.encode(inputs(items)), embed_new(items)
+    assert isinstance(side, fct.PackedInt4)
     fit, test = slice(0, options.pairs), slice(options.pairs, None)
 
     # 2. h. Leave `config` out for the default recipe; this short one is for a look.

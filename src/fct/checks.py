@@ -28,7 +28,10 @@ __all__ = [
 
 def shown(value: object) -> str:
     """``value`` as it may stand in a message: its repr, on one line and not longer than that."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of thousands of digits, or somebody's own repr
+        return f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
@@ -70,7 +73,7 @@ def check_kind(value: object, name: str, kind: type[T], what: str) -> T:
 
 
 def check_mapping(value: T, name: str, what: str) -> T:
-    """``value`` itself; raises TypeError unless it is a mapping. what: "a mapping of ids to grades", for the message."""
+    """``value`` itself; raises TypeError unless it is a mapping. what: "a mapping of grades", for the message."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     return value
@@ -89,7 +92,7 @@ def check_items(value: object, name: str, what: str) -> list[object]:
 def check_flag(value: object, name: str) -> bool:
     """``value`` as a bool; raises ValueError unless it is one (or numpy's)."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -102,7 +105,7 @@ def check_whole(value: object, name: str, least: int, most: int | None = None) -
         or (most is not None and value > most)
     ):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name}: expected a whole number {span}, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number {span}, got {shown(value)}")
     return int(value)
 
 
@@ -113,7 +116,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 def check_number(value: object, name: str, least: float) -> float:
     """``value`` as a float; raises ValueError unless it is a finite number of at least ``least``."""
     if not _is_number(value) or not np.isfinite(float(value)) or value < least:
-        raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {shown(value)}")
     return float(value)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import numpy as np
 
 from fct.checks import shown
-from fct.types import Array, NumbersLike, OneKind
+from fct.types import OneKind, Values
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +35,9 @@ class ScaledInt8:
         (2, 3)
     """
 
-    values: Array | torch.Tensor
-    scale: NumbersLike = 1.0
-    offset: NumbersLike = 0.0
+    values: Values
+    scale: Values = 1.0
+    offset: Values = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,13 +55,13 @@ def is_torch(x: object) -> TypeGuard[torch.Tensor]:
 def signed(codes: OneKind) -> OneKind:
     """uint8 codes less 128, as int8: the same bits but the first."""
     if isinstance(codes, np.ndarray):
-        return (codes ^ np.uint8(0x80)).view(np.int8)
+        return np.asarray(codes ^ np.uint8(0x80)).view(np.int8)
     import torch
 
     return (codes ^ 0x80).view(torch.int8)
 
 
-def check_per_row(given: NumbersLike, what: str, shape: tuple[int, int], like: OneKind, name: str) -> OneKind:
+def check_per_row(given: Values, what: str, shape: tuple[int, int], like: OneKind, name: str) -> OneKind:
     """A "scale" or an "offset" as float32 (1, 1), (n, 1) or (1, d), where the values lie."""
     n, d = shape
     kind = "a scale of positive floats" if what == "scale" else "an offset of floats"

@@ -388,7 +388,8 @@ def _rows(x: Floats, dtype: str, place: str) -> Rows:
 
 def _host(rows: Rows) -> Floats:
     if rows.kind_is_numpy:
-        return rows.float32()
+        values: Floats = rows.float32()
+        return values
     from fct.ops.device.state import device_of
 
     return device_of(rows.device).download(rows.values.float())

@@ -149,9 +149,9 @@ class _Mixture:
         self.metric = check_metric(metric)
         self.new = _host(rows.float32())
         self.mapped = _host(rows_of(mapped, "mapped", n=rows.n, d=rows.d, d_why="to match new").float32())
-        self.k = max(1, min(k, len(new) - 1))
-        self.order = np.random.default_rng([seed, 19]).permutation(len(new))
-        self.reference = self._nearest(new)
+        self.k = max(1, min(k, rows.n - 1))
+        self.order = np.random.default_rng([seed, 19]).permutation(rows.n)
+        self.reference = self._nearest(self.new)
 
     def _nearest(self, gallery: Floats) -> Indices:
         same = len(gallery) > 1

@@ -25,7 +25,6 @@ __all__ = [
     "JsonDict",
     "LabelsLike",
     "Metric",
-    "NumbersLike",
     "NumpyDType",
     "OneKind",
     "Precision",
@@ -98,7 +97,6 @@ if TYPE_CHECKING:
     OneKind = TypeVar("OneKind", npt.NDArray[Any], torch.Tensor)
     RowsLike: TypeAlias = Array | torch.Tensor | ScaledInt8 | PackedInt4 | SupportsDLPack
     LabelsLike: TypeAlias = npt.ArrayLike | torch.Tensor
-    NumbersLike: TypeAlias = npt.ArrayLike | torch.Tensor  # one for all, a row or a dimension
     Values: TypeAlias = Any
     GalleryLike: TypeAlias = str | os.PathLike[str] | Source | Location | ds.Dataset | pa.Table | Callable[[], object]
     TransformationLike: TypeAlias = str | os.PathLike[str] | Transformation
@@ -107,4 +105,4 @@ if TYPE_CHECKING:
     FileSystem: TypeAlias = fsspec.AbstractFileSystem | pyarrow.fs.FileSystem
 else:  # at run time an argument's check says what it expected; nothing heavy is loaded for a name
     Array = Floats = Float32s = Int64s = NumpyDType = Indices = Bools = RowsLike = LabelsLike = Values = Any
-    CodeArray = CodeNumber = GalleryLike = TransformationLike = FileSystem = NumbersLike = OneKind = Any
+    CodeArray = CodeNumber = GalleryLike = TransformationLike = FileSystem = OneKind = Any

@@ -100,7 +100,15 @@ def test_a_comparison_says_what_each_map_does_on_held_out_pairs(
     )
     train, held = alternatives.split_apart(old, 0.2, 0)
     by_name = {row.name: row for row in found.alternatives}
-    assert list(by_name) == ["nothing", "procrustes", "ridge", "low-rank 1", "residual MLP", "residual MLP, queries to old", "auto"]
+    assert list(by_name) == [
+        "nothing",
+        "procrustes",
+        "ridge",
+        "low-rank 1",
+        "residual MLP",
+        "residual MLP, queries to old",
+        "auto",
+    ]
     assert (found.train_pairs, found.held_out_pairs) == (len(train), len(held)) == (320, 80)
     h = fit_ridge(old[train], new[train])
     mapped = fct.transform_batch(old[held], None, h)

@@ -238,8 +238,8 @@ def test_reranking_asks_for_the_nearest_alone() -> None:
 
 def test_bad_calls_are_refused_by_name() -> None:
     world = World(1.5, 0.3)
-    with pytest.raises(ValueError, match="candidate: expected one of mapped, fused, got 'new/new'"):
-        world.judge(candidate="new/new")
+    with pytest.raises(ValueError, match=r"candidate: expected one of mapped, fused, got 'mapped \+ rerank'"):
+        world.judge(candidate="mapped + rerank")
     with pytest.raises(ValueError, match="true_vectors"):
         world.judge(true_vectors=lambda rows: world.true[rows][:, :3])
     with pytest.raises(ValueError, match="item_ids: expected each id once, got '0' twice"):
@@ -248,3 +248,76 @@ def test_bad_calls_are_refused_by_name() -> None:
         judge_upgrade(world.queries, Judgements.of(["x"], ["y"], [1]), world.ids, world.old, world.mapped)
     with pytest.raises(ValueError, match=r"queries\.slices\['language'\]: expected 2 values, got 1"):
         UpgradeQueries(["a", "b"], world.old[:2], world.mapped[:2], {"language": ["de"]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"candidate": "new/new"}, "candidate: expected one of mapped, mapped + rerank, fused, got 'new/new'"),
+        ({"candidate": ["mapped"]}, "candidate: expected one of mapped, mapped + rerank, fused, got ['mapped']"),
+        ({"fused": "yes"}, "fused: expected True or False, got 'yes'"),
+        ({"margin": 1.5}, "margin: expected a share from 0 to 1, got 1.5"),
+        ({"confidence": 95}, "confidence: expected a share between 0 and 1, got 95"),
+        ({"resamples": 0}, "resamples: expected a whole number of at least 1, got 0"),
+        ({"depth": 5}, "depth: expected a whole number of at least 10, got 5"),
+        ({"true_vectors": np.ones((120, 3), np.float32)}, "true_vectors: expected (120, 16) to match mapped"),
+        ({"true_vectors": lambda rows: None}, "true_vectors: expected a numpy array"),
+        ({"true_vectors": "true.npy"}, "true_vectors: expected a numpy array"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        World(1.5, 0.3).judge(**options)
+    assert str(caught.value).startswith(message)
+
+
+JUDGE: Any = judge_upgrade  # what a type checker refuses is called all the same
+QUERIES: Any = UpgradeQueries
+OF: Any = Judgements.of
+MEASURE: Any = measure_rankings
+INTERVAL: Any = paired_interval
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: JUDGE(None, w.judgements, w.ids, w.old, w.mapped), "queries: expected fct.UpgradeQueries"),
+        (lambda w: JUDGE(w.queries, {"q": {}}, w.ids, w.old, w.mapped), "judgements: expected fct.Judgements"),
+        (lambda w: JUDGE(w.queries, w.judgements, None, w.old, w.mapped), "item_ids: expected ids, one a row"),
+        (lambda w: JUDGE(w.queries, w.judgements, "d" * 120, w.old, w.mapped), "item_ids: expected ids"),
+        (
+            lambda w: JUDGE(w.queries, w.judgements, [None, *w.ids[1:]], w.old, w.mapped),
+            "item_ids: expected an id for each row, got None in row 0",
+        ),
+        (lambda w: QUERIES(None, w.old, w.true), "queries.ids: expected ids, one a row, got None"),
+        (lambda w: QUERIES(w.ids, w.old, w.true, ["de"]), "queries.slices: expected a mapping"),
+        (lambda w: QUERIES(w.ids, w.old, w.true, {"a": "x" * 120}), "queries.slices['a']: expected 120 values"),
+        (lambda w: OF(None, ["d"], [1]), "qrels: queries: expected a column, got None"),
+        (lambda w: OF(["q"], ["d"], [10**5000]), "qrels: expected a whole number as grade"),
+        (lambda w: OF(["q"], ["d"], [float("inf")]), "qrels: expected a whole number as grade, got inf"),
+        (lambda w: OF(["q"], ["d"], ["1" * 5000]), "qrels: expected a whole number as grade"),
+        (lambda w: OF([["q"]], ["d"], [1]), "qrels: expected a query id, got ['q'] in judgement 0"),
+        (lambda w: MEASURE(["ab"], [{"b": 1}]), "rankings: expected a list of ids for each query, got 'ab'"),
+        (lambda w: MEASURE([["b"]], [["b"]]), "relevant: expected a mapping of ids to grades"),
+        (lambda w: MEASURE([["b"]], [{"b": "1"}]), "relevant: expected items with grades above 0"),
+        (lambda w: INTERVAL([1.0, np.nan], [0, 0]), "values: expected (n,) finite numbers, one a query"),
+        (lambda w: INTERVAL([1.0], [0, 0]), "others: expected (1,), as values, got (2,)"),
+    ],
+)
+def test_what_is_no_column_no_id_and_no_grade_is_refused(call: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(World(1.5, 0.3))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("q1 0 d1 high\nq1 0 d2 1\n", "expected a whole number as grade, got 'high', line 1"),
+        ("q1\td1\t1.5\nq1\td2\t1\n", "expected a whole number as grade, got '1.5', line 1"),
+    ],
+)
+def test_a_bad_grade_in_the_first_line_is_no_head(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "qrels").write_text(text)
+    with pytest.raises(FctError, match=message):
+        read_qrels(tmp_path / "qrels")

@@ -36,7 +36,7 @@ def shrunk(experiment: Experiment, classes: int) -> Experiment:
         old_classes=classes // 2,
         old=replace(small.old, **size),
         new=replace(small.new, **size),
-        side_info=replace(small.side_info, **size),
+        side_info=replace(small.side_plan, **size),
         h={**paper_config().to_dict(), "inner": 16, "batch_size": 8},
     )
 

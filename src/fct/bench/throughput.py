@@ -200,7 +200,7 @@ def _transform(
                 status[key] = _why(error)
     want = ref.transform(*checked, h)
     for key, check in checks.items():
-        off = error_of(check(), want)
+        off = error_of(np.asarray(check()), want)
         if not off < TOLERANCE[key[1]]:
             status[key] = f"differs: error {off:.1e}"
     rounds = {f"{a}|{b}": call for (a, b), call in calls.items() if (a, b) not in status}

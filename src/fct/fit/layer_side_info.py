@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ _EXACT = 2_048  # features up to which all principal components are computed, be
 _FITTED_ON = 20_000  # items that the components are taken from
 _RANGE = {"int8": 4.5, "int4": 2.5}  # standard deviations that the codes span
 
+Items: TypeAlias = "Sequence[object] | Array | torch.Tensor"
 Batch = Callable[[Sequence[object]], object]
 Pool = Callable[[object, object], torch.Tensor]
 
@@ -74,9 +75,7 @@ class LayerSideInfo:
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in (self.mean, self.components)))
         return f"layer {self.layer}, {self.dim}-d {self.storage}, {digest.hexdigest()[:12]}"
 
-    def encode(
-        self, items: Sequence[object], *, device: str = "auto", progress: bool = True
-    ) -> PackedInt4 | ScaledInt8 | Array:
+    def encode(self, items: Items, *, device: str = "auto", progress: bool = True) -> PackedInt4 | ScaledInt8 | Array:
         """Side-information of items, as it is stored and as every fct function takes it.
 
         Args:
@@ -85,7 +84,7 @@ class LayerSideInfo:
         Returns:
             (n, dim): float32 numpy, :class:`fct.ScaledInt8` of scale 1, or :class:`fct.PackedInt4`.
         """
-        features = _features(self, items, device, progress)
+        features = _features(self, cast("Sequence[object]", items), device, progress)
         values = (features - self.mean) @ self.components
         if self.storage == "float32":
             return values.astype(np.float32)
@@ -133,7 +132,7 @@ class LayerSideInfo:
 
 def side_info_from(
     model: object,
-    items: Sequence[object],
+    items: Items,
     *,
     layer: str | None = None,
     dim: int = 128,
@@ -188,9 +187,10 @@ def side_info_from(
     batch = batch or own
     if len(items) == 0:
         raise ValueError("items: expected at least one item, got none")
-    name = _module_by_default(network, items, batch, training_device(device)) if layer is None else layer
+    given = cast("Sequence[object]", items)
+    name = _module_by_default(network, given, batch, training_device(device)) if layer is None else layer
     _module(network, name)
-    few = _sample(items, seed)
+    few = _sample(given, seed)
     empty = np.zeros(0, np.float32)
     draft = LayerSideInfo(network, name, empty, empty, empty, storage, batch, pool, batch_size)
     features = _features(draft, few, device, progress)

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_choice, check_flag, check_items, check_kind, check_mapping, check_seed, check_share, check_whole, shown
+from fct.checks import (
+    check_choice,
+    check_flag,
+    check_items,
+    check_kind,
+    check_mapping,
+    check_seed,
+    check_share,
+    check_whole,
+    shown,
+)
 from fct.judging.judgements import Judgements
 from fct.judging.ranking_measures import QueryMeasures, measure_rankings, paired_interval
 from fct.judging.upgrade_verdict import Difference, SystemResult, UpgradeVerdict, decide
