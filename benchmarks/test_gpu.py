@@ -191,7 +191,7 @@ def search_peers(q: Any, g: Any, k: int, place: str) -> dict[str, Callable[[], C
         return lambda: fct.topk(q, gallery, k, metric="ip").indices
 
     def certified(kind: str) -> Call:
-        from fct.ops.cuda_kernels import CudaSearch
+        from fct.ops.search.cuda_search import CudaSearch
 
         search = CudaSearch()
         why = search.why_not(k, "ip", place)

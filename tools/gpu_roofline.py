@@ -20,11 +20,14 @@ from fct.bench.data_sheets import GPUS, Gpu
 from tools import gpu_traffic
 
 __all__ = [
+    "SMALL_H",
     "Bound",
+    "Layers",
     "bound",
     "cuda_scan",
     "issued_per_iteration",
     "main",
+    "paper",
     "plan_of",
     "scan_bound",
     "small_bound",
@@ -218,19 +221,42 @@ def scan_bound(gpu: Gpu, facts: dict[str, Any], kind: str, scan: gpu_traffic.Sca
 
 
 # ---- small batches, CUDA ----
-def small_bound(gpu: Gpu, facts: dict[str, Any], rows: int, *, d: int = 128, inner: int = 2048) -> Bound:
+@dataclass(frozen=True)
+class Layers:
+    """An h as csrc/cuda multiplies it. ends: columns of a float32 row in and out. layers: (inputs, depth of the
+    product, outputs) of each; depth: in whole 64s, what reads rows in two parts three times, the skip in the last."""
+
+    name: str
+    ends: int
+    layers: tuple[tuple[int, int, int], ...]
+
+
+def paper(d: int = 128, inner: int = 2048) -> Layers:
+    """The paper's h, whose rows and first weights come in three parts."""
+    first, second = (d, 3 * d, 2 * d), (2 * d, 2 * d, 2 * d)
+    mixer = ((k, k, n) for k, n in ((4 * d, inner), (inner, inner), (inner, d)))
+    return Layers("h", 3 * d, (first, first, second, second, *mixer))
+
+
+# What `auto` makes of 128 and 64 dimensions: one block in each branch, one in the mixer, a skip.
+SMALL_H = Layers(
+    "small h", 128 + 64 + 128, ((128, 128, 128), (64, 64, 128), (256, 256, 512), (512 + 192, 512 + 192, 128))
+)
+
+
+def small_bound(gpu: Gpu, facts: dict[str, Any], rows: int, h: Layers | None = None) -> Bound:
     """csrc/cuda/transform.cuh's ``transform_small`` for a batch whose weights come from memory: 16 output columns and
     16, 32 or 64 rows a unit, 64 inputs at a time. Every weight is read from memory once, since 256 rows' activations
-    and the weights fit every L2 here; the batch's rows go in and out."""
+    and the weights fit every L2 here; the batch's rows go in and out. h: the paper's by default."""
+    h = h or paper()
     high = 16 if rows <= 16 else 32 if rows <= 32 else 64
     tile = {"m": high, "n": 16, "k": 64, "warps": 4}
     each = issued_per_iteration({**facts, "tile": tile, "precision": "bf16"})
-    others = [(2 * d, 2 * d)] * 2 + [(4 * d, inner), (inner, inner), (inner, d)]
-    layers, run = ([(depth, 2 * d)] * 2 + others for depth in (d, 3 * d))  # run: rows and first weights in three parts
-    units = sum(-(-k // 64) * -(-n // 16) for k, n in run) * -(-rows // high)
-    floor, stored = (2.0 * sum(k * n for k, n in which) for which in (layers, run))
-    least, moved = 12.0 * d + floor / rows, 12.0 * d + stored / rows
-    return _bound(gpu, f"h, {rows} rows (CUDA)", "bf16", rows, floor, units * each / rows, least, least, moved, moved)
+    units = sum(-(-k // 64) * -(-n // 16) for _, k, n in h.layers) * -(-rows // high)
+    floor, stored = (2.0 * sum(layer[i] * layer[2] for layer in h.layers) for i in (0, 1))
+    least, moved = (4.0 * h.ends + weights / rows for weights in (floor, stored))
+    what = f"{h.name}, {rows} rows (CUDA)"
+    return _bound(gpu, what, "bf16", rows, floor, units * each / rows, least, least, moved, moved)
 
 
 def _cuda_facts(folder: Path, target: str) -> dict[str, dict[str, Any]]:
@@ -306,8 +332,9 @@ def main() -> None:
             scan = cuda_scan(gpu, kind)
             facts = kernel(rf"scan.*ShadowE{code}E.*ILi4ELi2ELi8ELi3ELi{scan.tile_rows}E")
             print(_line(scan_bound(gpu, facts, kind, scan)), flush=True)
-        for rows, warps in ((1, 1), (256, 4)):
-            print(_line(small_bound(gpu, kernel(rf"transform_smallILi{warps}E"), rows)), flush=True)
+        for h in (paper(), SMALL_H):
+            for rows, warps in ((1, 1), (256, 4)):
+                print(_line(small_bound(gpu, kernel(rf"transform_smallILi{warps}E"), rows, h)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ namespace fct::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kMostPanels = 4;  // that one call of a micro-kernel takes
 constexpr int64_t kRowsApart = 4;
 // Rows for which it pays that every worker reads all weights: near ones from its own second-level cache, far ones from
 // beyond it. With fewer rows, or weights that the workers had better read once, all share one block, layer by layer.
@@ -76,26 +75,34 @@ void PackedTransform::run_layer(const Packed& layer, const uint8_t* in, uint8_t*
     const int64_t wide = tiles == 1 ? kernels_.size_panels[last] : 1;
     // One tile has nothing to keep weights for: it takes all its inputs in one call.
     const int64_t run = tiles == 1 ? layer.chunks : kRun;
+    // Panels that a call takes together have one band, whoever calls, so that runs begin where they always do.
     const int64_t chunk_bytes = kernels_.cols * 4 * 16;
     alignas(kLine) uint8_t sums[kMaxBlockTiles][kMostSums];
     TileArgs t;
     t.panel_bytes = layer.panel_bytes;
     t.lowest = layer.lowest;
+    const auto band_of = [&](int64_t panel) { return layer.bands[static_cast<size_t>(panel / kMostPanels)]; };
+    const auto weights_at = [&](int64_t panel, int64_t chunk) {
+        return layer.weights.data() + panel * layer.panel_bytes + chunk * chunk_bytes;
+    };
     for (int64_t p = from_panel; p < to_panel;) {
         const bool several = p + wide <= to_panel;
         const int64_t step = several ? wide : 1;
         t.scale = layer.scale.data() + p * kernels_.cols;
         t.bias = layer.bias.data() + p * kernels_.cols;
         t.column = layer.first_column + p * kernels_.cols;
-        for (int64_t chunk = 0; chunk < layer.chunks; chunk += run) {
-            t.begins = chunk == 0;
-            t.ends = chunk + run >= layer.chunks;
-            t.chunks = t.ends ? layer.chunks - chunk : run;
-            t.weights = layer.weights.data() + p * layer.panel_bytes + chunk * chunk_bytes;
+        const Band band = band_of(p);
+        for (int64_t chunk = band.begin; chunk < band.end; chunk += run) {
+            t.begins = chunk == band.begin;
+            t.ends = chunk + run >= band.end;
+            t.chunks = t.ends ? band.end - chunk : run;
+            t.weights = weights_at(p, chunk);
             // The weights that follow come to L2 while these are at work: each tile fetches its part.
             const int64_t lines = t.chunks * chunk_bytes / kLine;
             const bool more = !t.ends || p + step < to_panel;
             t.ahead_lines = more ? (chunk_bytes / kLine + tiles - 1) / tiles : 0;
+            const uint8_t* next = t.weights + lines * kLine;
+            if (t.ends && more) next = weights_at(p + step, band_of(p + step).begin);
             for (int64_t i = 0; i < tiles; ++i) {
                 t.act = in + layer.in_bytes + i * layer.in_stride + chunk * kernels_.rows * kLine;
                 t.out = out + i * layer.out_stride;
@@ -103,7 +110,7 @@ void PackedTransform::run_layer(const Packed& layer, const uint8_t* in, uint8_t*
                 t.sums = sums[i];
                 const int64_t fetched = i * t.ahead_lines * t.chunks;
                 if (fetched >= lines) t.ahead_lines = 0;
-                t.ahead = t.weights + (lines + std::min(fetched, lines)) * kLine;
+                t.ahead = next + std::min(fetched, lines) * kLine;
                 const int size = i + 1 < tiles ? kTileSizes - 1 : last;
                 (several && wide > 1 ? layer.wide : layer.tile)[size](t);
             }

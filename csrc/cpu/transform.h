@@ -12,6 +12,7 @@
 namespace fct::cpu {
 
 constexpr int64_t kMaxBlockTiles = 8;
+constexpr int64_t kMostPanels = 4;  // that one call of a micro-kernel takes
 
 // One layer, relu(x @ weight.T * scale + bias). The addresses need to live through packing only.
 struct LayerSpec {
@@ -71,8 +72,13 @@ class PackedTransform {
     int rows_per_block() const { return static_cast<int>(block_tiles_) * kernels_.rows; }
 
   private:
+    struct Band {
+        int64_t begin, end;  // chunks
+    };
     struct Packed {
         Block weights;
+        // Of each kMostPanels panels, the chunks outside which every weight is 0: those of a composed h mostly are.
+        std::vector<Band> bands;
         std::vector<float> scale, bias;
         const TileFn* tile;
         const TileFn* wide;
@@ -106,6 +112,7 @@ class PackedTransform {
     Packed pack_layer(const LayerSpec& spec, const std::vector<int64_t>& input_slots, const LayerSpec* next,
                       int64_t next_offset, Store store, int64_t first_column);
     void pack_weights(Packed& layer, const LayerSpec& spec, const std::vector<int64_t>& input_slots) const;
+    void find_bands(Packed& layer) const;
     void set_strides();
     std::vector<const Packed*> layers() const;
 

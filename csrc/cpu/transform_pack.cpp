@@ -105,6 +105,25 @@ void PackedTransform::pack_weights(Packed& layer, const LayerSpec& spec,
     }
 }
 
+void PackedTransform::find_bands(Packed& layer) const {
+    const int64_t chunk_bytes = kernels_.cols * 4 * 16;
+    const auto zero = [&](int64_t panel, int64_t chunk) {
+        const uint8_t* p = layer.weights.data() + panel * layer.panel_bytes + chunk * chunk_bytes;
+        return std::all_of(p, p + chunk_bytes, [](uint8_t byte) { return byte == 0; });
+    };
+    for (int64_t first = 0; first < layer.panels; first += kMostPanels) {
+        const int64_t last = std::min(layer.panels, first + kMostPanels);
+        Band band = {layer.chunks, 0};
+        for (int64_t p = first; p < last; ++p) {
+            int64_t begin = 0, end = layer.chunks;
+            while (begin < end && zero(p, begin)) ++begin;
+            while (end > begin && zero(p, end - 1)) --end;
+            if (begin < end) band = {std::min(band.begin, begin), std::max(band.end, end)};
+        }
+        layer.bands.push_back(band.begin < band.end ? band : Band{0, 1});  // the bias is written all the same
+    }
+}
+
 // next: the layer that reads the output, its inputs from next_offset on; null where floats are wanted.
 PackedTransform::Packed PackedTransform::pack_layer(const LayerSpec& spec, const std::vector<int64_t>& input_slots,
                                                     const LayerSpec* next, int64_t next_offset, Store store,
@@ -121,6 +140,7 @@ PackedTransform::Packed PackedTransform::pack_layer(const LayerSpec& spec, const
     layer.weights = Block(static_cast<size_t>(layer.panels * layer.panel_bytes));
     weight_bytes_ += layer.panels * layer.panel_bytes;
     pack_weights(layer, spec, input_slots);
+    find_bands(layer);
     // v = sum * scale + bias, and for a next layer in int8 at once its input v * mul + add: relu(v) * mul equals
     // relu(v * mul), since mul > 0, and a layer behind a ReLU has add = 0.
     layer.scale.assign(static_cast<size_t>(columns), 1.0f);

@@ -66,6 +66,17 @@ inline Layer layer_from(const py::dict& dict) {
     return l;
 }
 
+inline Network network_from(const py::kwargs& kwargs) {
+    Network h = {};
+    std::vector<py::dict> layers;
+    Fields f(kwargs);
+    f("old_bf16", h.old_bf16)("old_pitch", h.old_pitch)("side_bf16", h.side_bf16)("side_pitch", h.side_pitch);
+    f("split", h.split)("last", h.last)("last_pitch", h.last_pitch)("length", h.length)("layers", layers);
+    f.done();
+    for (const py::dict& layer : layers) h.layers.push_back(layer_from(layer));
+    return h;
+}
+
 inline void bind(py::module_& m) {
     m.def("cuda_why_not_here", &why_not_here, py::call_guard<WithoutGil>());
     m.def("cuda_device", [](int device) {
@@ -102,34 +113,23 @@ inline void bind(py::module_& m) {
               merge_part_results(distances, indices, parts, n_queries, k, metric, out_distances, out_indices,
                                  {device, stream});
           });
-    m.def("cuda_transform_small", [](int device, uintptr_t stream, const py::kwargs& kwargs) {
-        Small s = {};
-        std::vector<py::dict> layers;
-        Fields f(kwargs);
-        f.rows("old", s.old_rows).rows("side", s.side_rows).rows("out", s.out);
-        f("old_bf16", s.old_bf16)("side_bf16", s.side_bf16)("last", s.last)("barrier", s.barrier);
-        f("normalise", s.normalise)("split", s.split)("blocks", s.blocks)("layers", layers);
-        f.done();
-        for (const py::dict& layer : layers) s.layers.push_back(layer_from(layer));
-        WithoutGil without_gil;
-        transform_small_rows(s, {device, stream});
-    });
-    m.def("cuda_convert_rows",
-          [](const RowsTuple& rows, uintptr_t dst, int64_t pitch, bool split, int device, uintptr_t stream) {
-              WithoutGil without_gil;
-              convert_rows_to_bf16(rows_at(rows), dst, pitch, split, {device, stream});
-          });
-    m.def("cuda_finish_rows", [](uintptr_t src, const RowsTuple& out, bool normalise, int device, uintptr_t stream) {
-        WithoutGil without_gil;
-        finish_rows_from_fp32(src, rows_at(out), normalise, {device, stream});
-    });
     m.def("cuda_blaslt_why_not", &cublaslt_why_not);
-    m.def("cuda_blaslt_layer", [](int64_t rows, uintptr_t workspace, size_t workspace_bytes, int device,
-                                  uintptr_t stream, const py::kwargs& kwargs) {
-        const Layer layer = layer_from(kwargs);
-        WithoutGil without_gil;
-        cublaslt_layer(layer, rows, workspace, workspace_bytes, {device, stream});
-    });
+    // Local: the emulated build has the same class in one process with this one.
+    py::class_<Network>(m, "CudaNetwork", py::module_local())
+        .def(py::init(&network_from))
+        .def("small",
+             [](const Network& h, const RowsTuple& old, const RowsTuple& side, const RowsTuple& out, uintptr_t barrier,
+                int blocks, int device, uintptr_t stream) {
+                 const Batch batch = {rows_at(old), rows_at(side), rows_at(out)};
+                 WithoutGil without_gil;
+                 transform_small_rows(h, batch, barrier, blocks, {device, stream});
+             })
+        .def("large", [](const Network& h, const RowsTuple& old, const RowsTuple& side, const RowsTuple& out,
+                         uintptr_t workspace, size_t workspace_bytes, int device, uintptr_t stream) {
+            const Batch batch = {rows_at(old), rows_at(side), rows_at(out)};
+            WithoutGil without_gil;
+            transform_large_rows(h, batch, workspace, workspace_bytes, {device, stream});
+        });
 }
 
 }  // namespace fct::cuda

@@ -18,7 +18,8 @@ constexpr int kF32 = 0, kBF16 = 14;                          // cudaDataType
 constexpr int kComputeF32 = 68, kOpT = 1;                    // cublasComputeType_t, cublasOperation_t
 constexpr int kTransA = 3, kEpilogue = 7, kBiasPointer = 8;  // cublasLtMatmulDescAttributes_t
 constexpr int kEpilogueBias = 4, kEpilogueReluBias = 6;
-constexpr int kMaxWorkspace = 1, kAlignmentC = 7, kAlignmentD = 8;  // cublasLtMatmulPreferenceAttributes_t
+// cublasLtMatmulPreferenceAttributes_t
+constexpr int kMaxWorkspace = 1, kAlignmentA = 5, kAlignmentB = 6, kAlignmentC = 7, kAlignmentD = 8;
 struct Algo {
     uint64_t data[8];
 };
@@ -51,7 +52,7 @@ std::mutex mutex;  // guards all that follows
 lt::Library library;
 bool loaded = false;
 std::map<int, void*> handles;  // per device, for the life of the process
-using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, size_t, uint32_t>;
+using Key = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, size_t, uint32_t, uint32_t>;
 std::map<Key, lt::Algo> algorithms;
 
 template <class F>
@@ -108,6 +109,13 @@ struct Object {  // a descriptor and what destroys it
     Object& operator=(const Object&) = delete;
 };
 
+// Of a buffer, as cuBLASLt asks for it: at most the 256 bytes that it assumes unless told. Strides are in the layouts.
+uint32_t alignment_of(uintptr_t address) {
+    uint32_t alignment = 256;
+    while (address % alignment) alignment /= 2;
+    return alignment;
+}
+
 }  // namespace
 
 std::string cublaslt_why_not(const std::vector<std::string>& paths) {
@@ -141,22 +149,21 @@ void cublaslt_layer(const Layer& layer, int64_t rows, uintptr_t workspace, size_
     must(library.layout_create(&b.p, lt::kBF16, k, n, layer.x_pitch), "cublasLtMatrixLayoutCreate");
     must(library.layout_create(&y.p, out_type, m, n, layer.y_pitch), "cublasLtMatrixLayoutCreate");
 
-    // The side branch writes into the middle of the joined rows: say how aligned that is.
-    const uint32_t lowest = static_cast<uint32_t>(layer.y & (~layer.y + 1)), pitch_bytes = layer.last ? 4 : 2;
-    uint32_t alignment = lowest == 0 || lowest > 256 ? 256 : lowest;
-    while (layer.y_pitch * pitch_bytes % alignment) alignment /= 2;
-    const Key key{where.device,  rows,       layer.d_in, layer.d_out,     layer.x_pitch,
-                  layer.y_pitch, layer.relu, layer.last, workspace_bytes, alignment};
+    // Rows are read from, and the side branch writes into, the middle of others: say how aligned that is.
+    const uint32_t of_a = alignment_of(layer.weight), of_b = alignment_of(layer.x), of_y = alignment_of(layer.y);
+    const Key key{where.device, rows,       layer.d_in,      layer.d_out,       layer.x_pitch, layer.y_pitch,
+                  layer.relu,   layer.last, workspace_bytes, of_a << 16 | of_b, of_y};
     auto found = algorithms.find(key);
     if (found == algorithms.end()) {
         Object preference(library.preference_destroy);
         must(library.preference_create(&preference.p), "cublasLtMatmulPreferenceCreate");
         must(library.preference_set(preference.p, lt::kMaxWorkspace, &workspace_bytes, sizeof workspace_bytes),
              "cublasLtMatmulPreferenceSetAttribute");
-        must(library.preference_set(preference.p, lt::kAlignmentC, &alignment, sizeof alignment),
-             "cublasLtMatmulPreferenceSetAttribute");
-        must(library.preference_set(preference.p, lt::kAlignmentD, &alignment, sizeof alignment),
-             "cublasLtMatmulPreferenceSetAttribute");
+        const std::pair<int, const uint32_t*> alignments[] = {
+            {lt::kAlignmentA, &of_a}, {lt::kAlignmentB, &of_b}, {lt::kAlignmentC, &of_y}, {lt::kAlignmentD, &of_y}};
+        for (const auto& [attribute, alignment] : alignments)
+            must(library.preference_set(preference.p, attribute, alignment, sizeof *alignment),
+                 "cublasLtMatmulPreferenceSetAttribute");
         lt::Heuristic best = {};
         int count = 0;
         must(library.heuristic(handle, desc.p, a.p, b.p, y.p, y.p, preference.p, 1, &best, &count),

@@ -71,20 +71,26 @@ struct Layer {
     bool relu;
     uintptr_t y;
     int64_t y_pitch;
-    bool last;  // y is fp32 and y_pitch is d_out
+    bool last;  // y is fp32
     int phase;  // layers of one phase do not depend on each other
 };
-struct Small {
-    RowsAt old_rows, side_rows, out;
-    uintptr_t old_bf16, side_bf16, last, barrier;
-    bool normalise;
-    bool split;  // the rows are read as high and low parts, see transform.cuh
-    int blocks;
+// h with its buffers: what stays as it is from call to call. Two streams never share one.
+struct Network {
+    uintptr_t old_bf16, side_bf16;  // where the rows go as bf16; side 0: the side branch reads old's
+    int64_t old_pitch, side_pitch;
+    bool split;      // as high and low parts, see transform.cuh
+    uintptr_t last;  // the last layer's output
+    int64_t last_pitch;
+    float length;  // what the output's rows are brought to; 0: they stay as they come
     std::vector<Layer> layers;
 };
-void transform_small_rows(const Small& small, const Where& where);
-void convert_rows_to_bf16(const RowsAt& rows, uintptr_t dst, int64_t pitch, bool split, const Where& where);
-void finish_rows_from_fp32(uintptr_t src, const RowsAt& out, bool normalise, const Where& where);
+struct Batch {
+    RowsAt old_rows, side_rows, out;
+};
+// blocks: at most what the device runs at once.
+void transform_small_rows(const Network& h, const Batch& batch, uintptr_t barrier, int blocks, const Where& where);
+void transform_large_rows(const Network& h, const Batch& batch, uintptr_t workspace, size_t workspace_bytes,
+                          const Where& where);
 
 // ---- cuBLASLt (cublaslt.cpp) ----
 // Loads the library on first use: the one already in the process, else by these paths, else by its usual names.

@@ -3,29 +3,37 @@
 #include "transform.cuh"
 
 namespace fct::cuda {
+namespace {
+
+void fill_ends(RowArgs& args, const Network& h, const Batch& batch) {
+    args.old_rows = to_rows(batch.old_rows);
+    args.side_rows = to_rows(batch.side_rows);
+    args.out = to_rows(batch.out);
+    args.old_bf16 = at<bf16>(h.old_bf16);
+    args.side_bf16 = at<bf16>(h.side_bf16);
+    args.old_pitch = h.old_pitch;
+    args.side_pitch = h.side_pitch;
+    args.last = at<float>(h.last);
+    args.last_pitch = h.last_pitch;
+    args.length = h.length;
+    args.split = h.split;
+}
+
+}  // namespace
 
 int layer_row_elements(int64_t d) { return layer_pitch(d); }
 
-void transform_small_rows(const Small& small, const Where& where) {
+void transform_small_rows(const Network& h, const Batch& batch, uintptr_t barrier, int blocks, const Where& where) {
     refuse_after_fork();
-    if (small.layers.empty() || small.layers.size() > kMaxLayers)
+    if (h.layers.empty() || h.layers.size() > kMaxLayers)
         throw std::invalid_argument("layers: expected 1 to " + std::to_string(kMaxLayers) + ", got " +
-                                    std::to_string(small.layers.size()));
+                                    std::to_string(h.layers.size()));
     gpu::DeviceGuard guard(where.device);
     SmallArgs args = {};
-    args.old_rows = to_rows(small.old_rows);
-    args.side_rows = to_rows(small.side_rows);
-    args.out = to_rows(small.out);
-    args.old_bf16 = at<bf16>(small.old_bf16);
-    args.side_bf16 = at<bf16>(small.side_bf16);
-    args.split = small.split;
-    args.old_pitch = layer_pitch(small.old_rows.d) * (small.split ? 3 : 1);
-    args.side_pitch = layer_pitch(small.side_rows.d) * (small.split ? 3 : 1);
-    args.last = at<float>(small.last);
-    args.normalise = small.normalise;
-    args.barrier = at<unsigned>(small.barrier);
+    fill_ends(args, h, batch);
+    args.barrier = at<unsigned>(barrier);
     int n = 0;
-    for (const Layer& layer : small.layers) {
+    for (const Layer& layer : h.layers) {
         if (layer.phase != args.n_phases - 1 && layer.phase != args.n_phases)
             throw std::invalid_argument("layers: expected ascending phases without gaps");
         if (layer.phase == args.n_phases) {
@@ -45,19 +53,18 @@ void transform_small_rows(const Small& small, const Where& where) {
                             layer.last ? at<float>(layer.y) : nullptr};
     }
     args.first_layer[args.n_phases] = n;
-    run_small(args, small.blocks, to_stream(where));
+    run_small(args, blocks, to_stream(where));
 }
 
-void convert_rows_to_bf16(const RowsAt& rows, uintptr_t dst, int64_t pitch, bool split, const Where& where) {
+void transform_large_rows(const Network& h, const Batch& batch, uintptr_t workspace, size_t workspace_bytes,
+                          const Where& where) {
     refuse_after_fork();
     gpu::DeviceGuard guard(where.device);
-    run_convert(to_rows(rows), at<bf16>(dst), pitch, split, to_stream(where));
-}
-
-void finish_rows_from_fp32(uintptr_t src, const RowsAt& out, bool normalise, const Where& where) {
-    refuse_after_fork();
-    gpu::DeviceGuard guard(where.device);
-    run_finish(at<float>(src), to_rows(out), normalise, to_stream(where));
+    RowArgs args = {};
+    fill_ends(args, h, batch);
+    run_convert(args, to_stream(where));
+    for (const Layer& layer : h.layers) cublaslt_layer(layer, batch.out.n, workspace, workspace_bytes, where);
+    run_finish(args, to_stream(where));
 }
 
 }  // namespace fct::cuda

@@ -2,11 +2,15 @@
 //
 // Small batches (1 to 256 rows, query time): one cooperative launch for the whole h. The weights stream once through
 // L2 into shared memory, all blocks share each layer's output columns, and a grid-wide barrier parts the layers.
-//   convert inputs to bf16 | old.0, side.0 | old.1, side.1 | mixer.0 | mixer.1 | mixer.2 | normalise, cast
+//   convert inputs to bf16 | old.0, side.0 | old.1, side.1 | mixer.0 | mixer.1 | mixer.2 | length, cast
 // Large batches: convert_rows, cuBLASLt's matrix products with bias and ReLU in their epilogues, finish_rows.
 //
 // Layouts: weights (d_out, pitch) bf16, pitch = d_in rounded up to 64 and zero there; activations (rows, pitch) bf16,
-// zero in the padding; the last layer's output (rows, d_new) fp32.
+// zero in the padding; the last layer's output (rows, pitch) fp32.
+//
+// The skip, a linear layer on the rows that is added to the output, is more depth of the last layer: that one reads
+// [activations | old row | side row] by [its weights | the skip's], so the sum stays in the fp32 accumulator and is
+// never rounded. The rows are converted right there, and the branches read them there.
 //
 // The layers that read the gallery's rows multiply almost as fp32 does ("split"): row and weight are two bf16 parts,
 // high and low, and high * high + low * high + high * low is one product of three times the depth, rows as
@@ -36,15 +40,22 @@ struct LayerArgs {
     bool relu;
     bf16* y;  // (rows, y_pitch), already at its first column; null for the last layer
     int64_t y_pitch;
-    float* y_last;  // (rows, d_out), the last layer's output
+    float* y_last;  // (rows, y_pitch), the last layer's output
 };
 
-struct SmallArgs {
+// The ends of h: where rows come from, where they lie as bf16, where the last layer leaves its output, and where it
+// goes.
+struct RowArgs {
     Rows old_rows, side_rows, out;
-    bf16 *old_bf16, *side_bf16;  // (kMaxSmallRows, pitch)
+    bf16 *old_bf16, *side_bf16;  // (kMaxSmallRows, pitch); side null: it is old's
     int64_t old_pitch, side_pitch;
-    const float* last;  // the last layer's output
-    bool normalise, split;
+    const float* last;  // (kMaxSmallRows, last_pitch), the last layer's output
+    int64_t last_pitch;
+    float length;
+    bool split;
+};
+
+struct SmallArgs : RowArgs {
     int n_phases;
     int first_layer[kMaxPhases + 1];  // phase p computes layers first_layer[p] to first_layer[p + 1] - 1
     LayerArgs layers[kMaxLayers];
@@ -65,11 +76,19 @@ GPU_INLINE void convert_row(const Rows& rows, int64_t row, bf16* dst, bool split
     }
 }
 
-// One warp: fp32 row -> unit length if asked -> the output's dtype. A zero row stays zero.
-GPU_INLINE void finish_row(const float* src, const Rows& out, int64_t row, bool normalise) {
+// One warp: a row of the side-information or of the old embeddings to where the first layers read it.
+GPU_INLINE void convert_input(const RowArgs& args, int64_t row, bool side) {
+    if (side)
+        convert_row(args.side_rows, row, args.side_bf16 + row * args.side_pitch, args.split);
+    else
+        convert_row(args.old_rows, row, args.old_bf16 + row * args.old_pitch, args.split);
+}
+
+// One warp: fp32 row -> brought to the length, unless that is 0 -> the output's dtype. A zero row stays zero.
+GPU_INLINE void finish_row(const float* src, const Rows& out, int64_t row, float length) {
     const int lane = threadIdx.x % 32;
-    float divisor = 1.0f;
-    if (normalise) {
+    float divisor = 1.0f, factor = 1.0f;
+    if (length > 0.0f) {
         float largest = 0.0f, sum = 0.0f;
         for (int64_t j = lane; j < out.d; j += 32) largest = fmaxf(largest, fabsf(src[j]));
         largest = warp_max(largest);
@@ -79,8 +98,9 @@ GPU_INLINE void finish_row(const float* src, const Rows& out, int64_t row, bool 
         }
         const float norm = largest * sqrtf(warp_sum(sum));
         divisor = norm > 0.0f ? norm : 1.0f;
+        factor = length;
     }
-    for (int64_t j = lane; j < out.d; j += 32) store_element(out, row, j, src[j] / divisor);
+    for (int64_t j = lane; j < out.d; j += 32) store_element(out, row, j, src[j] / divisor * factor);
 }
 
 // Every block waits here until all have come. Needs a cooperative launch.
@@ -178,7 +198,7 @@ GPU_INLINE void layer_unit(const LayerArgs& layer, int rows, int row0, int colum
         if (layer.y)
             layer.y[row * layer.y_pitch + column] = float_to_bf16(sum);
         else
-            layer.y_last[static_cast<int64_t>(row) * layer.d_out + column] = sum;
+            layer.y_last[row * layer.y_pitch + column] = sum;
     }
     // No barrier: the next unit loads where all have read, and has passed one before it writes to partial.
 }
@@ -193,12 +213,8 @@ __global__ void __launch_bounds__(kLayerThreads, 2) transform_small(const SmallA
     float* partial = carve.take<float>(Shape::kWarpsK * Shape::kRows * kLayerColumns);
     const int rows = static_cast<int>(args.out.n);
     const int warp = blockIdx.x * (kLayerThreads / 32) + threadIdx.x / 32, warps = gridDim.x * (kLayerThreads / 32);
-    for (int i = warp; i < 2 * rows; i += warps) {
-        if (i < rows)
-            convert_row(args.old_rows, i, args.old_bf16 + i * args.old_pitch, args.split);
-        else
-            convert_row(args.side_rows, i - rows, args.side_bf16 + (i - rows) * args.side_pitch, args.split);
-    }
+    for (int i = warp; i < (args.side_bf16 ? 2 : 1) * rows; i += warps)
+        convert_input(args, i < rows ? i : i - rows, i >= rows);
     grid_barrier(args.barrier);
     const int row_blocks = (rows + Shape::kRows - 1) / Shape::kRows;
     for (int phase = 0; phase < args.n_phases; ++phase) {
@@ -215,30 +231,43 @@ __global__ void __launch_bounds__(kLayerThreads, 2) transform_small(const SmallA
         }
         grid_barrier(args.barrier);
     }
-    for (int i = warp; i < rows; i += warps)
-        finish_row(args.last + static_cast<int64_t>(i) * args.out.d, args.out, i, args.normalise);
+    for (int i = warp; i < rows; i += warps) finish_row(args.last + i * args.last_pitch, args.out, i, args.length);
 }
 
-// One warp per row.
-__global__ void __launch_bounds__(256)
-    convert_rows(const Rows rows, bf16* __restrict__ dst, int64_t pitch, bool split) {
+// One warp per row; blockIdx.y: old's rows, the side-information's.
+__global__ void __launch_bounds__(256) convert_rows(const RowArgs args) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (row < rows.n) convert_row(rows, row, dst + row * pitch, split);
+    if (row < args.out.n) convert_input(args, row, blockIdx.y == 1);
 }
 
-__global__ void __launch_bounds__(256) finish_rows(const float* __restrict__ src, const Rows out, bool normalise) {
+__global__ void __launch_bounds__(256) finish_rows(const RowArgs args) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32;
-    if (row < out.n) finish_row(src + row * out.d, out, row, normalise);
+    if (row < args.out.n) finish_row(args.last + row * args.last_pitch, args.out, row, args.length);
 }
 
 // ---- host ----
 inline int layer_pitch(int64_t d) { return static_cast<int>((d + kLayerChunk - 1) / kLayerChunk * kLayerChunk); }
 
-// blocks: at most what the device runs at once, see small_blocks().
-inline void run_small(const SmallArgs& args, int blocks, cudaStream_t stream) {
+// Blocks that have something to do in some phase: units of the widest, or a row in for each warp. A narrow h leaves
+// most of a device idle, and fewer blocks meet sooner.
+inline int useful_blocks(const SmallArgs& args) {
+    const int rows = static_cast<int>(args.out.n), high = rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
+    int most = (2 * rows + kLayerThreads / 32 - 1) / (kLayerThreads / 32);
+    for (int phase = 0; phase < args.n_phases; ++phase) {
+        int units = 0;
+        for (int l = args.first_layer[phase]; l < args.first_layer[phase + 1]; ++l)
+            units += (args.layers[l].d_out + kLayerColumns - 1) / kLayerColumns * ((rows + high - 1) / high);
+        if (units > most) most = units;
+    }
+    return most;
+}
+
+// at_once: blocks that the device runs at once.
+inline void run_small(const SmallArgs& args, int at_once, cudaStream_t stream) {
     if (args.out.n == 0) return;
     if (args.out.n > kMaxSmallRows)
         throw std::invalid_argument("transform_small: expected at most 256 rows, got " + std::to_string(args.out.n));
+    const int useful = useful_blocks(args), blocks = useful < at_once ? useful : at_once;
     if (args.out.n <= 16)
         GPU_LAUNCH_COOPERATIVE(dim3(blocks), kLayerThreads, LayerShape<1>::smem, stream, (transform_small<1>), args);
     else if (args.out.n <= 32)
@@ -247,14 +276,15 @@ inline void run_small(const SmallArgs& args, int blocks, cudaStream_t stream) {
         GPU_LAUNCH_COOPERATIVE(dim3(blocks), kLayerThreads, LayerShape<4>::smem, stream, (transform_small<4>), args);
 }
 
-inline void run_convert(const Rows& rows, bf16* dst, int64_t pitch, bool split, cudaStream_t stream) {
-    if (rows.n == 0) return;
-    GPU_LAUNCH(dim3(static_cast<unsigned>((rows.n + 7) / 8)), 256, 0, stream, convert_rows, rows, dst, pitch, split);
+inline void run_convert(const RowArgs& args, cudaStream_t stream) {
+    if (args.out.n == 0) return;
+    const dim3 grid(static_cast<unsigned>((args.out.n + 7) / 8), args.side_bf16 ? 2 : 1);
+    GPU_LAUNCH(grid, 256, 0, stream, convert_rows, args);
 }
 
-inline void run_finish(const float* src, const Rows& out, bool normalise, cudaStream_t stream) {
-    if (out.n == 0) return;
-    GPU_LAUNCH(dim3(static_cast<unsigned>((out.n + 7) / 8)), 256, 0, stream, finish_rows, src, out, normalise);
+inline void run_finish(const RowArgs& args, cudaStream_t stream) {
+    if (args.out.n == 0) return;
+    GPU_LAUNCH(dim3(static_cast<unsigned>((args.out.n + 7) / 8)), 256, 0, stream, finish_rows, args);
 }
 
 }  // namespace fct::cuda

@@ -21,9 +21,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fct.ops.cuda_kernels import CudaRuntime
+from fct.ops.device.cuda_runtime import CudaRuntime
+from fct.rows import Rows
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -195,6 +197,16 @@ class EmulatedRuntime(CudaRuntime):
 
     def where(self, device: str) -> tuple[int, int]:
         return 0, 0
+
+
+def rows(x: Any, dtype: str = "float32", scale: Any = None) -> Rows:
+    """Host values as a block of rows on the emulated device, rounded to the dtype."""
+    import torch
+
+    if dtype == "int8":
+        values = torch.from_numpy(np.clip(np.rint(x / scale), -127, 127).astype(np.int8))
+        return Rows(values, dtype, torch.from_numpy(np.asarray(scale, np.float32)), "cpu", "torch")
+    return Rows(torch.from_numpy(x).to(getattr(torch, dtype)), dtype, None, "cpu", "torch")
 
 
 def ptx(source: str, architecture: str, edits: Edits | None = None) -> str:

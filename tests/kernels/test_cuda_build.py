@@ -13,7 +13,7 @@ import cuda_support as support
 import pytest
 
 from fct import _C
-from fct.ops.cuda_kernels import CudaRuntime
+from fct.ops.device.cuda_runtime import CudaRuntime
 
 ARCHITECTURES = ["80", "89", "90a", "100"]
 

@@ -20,21 +20,26 @@ pytestmark = support.needs_cxx
 RUN = """
 import sys; sys.path.insert(0, sys.argv[1])
 import cuda_support as support, numpy as np, torch, fct
-import fct.ops.cuda_kernels as cuda
+from fct.ops.transform import cuda_backend as cuda
 from fct import ref
 from fct.rows import Rows
+from fct.ops.numerics import quantise
 from fct.ops.numerics.rounding import SIGMAS, deviation
 from fct.ops.proof import far_off
 cuda._blaslt_paths = lambda: [sys.argv[2]]
 
-class Counted:  # how many rows each product takes
+class Counted:  # how many rows each call takes
     def __init__(self, lib):
         self.lib, self.rows = lib, []
     def __getattr__(self, name):
         return getattr(self.lib, name)
-    def cuda_blaslt_layer(self, rows, *how, **layer):
-        self.rows.append(rows)
-        return self.lib.cuda_blaslt_layer(rows, *how, **layer)
+    def CudaNetwork(self, **how):
+        network = self.lib.CudaNetwork(**how)
+        class Large:
+            def large(_, old, *rest):
+                self.rows.append(old[2])
+                return network.large(old, *rest)
+        return Large()
 
 runtime = support.EmulatedRuntime()
 runtime.lib = Counted(runtime.lib)
@@ -42,29 +47,49 @@ backend = cuda.CudaTransform(runtime)
 assert backend.large_why_not() == "", backend.large_why_not()
 rng = np.random.default_rng(0)
 rows = lambda x: Rows(torch.from_numpy(x), "float32", None, "cpu", "torch")
-chunks = set()
-# small first layers (read without rounding the rows), large ones
-for inner, n, normalise in ((40, 4100, True), (40, 257, False), (9, 257, False)):
-    h = fct.Transformation.random(6, 4, 6, inner=inner, normalise=normalise)
-    spread = [rng.standard_normal((n, d), dtype=np.float32) for d in (6, 4)]
-    for far in (False, True) if inner == 40 else (False,):
+def of_rows(packed):  # every weight on rows that are read in parts, as (d_out, 3, part)
+    found = [packed.chains[branch][0].weight for branch in ("old", "side")]
+    if packed.skip_at is not None:
+        widths = [weight.shape[1] for weight in (found if packed.uses_side else found[:1])]
+        found += packed.chains["mixer"][-1].weight[:, packed.skip_at :].split(widths, 1)
+    return [weight.unflatten(1, (3, -1)) for weight in found]
+
+def run(h, n, split):
+    spread = [rng.standard_normal((n, d), dtype=np.float32) for d in (h.d_old, h.d_side)]
+    spread[1] = spread[1] if h.uses_side_info else spread[0]
+    for far in (False, True) if split else (False,):
         moved, old, side = far_off(h, *spread) if far else (h, *spread)
         packed = backend.pack(moved, "bf16", "cpu")
-        assert packed.split == (inner == 40)
-        chunks.add(packed.chunk)
-        for forgotten in (0, 1, 2) if far else (0,):  # rows' low parts, weights' low parts
-            for branch in ("old", "side") if forgotten else ():
-                weight = backend.pack(moved, "bf16", "cpu").chains[branch][0].weight
-                weight.view(len(weight), 3, -1)[:, forgotten] = 0
-                packed.chains[branch][0].weight.copy_(weight)
+        assert packed.split == split == quantise.exact_first(h)
+        # nothing, then the rows' and the weights' low parts of one layer that reads rows
+        spoilt = [(i, part) for i in range(len(of_rows(packed))) for part in (1, 2)] if far else []
+        for layer, part in ((-1, 0), *spoilt):
+            packed = backend.pack(moved, "bf16", "cpu")
+            if part:
+                of_rows(packed)[layer][:, part] = 0
             runtime.lib.rows.clear()
-            out = torch.full((n, 6), float("nan"))
+            out = torch.full((n, h.d_new), float("nan"))
             backend.run(packed, rows(old), rows(side), rows(out.numpy()), threads=1)
-            assert sum(runtime.lib.rows) == n * 7, runtime.lib.rows
+            assert sum(runtime.lib.rows) == n, runtime.lib.rows
             assert max(runtime.lib.rows) == min(n, packed.chunk), runtime.lib.rows
             off = deviation(out.numpy(), ref.transform(old, side, moved), old, side, moved, "bf16", "cuda")
-            assert off > SIGMAS if forgotten else off < 6, (n, far, forgotten, off)
-assert min(chunks) < 4100, chunks
+            assert off > SIGMAS if part else off < 6, (h, n, far, layer, part, off)
+    return packed.chunk
+
+def made(*dims, length=1.0, **how):
+    return fct.Transformation.random(*dims, **how).with_(length=length)
+
+# small first layers (read without rounding the rows), large ones
+assert run(made(6, 4, 6, inner=40, normalise=True), 4100, True) < 4100
+run(made(6, 4, 6, inner=40), 257, True)
+run(made(6, 4, 6, inner=9), 257, False)
+# narrow ones, of odd widths, with a skip and a length, without side-information, without a mixing block
+narrow = dict(branch=17, blocks=1, skip=True)
+run(made(7, 3, 5, inner=33, **narrow), 257, False)
+run(made(9, 9, 5, inner=11, branch=5, blocks=0, skip=True, side_info=False), 259, False)
+quantise.EXACT_SHARE = 0.7
+run(made(7, 3, 5, inner=65, normalise=True, length=0.9, **narrow), 257, True)
+run(made(9, 9, 6, inner=65, branch=31, blocks=1, skip=True, side_info=False), 257, True)
 print("right")
 """
 
@@ -93,7 +118,7 @@ def test_large_batches_through_a_stand_in() -> None:
 
 def test_chunk_follows_the_device() -> None:
     """Operands of every layer inside 60 % of L2, tiles of the widest in whole waves, the same rows as Triton's."""
-    from fct.ops.cuda_kernels import CudaTransform
+    from fct.ops.transform.cuda_backend import CudaTransform
     from fct.ops.transform.triton_backend import PackedLayer, PackedTransform
 
     class Runtime(support.EmulatedRuntime):
@@ -140,6 +165,8 @@ def _header(name: str) -> str:
         ("CUBLASLT_EPILOGUE_BIAS", 4, "cublasLt.h"),
         ("CUBLASLT_EPILOGUE_RELU", 2, "cublasLt.h"),
         ("CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES", 1, "cublasLt.h"),
+        ("CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES", 5, "cublasLt.h"),
+        ("CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES", 6, "cublasLt.h"),
         ("CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES", 7, "cublasLt.h"),
         ("CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES", 8, "cublasLt.h"),
         ("CUBLAS_COMPUTE_32F", 68, "cublas_api.h"),

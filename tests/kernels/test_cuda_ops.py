@@ -1,4 +1,4 @@
-"""The cuda backend's whole Python path on the emulator: CPU tensors for GPU memory, random schedules, the reference."""
+"""CUDA's search, its whole Python path, on the emulator: CPU tensors for GPU memory, random schedules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import cuda_support as support
 import numpy as np
 import pytest
 import torch
+from cuda_support import rows
 from oracle import check_search
 
-import fct
-from fct import ref
-from fct.ops.cuda_kernels import CudaSearch, CudaTransform
+from fct.ops.search.cuda_search import CudaSearch
 from fct.rows import Rows
 
 pytestmark = support.needs_cxx
-
-TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +28,6 @@ def runtime() -> support.EmulatedRuntime:
 @pytest.fixture
 def schedule(runtime: support.EmulatedRuntime) -> Callable[[int, int], None]:
     return lambda sched, seed=1: runtime.lib.schedule(sched, seed, 2)  # type: ignore[misc]
-
-
-def rows(x: Any, dtype: str = "float32", scale: Any = None) -> Rows:
-    if dtype == "int8":
-        values = torch.from_numpy(np.clip(np.rint(x / scale), -127, 127).astype(np.int8))
-        return Rows(values, dtype, torch.from_numpy(np.asarray(scale, np.float32)), "cpu", "torch")
-    return Rows(torch.from_numpy(x).to(TORCH[dtype]), dtype, None, "cpu", "torch")
 
 
 def costs(queries: Any, gallery: Any, metric: str) -> Any:
@@ -208,72 +198,10 @@ def test_no_bank_conflicts(runtime: Any, rng: Any) -> None:
     search = CudaSearch(runtime)
     g = rows(rng.standard_normal((200, 100), dtype=np.float32))
     search.search(g[slice(0, 20)], search.prepare(g, "ip"), 3)
-    h = fct.Transformation.random(12, 7, 20, inner=33)
-    run_transform(runtime, h, rng, 5)
     stats = runtime.lib.stats()
     assert stats["ldmatrix"] > 100
     assert stats["mma"] > 100
     assert stats["bank_extra"] == 0
-
-
-def run_transform(
-    runtime: Any, h: Any, rng: Any, n: int, dtype: str = "float32", out_dtype: str = "float32"
-) -> tuple[Any, Any]:
-    backend = CudaTransform(runtime)
-    old = rows(rng.standard_normal((n, h.d_old), dtype=np.float32), dtype)
-    side = rows(rng.standard_normal((n, h.d_side), dtype=np.float32), dtype) if h.uses_side_info else old
-    guard = torch.full((n + 2, h.d_new + 3), 777.0).to(TORCH[out_dtype])
-    out = Rows(guard[1 : n + 1, : h.d_new], out_dtype, None, "cpu", "torch")
-    out.values.fill_(float("nan"))
-    backend.run(backend.pack(h, "bf16", "cpu"), old, side, out, threads=1)
-    assert torch.isfinite(out.values).all()
-    untouched = torch.cat([guard[0], guard[-1], guard[:, h.d_new :].flatten()])
-    assert (untouched == untouched[0]).all()
-    want = ref.transform(old.float32().numpy(), side.float32().numpy(), h)
-    return out.values.float().numpy(), want
-
-
-@pytest.mark.parametrize("sched", [0, 1, 2, 3])
-@pytest.mark.parametrize("n", [1, 15, 17, 33, 65])
-def test_transform_small(runtime: Any, schedule: Any, rng: Any, n: int, sched: int) -> None:
-    schedule(sched, n)
-    for normalise in (False, True):
-        h = fct.Transformation.random(13, 7, 19, inner=70, normalise=normalise)
-        got, want = run_transform(runtime, h, rng, n)
-        scale = np.abs(want).max()
-        assert np.abs(got - want).max() < 0.02 * scale
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_transform_dtypes_and_no_side_information(runtime: Any, rng: Any, dtype: str) -> None:
-    h = fct.Transformation.random(9, 9, 10, inner=20, side_info=False)
-    got, want = run_transform(runtime, h, rng, 3, dtype, dtype)
-    assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
-
-
-def test_transform_of_more_rows_than_a_launch_takes(runtime: Any, rng: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(CudaTransform, "large_why_not", lambda _: "no cuBLASLt")
-    h = fct.Transformation.random(5, 4, 6, inner=8)
-    got, want = run_transform(runtime, h, rng, 259)
-    assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
-
-
-def test_transform_into_scaled_int8(runtime: Any, rng: Any) -> None:
-    h = fct.Transformation.random(5, 4, 6, inner=8, normalise=True)
-    old, side = (rng.standard_normal((4, d), dtype=np.float32) for d in (5, 4))
-    values = torch.zeros(4, 6, dtype=torch.int8)
-    out = Rows(values, "int8", torch.full((1, 1), 1 / 127), "cpu", "torch")
-    backend = CudaTransform(runtime)
-    backend.run(backend.pack(h, "bf16", "cpu"), rows(old), rows(side), out, threads=1)
-    assert np.abs(values.numpy() / 127 - ref.transform(old, side, h)).max() < 0.02
-
-
-def test_two_streams_share_no_activations(runtime: Any) -> None:
-    backend = CudaTransform(runtime)
-    packed = backend.pack(fct.Transformation.random(5, 4, 6, inner=8), "bf16", "cpu")
-    one, other = (backend._scratch(packed, 256, stream) for stream in (1, 2))
-    assert not {t.data_ptr() for t in one.values()} & {t.data_ptr() for t in other.values()}
-    assert backend._scratch(packed, 256, 1) is one
 
 
 def test_zero_rows_launch_nothing(runtime: Any) -> None:
@@ -282,14 +210,6 @@ def test_zero_rows_launch_nothing(runtime: Any) -> None:
 
     runtime.lib.intercept(refuse)
     try:
-        backend = CudaTransform(runtime)
-        h = fct.Transformation.random(5, 4, 6, inner=8)
-        empty = (
-            rows(np.zeros((0, 5), np.float32)),
-            rows(np.zeros((0, 4), np.float32)),
-            rows(np.zeros((0, 6), np.float32)),
-        )
-        backend.run(backend.pack(h, "bf16", "cpu"), *empty, threads=1)
         search = CudaSearch(runtime)
         assert search.search(rows(np.zeros((0, 5), np.float32)), None, 3)[1].shape == (0, 3)  # type: ignore[arg-type]
     finally:

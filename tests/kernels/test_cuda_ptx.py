@@ -15,7 +15,8 @@ import torch
 
 import fct
 from fct import ref
-from fct.ops.cuda_kernels import CudaSearch, CudaTransform
+from fct.ops.search.cuda_search import CudaSearch
+from fct.ops.transform.cuda_backend import CudaTransform
 from fct.rows import Rows
 
 pytestmark = support.needs_nvcc
@@ -85,7 +86,7 @@ def test_a_quads_lists_are_merged(partner: int) -> None:
 
 def transform(texts: list[str], n: int) -> tuple[Any, Any]:
     rng = np.random.default_rng(5)
-    h = fct.Transformation.random(9, 7, 10, inner=20, normalise=True)
+    h = fct.Transformation.random(9, 7, 10, inner=20, normalise=True, skip=True).with_(length=0.75)
     old, side = rng.standard_normal((n, 9), dtype=np.float32), rng.standard_normal((n, 7), dtype=np.float32)
     out = torch.full((n, 10), float("nan"))
     backend = CudaTransform(support.EmulatedRuntime())

@@ -12,7 +12,7 @@ import cuda_support as support
 import pytest
 import torch
 
-from fct.ops.cuda_kernels import CudaSearch
+from fct.ops.search.cuda_search import CudaSearch
 from fct.rows import Rows
 from tools.gpu_roofline import GPUS, Gpu, cuda_scan  # type: ignore[attr-defined]
 from tools.gpu_traffic import META, Scan, Unit, scan_launches

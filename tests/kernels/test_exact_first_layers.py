@@ -21,9 +21,9 @@ from fct.fit.precision_choice import calibrate
 from fct.fit.recipes import FitConfig
 from fct.kernels import transform_kernels as kernels
 from fct.ops import proof as selfproof
-from fct.ops.cuda_kernels import CudaTransform
 from fct.ops.numerics.quantise import exact_first
 from fct.ops.transform import triton_backend as backend
+from fct.ops.transform.cuda_backend import CudaTransform
 
 PRECISIONS = ("fp16", "bf16", "int8", "fp8")
 
@@ -82,26 +82,75 @@ def test_triton_proves_it(fake: FakeDevice, rng: Any, monkeypatch: Any, precisio
     assert re.search(refused, selfproof._run(backend.TritonTransform(), h, precision, "cuda:0"))
 
 
+def cuda_weights_on_rows(packed: Any) -> dict[str, Any]:
+    """Name -> (d_out, 3, part) of every weight that multiplies the rows' high and low parts."""
+    found = {branch: plain(packed.chains[branch][0].weight) for branch in ("old", "side")}
+    if packed.skip_at is not None:
+        halves = ("old", "side") if packed.uses_side else ("old",)
+        of_skip = plain(packed.chains["mixer"][-1].weight)[:, packed.skip_at :]
+        parts = of_skip.split([found[half].shape[1] for half in halves], 1)
+        found |= {f"skip of {half}": part for half, part in zip(halves, parts, strict=True)}
+    return {name: weight.unflatten(1, (3, -1)) for name, weight in found.items()}
+
+
 @support.needs_cxx
-def test_cuda_proves_it(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("kind", ["plain", "skip", "skip without side-information"])
+def test_cuda_proves_it(fake: FakeDevice, rng: Any, monkeypatch: Any, kind: str) -> None:
     monkeypatch.setattr(CudaTransform, "large_why_not", lambda _: "no cuBLASLt")
-    h = Transformation.random(24, 40, 30, inner=160, normalise=True, seed=1)
+    how: dict[str, Any] = {"inner": 160, "normalise": True, "seed": 1, "skip": kind != "plain"}
+    if "without" in kind:
+        h = Transformation.random(24, 24, 30, **how, side_info=False)
+    else:
+        h = Transformation.random(24, 40, 30, **how)
+    h = h.with_(length=0.9)
+    monkeypatch.setattr("fct.ops.numerics.quantise.EXACT_SHARE", 0.2)
     assert exact_first(h)
     assert selfproof._run(CudaTransform(support.EmulatedRuntime()), h, "bf16", "cuda:0") == ""
 
     class Forgets(CudaTransform):
-        part = 1  # what the rows' low parts are multiplied by
+        name_of, part = "old", 1  # 1: what the rows' low parts are multiplied by; 2: the weights' low parts
 
         def pack(self, h: Transformation, precision: str, device: str) -> Any:
             packed = super().pack(h, precision, device)
-            for branch in ("old", "side"):
-                weight = plain(packed.chains[branch][0].weight)
-                weight.view(len(weight), 3, -1)[:, self.part] = 0
+            cuda_weights_on_rows(packed)[self.name_of][:, self.part] = 0
             return packed
 
-    for part in (1, 2):
-        Forgets.part = part
-        assert re.search("far away.*: off by", selfproof._run(Forgets(support.EmulatedRuntime()), h, "bf16", "cuda:0"))
+    names = cuda_weights_on_rows(CudaTransform(support.EmulatedRuntime()).pack(h, "bf16", "cuda:0"))
+    assert len(names) == {"plain": 2, "skip": 4}.get(kind, 3)
+    monkeypatch.setattr(selfproof, "ROWS", (3,))
+    for Forgets.name_of in names:
+        for Forgets.part in (1, 2):
+            said = selfproof._run(Forgets(support.EmulatedRuntime()), h, "bf16", "cuda:0")
+            assert re.search("far away.*: off by", said), (Forgets.name_of, Forgets.part)
+
+
+@support.needs_cxx
+@pytest.mark.parametrize("wrong", ["skip", "skip's bias", "halves swapped", "length", "unit length", "activations"])
+def test_a_wrong_skip_or_length_is_refused(fake: FakeDevice, rng: Any, monkeypatch: Any, wrong: str) -> None:
+    """Rows near by tell: nothing of it is as small as a rounding."""
+    monkeypatch.setattr(selfproof, "ROWS", (3,))
+    h = Transformation.random(64, 64, 30, inner=80, branch=70, blocks=1, normalise=True, skip=True, seed=1)
+    h = h.with_(length=0.97)
+    assert h.skip is not None
+
+    class Wrong(CudaTransform):
+        def pack(self, h: Transformation, precision: str, device: str) -> Any:
+            assert h.skip is not None
+            if wrong == "skip's bias":
+                return super().pack(h.with_(skip=Layer(h.skip.weight, 0 * h.skip.bias, False)), precision, device)
+            if "length" in wrong:
+                return super().pack(h.with_(length=1.0, normalise=wrong == "length"), precision, device)
+            packed = super().pack(h, precision, device)
+            weight = plain(packed.chains["mixer"][-1].weight)
+            if wrong == "halves swapped":
+                weight[:, packed.skip_at :] = weight[:, packed.skip_at :].roll(64, 1)
+            else:
+                weight[:, slice(packed.skip_at, None) if wrong == "skip" else slice(packed.skip_at)] = 0
+            return packed
+
+    assert selfproof._run(CudaTransform(support.EmulatedRuntime()), h, "bf16", "cuda:0") == ""
+    said = selfproof._run(Wrong(support.EmulatedRuntime()), h.with_(), "bf16", "cuda:0")  # packed anew
+    assert re.search("standard deviations of what rounding explains", said)
 
 
 def test_a_large_first_layer_is_rounded(fake: FakeDevice, rng: Any) -> None:

@@ -20,12 +20,14 @@ import fct
 from fct import ref
 from fct.errors import BackendError, DeviceLostError, FctWarning
 from fct.kernels import search_kernels as kernels
-from fct.ops import cuda_kernels as cuda
 from fct.ops import proof as selfproof
 from fct.ops import registry
+from fct.ops.device import cuda_runtime
 from fct.ops.device import state as devices
+from fct.ops.search import cuda_search
 from fct.ops.search import gpu_search as topk_gpu
 from fct.ops.search import triton_search as topk_triton
+from fct.ops.search.cuda_search import CudaSearch
 
 METRICS, KINDS = ("l2", "ip", "cosine"), ("bf16", "int8")
 WHOLE_PROOF = selfproof.SEARCHES
@@ -49,9 +51,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels are there, in the emulator."""
     runtime = support.EmulatedRuntime()
-    monkeypatch.setattr(cuda.CudaSearch.__init__, "__kwdefaults__", {"part": 1 << 30})
-    search = cuda.CudaSearch
-    monkeypatch.setattr(cuda, "CudaSearch", lambda: search(runtime))
+    monkeypatch.setattr(CudaSearch.__init__, "__kwdefaults__", {"part": 1 << 30})
+    search = CudaSearch
+    monkeypatch.setattr(cuda_search, "CudaSearch", lambda: search(runtime))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -139,7 +141,7 @@ def test_forced(fake: FakeDevice, emulated: None, rng: Any, monkeypatch: Any) ->
 
 def test_a_forced_search_that_can_not_run_says_why(fake: FakeDevice, rng: Any, monkeypatch: Any) -> None:
     q, g = (on(fake, x) for x in sides(rng))
-    monkeypatch.setattr(cuda.CudaRuntime, "check_device", lambda self, device: ["the CUDA driver is too old"])
+    monkeypatch.setattr(cuda_runtime.CudaRuntime, "check_device", lambda self, device: ["the CUDA driver is too old"])
     monkeypatch.setenv("FCT_BACKEND", "cuda")
     with pytest.raises(
         BackendError, match=r"no search over a bf16 shadow .* on cuda:0: cuda: the CUDA driver is too o"
@@ -198,11 +200,11 @@ from pathlib import Path
 import cuda_support as support
 import pytest
 from fake_device import FakeDevice
-from fct.ops import cuda_kernels as cuda
 from fct.ops import proof as selfproof
+from fct.ops.search.cuda_search import CudaSearch
 FakeDevice().install(pytest.MonkeyPatch(), Path({folder!r}))
 line = "GPU_INLINE uint32_t key_row(uint64_t key) {{ return static_cast<uint32_t>(key)"
-search = cuda.CudaSearch(support.EmulatedRuntime({{"topk_keys.cuh": [(line, line + " ^ 1u")]}}))
+search = CudaSearch(support.EmulatedRuntime({{"topk_keys.cuh": [(line, line + " ^ 1u")]}}))
 warnings.simplefilter("ignore")
 for metric in ("l2", "ip", "cosine"):
     for kind in ("bf16", "int8"):
@@ -377,11 +379,11 @@ def test_the_cuda_search_asks_for_the_current_stream(fake: FakeDevice, rng: Any,
                 return record
             return real
 
-    runtime = cuda.CudaRuntime()
+    runtime = cuda_runtime.CudaRuntime()
     runtime.lib = Recorder()  # type: ignore[assignment]
-    monkeypatch.setattr(cuda, "_properties", lambda lib, index: dict(support.module().cuda_device(0)))
+    monkeypatch.setattr(cuda_runtime, "_properties", lambda lib, index: dict(support.module().cuda_device(0)))
     q, g = sides(rng)
-    search = cuda.CudaSearch(runtime, part=150)
+    search = CudaSearch(runtime, part=150)
     q_rows, g_rows = (fake.second.rows(x) for x in (q, g))  # type: ignore[attr-defined]
     found = search.search(q_rows, search.prepare(g_rows, "l2"), 3)
     np.testing.assert_array_equal(found[1].cpu().numpy(), ref.topk(q, g, 3)[1])

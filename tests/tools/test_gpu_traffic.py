@@ -19,7 +19,7 @@ from fct.kernels.tile_choices import tiles
 from fct.ops.search import triton_search as topk_triton
 from fct.ops.transform import triton_backend as backend
 from tools import gpu_traffic
-from tools.gpu_roofline import GPUS, Gpu, cuda_scan, plan_of, scan_bound, small_bound, traffic, triton_scan  # type: ignore[attr-defined]
+from tools.gpu_roofline import GPUS, SMALL_H, Gpu, cuda_scan, plan_of, scan_bound, small_bound, traffic, triton_scan  # type: ignore[attr-defined]
 from tools.gpu_traffic import UNIT, Cache, Launch, Scan, Unit, block, scan_launches, simulate, transform_launches
 
 D, INNER = 128, 320
@@ -259,7 +259,11 @@ def test_the_search_reads_its_gallery_once(gpu: Gpu, kind: str) -> None:
 
 
 def test_small_batches() -> None:
-    one = small_bound(GPUS[0], {"loop": {"HMMA.16816.F32.BF16": 2}}, 1)
+    loop = {"loop": {"HMMA.16816.F32.BF16": 2}}
+    one = small_bound(GPUS[0], loop, 1)
     assert one.least_moved == pytest.approx(11_404_800, rel=1e-6)  # every weight once, two bytes each, and one row
     assert one.moved == one.least_moved + 2 * 2 * 2 * D * 2 * D  # the first layers' weights three times
     assert one.share == pytest.approx(11_403_264 / (11_403_264 + 2 * 4 * D * 2 * D) / 16)
+    small = small_bound(GPUS[0], {"loop": {"HMMA.16816.F32.BF16": 8}}, 256, SMALL_H)
+    assert small.moved == small.least_moved == 4 * (128 + 64 + 128) + 2 * 245_760 / 256
+    assert small.share == 1  # every width is a multiple of what a unit takes

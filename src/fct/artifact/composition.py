@@ -161,11 +161,10 @@ def _old_branch(first: Part, second: Part) -> tuple[dict[str, _Signal], tuple[La
     """What the mixer needs of the old embedding alone."""
     chain = _Chain(first.d_old)
     whole = chain.input(0, first.d_old)
-    signals, chains = {"a": whole}, {"a": first.old}
+    signals = {} if first.skip is None else {"old": whole}
+    signals["a"], chains = whole, {"a": first.old}  # beside the other branch's: what reads both reads one run of inputs
     if not first.uses_side_info and second.uses_side_info:
         signals["b"], chains["b"] = whole, first.side
-    if first.skip is not None:
-        signals["old"] = whole
     return _settled(chain, chain.run(signals, chains))
 
 

@@ -38,8 +38,8 @@ _PROVE_ON_DEVICE = ("cuda", "triton")  # kernels of ours that no GPU ran before 
 @functools.cache
 def transform_backends() -> tuple[TransformBackend, ...]:
     """Every transform backend, the one to be asked first in front."""
-    from fct.ops.cuda_kernels import CudaTransform
     from fct.ops.transform.cpu_backend import CpuTransform
+    from fct.ops.transform.cuda_backend import CudaTransform
     from fct.ops.transform.reference_backend import RefTransform
     from fct.ops.transform.torch_backend import TorchTransform
     from fct.ops.transform.triton_backend import TritonTransform
@@ -124,7 +124,7 @@ def _first_that_runs(
 # ---- search on a GPU ----
 def search_backends() -> list[SearchBackend]:
     """Every search with a shadow, the one to be asked first in front."""
-    from fct.ops.cuda_kernels import CudaSearch
+    from fct.ops.search.cuda_search import CudaSearch
     from fct.ops.search.triton_search import TritonSearch
 
     return [CudaSearch(), TritonSearch()]

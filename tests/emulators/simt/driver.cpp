@@ -139,10 +139,16 @@ static int run_case(const std::string& name) {
 #else
 static float rounded(float x) { return bf16_to_float(float_to_bf16(x)); }
 
-// in -> hidden (with ReLU) -> out, twice side by side, joined, one mixing layer, unit length; a small h.
-// split: rows and first weights as they come, the rows 64 units off where bf16 has steps of a half, which the bias
-// undoes.
-static int transform_case(int n, int d_in, int hidden, int d_out, int blocks, bool split) {
+// in -> hidden (with ReLU) -> out, twice side by side, joined, one mixing layer, brought to a length; a small h.
+// split: rows and the weights that read them as they come, the rows 64 units off where bf16 has steps of a half, which
+// the bias undoes. skip: rows straight to the output too, as more depth of the mixing layer. alone: no
+// side-information, the side branch reads the old rows.
+struct Kind {
+    bool split = false, skip = false, alone = false;
+    float length = 1.0f;
+};
+static int transform_case(int n, int d_in, int hidden, int d_out, int blocks, const Kind& kind) {
+    const bool split = kind.split;
     struct Host {
         int d_in, d_out;
         std::vector<float> weight, bias;
@@ -158,53 +164,62 @@ static int transform_case(int n, int d_in, int hidden, int d_out, int blocks, bo
         for (size_t i = 0; first && i < l.weight.size(); ++i) l.bias[i / in] -= far * l.weight[i];
         return l;
     };
+    // old and side branch, mixing layer, and the skip's two halves
     std::vector<Host> host = {layer(d_in, hidden, true, true), layer(d_in, hidden, true, true),
-                              layer(2 * hidden, d_out, false, false)};
-    Buffer<float> old_rows(static_cast<size_t>(n) * d_in), side_rows(static_cast<size_t>(n) * d_in);
-    Buffer<float> out(static_cast<size_t>(n) * d_out, NAN), last(static_cast<size_t>(kMaxSmallRows) * d_out);
+                              layer(2 * hidden, d_out, false, false), layer(d_in, d_out, false, true),
+                              layer(d_in, d_out, false, true)};
+    const int inputs = kind.alone ? 1 : 2, last_pitch = d_out + 3;
+    Buffer<float> old_rows(static_cast<size_t>(n) * d_in), side_rows(kind.alone ? 0 : old_rows.n);
+    Buffer<float> out(static_cast<size_t>(n) * d_out, NAN), last(static_cast<size_t>(kMaxSmallRows) * last_pitch);
     for (Buffer<float>* rows : {&old_rows, &side_rows})
         for (size_t i = 0; i < rows->n; ++i) (*rows)[i] = split ? far + normal(generator) : rounded(normal(generator));
-    const int part = layer_pitch(d_in), in_pitch = split ? 3 * part : part, joined_pitch = layer_pitch(2 * hidden);
-    Buffer<bf16> old_bf16(static_cast<size_t>(kMaxSmallRows) * in_pitch), side_bf16(old_bf16.n);
-    Buffer<bf16> joined(static_cast<size_t>(kMaxSmallRows) * joined_pitch);
+    const int part = layer_pitch(d_in), parts = split ? 3 : 1, mixed = layer_pitch(2 * hidden);
+    const int depth = mixed + (kind.skip ? inputs * parts * part : 0), pitch = mixed + inputs * parts * part;
+    Buffer<bf16> wide(static_cast<size_t>(kMaxSmallRows) * pitch);  // what the mixing layer reads, and the rows
     Buffer<unsigned> barrier(2);
     std::vector<Buffer<bf16> > weights;
     std::vector<Buffer<float> > biases;
-    for (const Host& l : host) {
-        const bool in_parts = split && weights.size() < 2;
-        const size_t pitch = in_parts ? in_pitch : layer_pitch(l.d_in);
-        weights.emplace_back(l.d_out * pitch);
-        biases.emplace_back(l.d_out);
+    for (int l = 0; l < 3; ++l) {
+        weights.emplace_back(static_cast<size_t>(host[l].d_out) * (l == 2 ? depth : parts * part));
+        biases.emplace_back(host[l].d_out);
+        for (int o = 0; o < host[l].d_out; ++o) biases[l][o] = host[l].bias[o];
+    }
+    // host layer `from` into columns `at` and on of layer `to`
+    auto place = [&](int from, int to, int at, bool in_parts) {
+        const Host& l = host[from];
         for (int o = 0; o < l.d_out; ++o) {
-            biases.back()[o] = l.bias[o];
-            bf16* row = weights.back().get() + o * pitch;
+            bf16* row = weights[to].get() + static_cast<size_t>(o) * (to == 2 ? depth : parts * part) + at;
             for (int i = 0; i < l.d_in; ++i) {
                 const float w = l.weight[static_cast<size_t>(o) * l.d_in + i];
                 row[i] = float_to_bf16(w);
                 if (in_parts) row[part + i] = row[i], row[2 * part + i] = float_to_bf16(w - bf16_to_float(row[i]));
             }
+            if (from != to) biases[to][o] += l.bias[o];
         }
-    }
+    };
+    for (int l = 0; l < 3; ++l) place(l, l, 0, split && l < 2);
+    for (int i = 0; kind.skip && i < inputs; ++i) place(3 + i, 2, mixed + i * parts * part, split);
     SmallArgs args = {};
     args.old_rows = {old_rows.get(), kF32, n, d_in, d_in, nullptr, 0, 0};
-    args.side_rows = {side_rows.get(), kF32, n, d_in, d_in, nullptr, 0, 0};
+    args.side_rows = {(kind.alone ? old_rows : side_rows).get(), kF32, n, d_in, d_in, nullptr, 0, 0};
     args.out = {out.get(), kF32, n, d_out, d_out, nullptr, 0, 0};
-    args.old_bf16 = old_bf16.get(), args.side_bf16 = side_bf16.get();
-    args.old_pitch = args.side_pitch = in_pitch;
-    args.last = last.get(), args.normalise = true, args.split = split, args.barrier = barrier.get();
+    args.old_bf16 = wide.get() + mixed, args.side_bf16 = kind.alone ? nullptr : args.old_bf16 + parts * part;
+    args.old_pitch = args.side_pitch = pitch;
+    args.last = last.get(), args.last_pitch = last_pitch;
+    args.length = kind.length, args.split = split, args.barrier = barrier.get();
     args.n_phases = 2, args.first_layer[1] = 2, args.first_layer[2] = 3;
     for (int l = 0; l < 3; ++l)
-        args.layers[l] = {l == 0   ? old_bf16.get()
-                          : l == 1 ? side_bf16.get()
-                                   : joined.get(),
-                          l == 2 ? joined_pitch : in_pitch,
+        args.layers[l] = {l == 1 && !kind.alone ? args.side_bf16
+                          : l == 2              ? wide.get()
+                                                : args.old_bf16,
+                          pitch,
                           weights[l].get(),
-                          l == 2 ? joined_pitch : in_pitch,
+                          l == 2 ? depth : parts * part,
                           biases[l].get(),
                           host[l].d_out,
                           host[l].relu,
-                          l == 2 ? nullptr : joined.get() + l * hidden,
-                          joined_pitch,
+                          l == 2 ? nullptr : wide.get() + l * hidden,
+                          l == 2 ? last_pitch : pitch,
                           l == 2 ? last.get() : nullptr};
     run_small(args, blocks, nullptr);
     run_small(args, blocks, nullptr);  // again: the barrier must have been left as it was found
@@ -212,36 +227,44 @@ static int transform_case(int n, int d_in, int hidden, int d_out, int blocks, bo
     double worst = 0;
     for (int r = 0; r < n; ++r) {
         std::vector<double> mid(2 * hidden), y(d_out);
+        auto of_rows = [&](int l, int second, int o) {  // one output of host layer l on the old or the side row
+            double sum = host[l].bias[o];
+            const Buffer<float>& rows = second && !kind.alone ? side_rows : old_rows;
+            for (int i = 0; i < d_in; ++i)
+                sum += static_cast<double>(rows.p[static_cast<size_t>(r) * d_in + i]) *
+                       host[l].weight[static_cast<size_t>(o) * d_in + i];
+            return sum;
+        };
         for (int b = 0; b < 2; ++b)
-            for (int o = 0; o < hidden; ++o) {
-                double sum = host[b].bias[o];
-                for (int i = 0; i < d_in; ++i)
-                    sum += static_cast<double>((b ? side_rows : old_rows)[static_cast<size_t>(r) * d_in + i]) *
-                           host[b].weight[static_cast<size_t>(o) * d_in + i];
-                mid[b * hidden + o] = rounded(static_cast<float>(std::max(sum, 0.0)));
-            }
+            for (int o = 0; o < hidden; ++o)
+                mid[b * hidden + o] = rounded(static_cast<float>(std::max(of_rows(b, b, o), 0.0)));
         double norm = 0;
         for (int o = 0; o < d_out; ++o) {
             double sum = host[2].bias[o];
             for (int i = 0; i < 2 * hidden; ++i)
                 sum += mid[i] * host[2].weight[static_cast<size_t>(o) * 2 * hidden + i];
+            for (int i = 0; kind.skip && i < inputs; ++i) sum += of_rows(3 + i, i, o);
             y[o] = sum, norm += sum * sum;
         }
         for (int o = 0; o < d_out; ++o) {
-            const double error = std::fabs(out[static_cast<size_t>(r) * d_out + o] - y[o] / std::sqrt(norm));
+            const double want = kind.length > 0 ? kind.length * y[o] / std::sqrt(norm) : y[o];
+            const double size = kind.length > 0 ? 1 : std::sqrt(norm);
+            const double error = std::fabs(out[static_cast<size_t>(r) * d_out + o] - want) / size;
             bad += !(error < 2e-3);  // one bf16 rounding of a hidden value may fall the other way
             worst = std::max(worst, error);
         }
     }
-    std::printf("%d rows%s, %d -> %d -> %d, %d blocks: %d wrong, worst %.1e\n", n, split ? " in parts" : "", d_in,
-                hidden, d_out, blocks, bad, worst);
+    std::printf("%d rows%s%s%s, %d -> %d -> %d, length %g, %d blocks: %d wrong, worst %.1e\n", n,
+                split ? " in parts" : "", kind.skip ? ", skip" : "", kind.alone ? ", no side-information" : "", d_in,
+                hidden, d_out, kind.length, blocks, bad, worst);
     return bad;
 }
 
 static int run_case(const std::string& name) {
-    if (name == "small") return transform_case(3, 20, 24, 10, 2, true);
-    return transform_case(5, 100, 40, 33, 3, true) + transform_case(20, 70, 24, 17, 2, false) +
-           transform_case(70, 20, 24, 17, 2, true);
+    if (name == "small") return transform_case(3, 20, 24, 10, 2, {true, true});
+    return transform_case(5, 100, 40, 33, 3, {true}) + transform_case(20, 70, 24, 17, 2, {false, true, false, 0.75f}) +
+           transform_case(70, 20, 24, 17, 2, {true, true, true, 0.5f}) +
+           transform_case(3, 20, 24, 17, 2, {false, false, true, 0.0f});
 }
 #endif
 

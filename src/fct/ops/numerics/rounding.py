@@ -48,7 +48,8 @@ def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: s
     """(n, d_new) float64: what the roundings of one backend add up to, element by element.
 
     old, side: (n, d_old) and (n, d_side). backend: "triton" quantises the mixer alone, every other what
-    :func:`fct.ops.numerics.quantise.layer_plans` says; "cuda" may round a first layer's bias.
+    :func:`fct.ops.numerics.quantise.layer_plans` says; "cuda" may round a first layer's bias, and makes one float32
+    sum of the last layer and the skip.
 
     Example:
         >>> import numpy as np, fct
@@ -64,9 +65,11 @@ def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: s
     elif precision == "int8":
         plans = layer_plans(h, precision)
     exact = precision != "fp32" and exact_first(h)
+    depth = h.mixer[-1].d_in + (0 if h.skip is None else h.skip.d_in)  # of the last layer and the skip as one
 
     def chain(branch: str, x: Floats, variance: Floats) -> tuple[Floats, Floats]:
-        for i, layer in enumerate(getattr(h, branch) if branch != SKIP else (h.skip,)):
+        layers = getattr(h, branch) if branch != SKIP else (h.skip,)
+        for i, layer in enumerate(layers):
             weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
             plan = plans[branch][i] if branch in plans else None
             if plan is not None and plan.precision != "fp32":
@@ -87,9 +90,11 @@ def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: s
             into = variance + of_x
             z = x @ weight.T + bias
             terms = (x**2) @ (weight**2).T + bias**2
-            sums = (weight.shape[1] + 1) * 2.0**-48 * terms  # every partial sum in float32
+            whole = backend == "cuda" and (branch == SKIP or (branch == "mixer" and i + 1 == len(layers)))
+            count = depth if whole else weight.shape[1]
+            sums = (count + 1) * 2.0**-48 * terms  # every partial sum in float32
             variance = into @ (weight**2).T + (x**2) @ of_w.T + sums
-            if computed not in ("int8", "int16", "fp8"):  # libraries round the bias and the result too
+            if computed not in ("int8", "int16", "fp8") and not whole:  # libraries round the bias and the result too
                 of_bias = "bf16" if (computed, backend) == ("exact", "cuda") else computed
                 variance = variance + _rounded(bias, of_bias) + _rounded(z, computed)
             x = np.maximum(z, 0) if layer.relu else z
