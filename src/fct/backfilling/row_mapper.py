@@ -54,18 +54,44 @@ class RowMapper:
         self, batch: pa.RecordBatch, side: pa.RecordBatch | None, first: int, digest: InputDigest | None = None
     ) -> tuple[pa.RecordBatch, list[JsonDict]]:
         """(mapped rows, rejects). first: the number of the batch's first row in the gallery."""
+        job, n = self.job, batch.num_rows
+        arrays, bad = self._read(batch, side, digest)
+        if digest is not None:
+            digest.rest(self._rest(batch))
+        keep = _others(n, bad)
+        if keep is not None:
+            arrays = [(values[keep if rows is None else keep[rows]], None) for values, rows in arrays]
+        out = self._memory.empty((len(arrays[0][0]), job.new_space.dim), job.dtype)
+        with np.errstate(over="ignore"):
+            self._map(arrays[0][0], arrays[1][0] if len(arrays) > 1 else None, out)
+        wild = nonfinite_rows(rows_of(out, "output", finite=False))
+        if wild.any():
+            where = np.arange(n) if keep is None else np.flatnonzero(keep)
+            bad |= dict.fromkeys(where[wild].tolist(), f"h's output is not finite in {job.dtype}")
+            keep, out = _others(n, bad), out[~wild]
+        ids = batch.column(job.id_column) if job.id_column else None
+        rejects = [
+            {"id": _plain(ids[row]) if ids is not None else first + row, "row": first + row, "reason": why}
+            for row, why in sorted(bad.items())
+        ]
+        return self._written(batch, out, keep, first), rejects
+
+    def _read(
+        self, batch: pa.RecordBatch, side: pa.RecordBatch | None, digest: InputDigest | None
+    ) -> tuple[list[tuple[Array, Array | None]], dict[int, str]]:
+        """(values and the rows that they are of, for the vectors and for side-information; what cannot be mapped, with
+        the reason). What is read goes into the digest."""
         job = self.job
         old, other = self._blocks(batch, side)
-        bad = {row: f"{job.vector}: {why}" for row, why in old.bad.items()}
-        if other is not None:
-            for row, why in other.bad.items():
-                bad.setdefault(row, f"side-information: {why}")
-        n = batch.num_rows
         blocks = [(old, job.vector)] + ([(other, "side-information")] if other else [])
+        bad: dict[int, str] = {}
+        for block, name in blocks:
+            for row, why in block.bad.items():
+                bad.setdefault(row, f"{name}: {why}")
         arrays = []
         for i, (block, name) in enumerate(blocks):
             values, rows = block.values, block.rows
-            stream = None if digest is None else digest.block(i, block, n)
+            stream = None if digest is None else digest.block(i, block, batch.num_rows)
             wild = nonfinite_rows(rows_of(values, name, finite=False), stream)
             if i == 0:
                 values, odd = decoded(job, block, batch)
@@ -76,24 +102,11 @@ class RowMapper:
             for row in np.flatnonzero(wild).tolist():
                 bad.setdefault(int(row if rows is None else rows[row]), f"{name}: not finite")
             arrays.append((values, rows))
-        if digest is not None:
-            digest.rest(self._rest(batch))
-        keep = None
-        if bad:
-            keep = np.ones(n, dtype=bool)
-            keep[list(bad)] = False
-            arrays = [(a[keep if rows is None else keep[rows]], None) for a, rows in arrays]
-        out = self._memory.empty((len(arrays[0][0]), job.new_space.dim), job.dtype)
-        with np.errstate(over="ignore"):
-            self._map(arrays[0][0], arrays[1][0] if len(arrays) > 1 else None, out)
-        wild = nonfinite_rows(rows_of(out, "output", finite=False))
-        if wild.any():
-            where = np.arange(n) if keep is None else np.flatnonzero(keep)
-            bad |= dict.fromkeys(where[wild].tolist(), f"h's output is not finite in {job.dtype}")
-            keep = np.ones(n, dtype=bool)
-            keep[list(bad)] = False
-            out = out[~wild]
-        columns: list[pa.Array] = []
+        return arrays, bad
+
+    def _written(self, batch: pa.RecordBatch, out: Array, keep: Array | None, first: int) -> pa.RecordBatch:
+        """The rows that were mapped, with every other column as it came."""
+        job, columns = self.job, []
         mask = None if keep is None else pa.array(keep)
         for entry in self.schema:
             if entry.name == job.vector:
@@ -101,17 +114,12 @@ class RowMapper:
             elif job.true_column and entry.name == job.true_column:
                 columns.append(pa.array(np.zeros(len(out), bool)))
             elif entry.name == ROW and ROW not in batch.schema.names:
-                numbers = np.arange(first, first + n, dtype=np.int64)
+                numbers = np.arange(first, first + batch.num_rows, dtype=np.int64)
                 columns.append(pa.array(numbers if keep is None else numbers[keep]))
             else:
                 column = batch.column(entry.name)
                 columns.append(column if mask is None else column.filter(mask))
-        ids = batch.column(job.id_column) if job.id_column else None
-        rejects = [
-            {"id": _plain(ids[row]) if ids is not None else first + row, "row": first + row, "reason": why}
-            for row, why in sorted(bad.items())
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema), rejects
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     def _map(self, old: Array, side: Array | None, out: Array) -> None:
         job = self.job
@@ -150,3 +158,12 @@ def _plain(scalar: pa.Scalar) -> object:
         return f"{getattr(scalar, 'value', scalar.type)} ({scalar.type})"
     plain = isinstance(value, (str, int, bool, type(None))) or (isinstance(value, float) and math.isfinite(value))
     return value if plain else str(value)  # JSON has no NaN
+
+
+def _others(n: int, bad: dict[int, str]) -> Array | None:
+    """Which of n rows are not bad, as a mask; None where all are good."""
+    if not bad:
+        return None
+    keep = np.ones(n, dtype=bool)
+    keep[list(bad)] = False
+    return keep

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from fct.gallery.interfaces import Batches
@@ -123,88 +125,107 @@ def vector_block(column: pa.Array, d: int, binary_dtype: str = "float32") -> Vec
         ValueError: the column's type cannot hold vectors of d elements.
     """
     column, odd = plain_vectors(column)
-    kind, n = column.type, len(column)
-    if is_packed_int4(kind, d, binary_dtype):
-        packed = vector_block(column, kind.byte_width, "uint8")
+    if is_packed_int4(column.type, d, binary_dtype):
+        packed = vector_block(column, column.type.byte_width, "uint8")
         codes = PackedInt4(packed.values.astype(np.uint8), d).codes("vectors")
         return VectorBlock(codes.astype(np.float32), packed.rows, packed.bad)
-    if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
-        if kind.list_size != d:
-            raise ValueError(f"vectors: expected {d} elements a row, got a column of {kind}")
-        child, starts, sizes, width = column.values, (column.offset + np.arange(n, dtype=np.int64)) * d, None, 1
-        dtype = _DTYPES[kind.value_type]
-    elif _is_list(kind) and kind.value_type in _DTYPES:
-        offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
-        child, starts, sizes, width = column.values, offsets[:-1], np.diff(offsets), 1
-        dtype = _DTYPES[kind.value_type]
-    elif _is_binary(kind):
-        dtype = np.dtype(binary_dtype).type
-        child, width = None, np.dtype(dtype).itemsize
-        if pa.types.is_fixed_size_binary(kind):
-            if kind.byte_width != d * width:
-                raise ValueError(f"vectors: expected {d} {binary_dtype} a row, got a column of {kind}")
-            starts, sizes = (column.offset + np.arange(n, dtype=np.int64)) * (d * width), None
-        else:
-            wide = np.int64 if pa.types.is_large_binary(kind) else np.int32
-            ends = column.buffers()[1]
-            offsets = (
-                np.frombuffer(ends, wide)[column.offset : column.offset + n + 1].astype(np.int64)
-                if ends is not None and n
-                else np.zeros(n + 1, np.int64)
-            )
-            starts, sizes = offsets[:-1], np.diff(offsets)
-    else:
-        raise ValueError(f"vectors: expected a list or binary column, got {kind}")
-
-    good = np.ones(n, dtype=bool)
-    bad: dict[int, str] = {}
-    if column.null_count:
-        null = np.asarray(column.is_null())
-        bad |= dict.fromkeys(np.flatnonzero(null).tolist(), "null") | odd
-        good &= ~null
-    if sizes is not None:
-        wrong = good & (sizes != d * width)
-        for i in np.flatnonzero(wrong).tolist():
-            bad[i] = f"expected {d} elements, got {sizes[i] / width:g}"
-        good &= ~wrong
-    if child is not None and child.null_count:
-        hollow = np.concatenate([[0], np.cumsum(np.asarray(child.is_null()))])
-        where = np.flatnonzero(good)
-        torn = where[hollow[starts[where] + d] > hollow[starts[where]]]
-        bad |= dict.fromkeys(torn.tolist(), "holds a null element")
-        good[torn] = False
-
-    if child is not None:
-        buffer, first = child.buffers()[1], child.offset
-    else:
-        buffer, first = column.buffers()[-1], 0
-    flat = np.frombuffer(buffer if buffer is not None else b"", np.uint8 if child is None else dtype)
-    starts = starts + first
-    rows = None if good.all() else np.flatnonzero(good)
-    if rows is not None:
-        starts = starts[rows]
-    step = d * width
-    if len(starts) == 0:
-        values = np.empty((0, d), dtype)
-    elif starts[-1] - starts[0] == (len(starts) - 1) * step and (np.diff(starts) == step).all():
-        values = flat[starts[0] : starts[-1] + step]
-        if child is None:
-            values = values.view(dtype) if values.ctypes.data % width == 0 else np.frombuffer(values.tobytes(), dtype)
-        values = values.reshape(-1, d)
-    else:
-        values = np.empty((len(starts), step), flat.dtype)
-        for i, start in enumerate(starts.tolist()):
-            values[i] = flat[start : start + step]
-        values = values.view(dtype)
+    layout = _layout(column, d, binary_dtype)
+    bad = _broken_rows(column, layout, odd)
+    rows = None
+    if bad:
+        good = np.ones(len(column), dtype=bool)
+        good[list(bad)] = False
+        rows = np.flatnonzero(good)
+    values = _whole_rows(layout, layout.starts if rows is None else layout.starts[rows])
     if values.dtype in (np.uint8, np.int8):
         values = values.astype(np.float32)
     if values.dtype == np.float64:
         values, beyond = _rounded(values)
         if len(beyond):
-            rows = np.arange(n) if rows is None else rows
+            rows = np.arange(len(column)) if rows is None else rows
             bad |= dict.fromkeys(rows[beyond].tolist(), "beyond float32's range")
             rows, values = np.delete(rows, beyond), np.delete(values, beyond, axis=0)
     return VectorBlock(values, rows, bad)
+
+
+class _Layout(NamedTuple):
+    """Where a column's vectors lie: row i holds ``sizes[i]`` (None: ``step``) entries from ``starts[i]`` on. These are
+    elements of ``child``, or bytes of ``column`` itself where that is binary."""
+
+    column: pa.Array
+    child: pa.Array | None
+    starts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64] | None
+    step: int
+    dtype: np.dtype[np.generic]
+
+
+def _layout(column: pa.Array, d: int, binary_dtype: str) -> _Layout:
+    """Raises ValueError where the column's type cannot hold vectors of d elements."""
+    kind, n = column.type, len(column)
+    if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
+        if kind.list_size != d:
+            raise ValueError(f"vectors: expected {d} elements a row, got a column of {kind}")
+        starts = (column.offset + np.arange(n, dtype=np.int64)) * d
+        return _Layout(column, column.values, starts, None, d, np.dtype(_DTYPES[kind.value_type]))
+    if _is_list(kind) and kind.value_type in _DTYPES:
+        offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        return _Layout(column, column.values, offsets[:-1], np.diff(offsets), d, np.dtype(_DTYPES[kind.value_type]))
+    if not _is_binary(kind):
+        raise ValueError(f"vectors: expected a list or binary column, got {kind}")
+    dtype: np.dtype[np.generic] = np.dtype(binary_dtype)
+    step = d * dtype.itemsize
+    if pa.types.is_fixed_size_binary(kind):
+        if kind.byte_width != step:
+            raise ValueError(f"vectors: expected {d} {binary_dtype} a row, got a column of {kind}")
+        starts = (column.offset + np.arange(n, dtype=np.int64)) * step
+        return _Layout(column, None, starts, None, step, dtype)
+    offsets, ends = np.zeros(n + 1, np.int64), column.buffers()[1]
+    if ends is not None and n:
+        wide = np.int64 if pa.types.is_large_binary(kind) else np.int32
+        offsets = np.frombuffer(ends, wide)[column.offset : column.offset + n + 1].astype(np.int64)
+    return _Layout(column, None, offsets[:-1], np.diff(offsets), step, dtype)
+
+
+def _broken_rows(column: pa.Array, layout: _Layout, odd: dict[int, str]) -> dict[int, str]:
+    """Why a row is no vector, by row. odd: reasons of rows that were made null as they were read."""
+    good = np.ones(len(column), dtype=bool)
+    bad: dict[int, str] = {}
+    if column.null_count:
+        null = np.asarray(column.is_null())
+        bad |= dict.fromkeys(np.flatnonzero(null).tolist(), "null") | odd
+        good &= ~null
+    child, starts, sizes, step = layout.child, layout.starts, layout.sizes, layout.step
+    if sizes is not None:
+        wrong, width = good & (sizes != step), 1 if child is not None else layout.dtype.itemsize
+        for i in np.flatnonzero(wrong).tolist():
+            bad[i] = f"expected {step // width} elements, got {sizes[i] / width:g}"
+        good &= ~wrong
+    if child is not None and child.null_count:
+        hollow = np.concatenate([[0], np.cumsum(np.asarray(child.is_null()))])
+        where = np.flatnonzero(good)
+        torn = where[hollow[starts[where] + step] > hollow[starts[where]]]
+        bad |= dict.fromkeys(torn.tolist(), "holds a null element")
+    return bad
+
+
+def _whole_rows(layout: _Layout, starts: npt.NDArray[np.int64]) -> Array:
+    """The rows that begin there, (rows, d): a view where one follows the other, else a copy."""
+    child, step, dtype = layout.child, layout.step, layout.dtype
+    if len(starts) == 0:
+        return np.empty((0, step if child is not None else step // dtype.itemsize), dtype)
+    buffer = layout.column.buffers()[-1] if child is None else child.buffers()[1]
+    flat = np.frombuffer(buffer if buffer is not None else b"", np.uint8 if child is None else dtype)
+    starts = starts + (0 if child is None else child.offset)
+    if starts[-1] - starts[0] == (len(starts) - 1) * step and (np.diff(starts) == step).all():
+        values = flat[starts[0] : starts[-1] + step]
+        if child is None and values.ctypes.data % dtype.itemsize:
+            values = np.frombuffer(values.tobytes(), dtype)
+        return values.view(dtype).reshape(len(starts), -1)
+    values = np.empty((len(starts), step), flat.dtype)
+    for i, start in enumerate(starts.tolist()):
+        values[i] = flat[start : start + step]
+    return values.view(dtype)
 
 
 def _rounded(values: Array) -> tuple[Array, Array]:
