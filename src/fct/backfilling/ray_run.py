@@ -7,7 +7,7 @@ that was only thought dead publishes the same bytes under the same names.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from fct.backfilling.job import Job
@@ -105,72 +105,97 @@ def run_on_ray(
         num_cpus=cpus, num_gpus=gpus, max_concurrency=_PER_ACTOR + 1, max_restarts=0, scheduling_strategy="SPREAD"
     )
     kept = ray.put(found)
-    left = deque(todo)
-    waiting: dict[Any, Any] = {}  # an actor's ready() -> the actor
-    running: dict[Any, tuple[Any, Shard]] = {}  # run() -> (actor, shard)
-    load: dict[Any, int] = {}  # ready actors -> shards under way there
-    gone: tuple[Any, ...] = (
-        ray.exceptions.ActorDiedError,
-        ray.exceptions.ActorUnavailableError,
-        ray.exceptions.WorkerCrashedError,
-    )
-    gone += (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError, ray.exceptions.RayActorError)
-    lost = 0
-
-    def start() -> None:
-        actor = make.remote(kept, job, threads or cpus)
-        waiting[actor.ready.remote()] = actor
-
+    crew = _Crew(ray, lambda: make.remote(kept, job, threads or cpus), todo, bar)
     try:
         for _ in range(min(max(1, _slots(ray, cpus, gpus)), len(todo))):
-            start()
-        while left or running:
-            for actor in sorted(load, key=lambda a: load[a]):
-                while left and load[actor] < _PER_ACTOR:
-                    shard = left.popleft()
-                    running[actor.run.remote(shard)] = (actor, shard)
-                    load[actor] += 1
-            finished, _ = ray.wait([*running, *waiting], num_returns=1, timeout=60)
-            if not finished and not load:
+            crew.start()
+        while crew.left or crew.running:
+            crew.hand_out()
+            finished, _ = ray.wait([*crew.running, *crew.waiting], num_returns=1, timeout=60)
+            if not finished and not crew.load:
                 bar.say(f"waiting for Ray to start a worker with {cpus} CPUs and {gpus} GPUs")
             for ref in finished:
-                try:
-                    value = ray.get(ref)
-                except gone:
-                    died = ref in waiting
-                    if died:
-                        actor = waiting.pop(ref)
-                    else:
-                        actor, shard = running.pop(ref)
-                        left.appendleft(shard)
-                    if load.pop(actor, None) is not None or died:
-                        lost += 1
-                        if lost > len(todo) + 100:
-                            raise BackfillError(f"ray: {lost} workers were lost; giving up") from None
-                        bar.say("a worker was lost; its shards run again")
-                        start()
-                    continue
-                except ray.exceptions.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
-                if ref in waiting:
-                    load[waiting.pop(ref)] = 0
-                    continue
-                actor, shard = running.pop(ref)
-                if actor in load:
-                    load[actor] -= 1
-                bar.advance(shard.rows)
-                yield value
+                marker = crew.settle(ref)
+                if marker is not None:
+                    yield marker
     except (KeyboardInterrupt, GeneratorExit):
-        if running:  # their workers mark them; a second Ctrl-C ends the wait
-            what = "shard" if len(running) == 1 else "shards"
-            _log.warning("finishing %d %s, press Ctrl-C again to leave them", len(running), what)
-            ray.wait(list(running), num_returns=len(running))
+        crew.finish()
         raise
     finally:
-        for actor in (*load, *waiting.values()):
-            ray.kill(actor)
+        crew.end()
         if started:
             ray.shutdown()
+
+
+class _Crew:
+    """The actors of a run, what each has under way, and the shards that are left."""
+
+    def __init__(self, ray: Any, make: Callable[[], Any], todo: list[Shard], bar: Bar) -> None:
+        self.left = deque(todo)
+        self.waiting: dict[Any, Any] = {}  # an actor's ready() -> the actor
+        self.running: dict[Any, tuple[Any, Shard]] = {}  # run() -> (actor, shard)
+        self.load: dict[Any, int] = {}  # ready actors -> shards under way there
+        self._ray, self._make, self._bar = ray, make, bar
+        self._lost, self._most_lost = 0, len(todo) + 100
+        names = "ActorDied ActorUnavailable WorkerCrashed NodeDied ObjectLost RayActor"
+        self._gone = tuple(getattr(ray.exceptions, f"{name}Error") for name in names.split())
+
+    def start(self) -> None:
+        actor = self._make()
+        self.waiting[actor.ready.remote()] = actor
+
+    def hand_out(self) -> None:
+        """Gives each actor what it can hold, those with the least to do first."""
+        for actor in sorted(self.load, key=lambda a: self.load[a]):
+            while self.left and self.load[actor] < _PER_ACTOR:
+                shard = self.left.popleft()
+                self.running[actor.run.remote(shard)] = (actor, shard)
+                self.load[actor] += 1
+
+    def settle(self, ref: Any) -> Marker | None:
+        """The marker of a shard that is done; None where an actor is ready, or was lost and replaced."""
+        try:
+            value = self._ray.get(ref)
+        except self._gone:
+            self._replace(ref)
+            return None
+        except self._ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        if ref in self.waiting:
+            self.load[self.waiting.pop(ref)] = 0
+            return None
+        actor, shard = self.running.pop(ref)
+        if actor in self.load:
+            self.load[actor] -= 1
+        self._bar.advance(shard.rows)
+        marker: Marker = value
+        return marker
+
+    def _replace(self, ref: Any) -> None:
+        """Puts the shards of a lost actor back. Another is started once for each that was lost."""
+        died = ref in self.waiting
+        if died:
+            actor = self.waiting.pop(ref)
+        else:
+            actor, shard = self.running.pop(ref)
+            self.left.appendleft(shard)
+        if self.load.pop(actor, None) is not None or died:
+            self._lost += 1
+            if self._lost > self._most_lost:
+                raise BackfillError(f"ray: {self._lost} workers were lost; giving up") from None
+            self._bar.say("a worker was lost; its shards run again")
+            self.start()
+
+    def finish(self) -> None:
+        """Waits for what is under way: the workers mark it. A second Ctrl-C ends the wait."""
+        if self.running:
+            what = "shard" if len(self.running) == 1 else "shards"
+            _log.warning("finishing %d %s, press Ctrl-C again to leave them", len(self.running), what)
+            self._ray.wait(list(self.running), num_returns=len(self.running))
+
+    def end(self) -> None:
+        for actor in (*self.load, *self.waiting.values()):
+            self._ray.kill(actor)
 
 
 def _slots(ray: Any, cpus: int, gpus: int) -> int:
