@@ -40,7 +40,7 @@ __all__ = [
 Metric: TypeAlias = Literal["l2", "ip", "cosine"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "int8", "fp16", "fp8"]
 DType: TypeAlias = Literal["float32", "float16"]
-Format: TypeAlias = Literal["npy", "bin", "parquet", "arrow", "lance", "delta"]
+Format: TypeAlias = Literal["npy", "bin", "parquet", "arrow", "vortex", "lance", "delta"]
 VectorFormat: TypeAlias = Literal["fixed_size_list", "list", "binary"]
 
 JsonDict: TypeAlias = dict[str, Any]  # a JSON object, or the state of a pickled one: its reader checks the values

@@ -104,6 +104,14 @@ def test_what_must_not_be_mixed_is_refused(gallery: Make, h: fct.Transformation,
     (tmp_path / "full/thesis.txt").write_text("mine")
     with pytest.raises(BackfillError, match=r"expected an empty folder.*thesis"):
         fct.backfill(source, tmp_path / "full", h, **QUICK)
+    (tmp_path / "deep/2024/_tmp").mkdir(parents=True)
+    (tmp_path / "deep/2024/_tmp/a.parquet").write_text("of nobody")
+    (tmp_path / "deep/_fct").mkdir()
+    assert not fct.plan_backfill(source, tmp_path / "deep", h, measure_seconds=0).refusals
+    (tmp_path / "deep/2024/rows.parquet").write_text("mine, and whoever reads the folder would read it")
+    with pytest.raises(BackfillError, match=r"expected an empty folder.*deep holds 2024/rows.parquet"):
+        fct.backfill(source, tmp_path / "deep", h, **QUICK)
+    assert "already holds other files" in fct.plan_backfill(source, tmp_path / "deep", h).refusals[0]
     # Batch size, shard size and threads are not part of the job.
     assert fct.backfill(source, new, h, progress=False, batch_rows=64, shard_rows=99, threads=1).shards_done == 0
 

@@ -17,7 +17,20 @@ import pyarrow.dataset as ds
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-__all__ = ["D_OLD", "D_SIDE", "READERS", "WRITERS", "Drawn", "plain_rows", "rows_of", "table_of", "write_gallery"]
+__all__ = [
+    "DESTINATIONS",
+    "D_OLD",
+    "D_SIDE",
+    "READERS",
+    "WRITERS",
+    "Drawn",
+    "catalog_of",
+    "partitioned_table",
+    "plain_rows",
+    "rows_of",
+    "table_of",
+    "write_gallery",
+]
 
 D_OLD, D_SIDE, D_NEW = 8, 4, 6
 Rows = list[dict[str, Any]]
@@ -41,6 +54,7 @@ class Drawn:
     side: str = "none"
     fault: str = "none"  # none, killed, sigkill, appended, lost output, deleted rows
     format: str = "auto"
+    to: str = "files"  # or a new place of another kind: of DESTINATIONS
     export: str = "none"
     shard_rows: int = 7
     batch_rows: int = 4
@@ -158,7 +172,8 @@ FILES: dict[str, tuple[str, Callable[[pa.Table, Path], None]]] = {
 _POLARS = importlib.util.find_spec("polars") is not None  # in no extra: it is asked where it is installed
 if not _POLARS:
     del FILES["polars"]
-TABLES = ("lance", "deltalake", "datasets")
+TABLES = ("lance", "deltalake", "iceberg", "datasets")
+DESTINATIONS = ("files", "iceberg", "iceberg by id", "iceberg by text", "qdrant")
 WRITERS = (*FILES, *TABLES)
 _PLACES = {
     "flat": ("part-1{s}", "part-2{s}", "part-10{s}"),
@@ -219,6 +234,8 @@ def _write_table(drawn: Drawn, rows: Rows, folder: Path) -> str:
             lance.write_dataset(extra, place, mode="append").delete("gone = 1")
         del made
         return place
+    if drawn.writer == "iceberg":
+        return _write_iceberg(drawn, first, second, extra, folder)
     from deltalake import DeltaTable, write_deltalake
 
     by: dict[str, Any] = {"partition_by": ["lang"]} if drawn.layout == "hive" else {}
@@ -228,6 +245,46 @@ def _write_table(drawn: Drawn, rows: Rows, folder: Path) -> str:
         write_deltalake(str(folder), extra, mode="append", **by)
         DeltaTable(str(folder)).delete("gone = 1")
     return str(folder)
+
+
+def catalog_of(folder: Path) -> dict[str, str]:
+    """Properties of a catalog in SQLite."""
+    return {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}/lake"}
+
+
+def _write_iceberg(drawn: Drawn, first: pa.Table, second: pa.Table, extra: pa.Table | None, folder: Path) -> str:
+    from pyiceberg.catalog.sql import SqlCatalog
+
+    catalog = SqlCatalog("c", **catalog_of(folder))
+    catalog.create_namespace("n")
+    made = catalog.create_table("n.t", schema=first.schema)
+    if drawn.layout == "hive":
+        with made.update_spec() as spec:
+            spec.add_identity("lang")
+    for table in (first, second) if extra is None else (first, extra, second):
+        made.append(table)
+    if extra is not None:
+        made.delete("gone = 1")
+    return str(made.location()).removeprefix("file://")
+
+
+def partitioned_table(drawn: Drawn, rows: Rows, folder: Path) -> None:
+    """The table ``n.new`` that rows are to be appended to, partitioned as drawn."""
+    from pyiceberg.catalog.sql import SqlCatalog
+    from pyiceberg.transforms import BucketTransform, TruncateTransform
+
+    catalog = SqlCatalog("c", **catalog_of(folder))
+    catalog.create_namespace("n")
+    table = table_of(drawn, rows)
+    if drawn.layout == "hive" and "lang" not in table.schema.names:
+        table = table.append_column("lang", pa.array([r["lang"] for r in rows]))
+    table = table.drop_columns([name for name in ("side",) if name in table.schema.names])
+    made = catalog.create_table("n.new", schema=table.schema)
+    with made.update_spec() as spec:
+        if drawn.to == "iceberg by id":
+            spec.add_field(IDS[drawn.ids][0], BucketTransform(3), "p")
+        else:
+            spec.add_field("note", TruncateTransform(6), "p")
 
 
 # ---- reading ----

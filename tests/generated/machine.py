@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,8 @@ from tests.generated.galleries import (
     READERS,
     Drawn,
     append_file,
+    catalog_of,
+    partitioned_table,
     plain_rows,
     rows_of,
     write_gallery,
@@ -91,24 +94,42 @@ def check(drawn: Drawn, folder: Path) -> None:
     late = rows[-5:] if drawn.fault == "appended" else []
     source = write_gallery(drawn, rows[: len(rows) - len(late)], folder / "old")
     options = _options(drawn, rows, folder)
-    new = str(folder / ("new.lance" if drawn.writer == "lance" and drawn.format == "auto" else "new"))
+    new = _destination(drawn, rows, folder)
     if drawn.side == "turned" and drawn.ids != "none" and drawn.writer != "numpy":
         said = _refusal(lambda: backfill(source, new, h, progress=False, **options))
         assert "expected the ids of the gallery, row by row" in said, said or "rows were joined with others' side"
         return
     plan = fct.plan_backfill(source, new, h, measure_seconds=0, **options)
     assert not plan.refusals, plan.refusals
+    if drawn.to == "qdrant" and drawn.ids in ("int64", "text"):  # of which some are negative, or no UUIDs
+        said = _refusal(lambda: backfill(source, new, h, progress=False, **options))
+        assert f"expected unsigned integers or UUIDs in '{IDS[drawn.ids][0]}', row" in said, said or "ids were taken"
+        assert not (folder / "store/collection/new").exists(), "refused, and a collection is there"
+        return
     _map(drawn, late, source, new, h, options, folder)
     if drawn.side == "turned":
         return  # rows without ids are joined by their place, as the guide says
-    report = fct.verify_gallery(new, source=source, side_source=options.get("side_source"), spot_check=16)
+    where = {name: options[name] for name in ("storage_options", "journal", "side_source") if name in options}
+    report = fct.verify_gallery(new, source=source, spot_check=16, **where)
     assert report.ok, report.problems
     assert report.rows_out == len(expected(rows)), "verify counted other rows"
-    found, vectors = read_back(drawn, new)
+    found, vectors = read_back(drawn, new, folder)
     names = [n for n in rows[0] if n not in ("old", "side")]
+    if drawn.to == "qdrant":  # all else is text there, or numbers
+        names = [n for n in names if n in (IDS[drawn.ids][0], *_COMPARED)]
     require_rows(found, vectors, expected(rows), h, [n for n in names if drawn.writer != "numpy" or n in found[0]])
     if drawn.export != "none":
         _export(drawn, new, rows, h, folder)
+
+
+def _destination(drawn: Drawn, rows: Rows, folder: Path) -> str:
+    if drawn.to == "qdrant":
+        return f"qdrant://{folder}/store?collection=new"
+    if drawn.to.startswith("iceberg"):
+        if drawn.to != "iceberg":
+            partitioned_table(drawn, rows, folder)
+        return "iceberg://c/n.new"
+    return str(folder / ("new.lance" if drawn.writer == "lance" and drawn.format == "auto" else "new"))
 
 
 def _options(drawn: Drawn, rows: Rows, folder: Path) -> dict[str, Any]:
@@ -118,6 +139,10 @@ def _options(drawn: Drawn, rows: Rows, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     if drawn.format != "auto":
         options["format"] = drawn.format
+    if drawn.to.startswith("iceberg"):
+        options["storage_options"] = catalog_of(folder)
+    if drawn.to == "qdrant":
+        options["journal"] = str(folder / "journal")
     if drawn.side in ("gallery", "turned"):
         side = rows[::-1] if drawn.side == "turned" else rows
         name, kind, _ = IDS.get(drawn.ids, IDS["int64"])
@@ -183,9 +208,29 @@ def _refusal(do: Any) -> str:
 
 
 # ---- reading back ----
-def read_back(drawn: Drawn, new: str) -> tuple[Rows, Any]:
+def _points(new: str, id_column: str) -> tuple[Rows, Any]:
+    from qdrant_client import QdrantClient
+
+    from fct.gallery.databases.documents import clients
+
+    for client in clients.values():  # a folder is opened once
+        client.close()
+    clients.clear()
+    client = QdrantClient(path=urlsplit(new).path)
+    points, _ = client.scroll("new", limit=10_000, with_vectors=True)
+    client.close()
+    return [(p.payload or {}) | {id_column: p.id} for p in points], np.array([p.vector for p in points])
+
+
+def read_back(drawn: Drawn, new: str, folder: Path) -> tuple[Rows, Any]:
     """(rows, vectors) of the new gallery, by a library that did not write it."""
-    if new.endswith(".lance"):
+    if drawn.to == "qdrant":
+        return _points(new, IDS[drawn.ids][0])
+    if drawn.to.startswith("iceberg"):
+        from pyiceberg.catalog.sql import SqlCatalog
+
+        table = SqlCatalog("c", **catalog_of(folder)).load_table("n.new").scan().to_arrow()
+    elif new.endswith(".lance"):
         import lance
 
         table = lance.dataset(new).to_table()

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.generated.budget import seconds, seed
-from tests.generated.galleries import FILES, IDS, PAYLOAD, WRITERS, Drawn
+from tests.generated.galleries import DESTINATIONS, FILES, IDS, PAYLOAD, WRITERS, Drawn
 from tests.generated.machine import check
 
 _EACH = 15  # examples of a seed
@@ -28,11 +28,11 @@ def galleries(draw: st.DrawFn) -> Drawn:
     files = writer in FILES
     faults = ["none", "killed", "lost output", "deleted rows" if not files else "killed"]
     layouts = ["flat", "nested", "equal", "hive"] if files else ["flat"]
-    if writer == "deltalake":
+    if writer in ("deltalake", "iceberg"):
         layouts, faults = ["flat", "hive"], ["none", "killed", "deleted rows"]
     if writer == "numpy":
         layouts = layouts[:3]
-    if writer == "lance":
+    if writer in ("lance", "iceberg"):
         faults = ["none", "killed", "deleted rows"]
     layout, side = (
         draw(st.sampled_from(layouts)),
@@ -42,29 +42,41 @@ def galleries(draw: st.DrawFn) -> Drawn:
         side = "none"
     if files and layout == "flat" and side in ("none", "column"):
         faults.append("appended")
+    to = draw(st.sampled_from(["files"] * 4 + list(DESTINATIONS[1:])))
+    if to != "files":
+        faults = [fault for fault in faults if fault in ("none", "killed", "deleted rows")]
+        if writer == "numpy":
+            to = "iceberg"
     rows = draw(st.integers(12, 40))
     spelling = draw(st.sampled_from(["fixed", "list", "large"]))
     # A matrix has no nulls, and pyarrow reads none of fixed-size lists in Parquet.
     parquet = files and FILES[writer][0] == ".parquet"
-    nulls = 0 if writer == "numpy" or (spelling == "fixed" and (parquet or writer == "deltalake")) else 3
-    unsigned = writer != "deltalake"  # which has no such numbers
+    nulls = 0 if writer == "numpy" or (spelling == "fixed" and (parquet or writer in ("deltalake", "iceberg"))) else 3
+    unsigned = writer not in ("deltalake", "iceberg") and not to.startswith("iceberg")  # which have no such numbers
     kinds = [kind for kind in PAYLOAD if unsigned or kind != "large number"]
+    ids = [i for i in (*IDS, "none") if unsigned or i != "uint64"]
+    if to not in ("files", "iceberg"):
+        ids.remove("none")
+    payload = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True))
+    if to == "iceberg by text" and "text" not in payload:
+        payload.append("text")
     some = st.lists(st.integers(0, rows - 1), max_size=3, unique=True).map(tuple)
     if layout == "hive" or not files or side == "gallery":  # the order of rows is the writer's own
         side = "none" if side in ("gallery", "turned") else side
     return Drawn(
         writer=writer,
         layout=layout,
-        ids=draw(st.sampled_from([i for i in (*IDS, "none") if unsigned or i != "uint64"])),
-        payload=tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True))),
+        ids=draw(st.sampled_from(ids)),
+        payload=tuple(payload),
         spelling=spelling,
         rows=rows,
         bad=draw(some),
         null=draw(some)[:nulls],
         side=side,
         fault=draw(st.sampled_from(faults)),
-        format=draw(st.sampled_from(["auto", "auto", "parquet"])),
-        export=draw(st.sampled_from(["none", "milvus", "qdrant", "pgvector"])),
+        format=draw(st.sampled_from(["auto", "auto", "parquet"])) if to == "files" else "auto",
+        to=to,
+        export=draw(st.sampled_from(["none", "milvus", "qdrant", "pgvector"])) if to == "files" else "none",
         shard_rows=draw(st.sampled_from([3, 7, 100])),
         batch_rows=draw(st.sampled_from([1, 4, 64])),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -78,7 +79,7 @@ class DatabaseResult:
         job = self._job
         own = {job.id_column, job.vector} | (set() if job.keep_side or not job.side_column else {job.side_column})
         rest = batch.drop_columns([name for name in batch.schema.names if name in own])
-        rows = json_rows(rest) if rest.num_columns else [{}] * batch.num_rows
+        rows = json_rows(rest, Counter())
         if self.source.kind == "chroma":
             from fct.gallery.databases.chroma_collection import _record
 

@@ -10,7 +10,7 @@ from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, shard_marker
 from fct.errors import BackfillError
 from fct.gallery import Location, journal_location, lance_in, location_of, open_destination, open_source
-from fct.gallery.committed_files import CommittedFile
+from fct.gallery.committed_files import files_of
 from fct.gallery.databases import is_database
 from fct.gallery.databases.address import Address
 from fct.gallery.file_gallery import FileDestination
@@ -62,12 +62,11 @@ def open_gallery(path: str | os.PathLike[str], journal: Journal, job: Job, acces
     source = open_source(path, **access)
     if not isinstance(source, IcebergSource):
         return source
-    files = [CommittedFile.of(shard_marker(journal, n).extra) for n in range(len(job.shards))]
-    kept = source.as_added(files)
+    kept = source.as_added([files_of(shard_marker(journal, n).extra) for n in range(len(job.shards))])
     if kept is None:
         raise BackfillError(
-            f"gallery: expected a snapshot of {path} that holds the {len(files)} shards of this job; they were not "
-            "committed, or their snapshots have been expired"
+            f"gallery: expected a snapshot of {path} that holds the {len(job.shards)} shards of this job; they were "
+            "not committed, or their snapshots have been expired"
         )
     return kept
 

@@ -9,6 +9,7 @@ from fct.backfilling.database_job import database_journal
 from fct.backfilling.journal import Journal
 from fct.gallery import Location, Source, journal_location, lance_in, location_of, open_destination
 from fct.gallery.databases import DatabaseDestination, DatabaseSource, is_database
+from fct.gallery.discovery import is_hidden
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.iceberg_catalog import is_iceberg
 from fct.gallery.interfaces import Destination
@@ -114,6 +115,20 @@ def _require_folder(where: Location) -> None:
 
 
 def occupied(place: Location) -> list[str]:
-    """Names in a destination that no backfill of ours began."""
+    """Names in a destination that no backfill of ours began: whatever lies in the folder itself, and data files of the
+    folders below, which whoever reads the new gallery would read as its rows."""
     table = TITLES.get(table_kind(place) or "")
-    return [*([table] if table else []), *(n for n in place.files() if n != SIDE_FILE)]
+    here = [*([table] if table else []), *(n for n in place.files() if n != SIDE_FILE)]
+    return here or _data_below(place)
+
+
+def _data_below(place: Location) -> list[str]:
+    """The first data file of each folder."""
+    root, found = place.path.rstrip("/"), []
+    for folder in place.folders():
+        if is_hidden([folder, "data"]):
+            continue
+        below = (file.path[len(root) :].strip("/").split("/") for file in (place / folder).find())
+        first = min(("/".join(parts) for parts in below if not is_hidden(parts)), default=None)
+        found += [] if first is None else [first]
+    return found

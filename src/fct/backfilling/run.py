@@ -20,6 +20,7 @@ from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, system_errors
 from fct.backfilling.judged_gate import GateVerdict, check_judged, judged_queries
 from fct.backfilling.marker import Marker
+from fct.backfilling.new_ids import refuse_ids
 from fct.backfilling.quality import Writing, check_quality, held_out_pairs
 from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
 from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards, refuse_strangers
@@ -214,6 +215,7 @@ def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool
         take_claim(journal)
         if isinstance(side := bound_side(found.side, job, found.patience), JoinedSide):
             side.joined()  # once, before Ray's workers look for it
+        refuse_ids(found.source, found.destination, job)
         growth = Growth(found.source, follow)
         with system_errors("the new gallery could not be begun", found.destination.url):
             found.destination.begin(output_schema(job, found.source.schema), job.new_space)

@@ -21,6 +21,7 @@ from fct.gallery.file_gallery import FileSource
 from fct.gallery.location import Location
 from fct.gallery.urls import without_query
 from fct.gallery.vectors import rebatch
+from fct.gallery.vortex_files import open_vortex
 from fct.types import Array, NumpyDType
 
 __all__ = ["ClipReader", "FileReader", "StreamReader", "VortexReader", "columns_of_file", "listed_files", "npy_blocks"]
@@ -83,7 +84,7 @@ class VortexReader(RowReader):
         return {name: sum(b.num_rows for b in self._stream(name)) for name in self.files}
 
     def _stream(self, name: str) -> Iterator[pa.RecordBatch]:
-        yield from self._vortex.open(self.files[name].path).to_arrow()
+        yield from open_vortex(self._vortex, self.files[name]).to_arrow()
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         return (b.select([c for c in columns if c in b.schema.names]) for b in self._stream(name))

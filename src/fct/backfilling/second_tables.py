@@ -40,7 +40,7 @@ class IcebergReader(RowReader):
     by = "pyiceberg's scan"
 
     def __init__(self, source: IcebergSource) -> None:
-        self._table, _ = source._opened()
+        self._source, (self._table, _) = source, source._opened()
         self._version = source.version
         self._tasks = {source._inside(task.file.file_path): task for task in self._scan(("*",)).plan_files()}
 
@@ -53,10 +53,15 @@ class IcebergReader(RowReader):
         return one
 
     def counts(self) -> dict[str, int]:
-        return {name: int(self._of_one(name, ("*",)).count()) for name in self._tasks}
+        return {name: self._count(name) for name in self._tasks}
+
+    def _count(self, name: str) -> int:
+        return int(self._of_one(name, ("*",)).count())
 
     def read(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        yield from self._of_one(name, tuple(columns)).to_arrow_batch_reader()
+        yield from self._source.put_in_order(
+            name, lambda file: iter(self._of_one(file, tuple(columns)).to_arrow_batch_reader()), self._count
+        )
 
 
 class LanceReader(RowReader):

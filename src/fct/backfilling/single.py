@@ -30,6 +30,7 @@ _FORMATS: dict[str, Format] = {
     ".pq": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".vortex": "vortex",
     ".lance": "lance",
 }
 
@@ -46,8 +47,8 @@ def transform_file(
     """Maps the rows of ``old`` into the one file ``out``, which appears whole or not at all. Returns the row count.
 
     Args:
-        old: a file or a gallery; ``out``: .npy, .fbin, .parquet, .arrow or .lance. Other columns go along into
-            .parquet, .arrow and .lance, and are left behind by the others.
+        old: a file or a gallery; ``out``: .npy, .fbin, .parquet, .arrow, .vortex or .lance. Other columns are
+            left behind by .npy and .fbin, and go along into the others.
         overwrite: replace ``out``. options: listed below.
 
     Raises:

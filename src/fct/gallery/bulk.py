@@ -23,6 +23,7 @@ from fct.gallery.bulk_files import WRITERS, BulkWriter, Names
 from fct.gallery.columns import pick_column, pick_id_column
 from fct.gallery.export_ids import RULES, IdCheck, id_kind
 from fct.gallery.interfaces import VECTOR_KEY, Piece, Source, rows_at_once
+from fct.gallery.json_values import lost_numbers
 from fct.gallery.matrix_files import ROW
 from fct.gallery.mixed_rows import warn_of_mixed
 from fct.gallery.stores import open_source, opening
@@ -108,13 +109,8 @@ def export_bulk(
             check.close(rows.ids)
         _publish(folder, target)
     warn_of_mixed(source, "export")
-    for name, count in sorted(writer.hollow.items()):
-        warnings.warn(
-            f"payload: {count} {'value' if count == 1 else 'values'} of {name!r} that are NaN or infinite became null: "
-            "JSON has no number for them",
-            FctWarning,
-            stacklevel=2,
-        )
+    for line in lost_numbers(writer.hollow):
+        warnings.warn(line, FctWarning, stacklevel=2)
     return [target / name for name in writer.files]
 
 

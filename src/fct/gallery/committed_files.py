@@ -25,7 +25,7 @@ from fct.gallery.table_types import in_table
 from fct.spaces import EmbeddingSpace
 from fct.types import JsonDict
 
-__all__ = ["SHARDS", "CommittedFile", "CommittedFiles", "digest", "properties", "shards_committed"]
+__all__ = ["SHARDS", "CommittedFile", "CommittedFiles", "digest", "files_of", "properties", "shards_committed"]
 
 JOB, VECTOR, SPACE = JOB_KEY.decode(), VECTOR_KEY.decode(), SPACE_KEY.decode()
 SHARDS, FILES, CONTENT = "fct.shards", "fct.files", "fct.content"
@@ -46,6 +46,19 @@ class CommittedFile:
         if not isinstance(extra, dict) or set(extra) != {"name", "rows", "bytes", "xxh64"}:
             raise FctError(f"expected the journal's name, rows, bytes and xxh64 of a shard's file, got {shown(extra)}")
         return cls(**extra)
+
+    @classmethod
+    def made(cls, name: str, rows: int, path: Path) -> CommittedFile:
+        """A file that was written to ``path`` and is to be called ``name``."""
+        with open(path, "rb", buffering=0) as file:
+            return cls(name, rows, path.stat().st_size, checksum_file(file))
+
+
+def files_of(extra: object) -> list[CommittedFile]:
+    """What a shard left: one file, or, in a partitioned table, one for each partition that it has rows of."""
+    if isinstance(extra, dict) and set(extra) == {"files", "partitions"} and isinstance(extra["files"], list):
+        return [CommittedFile.of(file) for file in extra["files"]]
+    return [CommittedFile.of(extra)]
 
 
 def digest(files: Sequence[CommittedFile], *, named: bool = True) -> str:
@@ -101,22 +114,25 @@ class CommittedFiles(ParquetDestination):
 
     def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], JsonDict]:
         name, path, rows = self.name_of(shard), scratch / f"{shard.name}{self.suffix}", 0
-        schema: pa.Schema | None = None
 
-        def stored() -> Batches:
-            nonlocal rows, schema
-            for batch in batches:
-                schema = schema or self.stored(batch.schema)
+        def counted() -> Batches:
+            nonlocal rows
+            for batch in self.as_stored(batches):
                 rows += batch.num_rows
-                yield in_table(batch, schema)
+                yield batch
 
-        self.write_file(path, shard, stored(), {})
-        with open(path, "rb", buffering=0) as file:
-            written = CommittedFile(name, rows, path.stat().st_size, checksum_file(file))
-        return {name: path}, asdict(written)
+        self.write_file(path, shard, counted(), {})
+        return {name: path}, asdict(CommittedFile.made(name, rows, path))
+
+    def as_stored(self, batches: Batches) -> Batches:
+        """The batches as the table holds them."""
+        schema: pa.Schema | None = None
+        for batch in batches:
+            schema = schema or self.stored(batch.schema)
+            yield in_table(batch, schema)
 
     def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
-        self.commit([CommittedFile.of(extra) for extra in extras], self.stored(schema), space)
+        self.commit([file for extra in extras for file in files_of(extra)], self.stored(schema), space)
 
     def describes(self, schema: pa.Schema, space: EmbeddingSpace) -> dict[str, str]:
         """The table's own properties: which model's vectors it holds, and in which column."""

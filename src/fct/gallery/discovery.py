@@ -21,7 +21,16 @@ from fct.gallery.location import Location
 from fct.gallery.urls import without_query
 from fct.types import JsonDict
 
-__all__ = ["check_readable", "find_files", "is_partition", "natural", "partition_columns", "root_of", "unmarked"]
+__all__ = [
+    "check_readable",
+    "find_files",
+    "is_hidden",
+    "is_partition",
+    "natural",
+    "partition_columns",
+    "root_of",
+    "unmarked",
+]
 
 
 # Beside data and no rows: the space as version 0.1 wrote it, what datasets says of its files.
@@ -82,7 +91,7 @@ def find_files(where: Location, name: str = "source") -> list[Location]:
         _refuse_table(where, root, parts, name)
         _refuse_stream(where, parts, name)
         _refuse_staging(where, root, parts, name)
-        if _is_hidden(parts) or _BESIDE.fullmatch(parts[-1]):
+        if is_hidden(parts) or _BESIDE.fullmatch(parts[-1]):
             continue
         check_readable(file)
         found.append(file)
@@ -130,7 +139,8 @@ def _refuse_staging(where: Location, root: str, parts: Sequence[str], name: str)
         )
 
 
-def _is_hidden(parts: Sequence[str]) -> bool:
+def is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a file is no data by its name or a folder's. parts: of its path below the gallery."""
     *folders, file = parts
     if file.startswith(("_", ".")) or any(f.startswith(".") for f in folders):
         return True

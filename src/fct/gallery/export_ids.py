@@ -37,6 +37,7 @@ class IdRule:
 RULES = {
     "milvus": IdRule("integers of 64 bits or text of at most 65,535 bytes", -(2**63), 2**63 - 1, 65535),
     "qdrant": IdRule("unsigned integers or UUIDs", 0, 2**64 - 1),
+    "chroma": IdRule("text or integers, which become text", -(2**63), 2**64 - 1, 1 << 30),
     "pgvector": IdRule("integers of 64 bits, text or UUIDs", -(2**63), 2**63 - 1, 1 << 30),
 }
 

@@ -1,12 +1,18 @@
-"""An Iceberg append by ``pyiceberg``: shards are Parquet files below the table, which one snapshot adds, last."""
+"""An Iceberg append by ``pyiceberg``: shards are Parquet files below the table, which one snapshot adds, last.
+
+In a partitioned table a shard is a file for each partition that it has rows of.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -23,19 +29,22 @@ from fct.gallery.committed_files import (
     shards_committed,
 )
 from fct.gallery.iceberg_catalog import IcebergAddress
-from fct.gallery.interfaces import Shard
+from fct.gallery.iceberg_partitions import Partitions, PartitionWriter
+from fct.gallery.interfaces import Batches, Shard
 from fct.gallery.location import Patience
 from fct.gallery.table_types import check_names, table_schema
 from fct.spaces import EmbeddingSpace
 from fct.terminal import plain_log
+from fct.types import JsonDict
 
 if TYPE_CHECKING:
-    from pyiceberg.table import Table
+    from pyiceberg.table import Table, Transaction
 
 
 __all__ = ["IcebergDestination"]
 
 _log = plain_log("fct.gallery")
+_OURS = re.compile(r"part-\d+-([0-9a-f]{32})(-\d+)?\.parquet")  # a shard's file, by the run that wrote it
 
 
 class IcebergDestination(CommittedFiles):
@@ -56,6 +65,7 @@ class IcebergDestination(CommittedFiles):
         self._place = address.place(catalog, table).rstrip("/")
         store = catalog.properties if table is None else table.io.properties
         super().__init__(address.folder(self._place, store, patience))
+        self._partitions = None if table is None else Partitions.of(table, self.title)
         self._mine = uuid.uuid4().hex  # of this process: no run writes over another's file
 
     @property
@@ -69,6 +79,17 @@ class IcebergDestination(CommittedFiles):
     def name_of(self, shard: Shard) -> str:
         return f"data/{shard.name}-{self._mine}{self.suffix}"
 
+    def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], JsonDict]:
+        if self._partitions is None:
+            return super().write(shard, batches, scratch)
+        writer = PartitionWriter(self._partitions, scratch, shard.name, self.title)
+        writer.write(self.as_stored(batches))
+        whole = self.name_of(shard).removesuffix(self.suffix)
+        made = {f"{whole}-{i}{self.suffix}": found for i, found in enumerate(writer.written.items())}
+        files = [asdict(CommittedFile.made(name, rows, path)) for name, (path, rows) in made.items()]
+        extra = {"files": files, "partitions": str(self._partitions)}
+        return {name: path for name, (path, _) in made.items()}, extra
+
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
         stored, catalog = self.stored(schema), self.address.open()
         table = self.address.load(catalog)
@@ -78,15 +99,11 @@ class IcebergDestination(CommittedFiles):
             catalog.create_table(self.address.table, schema=_plain(stored), location=self._place, properties=said)
         else:
             self._check(table, stored, space)
+            self._partitions = Partitions.of(table, self.title)
         super().begin(schema, space)
 
     def _check(self, table: Table, stored: pa.Schema, space: EmbeddingSpace) -> None:
         """Raises FctError for a table that these rows do not belong in."""
-        if table.spec().fields:
-            raise FctError(
-                f"destination: expected a table without partitions, {self.title} is partitioned: append to one "
-                "without, and let your engine insert from there"
-            )
         said = table.properties.get(SPACE)
         if said is None and table.current_snapshot() is not None:
             raise FctError(
@@ -119,11 +136,12 @@ class IcebergDestination(CommittedFiles):
             table = self.address.load(self.address.open())
             if table is None:
                 raise FctError(f"destination: {self.title} is gone; start again, it is made anew")
-            new = files[self._committed(table, files, said) :]
-            if not any(f.rows for f in new):
+            done = self._committed(table, files, said)
+            if done == len(files):
                 break
+            new = files[done or 0 :]
             try:
-                self._append(table, [f for f in new if f.rows], said, self.describes(schema, space))
+                self._append(table, new, said, self.describes(schema, space))
                 break
             except (CommitFailedException, CommitStateUnknownException) as error:
                 if attempt == self.patience.retries:
@@ -133,18 +151,28 @@ class IcebergDestination(CommittedFiles):
                 _log.warning("destination: %s was not committed (%s); looking at it again", self.title, error)
         self._tidy(files)
 
-    def _committed(self, table: Table, files: Sequence[CommittedFile], said: Mapping[str, str]) -> int:
-        """How many of the shards the table's snapshots hold already.
+    def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
+        now = "" if self._partitions is None else str(self._partitions)
+        then = {str(extra.get("partitions", "")) if isinstance(extra, dict) else "" for extra in extras}
+        if then - {now}:
+            raise FctError(
+                f"destination: {self.title} was partitioned otherwise when its shards were written: by "
+                f"{(then - {now}).pop() or 'nothing'}, and now by {now or 'nothing'}; start over with another journal"
+            )
+        super().finish(extras, schema, space)
+
+    def _committed(self, table: Table, files: Sequence[CommittedFile], said: Mapping[str, str]) -> int | None:
+        """How many of the files the table's snapshots hold already; None where no snapshot is of this job.
 
         Raises:
             FctError: another run appended the same rows.
         """
-        done = 0
+        done: int | None = None
         for snapshot in table.snapshots():
             found = {} if snapshot.summary is None else dict(snapshot.summary.additional_properties)
             count = shards_committed(found, files)
             if count is not None:
-                done = max(done, count)
+                done = max(done or 0, count)
             elif (found.get(JOB), found.get(CONTENT)) == (said[JOB], said[CONTENT]):
                 raise FctError(
                     f"destination: {self.title} holds these very rows already, appended by another run of this "
@@ -161,16 +189,32 @@ class IcebergDestination(CommittedFiles):
                 if changed:
                     transaction.set_properties(changed)
                 with _quiet():
-                    transaction.add_files([f"{self._place}/{f.name}" for f in new], snapshot_properties=dict(said))
+                    self._add(transaction, table, [f for f in new if f.rows], dict(said))
         except ValueError as error:
             raise FctError(f"destination: {self.title} could not be committed: {error}") from error
 
+    def _add(self, transaction: Transaction, table: Table, new: Sequence[CommittedFile], said: dict[str, str]) -> None:
+        """Adds the files as one snapshot; one without any where all rows were rejected, so that the job is there."""
+        from pyiceberg.table import TableProperties
+
+        places = [f"{self._place}/{f.name}" for f in new]
+        if self._partitions is None:
+            transaction.add_files(places, snapshot_properties=said)
+            return
+        if table.name_mapping() is None:  # our files name their columns, and do not number them
+            mapping = table.schema().name_mapping.model_dump_json()
+            transaction.set_properties({TableProperties.DEFAULT_NAME_MAPPING: mapping})
+        with transaction.update_snapshot(snapshot_properties=said).fast_append() as snapshot:
+            for file, place in zip(new, places, strict=True):
+                snapshot.append_data_file(self._partitions.data_file(table, self.where / file.name, place))
+
     def _tidy(self, files: Sequence[CommittedFile]) -> None:
         """Takes away shards that were written twice: the table names the last ones alone."""
-        names = {f.name for f in files}
-        runs = tuple({name.rpartition("-")[2] for name in names})  # uuids, of this job's runs alone
+        names = {f.name.rpartition("/")[2] for f in files}
+        runs = {found[1] for name in names if (found := _OURS.fullmatch(name))}
         for file in (self.where / "data").files():
-            if file.endswith(runs) and f"data/{file}" not in names:
+            found = _OURS.fullmatch(file)
+            if found and found[1] in runs and file not in names:
                 (self.where / "data" / file).remove()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from fct.gallery.arrow_guard import validated
 from fct.gallery.committed_files import CommittedFile, shards_committed
 from fct.gallery.discovery import natural
 from fct.gallery.iceberg_catalog import NAMES
+from fct.gallery.iceberg_partitions import in_order, rows_of_shard
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Piece, Source
 from fct.gallery.location import Location
 from fct.gallery.schemas import conform
@@ -64,6 +65,7 @@ class IcebergSource(Source):
             )
         self.version = int(snapshot)
         self._only: frozenset[str] | None = None
+        self._shards: dict[str, list[str]] = {}  # of a job that is looked at: files that hold one shard together
         self._pass: tuple[str, int, Iterator[pa.RecordBatch]] | None = None
 
     def __getstate__(self) -> JsonDict:
@@ -84,14 +86,19 @@ class IcebergSource(Source):
             raise FctError(f"source: {place} is no metadata of an Iceberg table: {error}") from error
         return Table(("table",), metadata, place, io, NoopCatalog("none")), io
 
-    def as_added(self, files: Sequence[CommittedFile]) -> IcebergSource | None:
-        """These files alone, at the snapshot that a backfill added the last of them by; None where there is none."""
+    def as_added(self, shards: Sequence[Sequence[CommittedFile]]) -> IcebergSource | None:
+        """These files alone, at the snapshot that a backfill added the last of them by; None where there is none.
+
+        A shard of several files, as partitions make them, is one piece with its rows in the shard's own order.
+        """
         table, _ = self._opened()
+        files = [file for shard in shards for file in shard]
         for snapshot in table.metadata.snapshots:
             said = {} if snapshot.summary is None else dict(snapshot.summary.additional_properties)
             if shards_committed(said, files) == len(files):
                 found = copy.copy(self)
                 found.version, found._only = int(snapshot.snapshot_id), frozenset(f.name for f in files)
+                found._shards = {shard[0].name: [f.name for f in shard] for shard in shards if len(shard) > 1}
                 return found
         return None
 
@@ -99,7 +106,7 @@ class IcebergSource(Source):
         """The same files as the table's current snapshot has them."""
         table, _ = self._opened()
         found = copy.copy(self)
-        found.version = int(table.metadata.current_snapshot_id or self.version)
+        found.version, found._shards = int(table.metadata.current_snapshot_id or self.version), {}
         return found
 
     @property
@@ -161,10 +168,29 @@ class IcebergSource(Source):
 
     def pieces(self) -> list[Piece]:
         table, io = self._opened()
-        return [
-            Piece(name, self._rows(table, io, task), task.file.file_size_in_bytes, str(len(task.delete_files)))
-            for name, task in self._tasks(table, io).items()
-        ]
+        tasks = self._tasks(table, io)
+        behind = {name for first, names in self._shards.items() for name in names if name != first}
+        found = []
+        for name in tasks:
+            if name not in behind:
+                parts = [tasks[part] for part in self.files_of(name)]
+                rows = sum(self._rows(table, io, part) for part in parts)
+                size = sum(part.file.file_size_in_bytes for part in parts)
+                found.append(Piece(name, rows, size, str(sum(len(part.delete_files) for part in parts))))
+        return found
+
+    def files_of(self, piece: str) -> list[str]:
+        """The data files that hold a piece: one, or those of a shard that was written by partitions."""
+        return self._shards.get(piece, [piece])
+
+    def put_in_order(
+        self, piece: str, read: Callable[[str], Iterator[pa.RecordBatch]], rows: Callable[[str], int]
+    ) -> Iterator[pa.RecordBatch]:
+        """A piece's rows, its files read by ``read``. rows: of a file."""
+        files = self.files_of(piece)
+        if len(files) == 1:
+            return read(piece)
+        return in_order([read(name) for name in files], [rows_of_shard(self.where / n, rows(n)) for n in files])
 
     def _rows(self, table: Table, io: FileIO, task: FileScanTask) -> int:
         if not task.delete_files:
@@ -185,7 +211,15 @@ class IcebergSource(Source):
             _, at, batches = kept  # the next shard goes on where the last one stopped
         else:
             table, io = self._opened()
-            at, batches = 0, self._batches(table, io, self._tasks(table, io)[piece.name])
+            tasks = self._tasks(table, io)
+            at, batches = (
+                0,
+                self.put_in_order(
+                    piece.name,
+                    lambda name: self._batches(table, io, tasks[name]),
+                    lambda name: self._rows(table, io, tasks[name]),
+                ),
+            )
         for batch in batches:
             first, at = at, at + batch.num_rows
             if at > start:

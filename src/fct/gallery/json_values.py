@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from fct.gallery.schemas import without_views
 
-__all__ = ["Json", "json_values", "plain_array", "text_of_times"]
+__all__ = ["Json", "json_values", "lost_numbers", "plain_array", "text_of_times"]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -70,8 +70,17 @@ def json_values(column: pa.Array, name: str, first: int, hollow: Counter[str]) -
     if pa.types.is_map(kind) or _is_list(kind):
         return _lists(column, name, first, hollow)
     raise ValueError(
-        f"payload: column {name!r} is {kind}, which JSON cannot hold: make it text before, or leave it out with columns"
+        f"payload: column {name!r} is {kind}, which JSON cannot hold: make it text before, or leave that column out"
     )
+
+
+def lost_numbers(hollow: Counter[str]) -> list[str]:
+    """What became null by :func:`json_values`, a sentence for each column."""
+    return [
+        f"payload: {count} {'value' if count == 1 else 'values'} of {name!r} that are NaN or infinite became null: "
+        "JSON has no number for them"
+        for name, count in sorted(hollow.items())
+    ]
 
 
 def text_of_times(column: pa.Array, name: str, first: int) -> pa.Array:

@@ -23,7 +23,7 @@ from fct.gallery.location import Location
 from fct.spaces import EmbeddingSpace
 from fct.types import JsonDict
 
-__all__ = ["ParquetDestination", "ParquetSource"]
+__all__ = ["ParquetDestination", "ParquetSource", "parquet_writer"]
 
 _BUFFER, _REMOTE_BUFFER = 256 << 10, 8 << 20  # pages larger than this are read straight to where they are decoded
 _AHEAD = 256 << 20  # row groups up to this, together, are fetched from a network at once
@@ -178,18 +178,7 @@ class ParquetDestination(FileDestination):
         writer: pq.ParquetWriter | None = None
         try:
             for batch in batches:
-                if writer is None:
-                    # Vectors neither compress nor repeat: no dictionary, no statistics, no codec for them.
-                    vector = batch.schema.metadata[VECTOR_KEY].decode()
-                    plain = [name for name in batch.schema.names if name != vector]
-                    writer = pq.ParquetWriter(
-                        path,
-                        batch.schema,
-                        use_dictionary=plain,
-                        write_statistics=plain,
-                        compression={**dict.fromkeys(plain, "snappy"), vector: "none"},
-                        write_page_checksum=True,
-                    )
+                writer = writer or parquet_writer(path, batch.schema)
                 writer.write_batch(batch)
         # Arrow's name for what Parquet cannot hold: it becomes a refusal that names the column.
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -200,6 +189,20 @@ class ParquetDestination(FileDestination):
         finally:
             if writer is not None:
                 writer.close()
+
+
+def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Vectors neither compress nor repeat: no dictionary, no statistics, no codec for them."""
+    vector = schema.metadata[VECTOR_KEY].decode()
+    plain = [name for name in schema.names if name != vector]
+    return pq.ParquetWriter(
+        path,
+        schema,
+        use_dictionary=plain,
+        write_statistics=plain,
+        compression={**dict.fromkeys(plain, "snappy"), vector: "none"},
+        write_page_checksum=True,
+    )
 
 
 @contextlib.contextmanager

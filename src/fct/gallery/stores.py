@@ -24,7 +24,7 @@ from fct.gallery.npz_files import NpzSource
 from fct.gallery.parquet_files import ParquetDestination, ParquetSource
 from fct.gallery.tables import open_table, split_version
 from fct.gallery.urls import without_query
-from fct.gallery.vortex_files import VortexSource
+from fct.gallery.vortex_files import VortexDestination, VortexSource
 from fct.options.groups import StoreAccess
 from fct.types import FileSystem, GalleryLike, StorageOptions
 
@@ -35,7 +35,7 @@ _SOURCES: tuple[type[FileSource], ...] = (
     VortexSource,
 )
 _DESTINATIONS: dict[str, type[FileDestination]] = {
-    c.kind: c for c in (NpyDestination, BinDestination, ParquetDestination, ArrowDestination)
+    c.kind: c for c in (NpyDestination, BinDestination, ParquetDestination, ArrowDestination, VortexDestination)
 }
 FORMATS = (*_DESTINATIONS, "lance", "delta")
 # Text formats, by the one line of DuckDB that makes a gallery of them (docs/galleries.md).

@@ -1,8 +1,10 @@
-"""Vortex files by ``vortex-data``: ranges of rows of its Arrow stream, without what lies before them."""
+"""Vortex files by ``vortex-data``: ranges of rows, without what lies before them; written by it, too."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -10,26 +12,30 @@ import pyarrow as pa
 from fct.errors import FctError
 from fct.extras import need
 from fct.gallery.arrow_guard import validated
-from fct.gallery.file_gallery import FileSource
-from fct.gallery.interfaces import Batches, Piece
+from fct.gallery.file_gallery import FileDestination, FileSource
+from fct.gallery.interfaces import Batches, Piece, Shard
 from fct.gallery.location import Location
+from fct.spaces import EmbeddingSpace
 
-__all__ = ["VortexSource"]
+__all__ = ["VortexDestination", "VortexSource", "open_vortex"]
 
 T = TypeVar("T")
 
 
+def open_vortex(vortex: Any, file: Location) -> Any:
+    """The file by the library, which opens stores by names and keys of its own: so by what reads them here."""
+    return vortex.open(file.path) if file.is_local else vortex.open_readable(file.open())
+
+
 class VortexSource(FileSource):
-    """Files on this machine: the library opens a store by its own names and keys, not by fsspec's."""
+    """Local files are opened by the library, those of a store through fct's own file objects."""
 
     kind = "vortex"
     suffixes = (".vortex",)
 
     def _open(self, file: Location) -> Any:
         vortex = need("vortex", f"source: {file}, a Vortex file,")
-        if not file.is_local:
-            raise FctError(f"source: expected a Vortex file on this machine, got {file}: copy it here first")
-        return _told(lambda: vortex.open(file.path), file)
+        return _told(lambda: open_vortex(vortex, file), file)
 
     def file_schema(self, file: Location) -> pa.Schema:
         opened = self._open(file)
@@ -52,6 +58,57 @@ class VortexSource(FileSource):
             yield validated(batch, str(file))
         if left:
             raise FctError(f"source: {file} is truncated: it ended {left} rows early")
+
+
+class VortexDestination(FileDestination):
+    """A file a shard. It names neither space nor vector column: the side file says the one, its type the other."""
+
+    kind = "vortex"
+    suffix = ".vortex"
+
+    def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
+        need("vortex", f"destination: {self.where}, a Vortex gallery,")
+        with tempfile.TemporaryDirectory() as folder:
+            for entry in schema:
+                self._require(entry, Path(folder) / "column.vortex")
+        super().begin(schema, space)
+
+    def _require(self, entry: pa.Field, path: Path) -> None:
+        """Raises FctError for a column that the format has no type for."""
+        schema = pa.schema([entry.remove_metadata()])
+        try:
+            _write(path, iter([_no_rows(schema)]), schema)
+        except Exception as error:
+            raise FctError(
+                f"destination: the column {entry.name!r} ({entry.type}) cannot be kept in Vortex: vortex-data "
+                "has no type for it. Write Parquet or Arrow files with --format (format=), or change that column before"
+            ) from error
+
+    def write_file(self, path: Path, shard: Shard, batches: Batches, files: dict[str, Path]) -> None:
+        first, failed = next(batches), list[BaseException]()
+
+        def stream() -> Batches:
+            try:
+                yield first
+                yield from batches
+            except BaseException as error:  # which the library would tell in words of its own
+                failed.append(error)
+                raise
+
+        try:
+            _write(path, stream(), first.schema)
+        except BaseException:
+            if failed:
+                raise failed[0] from None
+            raise
+
+
+def _write(path: Path, batches: Batches, schema: pa.Schema) -> None:
+    need("vortex", "destination").io.write(pa.RecordBatchReader.from_batches(schema, batches), str(path))
+
+
+def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], type=f.type) for f in schema], schema=schema)
 
 
 def _told(do: Callable[[], T], file: Location) -> T:

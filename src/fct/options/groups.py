@@ -197,7 +197,9 @@ class Execution(Group):
 class Cut(Group):
     """The new gallery's files: their format, and how it is cut into shards."""
 
-    format: Literal["auto"] | Format = option("auto", "npy, bin, parquet, arrow, lance or delta; auto: the source's.")
+    format: Literal["auto"] | Format = option(
+        "auto", "npy, bin, parquet, arrow, vortex, lance or delta; auto: the source's."
+    )
     shard_rows: int | None = option(
         None, "Rows of a shard; by default as many as take about 128 MB.", check=optional(whole(1))
     )

@@ -137,7 +137,7 @@ class CutKeywords(TypedDict, total=False):
     """The new gallery's files: their format, and how it is cut into shards."""
 
     format: Literal["auto"] | Format
-    """npy, bin, parquet, arrow, lance or delta; auto: the source's."""
+    """npy, bin, parquet, arrow, vortex, lance or delta; auto: the source's."""
     shard_rows: int | None
     """Rows of a shard; by default as many as take about 128 MB."""
     batch_rows: int | None

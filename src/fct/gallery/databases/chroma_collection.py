@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from fct.extras import need
 from fct.gallery.databases.address import Address
-from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError, json_rows
+from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
 from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
@@ -129,7 +129,7 @@ class ChromaDestination(DatabaseDestination):
         most = int(asked(self.address, lambda: _client(self.address).get_max_batch_size()))
         collection = asked(self.address, lambda: _collection(self.address))
         for batch in batches:
-            ids, vectors, payloads = points_of(self, batch, json_rows)
+            ids, vectors, payloads = points_of(self, batch)
             for start in range(0, len(ids), most):
                 part = slice(start, start + most)
                 words = [_record(p, batch.schema) for p in payloads[part]]

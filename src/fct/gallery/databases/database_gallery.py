@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +19,7 @@ from fct.errors import FctError
 from fct.gallery.databases.address import Address
 from fct.gallery.databases.id_lists import IdLists, minus
 from fct.gallery.interfaces import VECTOR_KEY, Batches, Destination, Piece, Shard, Source
+from fct.gallery.json_values import json_values, lost_numbers
 from fct.gallery.location import Patience
 from fct.spaces import EmbeddingSpace
 from fct.terminal import plain_log
@@ -131,6 +133,10 @@ class DatabaseSource(Source):
             self.left = len(new)
             _log.warning("source: %d rows came since the second pass and are not mapped: add --follow", len(new))
 
+    def ids(self, piece: Piece) -> pa.Array:
+        """Those of a piece, as they were listed."""
+        return self._lists.ids(piece)
+
     def gone(self) -> pa.Array | None:
         """The ids that had been there and are not any more, as the last look found; None before there was one."""
         return self._gone
@@ -156,11 +162,17 @@ class DatabaseSource(Source):
 
 
 class DatabaseDestination(Destination):
-    """A table or a collection that is written by id: a shard that is written twice leaves what it leaves once."""
+    """A table or a collection that is written by id: a shard that is written twice leaves what it leaves once.
+
+    hollow: counts the numbers of each column that became null, since JSON has none for them.
+    """
+
+    keeps_json: ClassVar[bool] = True  # whether payload becomes an object of JSON there
 
     def __init__(self, address: Address, patience: Patience) -> None:
         self.address, self.patience = address, patience
         self.id_column, self.switch = "", False
+        self.hollow: Counter[str] = Counter()
         self._source: DatabaseSource | None = None
         self._journal: Path | None = None
         self._lock = threading.Lock()
@@ -210,7 +222,17 @@ class DatabaseDestination(Destination):
         """Takes rows out; ids that are not there are no error."""
 
     # ---- the protocol ----
+    def refuse(self, rest: pa.Schema) -> None:
+        """Raises DatabaseError for payload that has no place there. rest: the columns beside ids and vectors."""
+        if self.keeps_json:
+            try:
+                json_rows(pa.RecordBatch.from_pylist([], rest), self.hollow)
+            except ValueError as error:
+                raise DatabaseError(f"destination: {error}") from None
+
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
+        vector = (schema.metadata or {})[VECTOR_KEY].decode()
+        self.refuse(pa.schema([field for field in schema if field.name not in (self.id_column, vector)]))
         mark = None if self._journal is None else self._journal / "written.json"
         begun = mark is not None and mark.is_file() and json.loads(mark.read_bytes()).get("to") == self.url
         if not begun and (what := self.holds_rows(schema)):
@@ -236,6 +258,8 @@ class DatabaseDestination(Destination):
         gone = None if self._source is None else self._source.gone()
         if self._source is not None:
             self._source.release()
+        for line in lost_numbers(self.hollow):
+            _log.warning("%s", line)
         if gone is not None and len(gone):
             self.patience.ask(lambda: self.remove(gone), f"removing from {self.url}", moves=1 << 30)
             _log.warning("destination: %d rows that the source lost meanwhile were taken out", len(gone))
@@ -251,13 +275,21 @@ class DatabaseDestination(Destination):
         )
 
 
-def json_rows(rest: pa.RecordBatch) -> list[JsonDict]:
-    """Each row's payload as an object for JSON: what a column of such objects has, the other columns by name."""
-    whole = [f.name for f in rest.schema if (f.metadata or {}).get(b"fct.json")]
-    named = rest.drop_columns(whole)
-    rows = [json.loads(json.dumps(row, default=str)) for row in named.to_pylist()] if named.num_columns else []
-    rows = rows or [{} for _ in range(rest.num_rows)]
-    for name in whole:
-        for row, text in zip(rows, rest.column(name).to_pylist(), strict=True):
-            row.update(json.loads(text) if text else {})
+def json_rows(rest: pa.RecordBatch, hollow: Counter[str]) -> list[JsonDict]:
+    """Each row's payload as an object for JSON: what a column of such objects has, the other columns by name.
+
+    hollow: counts, by column, the floats that JSON has no number for and that became null.
+
+    Raises:
+        ValueError: a value that JSON cannot hold; names the column.
+    """
+    rows: list[JsonDict] = [{} for _ in range(rest.num_rows)]
+    for entry, column in zip(rest.schema, rest.columns, strict=True):
+        if not (entry.metadata or {}).get(b"fct.json"):
+            for row, value in zip(rows, json_values(column, entry.name, 0, hollow), strict=True):
+                row[entry.name] = value
+    for entry, column in zip(rest.schema, rest.columns, strict=True):
+        if (entry.metadata or {}).get(b"fct.json"):
+            for row, text in zip(rows, column.to_pylist(), strict=True):
+                row.update(json.loads(text) if text else {})
     return rows

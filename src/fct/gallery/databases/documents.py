@@ -12,7 +12,13 @@ import pyarrow as pa
 
 from fct.errors import FctError
 from fct.gallery.databases.address import Address
-from fct.gallery.databases.database_gallery import JSON_KEY, DatabaseDestination, DatabaseError, DatabaseSource
+from fct.gallery.databases.database_gallery import (
+    JSON_KEY,
+    DatabaseDestination,
+    DatabaseError,
+    DatabaseSource,
+    json_rows,
+)
 from fct.gallery.interfaces import VECTOR_KEY
 from fct.gallery.location import Patience
 from fct.types import Array, Id, JsonDict
@@ -61,12 +67,13 @@ def rows_of_points(points: Sequence[Point], schema: pa.Schema, id_column: str) -
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def points_of(
-    destination: DatabaseDestination, batch: pa.RecordBatch, payload: Callable[[pa.RecordBatch], list[JsonDict]]
-) -> tuple[list[Id], Array, list[JsonDict]]:
-    """(ids, (n, d) float32, payload objects) of a batch. payload: what makes objects of the other columns."""
+def points_of(destination: DatabaseDestination, batch: pa.RecordBatch) -> tuple[list[Id], Array, list[JsonDict]]:
+    """(ids, (n, d) float32, payload objects) of a batch."""
     ids, vectors, rest = destination.split(batch)
-    return ids.to_pylist(), vectors_of(vectors), payload(rest) if rest.num_columns else [{}] * len(ids)
+    try:
+        return ids.to_pylist(), vectors_of(vectors), json_rows(rest, destination.hollow)
+    except ValueError as error:  # a time that has no text
+        raise DatabaseError(f"destination: {error}") from None
 
 
 def vectors_of(column: pa.Array) -> Array:

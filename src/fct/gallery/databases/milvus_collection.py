@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from fct.extras import need
 from fct.gallery.databases.address import Address
-from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError, json_rows
+from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
 from fct.spaces import EmbeddingSpace
 from fct.types import Id, JsonDict
@@ -96,6 +96,14 @@ class MilvusDestination(DatabaseDestination):
     def _vector(self) -> str:
         return self.address.vector or "vector"
 
+    def refuse(self, rest: pa.Schema) -> None:
+        super().refuse(rest)
+        if self._vector in rest.names:
+            raise DatabaseError(
+                f"destination: the payload has a column {self._vector!r}, which is what {self.url} calls the vectors: "
+                "name them otherwise (&vector=NAME)"
+            )
+
     def holds_rows(self, schema: pa.Schema) -> str:
         def look() -> str:
             return "is there already" if _client(self.address).has_collection(self.address.table) else ""
@@ -139,11 +147,16 @@ class MilvusDestination(DatabaseDestination):
     def put(self, batches: Sequence[pa.RecordBatch]) -> None:
         client = _client(self.address)
         for batch in batches:
-            ids, vectors, payloads = points_of(self, batch, json_rows)
-            rows = [
-                {**payload, self.id_column: key, self._vector: row}
-                for key, row, payload in zip(ids, vectors, payloads, strict=True)
-            ]
+            ids, vectors, payloads = points_of(self, batch)
+            rows = []
+            for key, row, payload in zip(ids, vectors, payloads, strict=True):
+                twice = payload.keys() & {self.id_column, self._vector}
+                if twice:  # of an object that another store kept
+                    raise DatabaseError(
+                        f"destination: the payload of {key!r} has a value {min(twice)!r}, and so has the id or the "
+                        f"vector in {self.url}: name the vector otherwise (&vector=NAME), or rename the payload's"
+                    )
+                rows.append({**payload, self.id_column: key, self._vector: row})
             for start in range(0, len(rows), _PAGE):
                 asked(self.address, lambda some=rows[start : start + _PAGE]: client.upsert(self.address.table, some))
 

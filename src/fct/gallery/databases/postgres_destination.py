@@ -30,6 +30,7 @@ class PostgresDestination(DatabaseDestination):
     """A new table, made with the right dimension; or a new column of a table that is there, which the URL names."""
 
     kind: ClassVar[str] = "postgresql"
+    keeps_json: ClassVar[bool] = False
 
     def __init__(self, address: Address, patience: Patience) -> None:
         super().__init__(address, patience)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from fct.extras import need
 from fct.gallery.databases.address import Address
-from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError, json_rows
+from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseError
 from fct.gallery.databases.documents import CollectionSource, Point, asked, clients, points_of
 from fct.mixed_warning import warn_other_metric
 from fct.spaces import EmbeddingSpace
@@ -145,7 +145,7 @@ class QdrantDestination(DatabaseDestination):
     def put(self, batches: Sequence[pa.RecordBatch]) -> None:
 
         for batch in batches:
-            ids, vectors, payloads = points_of(self, batch, json_rows)
+            ids, vectors, payloads = points_of(self, batch)
             for start in range(0, len(ids), _PAGE):
                 part = slice(start, start + _PAGE)
                 asked(self.address, lambda i=ids[part], v=vectors[part], p=payloads[part]: self._put(i, v.tolist(), p))
