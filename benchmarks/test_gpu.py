@@ -118,7 +118,7 @@ def torch_peers(h: Transformation, old: Any, side: Any) -> dict[tuple[str, str],
                 for layer in layers
             ]
 
-        chains = [chain(h.old), chain(h.side), chain(h.mixer)]
+        chains = [chain(h.old), chain(h.side), chain(h.mixer), [] if h.skip is None else chain([h.skip])]
 
         def along(x: Any, layers: list[tuple[Any, Any, bool]]) -> Any:
             for weight, bias, relu in layers:
@@ -129,7 +129,10 @@ def torch_peers(h: Transformation, old: Any, side: Any) -> dict[tuple[str, str],
             with torch.inference_mode():
                 joined = torch.cat([along(old.to(kind), chains[0]), along(side.to(kind), chains[1])], 1)
                 y = along(joined, chains[2]).float()
-                return torch.nn.functional.normalize(y) if h.normalise else y
+                if h.skip is not None:
+                    rows = torch.cat([old, side], 1) if h.uses_side_info else old
+                    y = y + along(rows.to(kind), chains[3])
+                return torch.nn.functional.normalize(y) * h.length if h.normalise else y
 
         return call
 
@@ -142,9 +145,10 @@ def torch_peers(h: Transformation, old: Any, side: Any) -> dict[tuple[str, str],
 
 
 def measure_transform(
-    h: Transformation, rows: int, place: str, record: Record, *, seconds: float = 1.0, skip: tuple[str, ...] = ()
-) -> None:
-    """One row of "gpu transform" per who and precision. ``skip``: names of those that are left out."""
+    h: Transformation, rows: int, place: str, record: Record, *, seconds: float = 1.0, skip: tuple[str, ...] = (),
+    table: str = "gpu transform",
+) -> None:  # fmt: skip
+    """One row of the table per who and precision. ``skip``: names of those that are left out."""
     from fct.ops.device.state import device_of
 
     device = device_of(place)
@@ -164,7 +168,7 @@ def measure_transform(
                 got = host(call()[:shown], place)
         except Exception as error:  # whatever one cannot do here, the others are measured
             status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-            record("gpu transform", who=who, precision=precision, rows=rows, gpu=device.model, status=status)
+            record(table, who=who, precision=precision, rows=rows, gpu=device.model, status=status)
             continue
         off = error_of(got, want)
         assert off < TOLERANCE[precision], f"{who} ({precision}): error {off:.1e} against the reference"
@@ -174,7 +178,7 @@ def measure_transform(
         fields = timing_fields(timing, rows=rows, flop=h.flop_per_row * rows)
         peak = published_peak(device.model, precision)
         share = None if peak is None else fields["gflops"] / (1e3 * peak)
-        record("gpu transform", who=who, precision=precision, rows=rows, gpu=device.model, status="ok", **fields,
+        record(table, who=who, precision=precision, rows=rows, gpu=device.model, status="ok", **fields,
                share_of_published_peak=share)  # fmt: skip
 
 
@@ -269,6 +273,13 @@ def paper(d: int = 128, inner: int = 2048) -> Transformation:
     return calibrate(Transformation.random(d, d, d, inner=inner), *sample)
 
 
+def small(d: int = 128, inner: int = 512) -> Transformation:
+    """As ``config="auto"`` makes it: branches of one layer, one block in the mixer, a skip, rows of unit length."""
+    sample = np.random.default_rng(0).standard_normal((2, 4096, d), dtype=np.float32)
+    shape = {"branch": d, "blocks": 1, "skip": True, "normalise": True}
+    return calibrate(Transformation.random(d, d, d, inner=inner, **shape), *sample)  # type: ignore[arg-type]
+
+
 ROWS = (1, 8, 32, 256, 4096, 65_536, 1_000_000)
 
 
@@ -279,6 +290,14 @@ def test_transform(rows: int, full: bool, record: Record) -> None:
     small and one large batch."""
     skip = () if full or rows in (32, 65_536) else ("torch.compile",)
     measure_transform(paper(), rows, PLACE, record, skip=skip)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 64, 4096, 65_536, 1_000_000])
+def test_small_transform(rows: int, full: bool, record: Record) -> None:
+    """0.49 MFLOP a row: what moves rows, and how many launches, matter as much as products."""
+    skip = () if full or rows in (64, 65_536) else ("torch.compile",)
+    measure_transform(small(), rows, PLACE, record, skip=skip, table="gpu transform, small h")
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ q = q' + dq and g = g' + dg, ``q.g <= q'.g' + |q| |dg| + |dq| |g'|`` (Cauchy and
 is covered besides (:mod:`fct.ops.search.triton_search`). So whatever a list dropped scores no better than the worst it
 kept.
 
-One program has BQ queries and walks every ``splits``-th tile of BG gallery rows; neighbouring rows, which are often
+One program has a tile of queries and walks every ``splits``-th tile of gallery rows; neighbouring rows, which are often
 alike, spread over all lists. A candidate is one int64: its cost, as an integer that sorts like the float, above its
 row; so one comparison orders by cost and breaks ties by the lower row. A tile in which nothing beats the worst kept
 candidate costs its product and one reduction; else every query's best of the tile takes the place of the worst that it
@@ -13,9 +13,12 @@ kept, until nothing in the tile beats any. Late in a long list that is once or t
 takes dozens of passes over it.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from fct.kernels.kernel_arguments import Gallery, Shadow
 from fct.kernels.tile_choices import Tile, family
 from fct.kernels.transform_kernels import SCALE_DIM, SCALE_NONE, SCALE_ONE, SCALE_ROW, _gallery_tile, _product  # noqa: F401
 
@@ -54,67 +57,69 @@ def tile(kind: str, keep: int, target: str, *, width: int = 128, queries: int = 
 
 def signature(kind: str, shape: Tile, keep: int, width: int = 128) -> tuple[dict, dict]:
     """Argument types and constants for compiling ``scan`` at ``width`` dimensions, without launching it."""
-    pointers = {"q_ptr": f"*{kind}", "g_ptr": f"*{kind}", "q_meta": "*fp32", "g_meta": "*fp32", "out_ptr": "*i64"}
-    numbers = {"n_q": "i32", "n_g": "i32", "splits": "i32", "width": "i32", "stride_q": "i64", "stride_g": "i64"}
-    constants = {"HELD": shape.k == width, "KEEP": keep, "BQ": shape.m, "BG": shape.n, "BK": shape.k}
-    return pointers | numbers, constants | {"UPCAST": False}
+    shadow: Any = Shadow(f"*{kind}", "i64", "*fp32")  # type: ignore[arg-type]
+    types: dict = {"queries": shadow, "gallery": shadow, "out": "*i64"} | dict.fromkeys(("n_q", "n_g", "splits"), "i32")
+    constants = {"HELD": shape.k == width, "KEEP": keep, "TILE": shape, "UPCAST": False}
+    return types | {"width": "i32"}, constants
 
 
 def rescore_signature(element: str, scale: int) -> tuple[dict, dict]:
     """The same for ``rescore`` of l2."""
-    types = {"q_ptr": f"*{element}", "g_ptr": f"*{element}", "q_scale_ptr": "*fp32", "g_scale_ptr": "*fp32",
-             "keys_ptr": "*i64", "cost_ptr": "*fp32", "count": "i32", "stride_q": "i64", "stride_g": "i64"}  # fmt: skip
-    return types, {"D": 128, "METRIC": 0, "Q_SCALE": scale, "G_SCALE": scale, "BC": RESCORE.n, "BK": RESCORE.k}
+    rows: Any = Gallery(f"*{element}", "*fp32" if scale else "constexpr", "i64")  # type: ignore[arg-type]
+    types = {"queries": rows, "gallery": rows, "keys": "*i64", "cost": "*fp32", "count": "i32"}
+    return types, {"D": 128, "METRIC": 0, "Q_SCALE": scale, "G_SCALE": scale, "TILE": RESCORE}
 
 
 @triton.jit
 def scan(
-    q_ptr, stride_q, q_meta, g_ptr, stride_g, g_meta, out_ptr, n_q, n_g, splits, width,
-    HELD: tl.constexpr, KEEP: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    queries, gallery, out, n_q, n_g, splits, width,
+    HELD: tl.constexpr, KEEP: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out (n_q, splits, KEEP) int64, ascending: the best KEEP among the rows of tiles s, s + splits, ... for split s.
+    """The best KEEP rows of each query among the tiles s, s + splits, ... for each split s.
 
-    Grid (query tiles, splits). q (n_q, width), g (n_g, width): bfloat16 or int8, BK divides width. q_meta (n_q, 4):
-    scale, |q|, |dq|, -; g_meta (n_g, 4): scale, bias, |dg| and slack, |g'|; float32. Cost: the negated upper bound of
-    q.g + bias. Places without a candidate hold WORST. KEEP and BG are powers of two; n_g is at most 2^30. HELD: BK is
-    the width, and the queries are read once. (A width known to the compiler would unroll the other loop, and spill.)
+        out[q, s] = the lowest of (cost(q, g), g), ascending;  cost(q, g) = -(q'.g' + bias + |q| |dg| + |dq| |g'|)
+
+    out: (n_q, splits, KEEP) int64. queries, gallery: Shadow of ``width`` columns, which TILE.k divides; meta of a
+    query: scale, |q|, |dq|, -; of a row: scale, bias, |dg| and slack, |g'|. Places without a candidate hold WORST.
+    Grid (query tiles, splits). KEEP and TILE.n are powers of two; n_g is at most 2^30. HELD: TILE.k is the width, and
+    the queries are read once. (A width known to the compiler would unroll the other loop, and spill.)
     """
-    queries = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    live = queries < n_q
+    ids = tl.program_id(0) * TILE.m + tl.arange(0, TILE.m)
+    live = ids < n_q
     split = tl.program_id(1)
-    depth = tl.arange(0, BK)
+    depth = tl.arange(0, TILE.k)
     # each free place a value of its own, above every key (a NaN's cost with a row below 2^30, too)
-    best = WORST - tl.arange(0, KEEP).to(tl.int64)[None, :] + tl.zeros((BQ, KEEP), tl.int64)
+    best = WORST - tl.arange(0, KEEP).to(tl.int64)[None, :] + tl.zeros((TILE.m, KEEP), tl.int64)
     worst = tl.max(best, axis=1)
-    at_q = q_meta + queries * 4
+    at_q = queries.meta + ids * 4
     q_scale = tl.load(at_q, mask=live, other=0.0)
     q_norm = tl.load(at_q + 1, mask=live, other=0.0)
     q_lost = tl.load(at_q + 2, mask=live, other=0.0)
-    q_rows = q_ptr + queries.to(tl.int64)[:, None] * stride_q
+    q_rows = queries.data + ids.to(tl.int64)[:, None] * queries.stride
     if HELD:
         held = tl.load(q_rows + depth[None, :], mask=live[:, None], other=0)
-    for t in range(split, tl.cdiv(n_g, BG), splits):
-        rows = (t * BG + tl.arange(0, BG)).to(tl.int64)
+    for t in range(split, tl.cdiv(n_g, TILE.n), splits):
+        rows = (t * TILE.n + tl.arange(0, TILE.n)).to(tl.int64)
         inside = rows < n_g
-        g_rows = g_ptr + rows[:, None] * stride_g
-        if q_ptr.dtype.element_ty == tl.int8:
-            acc = tl.zeros((BQ, BG), dtype=tl.int32)
+        g_rows = gallery.data + rows[:, None] * gallery.stride
+        if queries.data.dtype.element_ty == tl.int8:
+            acc = tl.zeros((TILE.m, TILE.n), dtype=tl.int32)
         else:
-            acc = tl.zeros((BQ, BG), dtype=tl.float32)
+            acc = tl.zeros((TILE.m, TILE.n), dtype=tl.float32)
         if HELD:
             g = tl.load(g_rows + depth[None, :], mask=inside[:, None], other=0)
             acc = _product(held, g, acc, "ieee", UPCAST)
         else:
-            for k0 in range(0, width, BK):
+            for k0 in range(0, width, TILE.k):
                 q = tl.load(q_rows + (k0 + depth)[None, :], mask=live[:, None], other=0)
                 g = tl.load(g_rows + (k0 + depth)[None, :], mask=inside[:, None], other=0)
                 acc = _product(q, g, acc, "ieee", UPCAST)
-        at_g = g_meta + rows * 4
+        at_g = gallery.meta + rows * 4
         bias = tl.load(at_g + 1, mask=inside, other=0.0)
         g_lost = tl.load(at_g + 2, mask=inside, other=0.0)
         g_norm = tl.load(at_g + 3, mask=inside, other=0.0)
         bound = acc.to(tl.float32)
-        if q_ptr.dtype.element_ty == tl.int8:
+        if queries.data.dtype.element_ty == tl.int8:
             bound = bound * (q_scale[:, None] * tl.load(at_g, mask=inside, other=0.0)[None, :])
         bound = bound + bias[None, :] + q_norm[:, None] * g_lost[None, :] + q_lost[:, None] * g_norm[None, :]
         bits = (0.0 - bound).to(tl.int32, bitcast=True)
@@ -131,35 +136,41 @@ def scan(
                 lowest = tl.min(key, axis=1)
                 beaten = tl.max((lowest < worst).to(tl.int32), axis=0)
     best = tl.sort(tl.where(best > WORST - KEEP, WORST, best), dim=1)
-    places = (queries.to(tl.int64) * splits + split)[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
-    tl.store(out_ptr + places, best, mask=live[:, None])
+    places = (ids.to(tl.int64) * splits + split)[:, None] * KEEP + tl.arange(0, KEEP)[None, :]
+    tl.store(out + places, best, mask=live[:, None])
 
 
 @triton.jit
 def rescore(
-    q_ptr, q_scale_ptr, stride_q, g_ptr, g_scale_ptr, stride_g, keys_ptr, cost_ptr, count,
-    D: tl.constexpr, METRIC: tl.constexpr, Q_SCALE: tl.constexpr, G_SCALE: tl.constexpr, BC: tl.constexpr,
-    BK: tl.constexpr,
+    queries, gallery, keys, cost, count,
+    D: tl.constexpr, METRIC: tl.constexpr, Q_SCALE: tl.constexpr, G_SCALE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """cost (n_q, count) float32: of each candidate's row, from the rows themselves, summed in float64, rounded once.
+    """Exact costs of the candidates, from the rows themselves, summed in float64, rounded once.
 
-    Grid (n_q, candidate blocks). q, g: rows in their own layout, with the SCALE that brings them back. keys (n_q,
-    count): the scan's; infinity stands where one holds WORST. Lowest is best: squared l2, or the negated product.
+        cost[q, j] = |q - g|^2, or -q.g, or -q.g / (|q| |g|),    g the row that keys[q, j] names
+
+    queries, gallery: Gallery of D columns, with the SCALE that brings them back. keys: (n_q, count) int64, the scan's;
+    cost: (n_q, count) float32, infinity where a key is WORST. Grid (n_q, candidate blocks); TILE: n candidates, k
+    dimensions at a time.
     """
     query = tl.program_id(0).to(tl.int64)
-    places = tl.program_id(1) * BC + tl.arange(0, BC)
+    places = tl.program_id(1) * TILE.n + tl.arange(0, TILE.n)
     there = places < count
-    key = tl.load(keys_ptr + query * count + places, mask=there, other=WORST)
+    key = tl.load(keys + query * count + places, mask=there, other=WORST)
     real = key != WORST
     rows = tl.where(real, key & 0xFFFFFFFF, 0)
     one = query + tl.zeros((1,), tl.int64)
-    product = tl.zeros((BC,), tl.float64)
-    of_q = tl.zeros((BC,), tl.float64)
-    of_g = tl.zeros((BC,), tl.float64)
-    for k0 in range(0, D, BK):
-        cols = k0 + tl.arange(0, BK)
-        q = _gallery_tile(q_ptr, q_scale_ptr, one, one >= 0, cols, stride_q, D, BK, Q_SCALE).to(tl.float64)
-        g = _gallery_tile(g_ptr, g_scale_ptr, rows, real, cols, stride_g, D, BK, G_SCALE).to(tl.float64)
+    product = tl.zeros((TILE.n,), tl.float64)
+    of_q = tl.zeros((TILE.n,), tl.float64)
+    of_g = tl.zeros((TILE.n,), tl.float64)
+    for k0 in range(0, D, TILE.k):
+        cols = k0 + tl.arange(0, TILE.k)
+        q = _gallery_tile(queries.data, queries.scale, one, one >= 0, cols, queries.stride, D, TILE.k, Q_SCALE).to(
+            tl.float64
+        )
+        g = _gallery_tile(gallery.data, gallery.scale, rows, real, cols, gallery.stride, D, TILE.k, G_SCALE).to(
+            tl.float64
+        )
         if METRIC == L2:
             product += tl.sum((q - g) * (q - g), axis=1)
         else:
@@ -170,5 +181,5 @@ def rescore(
     if METRIC == COSINE:
         length = tl.sqrt(of_q) * tl.sqrt(of_g)
         product = product / tl.where(length > 0, length, 1.0)
-    cost = product if METRIC == L2 else 0.0 - product
-    tl.store(cost_ptr + query * count + places, tl.where(real, cost.to(tl.float32), float("inf")), mask=there)
+    exact = product if METRIC == L2 else 0.0 - product
+    tl.store(cost + query * count + places, tl.where(real, exact.to(tl.float32), float("inf")), mask=there)

@@ -6,14 +6,14 @@ first that fits is taken. Nothing is tuned at run time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["SHARED_MEMORY", "TARGETS", "Tile", "family", "tiles"]
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One configuration. m, n, k: the tile's rows, columns and depth (``branches``: k is the input's depth)."""
+class Tile(NamedTuple):
+    """One configuration, which kernels take as it is. m, n, k: the tile's rows, columns and depth; in ``branches`` and
+    ``first_layers``, which read the gallery, k is of the rows that are read."""
 
     m: int
     n: int
@@ -29,6 +29,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_9
                  "gfx942": 64 << 10}  # fmt: skip
 TARGETS = tuple(SHARED_MEMORY)
 
+_READ_ROWS = ("branches", "first_layers")
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
@@ -43,14 +44,15 @@ def family(target: str) -> str:
 
 
 def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile, ...]:
-    """The configurations of ``kernel`` ("branches", "linear", "final") that fit the target, best guess first.
+    """The configurations of ``kernel`` ("branches", "first_layers", "linear", "final") that fit the target, best guess
+    first.
 
     width: columns of the output (branches and final hold a whole row where they can: at most 256).
     """
     target = family(target)
     big = target in ("sm_90", "sm_100")
-    # the branches compute in bfloat16 where the mixer takes 8 bits
-    size = max(2, _BYTES[precision]) if kernel == "branches" else _BYTES[precision]
+    # what reads the rows computes in bfloat16 where the mixer takes 8 bits
+    size = max(2, _BYTES[precision]) if kernel in _READ_ROWS else _BYTES[precision]
     n = max(16, 1 << (width - 1).bit_length())
     deep = 128 // size  # one 128-byte line of the operand
     if kernel == "branches":
@@ -67,6 +69,12 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
         else:
             choices = [Tile(64, n, 128, 8, 2, hidden=64), Tile(64, n, 128, 8, 2, hidden=32),
                        Tile(64, n, 64, 8, 2, hidden=32), Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
+    elif kernel == "first_layers":
+        columns = min(n, 128)
+        # products of two parts each: with four warps, or a third stage, they would spill on older targets
+        choices = [Tile(64, columns, 64, *((4, 3) if big else (8, 2))), Tile(32, columns, 32, 4, 2)]
+        if precision == "fp32":
+            choices = [Tile(64, min(n, 64), 32, 4, 2)]
     elif kernel == "linear":
         if precision == "fp32":
             choices = [Tile(128, 128, 32, 8, 3)] if big else [Tile(64, 64, 32, 4, 2)]  # three products: many registers
@@ -91,7 +99,7 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
                 Tile(32, columns, deep, 4, 1),
             ]
     else:
-        raise ValueError(f"kernel: expected branches, linear or final, got {kernel!r}")
+        raise ValueError(f"kernel: expected branches, first_layers, linear or final, got {kernel!r}")
     return tuple(c for c in choices if _fits(kernel, c, size, SHARED_MEMORY[target], buffers=c.stages + big))
 
 
@@ -103,6 +111,8 @@ def _fits(kernel: str, c: Tile, size: int, shared: int, *, buffers: int) -> bool
     if kernel == "branches":
         parts = 1 if size == 4 else 2  # the first layer's operands, high and low
         operands = buffers * (parts * c.hidden * c.k + c.n * c.hidden) * size + parts * c.m * c.k * size
+    elif kernel == "first_layers":  # rows of float32 and both parts of the weights
+        operands = buffers * (c.m * c.k * 4 + 2 * c.n * c.k * size)
     else:
         operands = c.stages * (c.m + c.n) * c.k * size
     accumulator = c.m * (c.n + c.hidden) * 4

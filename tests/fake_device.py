@@ -292,7 +292,7 @@ class FakeDevice(Device):
         if self.fail_at is not None and len(self.launches) >= self.fail_at:
             self._push(self.die)
             return
-        memory = {k: plain(v) for k, v in arguments.items()}
+        memory = {k: _in_memory(v) for k, v in arguments.items()}
         self._push(lambda: kernel[grid](**memory, num_warps=warps, num_stages=stages))
 
     def die(self) -> None:
@@ -387,6 +387,11 @@ class FakeDevice(Device):
         """A poisoned destination."""
         values = self.empty((n, d), dtype)
         return Rows(values, dtype, None if scale is None else self.upload(scale, "float32"), self.name, "torch")
+
+
+def _in_memory(x: Any) -> Any:
+    """:func:`plain` of every element of a tuple of arguments."""
+    return type(x)(*map(_in_memory, x)) if isinstance(x, tuple) and hasattr(x, "_fields") else plain(x)
 
 
 def plain(x: Any) -> Any:

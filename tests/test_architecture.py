@@ -25,7 +25,6 @@ FLOORS = [
         "transform",
         "search",
         "metrics",
-        "mixed_correction",
         "mixed_gallery",
         "mixed_warning",
         "joined_rows",

@@ -67,6 +67,15 @@ def test_the_transformation(
     assert (tmp_path / "report" / "gpu-transform.png").exists()
 
 
+def test_the_small_transformation(benchmark_code: Any, rows: list[dict[str, Any]], record: Any) -> None:
+    """Its peers add the skip too: each is held against the reference before it is timed."""
+    h = benchmark_code.small(d=16, inner=32)
+    benchmark_code.measure_transform(h, 5, "cuda:0", record, seconds=0.01, skip=("torch.compile",), table="small")
+    ok = {(r["who"], r["precision"]) for r in rows if r["status"] == "ok" and r["table"] == "small"}
+    assert {("fct triton", p) for p in ("fp32", "bf16", "fp16", "int8", "fp8")} <= ok
+    assert {("torch eager", "fp32"), ("cuBLASLt", "bf16")} <= ok
+
+
 def test_roofs_are_those_of_the_machine_that_was_measured(benchmark_code: Any) -> None:
     import reporting
 
@@ -114,7 +123,7 @@ def test_skipped_with_the_reason_where_no_gpu_is() -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.startswith("s" * 14 + " "), ran.stdout
+    assert ran.stdout.startswith("s" * 19 + " "), ran.stdout
     assert "no GPU to run on: " in ran.stdout
 
 

@@ -31,6 +31,8 @@ __all__ = [
     "plan_of",
     "scan_bound",
     "small_bound",
+    "small_h_bound",
+    "small_plan_of",
     "traffic",
     "triton_scan",
 ]
@@ -113,6 +115,29 @@ def plan_of(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: 
     return gpu_traffic.Plan(rows, 4 * d, 4 * d, 4 * d, inner, d, 2, tiles, resident, gpu.processors)
 
 
+def small_plan_of(
+    gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: int = 512
+) -> gpu_traffic.SmallPlan:
+    """The same for an h whose branches have one layer of d, whose mixer has one block, and which has a skip.
+
+    facts: "first_layers", "linear", "final".
+    """
+    from fct.ops.device.state import chunk_rows
+    from tools.machine_code import blocks_per_processor
+
+    tiles = {name: f["tile"] for name, f in facts.items()}
+    resident = {
+        name: gpu.processors * blocks_per_processor(f["registers"], 32 * tiles[name]["warps"], f["shared"], gpu.target)
+        for name, f in facts.items()
+    }
+    layers = [(8 * d, 2 * inner, 4 * d * inner), (2 * inner + 4 * d, 4 * d, 2 * inner * d)]  # the skip's output waits
+    rows = chunk_rows(layers, inner, l2_bytes=gpu.l2_bytes, processors=gpu.processors,
+                      tile_columns=tiles["linear"]["n"])  # fmt: skip
+    return gpu_traffic.SmallPlan(
+        rows, 4 * d, d, inner, d, 2, tiles, resident, gpu.processors, exact=False
+    )  # bf16's rule
+
+
 def _layers(d: int, inner: int) -> list[tuple[int, int, int]]:
     """The mixer's layers in bfloat16: bytes of a row in, of a row out, of the weights."""
     return [
@@ -122,14 +147,20 @@ def _layers(d: int, inner: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def traffic(plan: gpu_traffic.Plan, l2_bytes: int, *, chunks: int = 3, seed: int = 0) -> float:
+def traffic(plan: gpu_traffic.Plan | gpu_traffic.SmallPlan, l2_bytes: int, *, chunks: int = 3, seed: int = 0) -> float:
     """Bytes a row to and from memory, once the first chunk has brought the weights."""
+
+    def launches(chunk: int) -> list[gpu_traffic.Launch]:
+        if isinstance(plan, gpu_traffic.SmallPlan):
+            return gpu_traffic.small_launches(plan, chunk)
+        return gpu_traffic.transform_launches(plan, chunk)
+
     cache = gpu_traffic.Cache(l2_bytes)
-    gpu_traffic.simulate(gpu_traffic.transform_launches(plan, 0), cache, seed=seed)
+    gpu_traffic.simulate(launches(0), cache, seed=seed)
     cache.flush()
     before = cache.moved
     for i in range(1, chunks + 1):
-        gpu_traffic.simulate(gpu_traffic.transform_launches(plan, i), cache, seed=seed + i)
+        gpu_traffic.simulate(launches(i), cache, seed=seed + i)
     cache.flush()
     return (cache.moved - before) / (chunks * plan.rows)
 
@@ -151,6 +182,21 @@ def bound(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: in
     rows = 12.0 * d
     allowed = rows + (branches + mixer) / plan.rows  # two bytes for each weight, which is two operations a row
     return _bound(gpu, "h (Triton)", "bf16", plan.rows, branches + mixer, issued, rows, allowed,
+                  traffic(plan, gpu.l2_bytes), traffic(plan, gpu.l2_bytes // 2))  # fmt: skip
+
+
+def small_h_bound(gpu: Gpu, facts: dict[str, dict[str, Any]], *, d: int = 128, inner: int = 512) -> Bound:
+    """The small h at d dimensions in and out, bfloat16, which rounds rows there, float32 galleries, large batch."""
+
+    def layer(name: str, k: int, n: int) -> float:
+        t = facts[name]["tile"]
+        return issued_per_iteration(facts[name]) * -(-k // int(t["k"])) * -(-n // int(t["n"])) / int(t["m"])
+
+    floor = 2.0 * (2 * d * d + 2 * d * inner + inner * d + 2 * d * d)
+    issued = layer("linear", 2 * d, inner) + layer("final", inner, d) + layer("first_layers", 4 * d, d)
+    plan, rows = small_plan_of(gpu, facts, d=d, inner=inner), 12.0 * d
+    allowed = rows + floor / plan.rows
+    return _bound(gpu, "small h (Triton)", "bf16", plan.rows, floor, issued, rows, allowed,
                   traffic(plan, gpu.l2_bytes), traffic(plan, gpu.l2_bytes // 2))  # fmt: skip
 
 
@@ -294,8 +340,7 @@ def _line(b: Bound) -> str:
 
 def main() -> None:
     from fct.kernels import search_kernels as search
-    from fct.kernels.tile_choices import tiles
-    from tools.machine_code import compile_case
+    from tools.machine_code import SMALL, compile_case
 
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     print("| GPU | what | rows or queries at once | MFLOP a row, needed / issued | bytes a row, least / by the model | "
@@ -305,15 +350,21 @@ def main() -> None:
     for gpu in GPUS:
         if gpu.target not in made:
             made[gpu.target] = {
-                name: compile_case(name, "bf16", gpu.target, tiles(name, "bf16", gpu.target, width=width)[0])
-                for name, width in (("branches", 256), ("linear", 2048), ("final", 128))
+                name: compile_case(name, "bf16", gpu.target) for name in ("branches", "linear", "final")
             }
         print(_line(bound(gpu, made[gpu.target])), flush=True)
+    small: dict[str, dict[str, dict[str, Any]]] = {}
+    for gpu in GPUS:
+        if gpu.target not in small:
+            small[gpu.target] = {
+                name.split()[0]: compile_case(name, "bf16", gpu.target)
+                for name in ("first_layers", f"linear {SMALL}", f"final {SMALL}")
+            }
+        print(_line(small_h_bound(gpu, small[gpu.target])), flush=True)
     for gpu in GPUS:
         for kind in ("bf16", "int8"):
             if f"scan {kind}" not in made[gpu.target]:
-                tile = search.tile(kind, search.KEEPS[0], gpu.target)
-                facts = compile_case("scan", kind, gpu.target, tile, f"keep {search.KEEPS[0]}, 128 wide")
+                facts = compile_case("scan", kind, gpu.target, f"keep {search.KEEPS[0]}, 128 wide, 4096 queries")
                 made[gpu.target][f"scan {kind}"] = facts
             facts = made[gpu.target][f"scan {kind}"]
             print(_line(scan_bound(gpu, facts, kind, triton_scan(gpu, kind), what="Triton")), flush=True)

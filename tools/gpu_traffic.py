@@ -18,7 +18,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["UNIT", "Cache", "Launch", "Scan", "Unit", "block", "scan_launches", "simulate", "transform_launches"]
+__all__ = [
+    "UNIT",
+    "Cache",
+    "Launch",
+    "Plan",
+    "Scan",
+    "SmallPlan",
+    "Unit",
+    "block",
+    "scan_launches",
+    "simulate",
+    "small_launches",
+    "transform_launches",
+]
 
 ROWS, LINE = 32, 128
 UNIT = ROWS * LINE
@@ -151,6 +164,71 @@ def transform_launches(plan: Plan, chunk: int) -> list[Launch]:
     ]
 
 
+@dataclass(frozen=True)
+class SmallPlan:
+    """The same of an h whose branches have one layer, whose mixer has one block, and which has a skip.
+
+    d: bytes of a gallery row; branch, inner, d_new: columns of a branch's output, of the block, of h's output. exact:
+    rows are not rounded.
+    """
+
+    rows: int
+    d: int
+    branch: int
+    inner: int
+    d_new: int
+    size: int
+    tiles: dict[str, dict[str, int]]
+    resident: dict[str, int]
+    processors: int
+    exact: bool
+
+
+def small_launches(plan: SmallPlan, chunk: int) -> list[Launch]:
+    """One chunk through ``first_layers``, ``linear`` and ``final``."""
+    joined, inner = 2 * plan.branch * plan.size, plan.inner * plan.size
+    return [
+        _first_layers(plan, chunk),
+        _linear(plan, "joined", joined, "mixer.0", "inner.0", inner, plan.tiles["linear"]),
+        _final(plan, chunk, inner, a="inner.0", w="mixer.1", added="added"),
+    ]
+
+
+def _first_layers(plan: SmallPlan, chunk: int) -> Launch:
+    t, n, size = plan.tiles["first_layers"], plan.rows, 2
+    part = plan.d // 4 * size  # bytes of a weight row, or of one of its three parts; the gallery is float32
+    of_branch, of_skip = -(-plan.branch // t["n"]), -(-plan.d_new // t["n"])
+    columns = 2 * of_branch + of_skip
+
+    def read(name: str, weights: str, outputs: int, m0: int, n0: int) -> Iterator[Step]:
+        for k in range(0, plan.d // 4, t["k"]):
+            x = block(f"{name} rows {chunk}", m0, t["m"], 4 * k, 4 * t["k"], of_rows=n, of_bytes=plan.d)
+            w = [
+                unit
+                for at in ((0, 2 * part) if plan.exact else (0,))
+                for unit in block(
+                    weights, n0, t["n"], at + k * size, t["k"] * size, of_rows=outputs, of_bytes=at + part
+                )
+            ]
+            yield [*x, *w], []
+
+    def program(number: int) -> Iterator[Step]:
+        column, m0 = number % columns, number // columns * t["m"]
+        if column < 2 * of_branch:
+            name, n0 = ("old", "side")[column // of_branch], column % of_branch * t["n"]
+            yield from read(name, f"{name}.0", plan.branch, m0, n0)
+            begin, whole = column // of_branch * plan.branch + n0, 2 * plan.branch * plan.size
+            wide = min(t["n"], plan.branch - n0) * plan.size
+            yield [], block("joined", m0, t["m"], begin * plan.size, wide, of_rows=n, of_bytes=whole)
+            return
+        n0 = (column - 2 * of_branch) * t["n"]
+        for name in ("old", "side"):
+            yield from read(name, f"skip.{name}", plan.d_new, m0, n0)
+        yield [], block("added", m0, t["m"], 4 * n0, 4 * t["n"], of_rows=n, of_bytes=4 * plan.d_new)
+
+    return Launch("first_layers", columns * -(-n // t["m"]), plan.resident["first_layers"], program)
+
+
 def _branches(plan: Plan, chunk: int) -> Launch:
     t = plan.tiles["branches"]
     n, size = plan.rows, plan.size
@@ -178,7 +256,7 @@ def _branches(plan: Plan, chunk: int) -> Launch:
     return Launch("branches", 2 * row_tiles, plan.resident["branches"], program)
 
 
-def _linear(plan: Plan, a: str, k: int, w: str, to: str, out: int, t: dict[str, int]) -> Launch:
+def _linear(plan: Plan | SmallPlan, a: str, k: int, w: str, to: str, out: int, t: dict[str, int]) -> Launch:
     """k, out: bytes of a row of the operand and of the result."""
     from fct.kernels.transform_kernels import tile_order
 
@@ -211,13 +289,17 @@ def _products(
         )
 
 
-def _final(plan: Plan, chunk: int, k: int) -> Launch:
+def _final(
+    plan: Plan | SmallPlan, chunk: int, k: int, *, a: str = "inner.1", w: str = "mixer.2", added: str | None = None
+) -> Launch:
     t, n = plan.tiles["final"], plan.rows
 
     def program(number: int) -> Iterator[Step]:
         m0 = number * t["m"]
-        yield from _products(n, "inner.1", k, "mixer.2", plan.d_new, m0, 0, t, plan.size)
-        yield [], block(f"out rows {chunk}", m0, t["m"], 0, 4 * plan.d_new, of_rows=n, of_bytes=4 * plan.d_new)
+        yield from _products(n, a, k, w, plan.d_new, m0, 0, t, plan.size)
+        place: dict[str, int] = {"of_rows": n, "of_bytes": 4 * plan.d_new}
+        beside = [] if added is None else block(added, m0, t["m"], 0, 4 * plan.d_new, **place)
+        yield beside, block(f"out rows {chunk}", m0, t["m"], 0, 4 * plan.d_new, **place)
 
     return Launch("final", -(-n // t["m"]), plan.resident["final"], program)
 

@@ -16,126 +16,161 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton
+from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
+from fct.artifact.layers import Layer
+from fct.artifact.transformation import Transformation
+from fct.fit.precision_choice import calibrate
 from fct.kernels import search_kernels as search
-from fct.kernels import transform_kernels as kernels
-from fct.kernels.tile_choices import TARGETS, Tile, tiles
+from fct.kernels.tile_choices import TARGETS, Tile
+from fct.ops.device.state import Device
+from fct.ops.transform.triton_backend import run_chunks
+from fct.ops.transform.triton_weights import pack
+from fct.rows import Rows
 
 __all__ = ["GALLERY", "blocks_per_processor", "cases", "compile_case", "main", "read_sass"]
 
-_TYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "i8", "fp8": "fp8e4nv"}
+_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "int8": "i8"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MMA = re.compile(r"(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTCHMMA|UTCIMMA|UTCQMMA)")
 _SPECIAL = re.compile(r"(LDGSTS|UTMALDG|UBLKCP|LDL|STL)")
-DIMS = {"d": 128, "hidden": 256, "branch": 256, "joined": 512, "inner": 2048, "d_new": 128}
-
-
-# The gallery's dtypes: what an element is, and how its scale lies (kernels.transform's SCALE_*).
-GALLERY = {"fp32": ("fp32", 0), "fp16": ("fp16", 0), "bf16": ("bf16", 0), "int8, one scale": ("i8", 1),
-           "int8, scale a row": ("i8", 2), "int8, scale a dimension": ("i8", 3)}  # fmt: skip
-Case = tuple[str, str, str, Tile, str]
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+# The gallery's dtypes: of the elements, and the shape of an int8 scale for n rows of d dimensions.
+GALLERY = {"fp32": ("float32", None), "fp16": ("float16", None), "bf16": ("bfloat16", None),
+           "int8, one scale": ("int8", lambda n, d: (1, 1)), "int8, scale a row": ("int8", lambda n, d: (n, 1)),
+           "int8, scale a dimension": ("int8", lambda n, d: (1, d))}  # fmt: skip
+ROWS = 1 << 16
+SMALL = "of a small h"  # branches of one layer, 128 wide, a mixer of one block of 512, a skip
+Case = tuple[str, str, str, str]
 
 
 def cases() -> Iterator[Case]:
-    """(kernel, precision, target, tile, gallery): the paper's shape at 128 dimensions, the first choice of the table.
+    """(kernel, precision, target, gallery): the paper's shape at 128 dimensions and a small one, the first choice of
+    the table.
 
     Every kernel in every precision; those that read or write the gallery also in each of its dtypes.
     """
     for target in TARGETS:
         without_fp8 = target in ("sm_80", "sm_86", "gfx942")
-        for kernel, width in (("branches", DIMS["branch"]), ("linear", DIMS["inner"]), ("final", DIMS["d_new"])):
-            for precision in _TYPES:
+        for kernel in ("branches", "linear", "final", "first_layers", f"linear {SMALL}", f"final {SMALL}"):
+            for precision in PRECISIONS:
                 if precision == "fp8" and without_fp8:
                     continue
-                tile = tiles(kernel, precision, target, width=width)[0]
-                for gallery in GALLERY if kernel != "linear" and precision == "bf16" else ("fp32",):
-                    yield kernel, precision, target, tile, gallery
+                several = "linear" not in kernel and SMALL not in kernel and precision == "bf16"
+                for gallery in GALLERY if several else ("fp32",):
+                    yield kernel, precision, target, gallery
         for precision in ("bf16", "int8"):
             for keep, width, queries in search.CASES[precision]:
-                tile = search.tile(precision, keep, target, width=width, queries=queries)
-                yield "scan", precision, target, tile, f"keep {keep}, {width} wide"
+                yield "scan", precision, target, f"keep {keep}, {width} wide, {queries} queries"
         for gallery in GALLERY:
-            yield "rescore", "fp32", target, search.RESCORE, gallery
-            yield "ingest", "bf16", target, Tile(32, 128, 0, 4, 1), gallery
-            yield "normalise", "fp32", target, Tile(8, 512, 0, 8, 1), gallery
+            yield "rescore", "fp32", target, gallery
+            yield "ingest", "bf16", target, gallery
+            yield "normalise", "fp32", target, gallery
 
 
-def _signature(
-    kernel: str, precision: str, target: str, tile: Tile, gallery: str
-) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    import triton.language as tl
+@dataclass(frozen=True)
+class Launched:
+    """A kernel and all that it is launched with."""
 
-    kind = _TYPES[precision]
-    if kernel == "scan":
-        keep, width = (int(x) for x in re.findall(r"\d+", gallery))
-        return search.scan, *search.signature(kind, tile, keep, width)
-    element, scale = GALLERY[gallery]
-    if kernel == "rescore":
-        return search.rescore, *search.rescore_signature(element, scale)
-    exact = "ieee" if target.startswith("gfx") else "tf32x3"
-    product = {"PRECISION": exact if precision == "fp32" else "ieee", "UPCAST": False}
-    block = {"BM": tile.m, "BN": tile.n, "UPCAST": False}
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+
+class Recorder(Device):
+    """A device without memory of its own, for whose target kernels are compiled: notes what would be launched."""
+
+    def __init__(self, target: str) -> None:
+        self.name, self.index, self.model, self.target = "meta", 0, f"no {target}", target
+        self.processors, self.l2_bytes, self.memory = 108, 40 << 20, 1 << 40
+        self.launches: list[Launched] = []
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, object], *, warps: int, stages: int
+    ) -> None:
+        self.launches.append(Launched(kernel, dict(arguments), warps, stages))
+
+    def rows(self, d: int, gallery: str) -> Rows:
+        dtype, scale_of = GALLERY[gallery]
+        scale = None if scale_of is None else self.empty(scale_of(ROWS, d), "float32")
+        return Rows(self.empty((ROWS, d), dtype), dtype, scale, "cuda:0", "torch")
+
+
+def _launched(kernel: str, precision: str, target: str, gallery: str) -> Launched:
+    """The last launch of the kernel, as the backend makes it for an h whose plan has the kernel."""
+    device, name = Recorder(target), kernel.split()[0]
+    h = Transformation.random(128, 128, 512 if kernel == "normalise" else 128, inner=2048, normalise=True)
     if kernel == "ingest":
-        types = {"row0_ptr": "*i64", "n_rows": "i32", "x_ptr": f"*{element}", "scale_ptr": "*fp32", "stride_x": "i64",
-                 "out_ptr": f"*{kind}", "stride_out": "i64"}  # fmt: skip
-        return kernels.ingest, types, {"D": DIMS["d"], "PART": DIMS["d"], "SCALE": scale, "EXACT": True, **block}
-    if kernel == "normalise":
-        types = {"row0_ptr": "*i64", "n_rows": "i32", "y_ptr": "*fp32", "stride_y": "i64", "out_ptr": f"*{element}",
-                 "out_scale_ptr": "*fp32", "stride_out": "i64"}  # fmt: skip
-        return kernels.normalise, types, {"N": tile.n, "OUT_SCALE": scale, **block}
-    if kernel == "branches":
-        inner = "bf16" if precision in ("int8", "fp8") else kind
-        types = {"row0_ptr": "*i64", "n_rows": "i32", "out_ptr": f"*{kind}", "stride_out": "i64", "next_ptr": "*fp32"}
-        types |= {"shift_ptr": "*fp32"}
-        constants: dict[str, Any] = {
-            "COMPUTE": {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[inner],
-            "EXACT": precision != "fp32", "BM": tile.m, "BK": tile.k, "BH": tile.hidden, "BN": tile.n, **product,
-        }  # fmt: skip
-        for name in ("old", "side"):
-            types |= {f"{name}_ptr": f"*{element}", f"{name}_scale_ptr": "*fp32", f"stride_{name}": "i64"}
-            types |= {f"{name}_w1": "*fp32" if inner == "fp32" else "*bf16", f"{name}_w2": f"*{inner}"}
-            types |= {f"{name}_b{i}": "*fp32" for i in (1, 2)}
-            facts = {"D": 128, "PART": 128, "H": 256, "PITCH2": 256, "N": 256, "SCALE": scale, "RELU1": True,
-                     "RELU2": True}  # fmt: skip
-            constants |= {f"{name.upper()}_{k}": v for k, v in facts.items()}
-        return kernels.branches, types, constants
-    operand = (lambda rows: f"tensordesc<{kind}[{rows},{tile.k}]>") if tile.tma else (lambda rows: f"*{kind}")
-    types = {"n_rows": "i32", "stride_a": "i64", "stride_w": "i64", "stride_out": "i64", "scale_ptr": "*fp32",
-             "bias_ptr": "*fp32", "a_ptr": operand(tile.m), "w_ptr": operand(tile.n)}  # fmt: skip
-    constants = {"K": DIMS["inner"], "SCALED": precision in ("int8", "fp8"), "INT8": precision == "int8",
-                 "BM": tile.m, "BN": tile.n, "BK": tile.k, "TMA": tile.tma, **product}  # fmt: skip
-    if kernel == "linear":
-        types |= {"next_ptr": "*fp32", "shift_ptr": "*fp32", "out_ptr": f"*{kind}"}
-        return kernels.linear, types, constants | {"N": DIMS["inner"], "RELU": True, "GROUP": 8}
-    types |= {"row0_ptr": "*i64", "out_ptr": f"*{element}", "out_scale_ptr": "*fp32"}
-    return kernels.final, types, constants | {"N": DIMS["d_new"], "RELU": False, "NORMALISE": True, "OUT_SCALE": scale}
+        h = h.with_(old=(*h.old, Layer(np.eye(256), np.zeros(256))))
+    if kernel == "first_layers" or SMALL in kernel:
+        h = Transformation.random(128, 128, 128, inner=512, normalise=True, branch=128, blocks=1, skip=True)
+        h = h.with_(length=0.995)
+    h = calibrate(h, *np.random.default_rng(0).standard_normal((2, 64, 128), dtype=np.float32))
+    packed = pack(h, precision, device)
+    run_chunks(packed, *(device.rows(d, gallery) for d in (h.d_old, h.d_side, h.d_new)), chunk=ROWS)
+    return [found for found in device.launches if found.kernel.fn.__name__ == name][-1]
 
 
-def compile_case(kernel: str, precision: str, target: str, tile: Tile, gallery: str = "fp32") -> dict[str, Any]:
+def compile_case(kernel: str, precision: str, target: str, gallery: str = "fp32") -> dict[str, Any]:
     """Compiles one case and says what came out; nothing is launched."""
-    function, types, constants = _signature(kernel, precision, target, tile, gallery)
+    if kernel in ("scan", "rescore"):
+        return _compile_search(kernel, precision, target, gallery)
+    found = _launched(kernel, precision, target, gallery)
+    function, backend = found.kernel, make_backend(_gpu(target))
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    bound, special, _ = bind(**found.arguments)
+    # what Triton's own launch makes of them (JITFunction._pack_args)
+    types, hints = [x[0] for x in special], ["" if x[0] == "constexpr" else x[1] for x in special]
+    values = list(bound.values())
+    constants = {at: get_iterable_path(values, at) for at in find_paths_if(types, lambda _, x: x == "constexpr")}
+    hinted = find_paths_if(hints, lambda _, x: isinstance(x, str))
+    attributes = {at: backend.parse_attr(get_iterable_path(hints, at)) for at in hinted}
+    source = ASTSource(function, dict(zip(bound, types, strict=True)), constants, attributes)
+    tile = found.arguments["TILE"]
+    return _facts(kernel, precision, target, gallery, tile, source, found.warps, found.stages)
+
+
+def _compile_search(kernel: str, precision: str, target: str, gallery: str) -> dict[str, Any]:
+    if kernel == "rescore":
+        tile, function = search.RESCORE, search.rescore
+        element, scale = GALLERY[gallery]
+        mode = 0 if scale is None else 1 + [(1, 1), (2, 1), (1, 2)].index(scale(2, 2))
+        types, constants = search.rescore_signature(_TYPES[element], mode)
+    else:
+        keep, width, queries = (int(x) for x in re.findall(r"\d+", gallery))
+        tile, function = search.tile(precision, keep, target, width=width, queries=queries), search.scan
+        types, constants = search.signature(_TYPES[precision], tile, keep, width)
     signature = {n: types.get(n, "constexpr") for n in function.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(function.arg_names)
-        if n in types and n not in ("n_rows", "n_q", "n_g", "splits", "count") and not types[n].startswith("tensordesc")
-    }
+    leaves = find_paths_if(list(signature.values()), lambda _, x: x not in ("constexpr", "i32"))
+    given: dict[Any, Any] = {(function.arg_names.index(n),): value for n, value in constants.items()}
+    given |= dict.fromkeys(find_paths_if(list(types.values()), lambda _, x: x == "constexpr"))
+    source = ASTSource(function, signature, given, {at: [["tt.divisibility", 16]] for at in leaves})
+    return _facts(kernel, precision, target, gallery, tile, source, tile.warps, tile.stages)
+
+
+def _gpu(target: str) -> GPUTarget:
+    return GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+
+
+def _facts(
+    kernel: str, precision: str, target: str, gallery: str, tile: Tile, source: ASTSource, warps: int, stages: int
+) -> dict[str, Any]:
     amd = target.startswith("gfx")
-    place = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-    built = triton.compile(
-        ASTSource(function, signature, constants, aligned),
-        target=place,
-        options={"num_warps": tile.warps, "num_stages": min(tile.stages, 2) if amd else tile.stages},
-    )
-    facts: dict[str, Any] = {"kernel": kernel, "precision": precision, "target": target, "tile": vars(tile)}
+    options = {"num_warps": warps, "num_stages": min(stages, 2) if amd else stages}
+    built = triton.compile(source, target=_gpu(target), options=options)
+    facts: dict[str, Any] = {"kernel": kernel, "precision": precision, "target": target, "tile": tile._asdict()}
     facts |= {"gallery": gallery, "shared": int(built.metadata.shared)}
     if amd:
         text = built.asm["amdgcn"]
@@ -214,10 +249,8 @@ def _row(case: Case) -> dict[str, Any]:
     try:
         return compile_case(*case)
     except Exception as error:  # a target that the compiler refuses is a row too
-        kernel, precision, target, tile, gallery = case
-        facts = {"kernel": kernel, "precision": precision, "target": target, "tile": vars(tile), "gallery": gallery}
-        facts["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-        return facts
+        facts: dict[str, Any] = dict(zip(("kernel", "precision", "target", "gallery"), case, strict=True))
+        return facts | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from fct import ref
 from fct.artifact.transformation import Transformation
 from fct.ops.backend import GPU_PRECISIONS, PRECISIONS, TransformBackend
 from fct.ops.processors import default_threads
-from fct.ops.proof import TransformCase, error_of, search_cases, transform_cases
+from fct.ops.proof import TransformCase, error_of, odd_transformations, search_cases, transform_cases
 from fct.ops.registry import transform_backends
 from fct.ops.transform.reference_backend import store
 from fct.ops.weights import packed
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Report", "Timing", "examine"]
 
-# (d_old, d_side, d_new, inner), odd on purpose; then the paper's.
-ODD_SHAPES = ((1, 1, 1, 1), (7, 33, 65, 17), (24, 17, 40, 72))
+# (d_old, d_side, d_new, inner)
 PAPER_SHAPE = (128, 128, 128, 2048)
 SIZES = (1, 32, 256, 4096)
 FULL_SIZES = (1, 8, 32, 256, 4096, 65536, 1 << 20)
@@ -45,7 +44,7 @@ SEARCH_SIZES, FULL_SEARCH_SIZES, SEARCH_K = (1, 16, 256, 1024), (1, 16, 256, 102
 
 @dataclass(frozen=True)
 class Finding:
-    """A backend at a precision: right, wrong (and how), or not able to run here (and why)."""
+    """A backend at a precision: right (and which h it refuses), wrong (and how), or not able to run here (and why)."""
 
     backend: str
     precision: str
@@ -340,21 +339,29 @@ def _calibrated(h: Transformation) -> Transformation:
         for name, d in (("old", h.d_old), ("side", h.d_side))
     ]
     walk("mixer", np.concatenate(branches, axis=1))
+    if h.skip is not None:
+        rows = [ranges[f"{name}.0"] for name in (("old", "side") if h.uses_side_info else ("old",))]
+        ranges["skip"] = np.concatenate(rows, axis=1)
     return h.with_(calibration=ranges)
 
 
-def _cases(full: bool) -> Iterator[tuple[TransformCase, str]]:
+def _cases(precision: str, full: bool) -> Iterator[tuple[TransformCase, str]]:
     """(case, the dtype of its rows): the proof's own, of h of odd shapes."""
-    for i, shape in enumerate((*ODD_SHAPES, PAPER_SHAPE) if full else ODD_SHAPES):
-        h = Transformation.random(*shape[:3], inner=shape[3], normalise=shape[2] > 1 and bool(i % 2), seed=i)
-        for case in transform_cases(_calibrated(h)):
+    paper = [Transformation.random(*PAPER_SHAPE[:3], inner=PAPER_SHAPE[3])] if full else []
+    for h in (*odd_transformations(), *paper):
+        for case in transform_cases(_calibrated(h), precision):
             for dtype in ("float32",) if case.far else ("float32", "float16", "bfloat16"):
                 yield case, dtype
 
 
 def _prove(backend: TransformBackend, precision: str, place: str, full: bool) -> Finding:
     worst = 0.0
-    for case, dtype in _cases(full):
+    refused: dict[str, None] = {}
+    for case, dtype in _cases(precision, full):
+        why = backend.why_not(case.h, precision, place)
+        if why:
+            refused |= dict.fromkeys(why)
+            continue
         old, side = (_rows(x, dtype, place) for x in (case.old, case.side))
         stored = replace(case, old=_host(old), side=_host(side))  # rounded to the dtype
         out = _rows(np.full((old.n, case.h.d_new), np.nan, np.float32), "float32", place)
@@ -368,7 +375,7 @@ def _prove(backend: TransformBackend, precision: str, place: str, full: bool) ->
             wrong = f"{type(failure).__name__}: {failure}"
         if wrong:
             return Finding(backend.name, precision, place, "wrong", f"{case} of {dtype}: {wrong}", error)
-    return Finding(backend.name, precision, place, "right", "", worst)
+    return Finding(backend.name, precision, place, "right", "; ".join(refused), worst)
 
 
 def _rows(x: Floats, dtype: str, place: str) -> Rows:

@@ -119,7 +119,7 @@ def test_large_batches_through_a_stand_in() -> None:
 def test_chunk_follows_the_device() -> None:
     """Operands of every layer inside 60 % of L2, tiles of the widest in whole waves, the same rows as Triton's."""
     from fct.ops.transform.cuda_backend import CudaTransform
-    from fct.ops.transform.triton_backend import PackedLayer, PackedTransform
+    from fct.ops.transform.triton_weights import PackedLayer, PackedTransform
 
     class Runtime(support.EmulatedRuntime):
         place: ClassVar[dict[str, int]] = {}
@@ -143,7 +143,7 @@ def test_chunk_follows_the_device() -> None:
         tiles = rows // 128 * 8
         assert tiles / (-(-tiles // processors) * processors) > 0.95
         layer = [PackedLayer(None, None, None, None, None, x.d_in, x.d_out, x.relu) for x in h.mixer]  # type: ignore[arg-type]
-        footprints = PackedTransform((), (), tuple(layer), "bf16", False, None, None).footprints  # type: ignore[arg-type]
+        footprints = PackedTransform((), (), tuple(layer), "bf16", 0.0, None).footprints  # type: ignore[arg-type]
         assert rows == chunk_rows(footprints, 2048, l2_bytes=l2, processors=processors)
     assert chunk(l2_bytes=4 << 20, multiprocessors=10) == 512  # more than the small kernel takes
 

@@ -418,10 +418,10 @@ def test_more_than_2_to_the_31_elements(fake: FakeDevice, triton: None) -> None:
     scan(gallery[2:3], prepared.shadow, prepared.meta, None, prepared, 3, plan, fake)._rescore(  # type: ignore[arg-type]
         gallery[2:3], fake.upload(np.arange(3)[None])
     )
-    assert reached[0]["stride_g"] == stride  # an int64 to the kernel; the interpreter would copy two gigabytes
+    assert reached[0]["gallery"].stride == stride  # an int64 to the kernel; the interpreter would copy two gigabytes
     assert (
-        kernels.rescore_signature("i8", 1)[0]["stride_g"]
-        == kernels.signature("bf16", plan.tile, 32)[0]["stride_g"]
+        kernels.rescore_signature("i8", 1)[0]["gallery"].stride
+        == kernels.signature("bf16", plan.tile, 32)[0]["gallery"].stride
         == "i64"
     )
 

@@ -13,6 +13,7 @@ from oracle import check_search
 
 from fct import ref
 from fct.kernels import search_kernels as kernels
+from fct.kernels.kernel_arguments import Shadow
 from fct.ops.search import triton_search as topk_triton
 from fct.ops.search.triton_search import TritonSearch
 from fct.rows import Rows
@@ -212,9 +213,8 @@ def test_the_bounds_hold_for_every_pair(fake: FakeDevice, rng: Any) -> None:
         keys = fake.empty((6, 1, 64), "int64")
         tile = kernels.tile(kind, 64, "sm_90", width=sg.shape[1], queries=6)
         fake.launch(kernels.scan, (1, 1), {
-            "q_ptr": sq, "stride_q": sq.stride(0), "q_meta": mq, "g_ptr": sg, "stride_g": sg.stride(0), "g_meta": mg,
-            "out_ptr": keys, "n_q": 6, "n_g": 64, "splits": 1, "width": sg.shape[1], "HELD": True, "KEEP": 64,
-            "BQ": tile.m, "BG": tile.n, "BK": tile.k, "UPCAST": True,
+            "queries": Shadow(sq, sq.stride(0), mq), "gallery": Shadow(sg, sg.stride(0), mg), "out": keys, "n_q": 6,
+            "n_g": 64, "splits": 1, "width": sg.shape[1], "HELD": True, "KEEP": 64, "TILE": tile, "UPCAST": True,
         }, warps=4, stages=1)  # fmt: skip
         found = fake.download(keys)[:, 0]
         bits = (found >> 32).astype(np.int32)

@@ -13,6 +13,8 @@ import fct
 from fct import ref
 from fct.artifact.transformation import Layer, Transformation
 from fct.errors import BackendError, DeviceLostError
+from fct.fit.precision_choice import calibrate
+from fct.ops import proof
 from fct.ops.device import state as device_module
 from fct.ops.transform import triton_backend as backend
 from fct.ref import chain
@@ -71,6 +73,81 @@ def test_paper_shape(monkeypatch: pytest.MonkeyPatch, rng: Any, target: str, pre
     got = run(monkeypatch, device, h, precision, old, side)
     assert device.launches == ["branches", "linear", "linear", "final"]
     assert error_of(got, ref.transform(old, side, h)) < COST[precision] * 4  # the largest of many, not the mean
+
+
+@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_odd_plan(monkeypatch: pytest.MonkeyPatch, rng: Any, target: str, precision: str) -> None:
+    """The proof's own h and rows: skips, lengths, branches of one layer, each as far off as rounding explains."""
+    if (target, precision) == ("sm_80", "fp8"):
+        return
+    monkeypatch.setattr(proof, "ROWS", (35,))
+    seen: set[str] = set()
+    for h in proof.odd_transformations():
+        old, side = (rng.standard_normal((256, d), dtype=np.float32) for d in (h.d_old, h.d_side))
+        h = calibrate(h, old, side if h.uses_side_info else None)
+        for case in proof.transform_cases(h, precision):
+            device = FakeDevice(target)
+            got = run(monkeypatch, device, case.h, precision, case.old, case.side).float().numpy()
+            assert case.error(got, precision, "triton")[0] == "", str(case)
+            seen |= set(device.launches)
+            if case.h.normalise:
+                np.testing.assert_allclose(np.linalg.norm(got, axis=1), case.h.length, rtol=1e-5)
+    assert seen == {"branches", "first_layers", "ingest", "linear", "final"}
+
+
+def test_a_small_plan_is_three_launches(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
+    h = Transformation.random(19, 33, 21, inner=65, branch=30, blocks=1, skip=True, normalise=True).with_(length=0.87)
+    old, side = rng.standard_normal((70, 19), dtype=np.float32), rng.standard_normal((70, 33), dtype=np.float32)
+    device = FakeDevice()
+    run(monkeypatch, device, calibrated(h, old, side), "int8", old, side)
+    assert device.launches == ["first_layers", "linear", "final"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "no skip", "skip of old rows alone", "skip without its bias", "length 1", "sides swapped",
+        "a branch without its relu",
+    ],
+)  # fmt: skip
+def test_what_a_small_plan_may_get_wrong_is_seen(monkeypatch: pytest.MonkeyPatch, rng: Any, wrong: str) -> None:
+    h = Transformation.random(17, 17, 24, inner=40, branch=24, blocks=1, skip=True, normalise=True).with_(length=0.87)
+    h = calibrate(h, *rng.standard_normal((2, 256, 17), dtype=np.float32))
+    assert h.skip is not None
+    half = h.skip.weight * (np.arange(34) < 17)
+    other = {
+        "no skip": h.with_(skip=None, calibration={k: v for k, v in h.calibration.items() if k != "skip"}),
+        "skip of old rows alone": h.with_(skip=Layer(half, h.skip.bias, False)),
+        "skip without its bias": h.with_(skip=Layer(h.skip.weight, 0 * h.skip.bias, False)),
+        "length 1": h.with_(length=1.0),
+        "sides swapped": h.with_(old=h.side, side=h.old),
+        "a branch without its relu": h.with_(side=(Layer(h.side[0].weight, h.side[0].bias, False),)),
+    }[wrong]
+    monkeypatch.setattr(proof, "ROWS", (67,))
+    near = next(proof.transform_cases(h, "int8"))
+    # 8 bits of a range that begins at 0 cut off what a ReLU does
+    for precision in ("fp32",) if "relu" in wrong else ("fp32", "int8"):
+        right, off = (
+            near.error(run(monkeypatch, FakeDevice(), x, precision, near.old, near.side).numpy(), precision, "triton")
+            for x in (h, other)
+        )
+        assert right[0] == ""
+        assert "standard deviations of what rounding explains" in off[0]
+
+
+@pytest.mark.parametrize("d_new", [12, 300])  # 300: three column tiles of the skip, and ``normalise`` runs
+def test_gallery_dtypes_of_a_skip(monkeypatch: pytest.MonkeyPatch, rng: Any, d_new: int) -> None:
+    """int8 rows with a scale a dimension beside float16 ones, 140 wide: more than one tile's depth."""
+    h = Transformation.random(9, 140, d_new, inner=16, branch=24, blocks=1, skip=True, normalise=True).with_(length=0.9)
+    n, device = 37, FakeDevice()
+    old = torch.from_numpy((rng.standard_normal((n, 9)) * 40).round().astype(np.int8))
+    scale = (0.01 + 0.02 * rng.random((1, 9))).astype(np.float32)
+    side = torch.from_numpy(rng.standard_normal((n, 140), dtype=np.float32)).half()
+    rows = device.rows(old, scale, pitch=12), device.rows(side, pitch=143)
+    got = run(monkeypatch, device, h, "fp32", *rows, chunk=32)
+    assert ("normalise" in device.launches) == (d_new == 300)
+    assert error_of(got, ref.transform(old.double().numpy() * scale, side.double().numpy(), h)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
@@ -137,7 +214,7 @@ def test_any_layer_plan(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
     for precision in ("fp32", "int8"):
         got = run(monkeypatch, device, calibrated(h, old, side), precision, old, side)
         assert error_of(got, ref.transform(old, side, h)) < COST[precision] * 4
-    assert device.launches[:7] == ["ingest", "linear", "ingest", "linear", "linear", "linear", "final"]
+    assert device.launches[:6] == ["first_layers", "ingest", "linear", "linear", "linear", "final"]
 
 
 def test_integers_are_exact(monkeypatch: pytest.MonkeyPatch, rng: Any) -> None:
@@ -237,6 +314,12 @@ def test_chunk_follows_the_tile_and_the_weights(monkeypatch: pytest.MonkeyPatch)
     packed = backend.TritonTransform().pack(h, "bf16", "cuda:0")
     assert packed.footprints == [(256, 384, 160 * 256), (384, 384, 160 * 384), (384, 96, 24 * 384)]
     assert backend._chunk_of(packed) % 128 == 0
+    # the skip's output (24 x 4 bytes) waits beside each layer; rows that two launches read are to be there still
+    skip = Transformation.random(16, 16, 24, inner=160, blocks=1, skip=True)
+    mixer = [(256 + 96, 384, 160 * 256), (384 + 96, 96, 24 * 384)]
+    assert backend.TritonTransform().pack(skip, "bf16", "cuda:0").footprints == [*mixer, (4 * 32, 96 + 256, 0)]
+    small = Transformation.random(16, 16, 24, inner=160, branch=48, blocks=1, skip=True)
+    assert backend.TritonTransform().pack(small, "bf16", "cuda:0").footprints == mixer
 
 
 def test_why_not_here() -> None:
@@ -244,3 +327,8 @@ def test_why_not_here() -> None:
     assert backend.TritonTransform().why_not(h, "fp32", "cpu") == ["runs on cuda only, got cpu"]
     reasons = backend.TritonTransform().why_not(h, "int8", "cuda:0")
     assert any("needs calibrated activation ranges" in r for r in reasons)
+    small = Transformation.random(4, 4, 4, inner=4, branch=4, blocks=1, skip=True, normalise=True).with_(length=0.9)
+    plain = Transformation.random(4, 4, 4, inner=4, normalise=True)
+    assert backend.TritonTransform().why_not(small, "fp32", "cuda:0") == backend.TritonTransform().why_not(
+        plain, "fp32", "cuda:0"
+    )

@@ -48,7 +48,36 @@ def test_rows_far_away_are_among_them_where_first_layers_are_exact() -> None:
 
 def test_the_doctor_examines_by_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "ROWS", (2, 5))
-    seen = [(len(case.old), dtype) for case, dtype in doctor._cases(full=False) if not case.far]
+    seen = [(len(case.old), dtype) for case, dtype in doctor._cases("bf16", full=False) if not case.far]
     assert seen == [
-        (n, dtype) for _ in doctor.ODD_SHAPES for n in (2, 5) for dtype in ("float32", "float16", "bfloat16")
+        (n, dtype) for _ in proof.odd_transformations() for n in (2, 5) for dtype in ("float32", "float16", "bfloat16")
     ]
+
+
+def test_every_kind_of_plan_is_among_the_odd_ones() -> None:
+    found = list(proof.odd_transformations())
+    depths = {(len(h.old), len(h.side)) for h in found}
+    assert {(2, 2), (1, 1), (1, 2)} <= depths
+    for skip in (None, False, True):  # no skip, of old rows alone, of both
+        assert any(h.skip is None if skip is None else h.skip is not None and h.uses_side_info == skip for h in found)
+    assert {True, False} == {h.length < 1 for h in found if h.normalise}
+    assert {True, False} == {h.normalise for h in found}
+    assert any(h.skip is not None and len(h.old) == 2 for h in found)
+    assert any(h.old[-1].d_out > 128 for h in found if len(h.old) == 1)  # more than one tile of first_layers
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_cpu_runs_them_all(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    monkeypatch.setattr(proof, "ROWS", (1, 67))
+    finding = doctor._prove(CpuTransform(), precision, "cpu", full=False)
+    assert (finding.verdict, finding.detail) == ("right", "")
+
+
+def test_what_a_backend_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoSkip(CpuTransform):
+        def why_not(self, h: Transformation, precision: str, device: str) -> list[str]:
+            return super().why_not(h, precision, device) + (["has no skip"] if h.skip is not None else [])
+
+    monkeypatch.setattr(proof, "ROWS", (1,))
+    finding = doctor._prove(NoSkip(), "fp32", "cpu", full=False)
+    assert (finding.verdict, finding.detail) == ("right", "has no skip")

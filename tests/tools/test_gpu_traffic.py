@@ -15,14 +15,37 @@ import triton.runtime.interpreter as interpreter
 from fake_device import FakeDevice, plain
 
 from fct.artifact.transformation import Transformation
+from fct.bench.data_sheets import GPUS, Gpu
 from fct.kernels.tile_choices import tiles
 from fct.ops.search import triton_search as topk_triton
 from fct.ops.transform import triton_backend as backend
 from tools import gpu_traffic
-from tools.gpu_roofline import GPUS, SMALL_H, Gpu, cuda_scan, plan_of, scan_bound, small_bound, traffic, triton_scan  # type: ignore[attr-defined]
-from tools.gpu_traffic import UNIT, Cache, Launch, Scan, Unit, block, scan_launches, simulate, transform_launches
+from tools.gpu_roofline import (
+    SMALL_H,
+    cuda_scan,
+    plan_of,
+    scan_bound,
+    small_bound,
+    small_plan_of,
+    traffic,
+    triton_scan,
+)
+from tools.gpu_traffic import (
+    UNIT,
+    Cache,
+    Launch,
+    Scan,
+    SmallPlan,
+    Unit,
+    block,
+    scan_launches,
+    simulate,
+    small_launches,
+    transform_launches,
+)
 
 D, INNER = 128, 320
+BRANCH, BLOCK = 96, 160  # of a small h
 
 
 class Recorder:
@@ -59,9 +82,11 @@ class Recorder:
         return getattr(self.real, name)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # 16-byte copies; TMA descriptors
-def test_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch, rng: Any, target: str) -> None:
-    n, device = 300, FakeDevice(target, processors=3)
+def calls_of(
+    monkeypatch: pytest.MonkeyPatch, rng: Any, h: Transformation, target: str, n: int
+) -> list[tuple[str, int, bool, frozenset[Unit]]]:
+    """What a chunk of n rows through h touches: (launch, program, write, units), call by call."""
+    device = FakeDevice(target, processors=3)
     recorder = Recorder(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", recorder)
     monkeypatch.setattr(backend, "device_of", lambda name: device)
@@ -74,37 +99,50 @@ def test_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch, rng: Any, 
 
     monkeypatch.setattr(device, "launch", launch)
     # of the paper's inner width, the share is far below
-    monkeypatch.setattr("fct.ops.numerics.quantise.EXACT_SHARE", 0.2)
-    h = Transformation.random(D, D, D, inner=INNER, normalise=True)
+    monkeypatch.setattr("fct.ops.numerics.quantise.EXACT_SHARE", 1.0)
     packed = backend.TritonTransform().pack(h, "bf16", "cuda:0")
     old, side = (device.rows(rng.standard_normal((n, D), dtype=np.float32)) for _ in range(2))
     out = device.out(n, D)
     chunk = backend._Chunks(packed, old, side, out, n)
     recorder.buffers = {
         "old rows 0": old.values, "side rows 0": side.values, "out rows 0": out.values, "joined": chunk.joined,
-        "inner.0": chunk.inner[0], "inner.1": chunk.inner[1],
+        **{f"inner.{i}": x for i, x in enumerate(chunk.inner)},
         **{f"mixer.{i}": layer.weight for i, layer in enumerate(packed.mixer)},
         **{f"{b}.{i}": layer.weight for b in ("old", "side") for i, layer in enumerate(getattr(packed, b))},
+        **{f"skip.{b}": layer.weight for b, layer in zip(("old", "side"), packed.skip, strict=False)},
+        **({} if chunk.added is None else {"added": chunk.added}),
     }  # fmt: skip
     chunk.run()
+    return recorder.calls
 
-    chosen = {
-        name: vars(tiles(name, "bf16", target, width=w)[0])
-        for name, w in (("branches", 256), ("linear", INNER), ("final", D))
-    }
-    plan = gpu_traffic.Plan(n, 4 * D, 4 * D, 4 * D, INNER, D, 2, chosen, dict.fromkeys(chosen, 3), 3)
-    for number, modelled in enumerate(transform_launches(plan, 0)):
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # 16-byte copies; TMA descriptors
+@pytest.mark.parametrize("small", [False, True])
+def test_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch, rng: Any, target: str, small: bool) -> None:
+    n, inner = (130, BLOCK) if small else (300, INNER)
+    shape: dict[str, Any] = {"branch": BRANCH, "blocks": 1, "skip": True} if small else {}
+    h = Transformation.random(D, D, D, inner=inner, normalise=True, **shape)
+    calls = calls_of(monkeypatch, rng, h, target, n)
+    widths = (("first_layers", BRANCH) if small else ("branches", 256), ("linear", inner), ("final", D))
+    chosen = {name: tiles(name, "bf16", target, width=w)[0]._asdict() for name, w in widths}
+    slots = dict.fromkeys(chosen, 3)
+    launches = (
+        small_launches(SmallPlan(n, 4 * D, BRANCH, BLOCK, D, 2, chosen, slots, 3, exact=True), 0)
+        if small
+        else transform_launches(gpu_traffic.Plan(n, 4 * D, 4 * D, 4 * D, INNER, D, 2, chosen, slots, 3), 0)
+    )
+    for number, modelled in enumerate(launches):
         name = f"{number} {modelled.name}"
-        assert {p for launched, p, _, _ in recorder.calls if launched == name} == set(range(modelled.grid))
+        assert {p for launched, p, _, _ in calls if launched == name} == set(range(modelled.grid))
         for program in range(modelled.grid):
             steps = list(modelled.program(program))
-            calls = [(w, units) for launched, p, w, units in recorder.calls if (launched, p) == (name, program)]
+            found = [(w, units) for launched, p, w, units in calls if (launched, p) == (name, program)]
             for write in (False, True):
-                touched = frozenset().union(*(units for w, units in calls if w == write))
+                touched = frozenset().union(*(units for w, units in found if w == write))
                 assert touched == {unit for step in steps for unit in step[write]}, (name, program, write)
             if modelled.name == "linear":  # and in this order: operand and weights, step by step, then the tile
                 want = [frozenset(units) for reads, writes in steps for units in _split(reads, writes)]
-                assert [units for _, units in calls] == want
+                assert [units for _, units in found] == want
 
 
 def _split(reads: Any, writes: Any) -> Iterator[list[Unit]]:
@@ -136,8 +174,9 @@ def test_the_search_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch,
         if recorder.launch == "scan":
             scans.append((grid, arguments))
             of = {
-                "queries": arguments["q_ptr"], "gallery": arguments["g_ptr"], "query meta": arguments["q_meta"],
-                "gallery meta": arguments["g_meta"], "out keys": arguments["out_ptr"],
+                "queries": arguments["queries"].data, "gallery": arguments["gallery"].data,
+                "query meta": arguments["queries"].meta, "gallery meta": arguments["gallery"].meta,
+                "out keys": arguments["out"],
             }  # fmt: skip
             for name, tensor in of.items():
                 x = plain(tensor)
@@ -150,8 +189,8 @@ def test_the_search_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch,
     search = topk_triton.TritonSearch()
     search.search(q[slice(0, n_q + -n_q % 8)], search.prepare(g, "l2", kind), k)
     ((grid, a),) = scans
-    pitch = a["q_ptr"].stride(0) * a["q_ptr"].element_size()
-    scan = Scan(q.n, n, pitch, a["BQ"], a["BG"], a["splits"], 2, a["HELD"], 8 * a["KEEP"], 0,
+    pitch = a["queries"].stride * a["queries"].data.element_size()
+    scan = Scan(q.n, n, pitch, a["TILE"].m, a["TILE"].n, a["splits"], 2, a["HELD"], 8 * a["KEEP"], 0,
                 pitch if a["HELD"] else 128)  # fmt: skip
     calls = [c for c in recorder.calls if c[0] == "scan"]
     assert grid[0] * grid[1] == scan_launches(scan)[0].grid == len({program for _, program, _, _ in calls})
@@ -213,9 +252,9 @@ class SetAssociative(Cache):
 
 def as_compiled(gpu: Gpu) -> dict[str, dict[str, Any]]:
     """Registers and shared memory as the compiler gives them, rounded up: occupancy is what matters here."""
-    shapes = {"branches": (256, 208), "linear": (2048, 255), "final": (128, 160)}
+    shapes = {"branches": (256, 208), "linear": (2048, 255), "final": (128, 160), "first_layers": (128, 168)}
     return {
-        name: {"tile": vars(tiles(name, "bf16", gpu.target, width=w)[0]), "registers": r, "shared": 80 << 10}
+        name: {"tile": tiles(name, "bf16", gpu.target, width=w)[0]._asdict(), "registers": r, "shared": 80 << 10}
         for name, (w, r) in shapes.items()
     }
 
@@ -233,6 +272,15 @@ def test_activations_stay_in_l2(gpu: Gpu) -> None:
         assert reread < 0.15 * (12 * D + 11_404_800 / plan.rows) + 11_404_800 / (3 * plan.rows)
     # the model sees a chunk that is too large
     assert traffic(replace(plan, rows=4 * plan.rows), gpu.l2_bytes, chunks=1) > 5 * 12 * D
+
+
+@pytest.mark.parametrize("gpu", [g for g in GPUS if g.name != "H200"], ids=lambda g: g.name)
+def test_a_small_h_stays_in_l2(gpu: Gpu) -> None:
+    """What lies between launches never leaves it, and each row is read once, though three layers read it."""
+    facts = {name: f for name, f in as_compiled(gpu).items() if name != "branches"}
+    plan = small_plan_of(gpu, facts)
+    assert traffic(plan, gpu.l2_bytes, chunks=1) == pytest.approx(12 * D, rel=0.02)
+    assert traffic(replace(plan, rows=4 * plan.rows), gpu.l2_bytes, chunks=1) > 2 * 12 * D
 
 
 @pytest.mark.parametrize("gpu", [g for g in GPUS if g.name != "H200"], ids=lambda g: g.name)

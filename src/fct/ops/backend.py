@@ -22,7 +22,6 @@ __all__ = [
     "TransformBackend",
     "check_precision",
     "drop_own_rows",
-    "why_not_plain",
 ]
 
 # Fastest last; "auto" is resolved before a backend sees a request.
@@ -34,12 +33,6 @@ def check_precision(precision: str, *, gpu: bool = False) -> str:
     """``precision`` itself; raises ValueError unless it is "auto", one of PRECISIONS, or with gpu of GPU_PRECISIONS."""
     known = (*PRECISIONS, *GPU_PRECISIONS) if gpu else PRECISIONS
     return check_choice(precision, "precision", ("auto", *known))
-
-
-def why_not_plain(h: Transformation) -> list[str]:
-    """Why kernels that know two branches and a mixer alone cannot run h; empty when they can."""
-    why = [] if h.skip is None else ["has no skip"]
-    return why + ([] if h.length == 1.0 else [f"brings outputs to length 1 only, got {h.length:g}"])
 
 
 class TransformBackend(Protocol):

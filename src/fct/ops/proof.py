@@ -27,7 +27,7 @@ from fct.artifact.transformation import Transformation
 from fct.atomic_files import write_bytes
 from fct.errors import FctWarning
 from fct.ops.backend import TransformBackend
-from fct.ops.numerics.quantise import exact_first
+from fct.ops.numerics.quantise import exact_first_on_gpu
 from fct.ops.numerics.rounding import SIGMAS, deviation
 from fct.ops.weights import packed
 from fct.rows import Rows
@@ -45,6 +45,7 @@ __all__ = [
     "error_of",
     "far_off",
     "fastest_first",
+    "odd_transformations",
     "prove",
     "prove_search",
     "read_verdicts",
@@ -340,11 +341,24 @@ class TransformCase:
         )
 
 
-def transform_cases(h: Transformation) -> Iterator[TransformCase]:
-    """The blocks of rows by which every backend is proved to run h: here, of a user's h; by ``fct doctor``, of odd
-    ones. Those far away are the last, where h's first layers are to be exact."""
+def odd_transformations() -> Iterator[Transformation]:
+    """Untrained h of odd shapes, by which ``fct doctor`` and the tests examine every backend: the paper's plan; then
+    with a skip, rows shorter than 1, branches of one layer, no side-information, one layer here and two there."""
+    for i, (d_old, d_side, d_new, inner) in enumerate(((1, 1, 1, 1), (7, 33, 65, 17), (24, 17, 40, 72))):
+        yield Transformation.random(d_old, d_side, d_new, inner=inner, normalise=i == 1, seed=i)
+    yield Transformation.random(24, 17, 40, inner=72, normalise=True, skip=True, seed=3).with_(length=0.87)
+    small = Transformation.random(24, 17, 40, inner=72, normalise=True, skip=True, branch=24, blocks=1, seed=4)
+    yield small.with_(length=0.995)
+    yield Transformation.random(70, 70, 33, inner=17, skip=True, branch=130, blocks=0, side_info=False, seed=5)
+    one, two = (Transformation.random(9, 5, 12, inner=16, branch=b, skip=True, seed=6) for b in (24, None))
+    yield one.with_(side=two.side)
+
+
+def transform_cases(h: Transformation, precision: str = "bf16") -> Iterator[TransformCase]:
+    """The blocks of rows by which every backend is proved to run h at this precision: here, of a user's h; by
+    ``fct doctor``, of odd ones. Those far away are the last, where h's first layers are to be exact."""
     rng = np.random.default_rng(0)
-    for far in (False, True) if exact_first(h) else (False,):
+    for far in (False, True) if exact_first_on_gpu(h, "bf16" if precision == "fp32" else precision) else (False,):
         for n in ROWS:
             old = _sample(rng, h, "old.0", n, h.d_old)
             side = _sample(rng, h, "side.0", n, h.d_side) if h.uses_side_info else old
@@ -355,7 +369,7 @@ def _run(backend: TransformBackend, h: Transformation, precision: str, device: s
     from fct.ops.device.state import device_of
 
     place = device_of(device)
-    for case in transform_cases(h):
+    for case in transform_cases(h, precision):
         n = len(case.old)
         weights = packed(backend, case.h, precision, device)
         out = place.empty((n + 2, h.d_new), "float32")

@@ -26,6 +26,7 @@ __all__ = [
     "MOST_INT16",
     "LayerPlan",
     "exact_first",
+    "exact_first_on_gpu",
     "fine_layers",
     "int8_plan",
     "int16_plan",
@@ -81,6 +82,12 @@ def why_not_int8(h: Transformation) -> list[str]:
 def exact_first(h: Transformation) -> bool:
     """Whether the layers that read the rows do so without rounding them, in every precision."""
     return _share(h, 0) <= EXACT_SHARE
+
+
+def exact_first_on_gpu(h: Transformation, precision: str) -> bool:
+    """Whether a GPU's kernels read rows and multiply first weights as high and low parts. With 8-bit mixers always: a
+    CPU's int8, whose effect on retrieval the artifact holds, never reads them in steps as coarse as bfloat16's."""
+    return precision in ("int8", "fp8") or (precision != "fp32" and exact_first(h))
 
 
 def _share(h: Transformation, step: int) -> float:

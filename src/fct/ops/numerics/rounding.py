@@ -14,7 +14,7 @@ import numpy as np
 
 from fct.artifact.layers import SKIP, Layer
 from fct.artifact.transformation import Transformation
-from fct.ops.numerics.quantise import MOST_INT16, LayerPlan, exact_first, int8_plan, layer_plans
+from fct.ops.numerics.quantise import MOST_INT16, LayerPlan, exact_first_on_gpu, int8_plan, layer_plans
 from fct.types import Floats
 
 __all__ = ["SIGMAS", "deviation", "rounding_variance"]
@@ -64,7 +64,7 @@ def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: s
         plans["mixer"] = [int8_plan(layer, h.calibration[f"mixer.{i}"]) for i, layer in enumerate(h.mixer)]
     elif precision == "int8":
         plans = layer_plans(h, precision)
-    exact = precision != "fp32" and exact_first(h)
+    exact = exact_first_on_gpu(h, precision)  # a CPU's 8 bits have a plan of their own
     depth = h.mixer[-1].d_in + (0 if h.skip is None else h.skip.d_in)  # of the last layer and the skip as one
 
     def chain(branch: str, x: Floats, variance: Floats) -> tuple[Floats, Floats]:
@@ -135,8 +135,8 @@ def _integer(plan: LayerPlan, x: Floats) -> tuple[Floats, Floats]:
 
 
 def _fp8(layer: Layer, ranges: Floats | None, x: Floats) -> tuple[Floats, Floats]:
-    """The same as fct.ops.transform.triton_backend packs them in FP8."""
-    from fct.ops.transform.triton_backend import FP8_LARGEST, fp8_steps
+    """The same as fct.ops.transform.triton_weights packs them in FP8."""
+    from fct.ops.transform.triton_weights import FP8_LARGEST, fp8_steps
 
     step = fp8_steps(ranges)
     weight = layer.weight.astype(np.float64)

@@ -196,14 +196,15 @@ class _Scan:
     def _candidates(self) -> torch.Tensor:
         """(n, splits * keep) keys of ``scan``."""
         from fct.kernels import search_kernels as kernels
+        from fct.kernels.kernel_arguments import Shadow
 
         q, g, p = self.queries, self.gallery, self.plan
         keys = self.place.empty((q.n, p.splits, p.keep), "int64")
         arguments = {
-            "q_ptr": self.shadow, "stride_q": self.shadow.stride(0), "q_meta": self.meta, "g_ptr": g.shadow,
-            "stride_g": g.shadow.stride(0), "g_meta": g.meta, "out_ptr": keys, "n_q": q.n, "n_g": g.n,
+            "queries": Shadow(self.shadow, self.shadow.stride(0), self.meta),
+            "gallery": Shadow(g.shadow, g.shadow.stride(0), g.meta), "out": keys, "n_q": q.n, "n_g": g.n,
             "splits": p.splits, "width": g.shadow.shape[1], "HELD": p.tile.k == g.shadow.shape[1], "KEEP": p.keep,
-            "BQ": p.tile.m, "BG": p.tile.n, "BK": p.tile.k, "UPCAST": self.place.interpreted,
+            "TILE": p.tile, "UPCAST": self.place.interpreted,
         }  # fmt: skip
         self._launch("scan", kernels.scan, (math.ceil(q.n / p.tile.m), p.splits), arguments, p.tile)
         return keys.view(q.n, -1)
@@ -249,17 +250,16 @@ class _Scan:
     def _rescore(self, queries: Rows, keys: torch.Tensor) -> torch.Tensor:
         """(n, count) float32 costs of the candidates; infinity where there is none."""
         from fct.kernels import search_kernels as kernels
+        from fct.kernels.kernel_arguments import Gallery
 
         n, count = keys.shape
         g, tile = self.gallery.rows, kernels.RESCORE
         costs = self.place.empty((n, count), "float32")
-        one = self.meta  # a pointer that no configuration reads
         arguments = {
-            "q_ptr": queries.values, "q_scale_ptr": one if queries.scale is None else queries.scale,
-            "stride_q": queries.row_stride, "g_ptr": g.values, "g_scale_ptr": one if g.scale is None else g.scale,
-            "stride_g": g.row_stride, "keys_ptr": keys, "cost_ptr": costs, "count": count, "D": g.d,
+            "queries": Gallery(queries.values, queries.scale, queries.row_stride),
+            "gallery": Gallery(g.values, g.scale, g.row_stride), "keys": keys, "cost": costs, "count": count, "D": g.d,
             "METRIC": METRIC_CODES[self.gallery.metric], "Q_SCALE": scale_mode(queries), "G_SCALE": scale_mode(g),
-            "BC": tile.n, "BK": tile.k,
+            "TILE": tile,
         }  # fmt: skip
         self._launch("rescore", kernels.rescore, (n, math.ceil(count / tile.n)), arguments, tile)
         return costs

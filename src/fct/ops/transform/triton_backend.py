@@ -1,119 +1,55 @@
-"""h by Triton kernels: ``branches``, ``linear`` and ``final``, chunk by chunk, the activations staying in L2.
+"""h by Triton kernels, chunk by chunk, the activations staying in L2.
+
+``branches`` runs both branches where they have two layers, ``first_layers`` a branch of one layer and the skip, whose
+output ``final`` adds; ``linear`` runs the mixer. What is left, deep or wide branches, is ``ingest`` and ``linear``.
 
 Below fp32, the layers that read the rows multiply bfloat16 parts, high and low, three times
-(kernels/transform_kernels.py), where :func:`fct.ops.numerics.quantise.exact_first` says so: rounded rows would cost
-more than all roundings that follow.
+(kernels/transform_kernels.py), where :func:`fct.ops.numerics.quantise.exact_first_on_gpu` says so: rounded rows would
+cost more than all roundings that follow.
 
-int8 and FP8 take calibrated activation ranges from the artifact. The rest of the branches computes in bfloat16
-and hands over quantised operands; the mixer multiplies in int8 or FP8 with one weight scale per output channel and one
-activation scale per input channel, part of which is moved into the weights (SmoothQuant, arXiv:2211.10438), so that
-channels of unlike range share one accumulator. int8's scales are the CPU kernels' own
-(:mod:`fct.ops.numerics.quantise`), whose effect on retrieval the artifact holds; what is 0 to 255 there is stored as
--128 to 127 here. FP8 takes alpha = 0.5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fct.artifact.transformation import Layer, Transformation
+from fct.artifact.transformation import Transformation
 from fct.errors import BackendError
 from fct.extras import why_missing
-from fct.ops.backend import why_not_plain
-from fct.ops.device.state import MIN_CHUNK, Device, chunk_rows, device_of, why_no_gpu
-from fct.ops.numerics.quantise import exact_first, int8_plan
+from fct.ops.device.state import MIN_CHUNK, chunk_rows, device_of, why_no_gpu
+from fct.ops.transform.triton_weights import (
+    BYTES,
+    COMPUTE,
+    MIXER,
+    WIDEST_ROW,
+    PackedLayer,
+    PackedTransform,
+    pack,
+    pitch,
+)
 from fct.progress import Report
-from fct.rows import BYTES_OF, Rows
-from fct.types import Array, Floats, JsonDict
+from fct.rows import Rows
 
 if TYPE_CHECKING:
     import torch
 
+    from fct.kernels.kernel_arguments import (
+        Arithmetic,
+        Branch,
+        BranchShape,
+        Gallery,
+        Operand,
+        RowLayer,
+        RowLayerShape,
+    )
     from fct.kernels.tile_choices import Tile
 
 
 __all__ = ["PackedTransform", "TritonTransform", "scale_mode"]
 
-COMPUTE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "bfloat16", "fp8": "bfloat16"}
-MIXER = {**COMPUTE, "int8": "int8", "fp8": "float8_e4m3fn"}
 _QUANTISED = ("int8", "fp8")
-FP8_LARGEST = 448.0
-_SIZES = BYTES_OF | {"float8_e4m3fn": 1}
-_WIDEST_ROW = 256  # columns of one tile: what branches and a normalising final can hold
 _GRAPH_FROM = 4  # chunks from which recording a graph pays for itself
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """One layer on the device. weight: (d_out, pitch) of the operand dtype; scale, inverse: None unless quantised;
-    shift: None but in int8.
-
-    part: 0, or the columns of one of three parts, [high, high, low], of a layer that reads rows without rounding them.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    scale: torch.Tensor | None  # (d_out,) float32: what brings the accumulator back
-    inverse: torch.Tensor | None  # (d_in,) float32: what the producer of this layer's input multiplies by
-    shift: torch.Tensor | None  # (d_in,) float32: and adds
-    d_in: int
-    d_out: int
-    relu: bool
-    part: int = 0
-
-    @property
-    def depth(self) -> int:
-        """Columns of this layer's product."""
-        return 3 * self.part or self.d_in
-
-
-@dataclass(frozen=True)
-class PackedTransform:
-    """h in the kernels' layout, on one device, at one precision."""
-
-    old: tuple[PackedLayer, ...]
-    side: tuple[PackedLayer, ...]
-    mixer: tuple[PackedLayer, ...]
-    precision: str
-    normalise: bool
-    device: Device
-    one: torch.Tensor  # a float32 1, for pointers that no configuration reads
-
-    @property
-    def fused(self) -> bool:
-        """Whether ``branches`` covers both branches; else ``ingest`` and ``linear`` do."""
-        return all(len(b) == 2 and b[1].d_out <= _WIDEST_ROW for b in (self.old, self.side))
-
-    @property
-    def exact(self) -> bool:
-        """Whether rows are read without rounding them."""
-        return self.old[0].part > 0
-
-    @property
-    def footprints(self) -> list[tuple[int, int, int]]:
-        """Of each layer of the mixer: bytes of a row in, of a row out, of the weights."""
-        into = [_pitch(x.d_in, self.precision, mixer=True) for x in self.mixer]
-        out = [*into[1:], 4 * self.mixer[-1].d_out]
-        return [(a, b, a * x.d_out) for a, b, x in zip(into, out, self.mixer, strict=True)]
-
-    @property
-    def bytes_per_row(self) -> int:
-        """Activations between launches, for one row."""
-        total = 4 * self.mixer[-1].d_out if self.normalise and self.mixer[-1].d_out > _WIDEST_ROW else 0
-        total += sum(_pitch(x.d_in, self.precision, mixer=True) for x in self.mixer)
-        if not self.fused:
-            total += sum(_pitch(x.depth, self.precision, mixer=False) for x in (*self.old, *self.side))
-        return total
-
-
-def _pitch(width: int, precision: str, *, mixer: bool) -> int:
-    """Bytes of one row of an operand: padded to 128-byte lines."""
-    size = _SIZES[(MIXER if mixer else COMPUTE)[precision]]
-    return -(-width * size // 128) * 128
 
 
 class TritonTransform:
@@ -123,7 +59,6 @@ class TritonTransform:
         if device.partition(":")[0] != "cuda":
             return [f"runs on cuda only, got {device}"]
         why = [] if precision in COMPUTE else [f"has no {precision}"]
-        why += why_not_plain(h)
         why += why_no_gpu(device)
         if missing := why_missing("triton"):
             return [*why, *missing]
@@ -140,24 +75,7 @@ class TritonTransform:
         return ("fp8", "int8", "bf16", "fp16", "fp32")
 
     def pack(self, h: Transformation, precision: str, device: str) -> PackedTransform:
-        place = device_of(device)
-        exact = precision != "fp32" and exact_first(h)
-
-        def plain(layer: Layer) -> PackedLayer:
-            return _pack_layer(layer, None, precision, place, mixer=False)
-
-        def branch(layers: tuple[Layer, ...]) -> tuple[PackedLayer, ...]:
-            first = _pack_exact(layers[0], place) if exact else plain(layers[0])
-            return first, *map(plain, layers[1:])
-
-        mixer = tuple(
-            _pack_layer(layer, h.calibration.get(f"mixer.{i}"), precision, place, mixer=True)
-            for i, layer in enumerate(h.mixer)
-        )
-        return PackedTransform(
-            branch(h.old), branch(h.side), mixer, precision, h.normalise, place,
-            place.upload(np.ones(1, np.float32)),
-        )  # fmt: skip
+        return pack(h, precision, device_of(device))
 
     def run(
         self, packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, threads: int, report: Report | None = None
@@ -169,58 +87,6 @@ def _target_lacks(precision: str, target: str) -> list[str]:
     if precision == "fp8" and (target.startswith("gfx") or int(target.removeprefix("sm_")) < 89):
         return [f"has fp8 (e4m3) from sm_89 on, this device is {target}"]
     return []
-
-
-def fp8_steps(ranges: Floats | None) -> Floats:
-    """(d_in,) float64: what one unit of an FP8 input channel stands for; ranges: (2, d_in), calibrated."""
-    top = np.abs(np.asarray(ranges, np.float64)).max(axis=0)
-    top = np.maximum(top, max(float(top.max()), 1e-30) * 1e-4)
-    steps: Floats = np.sqrt(top * top.max()) / FP8_LARGEST  # never clips: sqrt(top * max) >= top
-    return steps
-
-
-def _pack_layer(layer: Layer, ranges: Floats | None, precision: str, device: Device, *, mixer: bool) -> PackedLayer:
-    dtype = (MIXER if mixer else COMPUTE)[precision]
-    pitch = _pitch(layer.d_in, precision, mixer=mixer) // _SIZES[dtype]
-    weight, bias = np.zeros((layer.d_out, pitch), np.float32), layer.bias
-    weight[:, : layer.d_in] = layer.weight
-    scale = inverse = shift = None
-    if mixer and precision == "int8":
-        plan = int8_plan(layer, ranges)
-        assert plan.scale is not None
-        assert plan.in_add is not None
-        weight[:, : layer.d_in] = plan.weight
-        scale, inverse, shift = plan.scale, plan.in_mul, plan.in_add - np.float32(128)
-        bias = plan.bias + 128.0 * plan.scale.astype(np.float64) * plan.weight.sum(axis=1, dtype=np.int64)
-    elif mixer and precision == "fp8":
-        step = fp8_steps(ranges)
-        weight[:, : layer.d_in] = layer.weight * step
-        scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / FP8_LARGEST
-        weight /= scale[:, None]
-        inverse = 1 / step
-
-    def upload(x: Array | None) -> torch.Tensor | None:
-        return None if x is None else device.upload(np.asarray(x, np.float32))
-
-    return PackedLayer(
-        device.upload(weight, dtype), device.upload(np.asarray(bias, np.float32)), upload(scale), upload(inverse),
-        upload(shift), layer.d_in, layer.d_out, layer.relu,
-    )  # fmt: skip
-
-
-def _pack_exact(layer: Layer, device: Device) -> PackedLayer:
-    import torch
-
-    part = _pitch(layer.d_in, "bf16", mixer=False) // _SIZES["bfloat16"]
-    weight = torch.zeros(layer.d_out, 3, part, dtype=torch.bfloat16)
-    whole = torch.from_numpy(layer.weight)
-    high = whole.to(torch.bfloat16)
-    weight[:, :2, : layer.d_in] = high[:, None]
-    weight[:, 2, : layer.d_in] = (whole - high.float()).to(torch.bfloat16)
-    return PackedLayer(
-        device.upload(weight.flatten(1)), device.upload(layer.bias), None, None, None, layer.d_in, layer.d_out,
-        layer.relu, part,
-    )  # fmt: skip
 
 
 def run_chunks(packed: PackedTransform, old: Rows, side: Rows, out: Rows, *, chunk: int | None = None) -> None:
@@ -260,21 +126,21 @@ class _Chunks:
         self.row0 = self.device.empty((1,), "int64")
         self.joined = self._scratch(packed.mixer[0].d_in, mixer=True)
         self.inner = [self._scratch(layer.d_in, mixer=True) for layer in packed.mixer[1:]]
-        self.outer: dict[str, list[torch.Tensor]] = {"old": [], "side": []}
-        if not packed.fused:
-            for name in self.outer:
-                self.outer[name] = [
-                    self._scratch(layer.depth, mixer=False, dtype="bfloat16" if layer.part else None)
-                    for layer in getattr(packed, name)
-                ]
+        self.outer = {
+            name: [self._scratch(x.depth, mixer=False, dtype="bfloat16" if x.part else None) for x in layers]
+            for name, layers in packed.by_layers.items()
+        }
         last = packed.mixer[-1]
-        self.wide = packed.normalise and last.d_out > _WIDEST_ROW
-        self.unnormalised = self.device.empty((chunk, last.d_out), "float32") if self.wide else None
+        self.added = self.device.empty((chunk, last.d_out), "float32") if packed.skip else None
+        self.unnormalised: tuple[torch.Tensor, torch.Tensor] | None = None  # rows too wide for one tile, and a zero
+        if packed.length > 0 and last.d_out > WIDEST_ROW:
+            self.unnormalised = self.device.empty((chunk, last.d_out), "float32"), self.device.empty((1,), "int64")
+            self.device.set_counter(self.unnormalised[1], 0)
 
     def _scratch(self, width: int, *, mixer: bool, dtype: str | None = None) -> torch.Tensor:
         dtype = dtype or (MIXER if mixer else COMPUTE)[self.p.precision]
-        pitch = _pitch(width, self.p.precision, mixer=mixer) // _SIZES[dtype]
-        return self.device.empty((self.chunk, pitch), dtype)
+        wide = pitch(width, self.p.precision, mixer=mixer) // BYTES[dtype]
+        return self.device.empty((self.chunk, wide), dtype)
 
     def run(self) -> None:
         n, chunk = self.out.n, self.chunk
@@ -290,22 +156,28 @@ class _Chunks:
             self._chunk(n % chunk)
 
     def _chunk(self, rows: int) -> None:
+        if self.p.skip or 1 in (len(self.p.old), len(self.p.side)):
+            self._first_layers(rows)
         if self.p.fused:
             self._branches(rows)
-        else:
-            self._branch_by_layers(rows, "old", self.old, self.joined)
-            self._branch_by_layers(rows, "side", self.side, self.joined[:, self.p.old[-1].d_out :])
+        for name in self.p.by_layers:
+            side = name == "side"
+            self._branch_by_layers(
+                rows, name, self.side if side else self.old, self.joined[:, self.p.old[-1].d_out if side else 0 :]
+            )
         a = self.joined
         for layer, to, following in zip(self.p.mixer, self.inner, self.p.mixer[1:], strict=False):
-            self._linear(rows, a, layer, to, (following.inverse, following.shift), self.p.precision)
+            self._linear(rows, a, layer, _operand(to, following), self.p.precision)
             a = to
         self._final(rows, a)
         self.device.add_to_counter(self.row0, rows)
 
     # ---- launches ----
-    def _launch(self, name: str, grid: tuple[int, ...], tile: Tile, arguments: dict[str, object]) -> None:
+    def _launch(self, name: str, grid: tuple[int, ...], arguments: dict[str, object], tile: Tile) -> None:
         try:
-            self.device.launch(getattr(self.k, name), grid, arguments, warps=tile.warps, stages=tile.stages)
+            self.device.launch(
+                getattr(self.k, name), grid, arguments | {"TILE": tile}, warps=tile.warps, stages=tile.stages
+            )
         except Exception as error:
             if self.device.is_out_of_memory(error) or self.device.is_lost(error) or isinstance(error, BackendError):
                 raise
@@ -319,34 +191,45 @@ class _Chunks:
 
         return tiles(kernel, precision, self.device.target, width=width)[0]
 
-    def _product(self) -> JsonDict:
-        """How float32 operands are multiplied: three TF32 products on tensor cores; plain where there are none."""
-        exact = "ieee" if self.device.target.startswith("gfx") else "tf32x3"
-        return {"PRECISION": exact if self.p.precision == "fp32" else "ieee", "UPCAST": self.device.interpreted}
-
-    def _branches(self, rows: int) -> None:
+    def _arithmetic(self, operand: str) -> Arithmetic:
+        """Of products whose operands have this dtype. float32: three TF32 products on tensor cores; plain where there
+        are none."""
         import triton.language as tl
 
+        from fct.kernels.kernel_arguments import Arithmetic
+
+        exact = "ieee" if self.device.target.startswith("gfx") else "tf32x3"
+        compute = getattr(tl, {"float8_e4m3fn": "float8e4nv"}.get(operand, operand))
+        precision = exact if self.p.precision == "fp32" else "ieee"
+        return Arithmetic(compute, self.p.exact, precision, self.device.interpreted)
+
+    def _branches(self, rows: int) -> None:
         p = self.p
         tile = self._tile("branches", p.precision, max(p.old[1].d_out, p.side[1].d_out))
-        first = p.mixer[0]
-        arguments: dict[str, object] = {
-            "row0_ptr": self.row0, "n_rows": rows, "out_ptr": self.joined, "stride_out": self.joined.stride(0),
-            "next_ptr": self._or_one(first.inverse), "shift_ptr": self._or_one(first.shift),
-            "COMPUTE": getattr(tl, COMPUTE[p.precision]), "EXACT": p.exact, "BM": tile.m,
-            "BK": tile.k, "BH": tile.hidden, "BN": tile.n, **self._product(),
-        }  # fmt: skip
-        for name, layers, x in (("old", p.old, self.old), ("side", p.side, self.side)):
-            one, two = layers
-            big = name.upper()
-            arguments |= {
-                f"{name}_ptr": x.values, f"{name}_scale_ptr": self._or_one(x.scale), f"stride_{name}": x.row_stride,
-                f"{name}_w1": one.weight, f"{name}_b1": one.bias, f"{name}_w2": two.weight, f"{name}_b2": two.bias,
-                f"{big}_D": one.d_in, f"{big}_PART": one.part or one.weight.shape[1], f"{big}_H": one.d_out,
-                f"{big}_PITCH2": two.weight.shape[1], f"{big}_N": two.d_out, f"{big}_SCALE": scale_mode(x),
-                f"{big}_RELU1": one.relu, f"{big}_RELU2": two.relu,
-            }  # fmt: skip
-        self._launch("branches", (-(-rows // tile.m), 2), tile, arguments)
+        (old, of_old), (side, of_side) = _branch(self.old, *p.old), _branch(self.side, *p.side)
+        self._launch("branches", (-(-rows // tile.m), 2), {
+            "row0": self.row0, "n_rows": rows, "joined": _operand(self.joined, p.mixer[0]), "old": old, "side": side,
+            "OLD": of_old, "SIDE": of_side, "HOW": self._arithmetic(COMPUTE[p.precision]),
+        }, tile)  # fmt: skip
+
+    def _first_layers(self, rows: int) -> None:
+        from fct.kernels.kernel_arguments import FirstShapes
+
+        p = self.p
+        single = [layers[0] if len(layers) == 1 else None for layers in (p.old, p.side)]
+        skip = [*p.skip, None, None][:2]
+        (old, of_old), (side, of_side), (skip_old, of_skip), (skip_side, of_more) = (
+            _row_layer(x, layer) for x, layer in zip((self.old, self.side) * 2, (*single, *skip), strict=True)
+        )
+        shapes = FirstShapes(of_old, of_side, of_skip, of_more, p.old[-1].d_out)
+        tile = self._tile("first_layers", p.precision, max(of_old.n, of_side.n, of_skip.n))
+        columns = sum(-(-shape.n // tile.n) for shape in (of_old, of_side, of_skip))
+        self._launch("first_layers", (columns, -(-rows // tile.m)), {
+            "row0": self.row0, "n_rows": rows, "joined": _operand(self.joined, p.mixer[0]),
+            "added": None if self.added is None else _operand(self.added, None), "old": old, "side": side,
+            "skip_old": skip_old, "skip_side": skip_side, "SHAPES": shapes,
+            "HOW": self._arithmetic(COMPUTE[p.precision]),
+        }, tile)  # fmt: skip
 
     def _branch_by_layers(self, rows: int, name: str, x: Rows, to: torch.Tensor) -> None:
         from fct.kernels.tile_choices import Tile
@@ -354,90 +237,100 @@ class _Chunks:
         layers, scratch = getattr(self.p, name), self.outer[name]
         tile = Tile(32, 128, 0, 4, 1)
         part = layers[0].part
-        self._launch("ingest", (-(-rows // tile.m), -(-(part or x.d) // tile.n)), tile, {
-            "row0_ptr": self.row0, "n_rows": rows, "x_ptr": x.values, "scale_ptr": self._or_one(x.scale),
-            "stride_x": x.row_stride, "out_ptr": scratch[0], "stride_out": scratch[0].stride(0), "PART": part,
-            "D": x.d, "SCALE": scale_mode(x), "EXACT": part > 0, "BM": tile.m, "BN": tile.n,
-            "UPCAST": self.device.interpreted,
-        })  # fmt: skip
+        self._launch("ingest", (-(-rows // tile.m), -(-(part or x.d) // tile.n)), {
+            "row0": self.row0, "n_rows": rows, "rows": _gallery(x), "out": _operand(scratch[0], None), "D": x.d,
+            "PART": part, "SCALE": scale_mode(x), "UPCAST": self.device.interpreted,
+        }, tile)  # fmt: skip
         compute = "fp32" if self.p.precision == "fp32" else "bf16"
+        begin = self.p.old[-1].d_out if name == "side" else 0
         for layer, a, b in zip(layers, scratch, [*scratch[1:], to], strict=True):
-            first = self.p.mixer[0]
-            following: tuple[torch.Tensor | None, ...] = (first.inverse, first.shift) if b is to else (None, None)
-            if name == "side":
-                following = tuple(x if x is None else x[self.p.old[-1].d_out :] for x in following)
-            self._linear(rows, a, layer, b, following, compute)
+            self._linear(rows, a, layer, _operand(b, self.p.mixer[0] if b is to else None, begin), compute)
 
-    def _operands(self, rows: int, a: torch.Tensor, layer: PackedLayer, tile: Tile) -> tuple[dict[str, object], bool]:
-        """(arguments, TMA): both operands, behind descriptors where the tile asks for them."""
+    def _operands(self, rows: int, a: torch.Tensor, layer: PackedLayer, tile: Tile) -> dict[str, object]:
+        """What ``linear`` and ``final`` read: both operands, behind descriptors where the tile asks for them."""
+        from fct.kernels.kernel_arguments import Layer as LayerArguments
+        from fct.kernels.kernel_arguments import LayerShape
+
         arguments: dict[str, object] = {
-            "n_rows": rows, "stride_a": a.stride(0), "stride_w": layer.weight.stride(0),
-            "scale_ptr": self._or_one(layer.scale), "bias_ptr": layer.bias, "N": layer.d_out, "K": layer.depth,
-            "RELU": layer.relu, "SCALED": layer.scale is not None, "BM": tile.m, "BN": tile.n, "BK": tile.k,
-            "INT8": str(layer.weight.dtype) == "torch.int8", "TMA": tile.tma, **self._product(),
+            "n_rows": rows, "a": a, "a_stride": a.stride(0), "w": layer.weight,
+            "layer": LayerArguments(layer.weight.stride(0), layer.scale, layer.bias),
+            "SHAPE": LayerShape(layer.depth, layer.d_out, layer.relu),
+            "HOW": self._arithmetic(str(layer.weight.dtype).removeprefix("torch.")),
         }  # fmt: skip
         if tile.tma:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
-            arguments["a_ptr"] = TensorDescriptor(a, [rows, layer.depth], [a.stride(0), 1], [tile.m, tile.k])
-            arguments["w_ptr"] = TensorDescriptor(
+            arguments["a"] = TensorDescriptor(a, [rows, layer.depth], [a.stride(0), 1], [tile.m, tile.k])
+            arguments["w"] = TensorDescriptor(
                 layer.weight, [layer.d_out, layer.depth], [layer.weight.stride(0), 1], [tile.n, tile.k]
             )
-        else:
-            arguments |= {"a_ptr": a, "w_ptr": layer.weight}
-        return arguments, tile.tma
+        return arguments
 
-    def _linear(
-        self,
-        rows: int,
-        a: torch.Tensor,
-        layer: PackedLayer,
-        to: torch.Tensor,
-        following: tuple[torch.Tensor | None, ...],
-        precision: str,
-    ) -> None:
-        """following: the next layer's inverse and shift, or nothing."""
+    def _linear(self, rows: int, a: torch.Tensor, layer: PackedLayer, out: Operand, precision: str) -> None:
         tile = self._tile("linear", precision, layer.d_out)
-        arguments, _ = self._operands(rows, a, layer, tile)
-        inverse, shift = map(self._or_one, following)
-        arguments |= {"next_ptr": inverse, "shift_ptr": shift, "out_ptr": to, "stride_out": to.stride(0), "GROUP": 8}
+        arguments = self._operands(rows, a, layer, tile) | {"out": out, "GROUP": 8}
         count = -(-rows // tile.m) * -(-layer.d_out // tile.n)
-        self._launch("linear", (min(count, self.device.processors),), tile, arguments)
+        self._launch("linear", (min(count, self.device.processors),), arguments, tile)
 
     def _final(self, rows: int, a: torch.Tensor) -> None:
+        from fct.kernels.kernel_arguments import Gallery
         from fct.kernels.tile_choices import Tile
 
-        layer, out = self.p.mixer[-1], self.out
+        layer = self.p.mixer[-1]
         tile = self._tile("final", self.p.precision, layer.d_out)
-        arguments, _ = self._operands(rows, a, layer, tile)
-        mode = scale_mode(out)
+        arguments = self._operands(rows, a, layer, tile)
+        arguments["added"] = None if self.added is None else _operand(self.added, None)
         target = {
-            "row0_ptr": self.row0, "out_ptr": out.values, "out_scale_ptr": self._or_one(out.scale),
-            "stride_out": out.row_stride, "OUT_SCALE": mode,
+            "row0": self.row0, "out": _gallery(self.out), "LENGTH": self.p.length, "SCALE": scale_mode(self.out),
         }  # fmt: skip
         grid = (-(-rows // tile.m), -(-layer.d_out // tile.n))
-        if not self.wide:
-            self._launch("final", grid, tile, arguments | target | {"NORMALISE": self.p.normalise})
+        if self.unnormalised is None:
+            self._launch("final", grid, arguments | target, tile)
             return
-        scratch = {
-            "row0_ptr": self._zero(), "out_ptr": self.unnormalised, "out_scale_ptr": self.p.one,
-            "stride_out": layer.d_out, "OUT_SCALE": 0,
-        }  # fmt: skip
-        self._launch("final", grid, tile, arguments | scratch | {"NORMALISE": False})
+        rows_of_scratch, zero = self.unnormalised
+        scratch = {"row0": zero, "out": Gallery(rows_of_scratch, None, layer.d_out), "LENGTH": 0.0, "SCALE": 0}
+        self._launch("final", grid, arguments | scratch, tile)
         width = 1 << (layer.d_out - 1).bit_length()
         tile = Tile(max(1, 4096 // width), width, 0, 8, 1)
-        self._launch("normalise", (-(-rows // tile.m),), tile, {
-            "n_rows": rows, "y_ptr": self.unnormalised, "stride_y": layer.d_out, "N": layer.d_out, "BM": tile.m,
-            "BN": tile.n, "UPCAST": self.device.interpreted, **target,
-        })  # fmt: skip
+        self._launch("normalise", (-(-rows // tile.m),), {
+            "n_rows": rows, "y": rows_of_scratch, "y_stride": layer.d_out, "N": layer.d_out,
+            "UPCAST": self.device.interpreted, **target,
+        }, tile)  # fmt: skip
 
-    def _zero(self) -> torch.Tensor:
-        if not hasattr(self, "_nought"):
-            self._nought = self.device.upload(np.zeros(1, np.int64))
-        return self._nought
 
-    def _or_one(self, pointer: torch.Tensor | None) -> torch.Tensor:
-        return self.p.one if pointer is None else pointer
+def _branch(x: Rows, first: PackedLayer, second: PackedLayer) -> tuple[Branch, BranchShape]:
+    from fct.kernels.kernel_arguments import Branch, BranchShape
+
+    part, pitch = first.part or first.weight.shape[1], second.weight.shape[1]
+    return Branch(_gallery(x), first.weight, first.bias, second.weight, second.bias), BranchShape(
+        first.d_in, part, first.d_out, pitch, second.d_out, scale_mode(x), first.relu, second.relu
+    )
+
+
+def _row_layer(x: Rows, layer: PackedLayer | None) -> tuple[RowLayer | None, RowLayerShape]:
+    from fct.kernels.kernel_arguments import RowLayer, RowLayerShape
+
+    if layer is None:
+        return None, RowLayerShape(0, 0, 0, 0, False)
+    part = layer.part or layer.weight.shape[1]
+    shape = RowLayerShape(layer.d_in, part, layer.d_out, scale_mode(x), layer.relu)
+    return RowLayer(_gallery(x), layer.weight, layer.bias), shape
+
+
+def _gallery(x: Rows) -> Gallery:
+    from fct.kernels.kernel_arguments import Gallery
+
+    return Gallery(x.values, x.scale, x.row_stride)
+
+
+def _operand(values: torch.Tensor, following: PackedLayer | None, begin: int = 0) -> Operand:
+    """Where a layer's output goes, from column ``begin`` of what ``following`` reads on; None: nothing quantises it."""
+    from fct.kernels.kernel_arguments import Operand
+
+    if following is None or following.inverse is None:
+        return Operand(values, values.stride(0), None, None)
+    add = following.shift
+    return Operand(values, values.stride(0), following.inverse[begin:], None if add is None else add[begin:])
 
 
 def scale_mode(rows: Rows) -> int:
