@@ -63,6 +63,21 @@ def test_a_reader_that_is_read_once_is_refused_by_name(gallery: Make, tmp_path: 
         fct.backfill(lambda: reader, tmp_path / "new", h, **QUICK)
 
 
+def test_a_connection_that_has_one_result_open_at_a_time(gallery: Make, tmp_path: Path, h: fct.Transformation) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    one = ds.dataset(gallery(9000), format="parquet").to_table().sort_by("id")
+    connection = duckdb.connect()
+    connection.register("t", one)
+    fct.backfill(
+        lambda: connection.sql("SELECT * FROM t ORDER BY id"), tmp_path / "got", h, old_model="random-old", **QUICK
+    )
+    assert rows_of(tmp_path / "got")["id"].to_pylist() == one["id"].to_pylist()
+    held = pa.RecordBatchReader.from_stream(connection.sql("SELECT * FROM t"))
+    with pytest.raises(FctError, match=r"cannot be read: .*give each a connection of its own, .*cursor\(\)"):
+        open_source(lambda: connection.sql("SELECT * FROM t")).schema  # noqa: B018
+    held.close()
+
+
 @pytest.mark.parametrize("change", ["one value", "one row less", "one row more", "order"])
 def test_other_rows_at_the_second_reading_are_refused_before_they_are_handed_on(gallery: Make, change: str) -> None:
     table = ds.dataset(gallery(8192), format="parquet").to_table()

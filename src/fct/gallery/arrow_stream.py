@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -46,7 +46,7 @@ def arrow_stream(where: object, name: str = "source") -> ArrowStreamSource | Non
     if hasattr(where, "__arrow_c_stream__"):
         raise FctError(
             f"{name}: a {type(where).__name__} may be read once only, and a backfill reads its rows again; pass a "
-            "function that makes a new one, such as lambda: connection.sql(query)"
+            "function that makes a new one, such as lambda: connection.cursor().sql(query)"
         )
     if callable(where) and not isinstance(where, type):
         return ArrowStreamSource(where, getattr(where, "__qualname__", type(where).__name__), name)
@@ -68,6 +68,7 @@ class ArrowStreamSource(Source):
         self._piece: Piece | None = None
         self._sums: list[str] = []
         self._idle: list[_Reading] = []
+        self._again = False  # whether it was read before
 
     def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_lock": None, "_idle": []}
@@ -98,10 +99,33 @@ class ArrowStreamSource(Source):
         )
 
     def refresh(self) -> None:
-        self._piece, self._idle = None, []
+        self._piece, self._again = None, True
+        self._close_idle()
+
+    def _close_idle(self) -> bool:
+        """Whether there were readings that nobody goes on with; they are closed."""
+        idle, self._idle = self._idle, []
+        for reading in idle:
+            reading.close()
+        return bool(idle)
 
     def open(self) -> pa.RecordBatchReader:
         """A new reader of the stream."""
+        try:
+            return self._open()
+        except Exception as error:
+            if self._close_idle() and not isinstance(
+                error, FctError
+            ):  # a connection that has one result open at a time
+                return self.open()
+            if isinstance(error, (FctError, pa.ArrowException)):
+                raise
+            raise FctError(
+                f"{self._argument}: {self.url} cannot be read: {error}; a backfill has several readings open at "
+                "a time: give each a connection of its own, such as lambda: connection.cursor().sql(query)"
+            ) from error
+
+    def _open(self) -> pa.RecordBatchReader:
         made = self._make()
         if isinstance(made, pa.RecordBatchReader):
             return made
@@ -112,10 +136,10 @@ class ArrowStreamSource(Source):
             )
         return pa.RecordBatchReader.from_stream(made)
 
-    def blocks(self) -> Iterator[pa.RecordBatch]:
+    def blocks(self) -> Generator[pa.RecordBatch, None, None]:
         """The rows of a new reading in blocks of one size, the last one shorter."""
+        reader = self.open()
         try:
-            reader = self.open()
             if not readable(reader.schema).equals(self.schema):
                 raise FctError(f"{self._argument}: {self.url} has other columns at another reading")
             held: list[pa.RecordBatch] = []
@@ -133,6 +157,8 @@ class ArrowStreamSource(Source):
                 yield pa.concat_batches(held)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise FctError(f"{self._argument}: {self.url} cannot be read: {error}") from error
+        finally:
+            reader.close()
 
     def pieces(self) -> list[Piece]:
         if self._piece is None:
@@ -142,7 +168,7 @@ class ArrowStreamSource(Source):
                 rows += block.num_rows
             whole = hashlib.sha256("".join([str(self.schema), *sums]).encode()).hexdigest()[:32]
             self._sums, self._piece = sums, Piece(f"rows-{whole}", rows, size, whole)
-            if rows:  # what can be read once only is found now, and not by the first shard
+            if rows and not self._again:  # what can be read once only is found now, and not by the first shard
                 self._idle.append(_Reading(self))
                 self._idle[-1].advance()
         return [self._piece]
@@ -205,6 +231,9 @@ class _Reading:
         if self._number + 1 == len(source._sums) and not source.same(self._number + 1, next(self._blocks, None)):
             raise source.differs(self._number + 1)
         return self._block
+
+    def close(self) -> None:
+        self._blocks.close()
 
     def at(self, row: int) -> tuple[pa.RecordBatch, int]:
         """(the block that holds a row, the number of its first row)."""

@@ -141,8 +141,6 @@ def _lists(column: pa.Array, name: str, first: int, hollow: Counter[str]) -> lis
         both = (json_values(part, name, first, hollow) for part in (keys, items))
         cells: list[Any] = list(zip(*both, strict=True))
     else:
-        if not pa.types.is_fixed_size_list(column.type) and not pa.types.is_large_list(column.type):
-            column = column.cast(pa.large_list(column.type.value_type))
         lengths = column.value_lengths().to_pylist()
         if pa.types.is_fixed_size_list(column.type):
             lengths = [n if ok else None for n, ok in zip(lengths, column.is_valid().to_pylist(), strict=True)]

@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fct.atomic_files import atomic_path, checksum_file, write_bytes
 from fct.checks import check_path, check_positive, shown
 from fct.errors import FctError, StoreError
-from fct.gallery.urls import check_scheme, redacted, without_query, without_secrets
+from fct.gallery.urls import check_scheme, redacted, require_package, without_query, without_secrets
 from fct.terminal import plain_log, printable
 from fct.types import FileSystem, StorageOptions
 
@@ -363,10 +363,12 @@ def location_of(
             f"{name}: expected the folder of the Iceberg table (its catalog's warehouse says where), got {text}, which "
             "is taken as a source and as the destination of a backfill alone"
         )
-    if not check_scheme(text, name):  # fsspec would take "::" in a name for a chain of filesystems
+    scheme = check_scheme(text, name)
+    if not scheme:  # fsspec would take "::" in a name for a chain of filesystems
         fs = LocalFileSystem()
         path = str(fs._strip_protocol(text))
     else:  # some filesystems ask their store for a token or a region when they are made
+        require_package(scheme, f"{name}: {redacted(text)}")
         opened = discreet(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), text)
         fs, path = patience.ask(opened, f"opening {redacted(text)}")
     return Location(fs, path.rstrip("/") or "/", patience)

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from importlib.util import find_spec
 from urllib.parse import unquote
 
-__all__ = ["SCHEMES", "check_scheme", "redacted", "scheme_of", "secrets_of", "without_query", "without_secrets"]
+from fct.errors import MissingExtraError
+from fct.extras import EXTRAS, need
+
+__all__ = [
+    "SCHEMES",
+    "check_scheme",
+    "redacted",
+    "require_package",
+    "scheme_of",
+    "secrets_of",
+    "without_query",
+    "without_secrets",
+]
 
 # Stores that hold bytes. fsspec knows others that run commands, read mail or unpack what they are given.
 SCHEMES = (
     *("file", "local", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"),
     *("http", "https"),
 )
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+}  # what fsspec opens a scheme by
 _WEB = ("http", "https")
 _HIDDEN = "redacted"
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://([^/?#\s]*)([^?#\s]*)(\?[^#\s]*)?(#\S*)?")
@@ -41,6 +60,15 @@ def check_scheme(url: str, name: str) -> str:
             "its fsspec or pyarrow filesystem as filesystem="
         )
     return scheme
+
+
+def require_package(scheme: str, what: str) -> None:
+    """Raises MissingExtraError where the package that opens a scheme's stores is not installed. what: names them."""
+    module = _PACKAGES.get(scheme, "")
+    if module in EXTRAS:
+        need(module, what)
+    elif module and find_spec(module) is None:
+        raise MissingExtraError(f"{what}: needs {module}, which is not installed: pip install {module}", name=module)
 
 
 def without_query(url: str) -> str:

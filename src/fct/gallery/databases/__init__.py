@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import cast
 
+from fct.extras import need
 from fct.gallery.databases.address import Address, is_database
 from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseSource
 from fct.gallery.location import Patience
@@ -23,18 +24,24 @@ _STORES = {
 }
 
 
+_PACKAGES = {"postgresql": "psycopg", "qdrant": "qdrant_client", "milvus": "pymilvus", "chroma": "chromadb"}
+
+
 def _class(name: str) -> object:
     module, _, found = name.partition(".")
     return getattr(import_module(f"fct.gallery.databases.{module}"), found)
 
 
 def database_source(url: str, patience: Patience, *, name: str = "source") -> DatabaseSource:
-    """The source behind a database's URL. Raises ValueError for a URL that names no table or collection."""
+    """The source behind a database's URL. Raises ValueError for a URL that names no table or collection, and
+    MissingExtraError where its client is not installed."""
     address = Address.parse(url, name)
+    need(_PACKAGES[address.kind], f"{name}: {address.shown}")
     return cast("type[DatabaseSource]", _class(_STORES[address.kind][0]))(address, patience)
 
 
 def database_destination(url: str, patience: Patience) -> DatabaseDestination:
     """The destination behind a database's URL."""
     address = Address.parse(url, "destination")
+    need(_PACKAGES[address.kind], f"destination: {address.shown}")
     return cast("type[DatabaseDestination]", _class(_STORES[address.kind][1]))(address, patience)

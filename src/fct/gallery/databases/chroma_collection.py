@@ -40,14 +40,17 @@ def _client(address: Address) -> Any:
             clients[key] = chromadb.PersistentClient(address.path, settings=settings)
         else:
             token = address.password or os.environ.get("CHROMA_TOKEN", "")
-            clients[key] = chromadb.HttpClient(
-                address.host,
-                address.port,
-                ssl=address.options.get("https") in ("1", "true"),
-                headers={"Authorization": f"Bearer {token}"} if token else None,
-                settings=settings,
-                **{k: address.options[k] for k in ("tenant", "database") if k in address.options},
-            )
+            try:
+                clients[key] = chromadb.HttpClient(
+                    address.host,
+                    address.port,
+                    ssl=address.options.get("https") in ("1", "true"),
+                    headers={"Authorization": f"Bearer {token}"} if token else None,
+                    settings=settings,
+                    **{k: address.options[k] for k in ("tenant", "database") if k in address.options},
+                )
+            except ValueError as error:  # which it says of a server that does not answer, too
+                raise ConnectionError(str(error)) from error
     return clients[key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -34,6 +35,19 @@ clients: dict[tuple[str, str, int, str], Any] = {}
 
 _REFUSED = ("Unauthorized", "401", "403", "Forbidden", "authentication", "auth check failure", "API key", "permission")
 
+_LATER = (408, 409, 423, 425, 429)
+_WRONG = ("InvalidArgumentError", "InvalidDimensionException", "UniqueConstraintError", "ParamError")
+_MARKS = {"qdrant": "meta.json", "chroma": "chroma.sqlite3", "milvus": ""}  # of a store in a folder or a file
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again does not help: what was asked is wrong, and not the server unwell."""
+    status = getattr(error, "status_code", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in _LATER
+    wrong = isinstance(error, (ValueError, TypeError, NotImplementedError)) and not isinstance(error, OSError)
+    return wrong or type(error).__name__ in _WRONG
+
 
 def asked(address: Address, do: Callable[..., T]) -> T:
     """``do()``; a refusal becomes a DatabaseError without the address's secrets, the rest an error that may pass."""
@@ -45,7 +59,7 @@ def asked(address: Address, do: Callable[..., T]) -> T:
         said = address.hidden(f"{type(error).__name__}: {error}")[:500]
         if any(word.lower() in said.lower() for word in _REFUSED):
             raise DatabaseError(f"{address.shown}: the server refuses: {said}") from None
-        if isinstance(error, (ValueError, TypeError, NotImplementedError)) and not isinstance(error, OSError):
+        if _is_final(error):
             raise DatabaseError(f"{address.shown}: {said}") from None
         raise ConnectionError(said) from None
 
@@ -100,6 +114,7 @@ class CollectionSource(DatabaseSource):
     @property
     def facts(self) -> tuple[str, pa.DataType, tuple[str, ...]]:
         if self._facts is None:
+            self._require_there()
             self._facts = self.patience.ask(lambda: asked(self.address, self.look), f"opening {self.url}", moves=0)
             wanted, names = self.address.vector, self._facts[2]
             if wanted and wanted not in names:
@@ -107,6 +122,12 @@ class CollectionSource(DatabaseSource):
                 raise DatabaseError(f"source: expected a vector of {self.address.table} ({known}), got {wanted!r}")
             self.id_column = self._facts[0]
         return self._facts
+
+    def _require_there(self) -> None:
+        """Raises DatabaseError for a local store that is not there: its client would make one."""
+        place = self.address.path
+        if not self.address.host and not os.path.exists(os.path.join(place, _MARKS[self.address.kind])):
+            raise DatabaseError(f"source: expected a store of {self.address.kind} at {place}, there is none")
 
     @property
     def schema(self) -> pa.Schema:

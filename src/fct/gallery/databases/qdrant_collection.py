@@ -62,9 +62,15 @@ class QdrantSource(CollectionSource):
         vectors = _vectors(client, self.address)
         if vectors is None:
             raise DatabaseError(f"source: expected a collection, there is no {self.address.table} at {self.url}")
+        dense = tuple(name for name, how in vectors.items() if how.multivector_config is None)
+        if not dense:
+            raise DatabaseError(
+                f"source: expected a collection with a dense vector, {self.address.table} has "
+                f"{', '.join(vectors) or 'none'}, of which each point has several"
+            )
         first, _ = client.scroll(self.address.table, limit=1, with_payload=False, with_vectors=False)
         text = bool(first) and isinstance(first[0].id, str)
-        return "id", pa.string() if text else pa.uint64(), tuple(vectors)
+        return "id", pa.string() if text else pa.uint64(), dense
 
     def scan(self) -> Iterator[pa.Array]:
         client, kind, at = _client(self.address), self.facts[1], None
