@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fct.types import Array, NumpyDType
 
-__all__ = ["PackedInt4", "int4_codes_of", "pack_int4"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["PackedInt4", "codes_field", "int4_codes_of", "int4_field", "pack_int4"]
 
 _FIELD = re.compile(r"int4x([1-9]\d{0,8})")
+_ANY_CODES = re.compile(r"[a-z]{1,8}\d{1,2}x[1-9]\d{0,8}")
+
+
+def int4_field(name: str, width: int) -> int | None:
+    """How many 4-bit codes a field of this name and of ``width`` bytes holds; None where it is no such field."""
+    match = _FIELD.fullmatch(name)
+    d = int(match[1]) if match is not None else 0
+    return d if d and width == (d + 1) // 2 else None
+
+
+def codes_field(name: str) -> bool:
+    """Whether a field's name says that it holds codes of some form: this one, or one that a later fct may have."""
+    return _ANY_CODES.fullmatch(name) is not None
 
 
 def int4_codes_of(dtype: NumpyDType) -> int | None:
     """How many 4-bit codes a record of this dtype holds, as :attr:`PackedInt4.records` has them; None for others."""
     names = dtype.names or ()
-    match = _FIELD.fullmatch(names[0]) if len(names) == 1 else None
-    field = dtype.fields[names[0]][0] if match is not None and dtype.fields is not None else None
-    if match is None or field is None or field.subdtype is None or field.subdtype[0] != np.uint8:
+    field = dtype.fields[names[0]][0] if len(names) == 1 and dtype.fields is not None else None
+    if field is None or field.subdtype is None or field.subdtype[0] != np.uint8 or len(field.shape) != 1:
         return None
-    d = int(match[1])
-    return d if field.shape == ((d + 1) // 2,) else None
+    return int4_field(names[0], field.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +82,34 @@ class PackedInt4:
         values = np.ascontiguousarray(self.values.detach().cpu() if hasattr(self.values, "detach") else self.values)
         return values.view([(f"int4x{self.d}", np.uint8, values.shape[1:])]).reshape(len(values))
 
+    def to_arrow(self) -> pa.StructArray:
+        """(n,) structs of one field, ``int4x{d}`` of ceil(d / 2) bytes: a column for Parquet, Arrow and tables.
+
+        Its type says what it holds, wherever the column goes, so that no reader takes the bytes for numbers.
+
+        Example:
+            >>> import numpy as np
+            >>> from fct.packed_int4 import pack_int4
+            >>> pack_int4(np.array([[-8, 7, 3]])).to_arrow().type
+            StructType(struct<int4x3: fixed_size_binary[2]>)
+        """
+        import pyarrow as pa
+
+        values = np.ascontiguousarray(self.records[f"int4x{self.d}"])
+        width = values.shape[1]
+        rows = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values)])
+        return pa.StructArray.from_arrays([rows], [f"int4x{self.d}"])
+
     @classmethod
     def of_records(cls, array: Array, name: str = "rows") -> PackedInt4:
         """Of :attr:`records`, without a copy. ValueError: other records."""
         d = int4_codes_of(array.dtype)
         if d is None or array.ndim != 1:
+            names = array.dtype.names or ()
+            later = "; a later fct may read these codes" if len(names) == 1 and codes_field(names[0]) else ""
             raise ValueError(
                 f"{name}: expected (n,) records of one field int4xD of ceil(D / 2) bytes, as PackedInt4.records "
-                f"makes them, or rows of numbers, got {array.shape} {array.dtype.descr}"
+                f"makes them, or rows of numbers, got {array.shape} {array.dtype.descr}{later}"
             )
         return cls(array[f"int4x{d}"], d)
 

@@ -20,7 +20,7 @@ from fct.gallery.location import Patience, location_of
 from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
 from fct.gallery.stores import open_source
-from fct.gallery.vectors import vector_block, vector_dim
+from fct.gallery.vectors import refuse_bytes_of_codes, vector_block, vector_dim
 from fct.types import Access, Array, FileSystem, GalleryLike, StorageOptions
 
 __all__ = ["load_labels", "load_vectors", "map_npy", "split_column"]
@@ -100,6 +100,7 @@ def load_vectors(
             row, why = min(block.bad.items())
             more = f" (and {len(block.bad) - 1} more)" if len(block.bad) > 1 else ""
             raise ValueError(f"{name}: row {at + row} of {source.url} is no vector: {why}{more}")
+        refuse_bytes_of_codes(cells.type, block.values, f"{name}: column {picked!r} of {source.url}")
         if out is None:
             out = np.empty((total, d), block.values.dtype)
         out[at : at + batch.num_rows] = block.values

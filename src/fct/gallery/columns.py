@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from fct.gallery.interfaces import VECTOR_KEY
-from fct.gallery.vectors import vector_type
+from fct.gallery.vectors import refuse_other_codes, vector_type
 
 __all__ = ["ID_NAMES", "SIDE_NAMES", "VECTOR_NAMES", "pick_column", "pick_id_column"]
 
@@ -27,8 +27,12 @@ def pick_column(schema: pa.Schema, wanted: str, names: tuple[str, ...], what: st
         The name; "" where SIDE_NAMES alone were asked for and there is none.
 
     Raises:
-        ValueError: no such column, one that cannot hold vectors, none, or several.
+        ValueError: no such column, one that cannot hold vectors, none, or several; codes that this version does not
+        read, in a column that is meant.
     """
+    for field in schema:
+        if field.name != without and (field.name == wanted or (wanted == "auto" and field.name.lower() in names)):
+            refuse_other_codes(field.type, f"{what}: column {field.name!r}")
     able = [f.name for f in schema if vector_type(f.type) and f.name != without]
     if wanted != "auto":
         if wanted not in schema.names:

@@ -2,7 +2,7 @@
 
 Tensors (Arrow's fixed_shape_tensor, Ray's, datasets' Array2D, daft's struct of data and shape) count as vectors where
 all dimensions but one are 1; views and dictionaries are taken apart; a list of two-byte binaries is ClickHouse's
-Array(BFloat16).
+Array(BFloat16); a struct of one field ``int4x{d}`` holds packed 4-bit codes (:meth:`fct.PackedInt4.to_arrow`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fct.gallery.schemas import without_views
+from fct.packed_int4 import PackedInt4, codes_field, int4_field
 
-__all__ = ["is_tensor", "plain_type", "plain_vectors"]
+__all__ = ["codes_of", "is_tensor", "plain_type", "plain_vectors"]
 
 _RAY = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
 
@@ -24,6 +25,16 @@ def is_tensor(kind: pa.DataType) -> bool:
     """Whether a column type is a tensor of a fixed shape, which readers hand on as one array."""
     name = getattr(kind, "extension_name", "")
     return name == "arrow.fixed_shape_tensor" or name in _RAY
+
+
+def codes_of(kind: pa.DataType) -> tuple[str, int | None] | None:
+    """(name, how many 4-bit codes a row holds) of a column of codes that says so itself; None in place of a number: of
+    another form than this version reads. None for all other columns."""
+    if not pa.types.is_struct(kind) or kind.num_fields != 1 or not codes_field(kind.field(0).name):
+        return None
+    inner = kind.field(0)
+    width = inner.type.byte_width if pa.types.is_fixed_size_binary(inner.type) else 0
+    return inner.name, int4_field(inner.name, width)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -47,7 +58,8 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.list_(pa.float32())
     if _is_shaped(kind):
         return kind.field("data").type
-    return kind
+    codes = codes_of(kind)
+    return kind if codes is None or codes[1] is None else pa.list_(pa.int8(), codes[1])
 
 
 def _is_any_list(kind: pa.DataType) -> bool:
@@ -90,7 +102,22 @@ def plain_vectors(column: pa.Array) -> tuple[pa.Array, dict[int, str]]:
         return column.cast(pa.large_binary()), {}
     if _is_nested(kind):
         return _of_one_row(column)
+    if codes_of(kind) is not None:
+        return _of_codes(column), {}
     return _of_bfloat16(column) if _is_bfloat16(kind) else _of_shape(column)
+
+
+def _of_codes(column: pa.Array) -> pa.Array:
+    """The codes, one a byte; null where the struct or its bytes are."""
+    rows = column.flatten()[0]  # with the struct's own nulls
+    n, width, d = len(rows), rows.type.byte_width, plain_type(column.type).list_size
+    data = rows.buffers()[1]
+    held = np.zeros((n, width), np.uint8)
+    if data is not None and n:
+        held = np.frombuffer(data, np.uint8)[rows.offset * width : (rows.offset + n) * width].reshape(n, width)
+    codes = pa.array(PackedInt4(held, d).codes("vectors").ravel())
+    valid = pa.array(np.asarray(rows.is_valid())).buffers()[1] if rows.null_count else None
+    return pa.Array.from_buffers(pa.list_(pa.int8(), d), n, [valid], children=[codes])
 
 
 def _of_one_row(column: pa.Array) -> tuple[pa.Array, dict[int, str]]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fct.gallery.interfaces import Batches
-from fct.gallery.vector_types import is_tensor, plain_type, plain_vectors
+from fct.gallery.vector_types import codes_of, is_tensor, plain_type, plain_vectors
 from fct.packed_int4 import PackedInt4
 from fct.types import Array
 
@@ -22,6 +22,8 @@ __all__ = [
     "holds_float64",
     "is_packed_int4",
     "rebatch",
+    "refuse_bytes_of_codes",
+    "refuse_other_codes",
     "vector_array",
     "vector_block",
     "vector_dim",
@@ -64,6 +66,9 @@ def vector_type(kind: pa.DataType) -> str | None:
     if is_tensor(kind):
         plain = plain_type(kind)
         return None if plain.equals(kind) or vector_type(plain) is None else "tensor"
+    codes = codes_of(kind)
+    if codes is not None:  # bytes, so that no list of numbers beside it is taken for its like
+        return None if codes[1] is None else "binary"
     kind = plain_type(kind)
     if pa.types.is_fixed_size_list(kind) and kind.value_type in _DTYPES:
         return "fixed_size_list"
@@ -90,6 +95,28 @@ def is_packed_int4(kind: pa.DataType, d: int, binary_dtype: str = "float32") -> 
     """Whether a column of this type can only hold d 4-bit codes a row."""
     width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else 0
     return bool(width == (d + 1) // 2 and width != d * np.dtype(binary_dtype).itemsize)
+
+
+def refuse_other_codes(kind: pa.DataType, what: str) -> None:
+    """Raises ValueError for a column of codes in a form that this version of fct does not read."""
+    codes = codes_of(kind)
+    if codes is not None and codes[1] is None:
+        raise ValueError(
+            f"{what}: expected floats, 8-bit integers or packed 4-bit codes (int4x128 of 64 bytes), got a column of "
+            f"codes {codes[0]!r}, {kind}: a later version of fct may read them"
+        )
+
+
+def refuse_bytes_of_codes(kind: pa.DataType, values: Array, what: str) -> None:
+    """Raises ValueError where bytes of one width were read as floats and are no floats: packed 4-bit codes have
+    numbers beyond 1e18 everywhere among them, embeddings have none."""
+    if not pa.types.is_fixed_size_binary(plain_type(kind)) or not values.size:
+        return
+    if np.mean(~(np.abs(values) < 1e18)) > 0.01:
+        raise ValueError(
+            f"{what}: {kind} read as {values.dtype} gives numbers like {np.nanmax(np.abs(values)):.3g}: packed 4-bit "
+            "codes? Their number in a row is not known here; write them with PackedInt4.to_arrow(), whose type says it"
+        )
 
 
 def holds_float64(schema: pa.Schema, columns: Iterable[str]) -> bool:
@@ -124,6 +151,7 @@ def vector_block(column: pa.Array, d: int, binary_dtype: str = "float32") -> Vec
     Raises:
         ValueError: the column's type cannot hold vectors of d elements.
     """
+    refuse_other_codes(column.type, "vectors")
     column, odd = plain_vectors(column)
     if is_packed_int4(column.type, d, binary_dtype):
         packed = vector_block(column, column.type.byte_width, "uint8")
