@@ -17,6 +17,7 @@ from fct.gallery.databases.documents import PAYLOAD, CollectionSource
 from fct.gallery.databases.postgres_copy import PG_TYPE
 from fct.gallery.interfaces import Source
 from fct.gallery.location import Patience
+from fct.types import JsonDict
 
 __all__ = ["DatabaseResult", "canonical", "in_one_spelling", "is_json"]
 
@@ -45,7 +46,8 @@ class DatabaseResult:
                 source.address = replace(source.address, vector=job.vector)
             if plain.kind == "postgresql" == source.address.kind:
                 self.source.raw = True  # type: ignore[attr-defined]
-        self.source.needed = (self.vector,)
+        # As numbers, not as the server's bytes: what says which rows are true, and what they were chosen by.
+        self.source.needed = tuple(filter(None, (self.vector, job.true_column, job.ordered_by)))
         self._schema, self._job = self.source.schema, job
         self.id_column = self.source.id_column
         self._store = store_of(self.source)
@@ -99,16 +101,25 @@ class DatabaseResult:
                 arrays.append(pa.array(keys, rows.column(self.id_column).type))
             elif name == PAYLOAD and isinstance(self.source, CollectionSource):
                 texts = rows.column(PAYLOAD).to_pylist()
-                arrays.append(pa.array([canonical(json.loads(t)) if t else canonical({}) for t in texts], pa.string()))
+                arrays.append(pa.array([canonical(self._own(json.loads(t)) if t else {}) for t in texts], pa.string()))
             else:
                 arrays.append(_as_json(rows.column(name), self._schema.field(name)))
         return pa.RecordBatch.from_arrays(arrays, list(columns))
 
+    def _own(self, payload: JsonDict) -> JsonDict:
+        """A payload without what a partial backfill says in it."""
+        flag = self._job.true_column
+        if self.source.kind == "chroma":
+            return payload | {
+                "metadata": {k: v for k, v in (payload.get("metadata") or {}).items() if k != flag} or None
+            }
+        return {k: v for k, v in payload.items() if k != flag}
+
     def vectors(self, ids: pa.Array) -> pa.RecordBatch:
-        """The new vectors of these ids, in the column :attr:`vector`."""
-        kind = self._schema.field(self.id_column).type
+        """The new vectors of these ids, in the column :attr:`vector`, and which are true where a column says so."""
+        kind, flag = self._schema.field(self.id_column).type, self._job.true_column
         rows = self._store.batch(ids.cast(kind), self._schema, self.id_column)
-        return rows.select([self.vector])
+        return rows.select([self.vector, *([flag] if flag in rows.schema.names else [])])
 
     def beside(self, stream: Iterator[pa.RecordBatch], columns: Sequence[str]) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         """(the source's rows as they should be there, what is there of their ids), two streams in one order."""

@@ -33,12 +33,14 @@ from fct.gallery.vectors import VECTOR_FORMATS
 from fct.spaces import METRICS, EmbeddingSpace
 
 __all__ = [
+    "ORDERS",
     "Job",
     "cut_shards",
     "since",
 ]
 
 JOB_VERSION = 1
+ORDERS = ("random", "access", "variance")  # of rows to re-embed, where it is no column's
 JOB_BYTES = 128 << 20  # of job.json: a million files
 _SHARDS, _ROWS = 2_000_000, 1 << 60
 _PAIR = listed(whole(0, _ROWS), 2)
@@ -145,6 +147,12 @@ class Job:
     source_parts: tuple[tuple[str, str], ...] = since((), "source", check=_PARTS)
     side_parts: tuple[tuple[str, str], ...] = since((), "side-information", check=_PARTS)
     destination_parts: tuple[tuple[str, str], ...] = since((), "destination", check=_PARTS)
+
+    @property
+    def ordered_by(self) -> str:
+        """The source's column by which rows were chosen to be re-embedded; "" where it was none."""
+        order = self.reembed.rpartition(", budget ")[0]
+        return "" if order in ORDERS else order
 
     @property
     def rows(self) -> int:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
-from fct.backfilling.job import Job
+from fct.backfilling.job import ORDERS, Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.row_choice import RowChoice
 from fct.backfilling.true_source import (
@@ -32,7 +32,6 @@ from fct.options.groups import PartialRows
 
 __all__ = ["Reembedding", "TrueRows", "partial_job", "reembedding_of", "writes_mixed"]
 
-_ORDERS = ("random", "access", "variance")
 Floats = npt.NDArray[np.float32]
 
 
@@ -129,11 +128,11 @@ def _order(given: PartialRows, h: Transformation, schema: pa.Schema, vector: str
         raise ValueError(
             f"order: 'variance' is 1 - |h|^2, which tells of unit-length embeddings alone, not of {h.new_space}"
         )
-    if order in _ORDERS:
+    if order in ORDERS:
         return order
     if order not in schema.names or order == vector:
         there = ", ".join(n for n in schema.names if n != vector)
-        raise ValueError(f"order: expected {', '.join(_ORDERS)} or a column of the gallery ({there}), got {order!r}")
+        raise ValueError(f"order: expected {', '.join(ORDERS)} or a column of the gallery ({there}), got {order!r}")
     kind = schema.field(order).type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise ValueError(f"order: expected a column of numbers, the highest first, {order!r} is {kind}")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from fct.artifact.transformation import Transformation
 from fct.backfilling.coding import code_columns, job_coding
 from fct.backfilling.database_job import join_databases
-from fct.backfilling.job import Job
+from fct.backfilling.job import ORDERS, Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.new_place import open_new
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
@@ -34,6 +34,7 @@ from fct.gallery.saved_dataset import SavedDatasetSource
 from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
 from fct.gallery.stores import FORMATS, Opening, opening
 from fct.gallery.tables import pinned
+from fct.gallery.vector_types import plain_type
 from fct.gallery.vectors import holds_float64, is_packed_int4, vector_dtype, vector_type
 from fct.ops.backend import check_precision
 from fct.ops.registry import pick_transform
@@ -127,10 +128,11 @@ def resolve(
         writer = SavedDatasetDestination(writer.where, saved_info(old.where))
     gallery = _pinned(source, gallery, journal.job(), h, options)
     coding = job_coding(options.columns, gallery.source.schema, gallery.vector, h.d_old)
+    order = options.partial.order if options.partial.reembed is not None else ""
     join_databases(
         gallery.source, gallery.side, writer, gallery.ids, journal, options.database.journal,
-        needed=(gallery.vector, gallery.side_column, *code_columns(coding)), rate=options.database.max_rows_per_s,
-        switch=options.database.switch_alias,
+        needed=(gallery.vector, gallery.side_column, *code_columns(coding), "" if order in ORDERS else order),
+        rate=options.database.max_rows_per_s, switch=options.database.switch_alias,
     )  # fmt: skip
     backend, precision = _pick(h, options, journal.job())
     dtype, vector_format = _row_of(gallery, form, options)
@@ -371,6 +373,7 @@ def _require_space(source: Source, h: Transformation, old_model: str | None) -> 
 
 def _require_dim(kind: pa.DataType, binary_dtype: str, d: int, expected: str) -> None:
     """Refuses a column whose type alone says that its vectors have another length; rows of the others are looked at."""
+    kind = plain_type(kind)
     if pa.types.is_fixed_size_list(kind):
         found = int(kind.list_size)
     elif is_packed_int4(kind, d, binary_dtype):

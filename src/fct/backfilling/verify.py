@@ -316,7 +316,8 @@ class _Outside:
         job, lists = self.job, None
         if isinstance(old, DatabaseSource):
             root = self.journal.root if self.spot.journal is None else database_journal(self.spot.journal).root
-            old.needed = tuple(filter(None, (job.vector, job.side_column, job.scale_column, job.offset_column)))
+            named = (job.vector, job.side_column, job.scale_column, job.offset_column, job.ordered_by)
+            old.needed = tuple(filter(None, named))
             if root.is_local:
                 old.live_in(root.local)
                 lists = root.local / "ids"

@@ -18,7 +18,7 @@ from fct.atomic_files import write_bytes
 from fct.errors import FctError
 from fct.gallery.databases.address import Address
 from fct.gallery.databases.id_lists import IdLists, minus
-from fct.gallery.interfaces import VECTOR_KEY, Batches, Destination, Piece, Shard, Source
+from fct.gallery.interfaces import TRUE_KEY, VECTOR_KEY, Batches, Destination, Piece, Shard, Source
 from fct.gallery.json_values import json_values, lost_numbers
 from fct.gallery.location import Patience
 from fct.spaces import EmbeddingSpace
@@ -265,6 +265,11 @@ class DatabaseDestination(Destination):
             _log.warning("destination: %d rows that the source lost meanwhile were taken out", len(gone))
 
     # ---- for the stores ----
+    @staticmethod
+    def true_column(schema: pa.Schema) -> str:
+        """The column that says which rows a partial backfill re-embedded; "" where the backfill is a whole one."""
+        return next((field.name for field in schema if (field.metadata or {}).get(TRUE_KEY)), "")
+
     def split(self, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array, pa.RecordBatch]:
         """(ids, vectors, the other columns)"""
         vector = (batch.schema.metadata or {})[VECTOR_KEY].decode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -55,6 +55,8 @@ class PostgresDestination(DatabaseDestination):
         found = {c.name: c for c in self._settle(schema)}
         name = self._vector(schema)
         self._as_column = bool(found)
+        if taken := self._taken(schema, found):
+            return taken
         if not found or name not in found:
             return ""
         query = sql.SQL("SELECT 1 FROM {} WHERE {} IS NOT NULL LIMIT 1").format(
@@ -62,6 +64,11 @@ class PostgresDestination(DatabaseDestination):
         )
         some = self._server.run(lambda c: c.execute(query).fetchone())
         return f"holds vectors in {name!r} already" if some else ""
+
+    def _taken(self, schema: pa.Schema, found: Mapping[str, Column]) -> str:
+        """Whether a column of the owner's has the name of the one that says which rows are re-embedded."""
+        flag = self.true_column(schema)
+        return f"has a column {flag!r} already (--true-column names another)" if flag in found else ""
 
     def prepare(self, schema: pa.Schema, space: EmbeddingSpace, *, begun: bool) -> None:
         vector = self._vector(schema)
@@ -71,8 +78,9 @@ class PostgresDestination(DatabaseDestination):
         found = {c.name: c for c in self._settle(schema)}
         if self._as_column is None:
             self._as_column = self._begun_as_column()
+        flag = self.true_column(schema)
         if self._as_column:
-            self._add_column(found, vector, wanted, space)
+            self._add_columns(found, {vector: wanted} | ({flag: "boolean"} if flag else {}))
         elif not found:
             self._create(schema, vector, wanted)
         found = {c.name: c for c in self._settle(schema)}
@@ -81,7 +89,8 @@ class PostgresDestination(DatabaseDestination):
                 f"destination: expected a column of {wanted}, {vector} of {self.address.table} is {found[vector].shown}"
             )
         self._remember(self._as_column)
-        names = [self._id(), vector] if self._as_column else [self._id(), vector, *self._rest(schema)]
+        rest = self._rest(schema) if not self._as_column else [flag] if flag else []
+        names = [self._id(), vector, *rest]
         self._types = [found[name].type for name in names]
         self._raw = [False, False, *(_is_raw(schema.field(n)) for n in names[2:])]
         self._names, self._rest_names = names, names[2:]
@@ -105,7 +114,8 @@ class PostgresDestination(DatabaseDestination):
         mark = self._mark()
         return mark is not None and mark.exists()
 
-    def _add_column(self, found: dict[str, Column], vector: str, wanted: str, space: EmbeddingSpace) -> None:
+    def _add_columns(self, found: Mapping[str, Column], wanted: Mapping[str, str]) -> None:
+        """Those of ``wanted``, name -> type, that the table has not."""
         from psycopg import sql
 
         key = self._server.run(lambda c: key_of(c, self.address, "destination"))
@@ -114,9 +124,12 @@ class PostgresDestination(DatabaseDestination):
                 f"destination: expected the key of {self.address.table} ({key}) to be the source's id ({self._id()}): "
                 "name it in the URL (&id=)"
             )
-        if vector in found:
+        parts = [
+            sql.SQL("ADD COLUMN {} " + kind).format(sql.Identifier(n)) for n, kind in wanted.items() if n not in found
+        ]
+        if not parts:
             return
-        add = sql.SQL("ALTER TABLE {} ADD COLUMN {} " + wanted).format(table_of(self.address), sql.Identifier(vector))
+        add = sql.SQL("ALTER TABLE {} ").format(table_of(self.address)) + sql.SQL(", ").join(parts)
 
         def do(connection: Connection[TupleRow]) -> None:
             connection.execute("SET lock_timeout = '5s'")  # who waits for a served table's lock holds up its readers
@@ -154,7 +167,7 @@ class PostgresDestination(DatabaseDestination):
         from psycopg import errors, sql
 
         table, names = table_of(self.address), sql.SQL(", ").join(map(sql.Identifier, self._names))
-        key, vector = (sql.Identifier(n) for n in self._names[:2])
+        key = sql.Identifier(self._names[0])
         with connection.transaction():
             if self._as_column:
                 connection.execute(
@@ -163,9 +176,12 @@ class PostgresDestination(DatabaseDestination):
                     )
                 )
                 _copy_in(connection, sql.SQL("fct_new"), names, blocks)
+                new = sql.SQL(", ").join(
+                    sql.SQL("{n} = fct_new.{n}").format(n=sql.Identifier(name)) for name in self._names[1:]
+                )
                 connection.execute(
-                    sql.SQL("UPDATE {t} SET {v} = fct_new.{v} FROM fct_new WHERE {t}.{k} = fct_new.{k}").format(
-                        t=table, v=vector, k=key
+                    sql.SQL("UPDATE {t} SET {new} FROM fct_new WHERE {t}.{k} = fct_new.{k}").format(
+                        t=table, new=new, k=key
                     )
                 )
                 return

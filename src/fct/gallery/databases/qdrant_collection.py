@@ -101,6 +101,7 @@ class QdrantSource(CollectionSource):
 
 class QdrantDestination(DatabaseDestination):
     kind: ClassVar[str] = "qdrant"
+    _flag = ""  # of the payload: whether a row was re-embedded; set where the points are those that are read
 
     def holds_rows(self, schema: pa.Schema) -> str:
         def look() -> str:
@@ -113,9 +114,22 @@ class QdrantDestination(DatabaseDestination):
             held = points and (not isinstance(points[0].vector, dict) or name in points[0].vector)
             return f"holds points with {name!r} already" if held else ""
 
-        return str(self.patience.ask(lambda: asked(self.address, look), f"opening {self.url}", moves=0))
+        def taken() -> str:
+            """Whether the owner's payload has the name that says which rows are re-embedded."""
+            from qdrant_client import models
+
+            flag, client = self.true_column(schema), _client(self.address)
+            if not flag or not self._same() or _vectors(client, self.address) is None:
+                return ""
+            empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=flag))
+            points, _ = client.scroll(self.address.table, models.Filter(must_not=[empty]), limit=1, with_payload=False)
+            return f"has {flag!r} in its payload already (--true-column names another)" if points else ""
+
+        return str(self.patience.ask(lambda: asked(self.address, look) or asked(self.address, taken),
+                                     f"opening {self.url}", moves=0))  # fmt: skip
 
     def prepare(self, schema: pa.Schema, space: EmbeddingSpace, *, begun: bool) -> None:
+        self._flag = self.true_column(schema)
         self.patience.ask(lambda: asked(self.address, lambda: self._prepare(space)), f"preparing {self.url}", moves=0)
 
     def _same(self) -> bool:
@@ -166,6 +180,10 @@ class QdrantDestination(DatabaseDestination):
             some = [models.PointVectors(id=i, vector=v) for i, v in zip(ids, rows, strict=True) if i in there]
             if some:
                 client.update_vectors(self.address.table, some, wait=True)
+            for said in (True, False) if self._flag else ():
+                marked = [i for i, p in zip(ids, payloads, strict=True) if i in there and p[self._flag] is said]
+                if marked:
+                    client.set_payload(self.address.table, {self._flag: said}, marked, wait=True)
             return
         points = [models.PointStruct(id=i, vector=v, payload=p) for i, v, p in zip(ids, rows, payloads, strict=True)]
         client.upsert(self.address.table, points, wait=True)
