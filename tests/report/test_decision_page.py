@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +20,10 @@ from fct.errors import FctError
 from fct.report.decision_page import write_decision_page
 from fct.report.neighbour_lists import Item, Neighbours
 from fct.report.thumbnails import Thumbnails
+from tests.report.browser import BROWSER, scripts_of, seen_in_a_browser
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>alert(1)</script> \u202eevil \x1b[31m =cmd()"
-WATCH = """<script>window.problems = [];
-addEventListener("error", e => problems.push(e.message));
-addEventListener("securitypolicyviolation", e => problems.push(e.violatedDirective));</script>"""
-CLICK = """<script>
+CLICK = """
 const first = () => [...document.querySelector("tbody").rows].map(row => row.cells[0].textContent);
 const press = document.querySelectorAll("th button")[1], order = [];
 for (let i = 0; i < 2; i++) { press.click(); order.push(first()); }
@@ -39,14 +32,14 @@ const missing = [];
 for (let i = 0; i < 2; i++) { speed.click(); missing.push(first().slice(-1)); }
 const svg = document.querySelector("svg");
 const size = parseFloat(getComputedStyle(svg.querySelector("text")).fontSize);
-parent.postMessage(JSON.stringify({problems, order, missing,
+return {order, missing,
   name: document.querySelector("tbody td").getBoundingClientRect().width,
   letters: size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width,
   wide: document.documentElement.scrollWidth,
   pictures: [...document.images].map(i => [i.alt.startsWith("Picture of "), i.naturalWidth > 0]),
   window: innerWidth, links: [...document.querySelectorAll("a")].map(a => a.protocol),
-  scripts: document.scripts.length}), "*");
-</script>"""
+  scripts: document.scripts.length};
+"""
 
 
 def row(name: str, recall: float, **more: Any) -> dict[str, Any]:
@@ -76,7 +69,10 @@ VERDICT: dict[str, Any] = {
         {"name": "mapped", "nDCG@10": 0.5, "MRR@10": 0.6, "recall@10": 0.7, "gain": GAIN, "slices": {HOSTILE: GAIN}},
     ],
 }  # fmt: skip
-MIXED = {"points": [{"true_share": s, "recall": s, "corrected_recall": min(1, s + 0.1)} for s in (0.1, 0.5, 0.9)]}
+MIXED: dict[str, Any] = {
+    "mapped_recall": 0.05, "correction": {"kind": "length", "value": 0.87}, "rows": 2000,
+    "points": [{"true_share": s, "recall": s, "corrected_recall": min(1, s + 0.1)} for s in (0.1, 0.5, 0.9)],
+}  # fmt: skip
 LOSSES: dict[str, Any] = fct.who_loses(
     np.repeat([1.0, 0.5], 40), np.repeat([1.0, 0.1], 40), np.repeat(["fine", HOSTILE], 40)
 ).to_dict()
@@ -117,7 +113,8 @@ def test_the_verdict_stands_first_and_the_tables_can_be_taken_along(page: Path) 
     text = page.read_text()
     assert text.index("<b>go</b>") < text.index("<table>")
     files = [base64.b64decode(data).decode() for data in re.findall(r"utf-8;base64,([A-Za-z0-9+/=]+)", text)]
-    assert len(files) == 4
+    assert len(files) == 6
+    assert files[1].splitlines()[-1] == "960,44.0,2.0,extrapolated"
     assert files[0].splitlines()[2].startswith("ridge,39.0,0.5,0.04,")
     assert "CMC top-1 %" not in text, "a column that holds nothing"
     alone = write_decision_page(page.with_name("alone.html"), COMPARISON).read_text()
@@ -125,39 +122,12 @@ def test_the_verdict_stands_first_and_the_tables_can_be_taken_along(page: Path) 
     assert "doing nothing keeps 23.0 %" in alone
 
 
-def scripts_of(text: str) -> list[str]:
-    return re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-
-
 # Stays: the package has no browser among its extras, and a machine without one can still run every other test.
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(page: Path, width: int) -> None:
-    """No error, no request, headings that sort, nothing wider than the window.
-
-    In a frame of that width: no window of Chromium is narrower than 500.
-    """
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        for script in scripts_of(WATCH + CLICK)
-    )
-    text = page.read_text().replace("script-src ", f"script-src {hashes} ")
-    text = text.replace("<body>", f"<body>{WATCH}").replace("</body>", f"{CLICK}</body>")
-    opened = page.with_name("opened.html")
-    opened.write_text(
-        "<!doctype html><body><script>addEventListener('message', e => document.body.dataset.seen = e.data)</script>"
-        f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(text)}"></iframe></body>'
-    )
-    with tempfile.TemporaryDirectory() as profile:
-        command = [
-            str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={profile}",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom", opened.as_uri(),
-        ]  # fmt: skip
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    found = re.search(r'data-seen="([^"]*)"', dom)
-    assert found, dom[-2000:]
-    seen = json.loads(html.unescape(found[1]))
+    """No error, no request, headings that sort, nothing wider than the window."""
+    seen = seen_in_a_browser(page, CLICK, width)
     assert seen["problems"] == []
     assert seen["window"] == width
     assert seen["wide"] <= seen["window"]

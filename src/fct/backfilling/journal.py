@@ -25,7 +25,7 @@ from fct.backfilling.checked_json import (
 from fct.backfilling.confined import open_confined, read_confined, refuse_links
 from fct.backfilling.job import JOB_BYTES, Job
 from fct.backfilling.lock import hold
-from fct.backfilling.marker import MARKER_BYTES, REJECT_BYTES, Marker, rejected_of
+from fct.backfilling.marker import MARKER_BYTES, REJECT_BYTES, Marker, rejects_of
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Output, Shard
 from fct.gallery.location import Location
@@ -147,18 +147,8 @@ class Journal:
         if marker is None:
             return "has no whole marker"
         known = (fingerprint,) if isinstance(fingerprint, str) else fingerprint
-        if marker.fingerprint not in known or marker.shard != shard.number:
-            return "was made by another job"
-        if not marker.of(shard):
-            return (
-                f"was made of rows from {marker.start} on of file {marker.piece}, not of {shard.start} of {shard.piece}"
-            )
-        if marker.rows_in != shard.rows or marker.rows_out + marker.rejects != marker.rows_in:
-            return f"has {marker.rows_out} rows and {marker.rejects} rejects for {shard.rows} rows"
-        if bool(marker.rejects) != (marker.rejected is not None):
-            return f"names {'no' if marker.rejects else 'a'} file for {marker.rejects} rejected rows"
-        if marker.rejected is not None and not marker.rejected.name.startswith("rejects/"):
-            return f"has its rejects in {marker.rejected.name}"
+        if why := marker.contradiction(shard, known):
+            return why
         for output in (*marker.outputs, *([marker.rejected] if marker.rejected else [])):
             if why := self._output_trouble(output, content):
                 return why
@@ -181,8 +171,8 @@ class Journal:
             return str(error)
         return None
 
-    def rejected_rows(self, marker: Marker, shard: Shard) -> list[int]:
-        """Row numbers in the whole gallery that a done shard rejected.
+    def rejects(self, marker: Marker, shard: Shard) -> list[tuple[int, str]]:
+        """(number in the whole gallery, reason) of the rows that a done shard rejected.
 
         Raises:
             BackfillError: its lines are not what the marker says.
@@ -193,7 +183,11 @@ class Journal:
         data = self.read(name, min(REJECT_BYTES, marker.rejected.bytes), marker.rejected.bytes)
         if checksum_bytes(data) != marker.rejected.xxh64:
             raise BackfillError(f"{self.root / name} does not match its checksum; run the backfill again")
-        return rejected_of(data, shard, marker.rejects, str(self.root / name))
+        return rejects_of(data, shard, marker.rejects, str(self.root / name))
+
+    def rejected_rows(self, marker: Marker, shard: Shard) -> list[int]:
+        """Row numbers in the whole gallery that a done shard rejected; raises as :meth:`rejects` does."""
+        return [row for row, _ in self.rejects(marker, shard)]
 
     def sweep(self) -> None:
         """Takes away what processes that are no more left half-written, here and beside the outputs."""

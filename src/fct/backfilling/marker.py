@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from fct.atomic_files import checksum_bytes
@@ -13,6 +14,7 @@ from fct.backfilling.checked_json import (
     either,
     file_name,
     listed,
+    number,
     parse,
     record,
     text,
@@ -21,12 +23,25 @@ from fct.backfilling.checked_json import (
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Output, Shard
 
-__all__ = ["MARKER_BYTES", "REJECT_BYTES", "Marker", "rejected_of"]
+__all__ = ["MARKER_BYTES", "REJECT_BYTES", "Marker", "ShardTimes", "rejects_of"]
 
 MARKER_BYTES = 16 << 20
 REJECT_BYTES = 1 << 30  # of one shard's lines
 _LINE_BYTES = 16 << 20
 _COUNT = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTimes:
+    """When a shard was made, for people: nothing is decided by it.
+
+    began, ended: seconds since 1970 by the worker's clock: its first row was asked for, its files were in place.
+    worker: tells one run of one worker from every other.
+    """
+
+    began: float
+    ended: float
+    worker: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Marker:
     input: XXH64 of the rows as they were read. outputs: files below the destination. rejects: rows that went to
     rejects/. extra: what the destination needs to finish (a Lance fragment). piece, start: which rows these are; None
     in markers of version 0.1. digest: how ``input`` was computed, 1 there. true_rows: how many were re-embedded; not
-    written where none was.
+    written where none was. times: None in markers of before there were any.
     """
 
     shard: int
@@ -53,11 +68,13 @@ class Marker:
     start: int | None = None
     digest: int = 1
     true_rows: int = 0
+    times: ShardTimes | None = None
 
     def to_json(self) -> bytes:
         values = asdict(self)
-        if not self.true_rows:
-            del values["true_rows"]
+        for name in ("true_rows", "times"):
+            if not values[name]:
+                del values[name]
         body = json.dumps(values, sort_keys=True)
         return json.dumps({"marker": body, "xxh64": checksum_bytes(body.encode())}).encode()
 
@@ -77,9 +94,23 @@ class Marker:
         """Whether it says that it was made of this shard's rows; one of version 0.1 says nothing about it."""
         return self.piece is None or (self.piece, self.start) == (shard.piece, shard.start)
 
+    def contradiction(self, shard: Shard, fingerprints: Collection[str]) -> str | None:
+        """What in it cannot be of this shard of a job that has these fingerprints, or None; no file is looked at."""
+        if self.fingerprint not in fingerprints or self.shard != shard.number:
+            return "was made by another job"
+        if not self.of(shard):
+            return f"was made of rows from {self.start} on of file {self.piece}, not of {shard.start} of {shard.piece}"
+        if self.rows_in != shard.rows or self.rows_out + self.rejects != self.rows_in:
+            return f"has {self.rows_out} rows and {self.rejects} rejects for {shard.rows} rows"
+        if bool(self.rejects) != (self.rejected is not None):
+            return f"names {'no' if self.rejects else 'a'} file for {self.rejects} rejected rows"
+        if self.rejected is not None and not self.rejected.name.startswith("rejects/"):
+            return f"has its rejects in {self.rejected.name}"
+        return None
 
-def rejected_of(data: bytes, shard: Shard, count: int, where: str) -> list[int]:
-    """Row numbers in the whole gallery that a shard's lines of rejects name, in order.
+
+def rejects_of(data: bytes, shard: Shard, count: int, where: str) -> list[tuple[int, str]]:
+    """(number in the whole gallery, reason) of the rows that a shard's lines of rejects name, in order.
 
     Raises:
         BackfillError: not ``count`` lines, or rows that are not the shard's.
@@ -89,23 +120,24 @@ def rejected_of(data: bytes, shard: Shard, count: int, where: str) -> list[int]:
         raise BackfillError(f"{where} is damaged: expected {count} rejected rows, got {len(lines)} lines; run it again")
     check = _reject(shard)
     try:
-        rows = [
-            int(check(parse(line, _LINE_BYTES, constants=True), f"line {number}"))
-            for number, line in enumerate(lines, 1)
+        found: list[tuple[int, str]] = [
+            check(parse(line, _LINE_BYTES, constants=True), f"line {place}") for place, line in enumerate(lines, 1)
         ]
     except SchemaError as error:
         raise BackfillError(f"{where} is damaged: {error}; remove it and run the backfill again") from error
+    rows = [row for row, _ in found]
     if sorted(set(rows)) != rows:
         raise BackfillError(f"{where} is damaged: its rows are not in order; remove it and run the backfill again")
-    return rows
+    return found
 
 
 _DIGEST = text(16, "[0-9a-f]{16}")
 _OUTPUT = record(Output, name=file_name, bytes=whole(0, 1 << 62), xxh64=_DIGEST)
 _ENVELOPE: Check = record(dict, marker=text(MARKER_BYTES), xxh64=_DIGEST)
+_TIMES = record(ShardTimes, began=number(0, 1e11), ended=number(0, 1e11), worker=text(64, "[0-9a-f]{1,64}"))
 _MARKER = record(
     Marker,
-    ("extra", "piece", "start", "digest", "true_rows"),
+    ("extra", "piece", "start", "digest", "true_rows", "times"),
     shard=whole(0, _COUNT),
     fingerprint=text(200),
     rows_in=whole(0, _COUNT),
@@ -120,12 +152,13 @@ _MARKER = record(
     start=either(whole(0, _COUNT), None),
     digest=whole(1, 2),
     true_rows=whole(0, _COUNT),
+    times=either(_TIMES, None),
 )
 
 
 def _reject(shard: Shard) -> Check:
-    def row(id: object, row: int, reason: str, piece: str = "") -> int:
-        return row
+    def line(id: object, row: int, reason: str, piece: str = "") -> tuple[int, str]:
+        return row, reason
 
     rows = whole(shard.first, shard.first + shard.rows - 1)
-    return record(row, ("piece",), id=anything, row=rows, reason=text(65536), piece=text(65536))
+    return record(line, ("piece",), id=anything, row=rows, reason=text(65536), piece=text(65536))

@@ -13,6 +13,7 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -27,7 +28,7 @@ from fct.atomic_files import checksum_file
 from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal
-from fct.backfilling.marker import Marker
+from fct.backfilling.marker import Marker, ShardTimes
 from fct.backfilling.reembedding import TrueRows
 from fct.backfilling.row_mapper import RowMapper, output_schema
 from fct.backfilling.shard_reader import BATCH_BYTES, ShardReader
@@ -52,6 +53,7 @@ class _Work:
     rows_in: int = 0
     rows_out: int = 0
     true_rows: int = 0
+    began: float = 0.0
 
     def fail(self, error: BaseException) -> None:
         with contextlib.suppress(Exception):  # the first error stands
@@ -89,8 +91,9 @@ class ShardPipeline:
         self.on_rows = on_rows
         self._left = False
         self._down: StoreError | None = None  # a store that is down is asked once for all shards under way
+        self.worker = uuid.uuid4().hex
         if (parts := journal.scratch()) is not None:
-            self.scratch = parts / uuid.uuid4().hex
+            self.scratch = parts / self.worker
             self.scratch.mkdir(parents=True)
         else:
             self.scratch = Path(tempfile.mkdtemp(prefix="fct-"))
@@ -121,6 +124,7 @@ class ShardPipeline:
     def _read_all(self) -> None:
         while (work := self._queues[0].get()) is not _END:
             self._queues[1].put(work)
+            work.began = time.time()
             try:
                 if self._down is not None:
                     raise self._down
@@ -246,6 +250,7 @@ class ShardPipeline:
             work.shard.start,
             work.digest.version,
             work.true_rows,
+            ShardTimes(round(work.began, 3), round(time.time(), 3), self.worker),
         )
         self.journal.mark(marker)
         return marker

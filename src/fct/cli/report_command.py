@@ -1,4 +1,4 @@
-"""``fct report``: one page to decide by."""
+"""``fct report``: one page to decide by, and of how a backfill went."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _MOST_BYTES = 16 << 20  # of a file of figures
 
 
 def report(
-    comparison: Annotated[Path, typer.Argument(help="What fct compare --out wrote.")],
+    comparison: Annotated[
+        Path | None,
+        typer.Argument(help="What fct compare --out wrote; may be left out beside --backfill or --verdict."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
     verdict: Annotated[Path | None, typer.Option(help="What fct judge --json printed, in a file.")] = None,
     transformation: Annotated[
@@ -46,19 +49,34 @@ def report(
     losses: Annotated[
         Path | None, typer.Option(help="Instead: what fct evaluate --groups --before-queries --out wrote.")
     ] = None,
+    backfill: Annotated[
+        str | None, typer.Option(help="A backfill's new gallery, finished or not, or its journal: how it went.")
+    ] = None,
+    verified: Annotated[
+        Path | None, typer.Option("--verify", help="Of this backfill: what fct verify --json printed, in a file.")
+    ] = None,
     items: Annotated[int, typer.Option(help="Items whose neighbours are shown.", min=1)] = 6,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Upgrade of an embedding model",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
     storage_option: StorageOption = None,
 ) -> None:
-    """Write one page to decide by, of what compare and judge measured: no other file, no network, phone and dark mode.
+    """Write one page to decide by, of what compare and judge measured and how a backfill went, for phones too.
+
+    The page is one file that loads nothing.
 
     Example: fct report compare.json --verdict judge.json -t h.safetensors --pairs held-out.parquet --out report.html
+
+    Example: fct report --backfill new-gallery/ --out backfill.html
     """
     import fct
     from fct.atomic_files import refuse_existing
+    from fct.backfilling.timeline import backfill_timeline
     from fct.report.decision_page import write_decision_page
 
+    if comparison is None and verdict is None and backfill is None:
+        raise ValueError("COMPARISON: expected it (what fct compare --out wrote), --verdict or --backfill, got none")
+    if verified is not None and backfill is None:
+        raise ValueError("--verify: expected --backfill beside it, the new gallery that was verified")
     refuse_existing(out, overwrite=overwrite, name="--out")
     h = None if transformation is None else fct.Transformation.load(transformation)
     access: StorageAccess = {"storage_options": storage_options(storage_option)}
@@ -83,11 +101,13 @@ def report(
     mixed: object = None if h is None else h.info.get("mixed")
     write_decision_page(
         out,
-        _figures(comparison, "COMPARISON"),
+        None if comparison is None else _figures(comparison, "COMPARISON"),
         verdict=None if verdict is None else _figures(verdict, "--verdict"),
         mixed=mixed if isinstance(mixed, dict) else None,
         losses=lost,
         neighbours=found,
+        backfill=None if backfill is None else backfill_timeline(backfill, name="--backfill", **access),
+        verified=None if verified is None else _figures(verified, "--verify"),
         title=title,
     )
     console.print(f"wrote {out}", highlight=False, markup=False)

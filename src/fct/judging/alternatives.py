@@ -23,6 +23,7 @@ from fct.progress import step_bar
 from fct.rows import check_labels, rows_of
 from fct.spaces import METRICS, EmbeddingSpace
 from fct.transform import transform_batch
+from fct.types import JsonDict
 
 __all__ = ["Alternative", "Comparison", "compare_alternatives"]
 
@@ -68,6 +69,8 @@ class Comparison:
     unlike_gallery: share of the gallery's sample that no pair resembles, None without one.
     held_out_pairs: that were measured on. notes: what a reader of the figures must know: copies among the pairs, what
         chance alone reaches, labels that say nothing, a gallery that is something else.
+    mixed: :class:`fct.MixedReport` of "auto" as plain values: its gallery with 10 to 90 % true rows, as they are and
+        corrected; None where the fit had too few pairs to measure it.
     """
 
     metric: str
@@ -80,6 +83,7 @@ class Comparison:
     unlike_gallery: float | None
     rows: float
     notes: tuple[str, ...] = ()
+    mixed: JsonDict | None = None
 
     def to_json(self) -> str:
         """Every figure, as text."""
@@ -183,13 +187,14 @@ def compare_alternatives(
     judge = _Judge(held, held_labels, metric, rows, price_per_hour, measure_seconds)
     found = [judge.nothing()]
     recalls: dict[str, Floats] = {}
+    fitted: dict[str, Transformation] = {}
     fits = _fits(train, extra, metric, seed)
     sizes = [len(train_rows) // part for part in _SHARES if len(train_rows) // part >= _LEAST_PAIRS]
     with step_bar(progress) as bar:
         task = bar.add_task("comparing", total=len(fits) + (0 if curve == "none" else len(sizes) - 1))
         for name, way in fits.items():
             bar.update(task, description=f"fitting {name}")
-            row, recalls[name] = judge.map(name, way, train)
+            row, recalls[name], fitted[name] = judge.map(name, way, train)
             found.append(row)
             bar.advance(task)
         points: list[Floats] = []
@@ -203,8 +208,9 @@ def compare_alternatives(
     drawn = () if curve == "none" else extrapolate(sizes, [*map(_doubles, points), _doubles(recalls[curve])], seed=seed)
     notes = _notes(whole - len(held_rows), len(held_rows), held_labels, found, unlike)
     return Comparison(
-        metric, len(train_rows), len(held_rows), tuple(found), judge.ceilings(train), drawn, curve, unlike, rows, notes
-    )
+        metric, len(train_rows), len(held_rows), tuple(found), judge.ceilings(train), drawn, curve, unlike, rows, notes,
+        fitted["auto"].info.get("mixed"),
+    )  # fmt: skip
 
 
 def _notes(
@@ -331,7 +337,7 @@ class _Judge:
         cost = None if self.price is None else 0.0
         return Alternative("nothing", float(recall.mean()), cmc1, mean, 0.0, 0.0, None, 4 * old.shape[1], 0.0, cost)
 
-    def map(self, name: str, way: _Way, train: _Part) -> tuple[Alternative, Floats]:
+    def map(self, name: str, way: _Way, train: _Part) -> tuple[Alternative, Floats, Transformation]:
         begun = time.perf_counter()
         h = way.fit(train)
         took = time.perf_counter() - begun
@@ -346,7 +352,8 @@ class _Judge:
         hours = 0.0 if way.of_queries else self.rows / speed / 3600
         cost = None if self.price is None else hours * self.price
         mflop = h.flop_per_row / 1e6
-        return Alternative(name, float(recall.mean()), cmc1, mean, took, mflop, speed, kept, hours, cost), recall
+        row = Alternative(name, float(recall.mean()), cmc1, mean, took, mflop, speed, kept, hours, cost)
+        return row, recall, h
 
     def ceilings(self, train: _Part) -> dict[str, float]:
         found = {"old": self._oracle(train.old, train.new, self.held.old)}

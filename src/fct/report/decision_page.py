@@ -1,19 +1,21 @@
-"""One page to decide by, of what ``fct compare`` and ``fct judge`` measured; it needs nothing beside it."""
+"""One page to decide by, of what ``fct compare`` and ``fct judge`` measured, and of how a backfill went; it needs
+nothing beside it."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fct.atomic_files import write_text
+from fct.backfilling.timeline import Timeline
 from fct.errors import FctError
+from fct.report.backfill_section import backfill_section, backfill_sentence
 from fct.report.charts import Line, line_chart
+from fct.report.csv_table import csv_table
 from fct.report.decision_style import SCRIPT, STYLE
 from fct.report.escaped_text import escaped
 from fct.report.neighbour_lists import Neighbours, neighbour_lists
@@ -21,39 +23,42 @@ from fct.report.neighbour_lists import Neighbours, neighbour_lists
 __all__ = ["write_decision_page"]
 
 Figures: TypeAlias = Mapping[str, Any]  # what JSON holds
-Cells: TypeAlias = list[list[str]]
 SHOWN = 30  # groups, of which a file may hold thousands
 
 
 def write_decision_page(
     path: str | os.PathLike[str],
-    comparison: Figures,
+    comparison: Figures | None = None,
     *,
     verdict: Figures | None = None,
     mixed: Figures | None = None,
     losses: Figures | None = None,
     neighbours: Sequence[Neighbours] = (),
+    backfill: Timeline | None = None,
+    verified: Figures | None = None,
     title: str = "Upgrade of an embedding model",
 ) -> Path:
     """Writes the page.
 
     Args:
         path: where to. comparison: of :meth:`fct.Comparison.to_json`. verdict: of :meth:`fct.UpgradeVerdict.to_dict`.
-        mixed: what an artifact holds of mixed galleries (``h.info["mixed"]``). losses: of
-            :meth:`fct.GroupLosses.to_dict`. neighbours: a few items.
+        mixed: what an artifact holds of mixed galleries (``h.info["mixed"]``); None: what the comparison does. losses:
+            of :meth:`fct.GroupLosses.to_dict`. neighbours: a few items.
+        backfill: of :func:`fct.backfilling.timeline.backfill_timeline`. verified: what ``fct verify --json`` printed.
 
     Raises:
-        FctError: figures that are not of these forms.
+        FctError: figures that are not of these forms. ValueError: neither a comparison nor a verdict nor a backfill.
     """
     try:
-        parts = [f"<h1>{escaped(title)}</h1>", _sentence(comparison, verdict), *_compared(comparison)]
-        parts += _judged(verdict) + _losses(losses) + _mixed(mixed) + neighbour_lists(neighbours)
-        parts.append(_foot(comparison))
+        mixed = mixed if mixed is not None or comparison is None else comparison.get("mixed")
+        parts = [f"<h1>{escaped(title)}</h1>", *_sentences(comparison, verdict, backfill, verified)]
+        parts += _compared(comparison) + _judged(verdict) + _losses(losses) + _mixed(mixed)
+        parts += [] if backfill is None else backfill_section(backfill, verified)
+        parts += [*neighbour_lists(neighbours), _foot(comparison)]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FctError(
-            f"report: expected the figures that fct compare --out, fct judge --json and fct evaluate --out write, got "
-            "others "
-            f"({type(error).__name__}: {error})"
+            "report: expected the figures that fct compare --out, fct judge --json, fct evaluate --out and fct verify "
+            f"--json write, got others ({type(error).__name__}: {error})"
         ) from error
     ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode("ascii")
     policy = (
@@ -73,6 +78,13 @@ def write_decision_page(
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _sentences(
+    comparison: Figures | None, verdict: Figures | None, backfill: Timeline | None, verified: Figures | None
+) -> list[str]:
+    said = [] if comparison is None and verdict is None else [_sentence(comparison or {}, verdict)]
+    return said + ([] if backfill is None else [backfill_sentence(backfill, verified)])
 
 
 def _sentence(comparison: Figures, verdict: Figures | None) -> str:
@@ -95,7 +107,9 @@ def _sentence(comparison: Figures, verdict: Figures | None) -> str:
     )
 
 
-def _compared(comparison: Figures) -> list[str]:
+def _compared(comparison: Figures | None) -> list[str]:
+    if comparison is None:
+        return []
     alternatives = comparison["alternatives"]
     best = max(alternatives, key=lambda row: float(row["recall_at_10"]))["name"]
     heads = [
@@ -119,7 +133,7 @@ def _compared(comparison: Figures) -> list[str]:
         ]
         for row in alternatives
     ]  # fmt: skip
-    parts = ["<h2>What could be done</h2>", _table(heads, cells, "compare.csv", best=str(best))]
+    parts = ["<h2>What could be done</h2>", csv_table(heads, cells, "compare.csv", best=str(best))]
     parts.append(
         f'<p class="note">{int(comparison["train_pairs"]):,} pairs fitted, '
         f"{int(comparison['held_out_pairs']):,} held out; hours and money for {float(comparison['rows']):,.0f} rows, "
@@ -149,6 +163,9 @@ def _compared(comparison: Figures) -> list[str]:
             line_chart("Recall@10 by the number of pairs", [Line(name, points, measured)], x_name="pairs",
                        y_name="recall@10 %", logarithmic=True)
         )  # fmt: skip
+        cells = [[f"{int(pairs):,}", f"{recall:.1f}", f"{error:.1f}", "measured" if at < measured else "extrapolated"]
+                 for at, (pairs, recall, error) in enumerate(points)]  # fmt: skip
+        parts.append(csv_table(["pairs", "recall@10 %", "±", "how"], cells, "pairs.csv"))
     return parts
 
 
@@ -167,7 +184,7 @@ def _judged(verdict: Figures | None) -> list[str]:
         )
         cells.append([str(system["name"]), *(_share(system[name]) for name in names), gained])
     heads = ["", *(f"{name} %" for name in names), "nDCG against old/old, points"]
-    parts = [f"<h2>On your queries</h2>{_table(heads, cells, 'judge.csv', best=str(verdict['candidate']))}"]
+    parts = [f"<h2>On your queries</h2>{csv_table(heads, cells, 'judge.csv', best=str(verdict['candidate']))}"]
     left = verdict["left_out"]
     parts.append(
         f'<p class="note">{int(verdict["queries"]):,} queries; left out: {int(left["without_judgement"]):,} that '
@@ -188,26 +205,47 @@ def _judged(verdict: Figures | None) -> list[str]:
             for name, g in mine["slices"].items()
         ]
         parts.append("<h2>Who gains, who loses</h2>")
-        parts.append(_table(["slice", "queries", "nDCG, points", "from", "to"], rows, "slices.csv"))
+        parts.append(csv_table(["slice", "queries", "nDCG, points", "from", "to"], rows, "slices.csv"))
     return parts
 
 
 def _mixed(mixed: Figures | None) -> list[str]:
-    points = (mixed or {}).get("points") or ()
-    if not points:
+    measured = (mixed or {}).get("points") or ()
+    if mixed is None or not measured:
         return []
+    points = [(float(p["true_share"]), float(p["recall"]), float(p["corrected_recall"])) for p in measured]
+    if mixed.get("mapped_recall") is not None:  # every row mapped: no correction changes anything
+        whole = float(mixed["mapped_recall"])
+        points = [(0.0, whole, whole), *(p for p in points if 0 < p[0] < 1), (1.0, 1.0, 1.0)]
     lines = [
-        Line(name, [(100 * float(p["true_share"]), 100 * float(p[key]), 0.0) for p in points], len(points))
-        for name, key in (("as they are", "recall"), ("corrected", "corrected_recall"))
+        Line(name, [(100 * p[0], 100 * p[at], 0.0) for p in points], len(points))
+        for at, name in ((1, "as they are"), (2, "corrected"))
     ]
+    cells = [[f"{100 * share:.0f}", _share(plain), _share(better)] for share, plain, better in points]
     return [
         "<h2>While old and new rows stand side by side</h2>",
         line_chart(
             "Recall@10 by the share of re-embedded rows", lines, x_name="re-embedded rows %", y_name="recall@10 %"
         ),
-        '<p class="note">The correction is the length of mapped rows that the artifact holds (fct backfill --mixed).'
-        "</p>",
+        csv_table(["re-embedded rows %", "recall@10 as they are %", "corrected %"], cells, "mixed.csv"),
+        f'<p class="note">{_correction(mixed)} 0 % is the gallery of mapped rows alone, 100 % that of the new model, '
+        "which every other is measured by.</p>",
     ]
+
+
+def _correction(mixed: Figures) -> str:
+    how = mixed.get("correction")
+    said = "The correction is the length of mapped rows that the artifact holds"
+    if how is not None and how["kind"] == "coordinate":
+        said = (
+            f"The correction is one coordinate more, which makes mapped rows {float(how['value']):.3g} times as similar"
+        )
+    elif how is not None:
+        said = f"Corrected, mapped rows are {float(how['value']):.3g} times as long"
+        said += " (fct backfill --mixed)"
+    if mixed.get("rows"):
+        said += f"; measured on {int(mixed['rows']):,} held-out pairs"
+    return f"{said}."
 
 
 def _losses(losses: Figures | None) -> list[str]:
@@ -224,7 +262,7 @@ def _losses(losses: Figures | None) -> list[str]:
     ]  # fmt: skip
     measure = str(losses["measure"])
     heads = ["group", "queries", f"{measure} before %", "after %", "change", "negative flips %", "beyond chance"]
-    parts = ["<h2>Who loses</h2>", _table(heads, cells, "losses.csv", shown=SHOWN + 1)]
+    parts = ["<h2>Who loses</h2>", csv_table(heads, cells, "losses.csv", shown=SHOWN + 1)]
     losers = sum(bool(row["loses"]) for row in losses["groups"])
     said = [f"{len(losses['groups']):,} groups, {losers:,} of which lose beyond what chance explains"]
     if len(losses["groups"]) > SHOWN:
@@ -240,29 +278,6 @@ def _losses(losses: Figures | None) -> list[str]:
     return parts
 
 
-def _foot(comparison: Figures) -> str:
-    return f'<p class="note">Vectors are compared by {escaped(comparison["metric"])}. Made by fct report.</p>'
-
-
-def _table(heads: Sequence[str], cells: Cells, file: str, *, best: str = "", shown: int | None = None) -> str:
-    """A table whose columns sort, without those that hold nothing, and the same as CSV to take along."""
-    full = [at for at in range(len(heads)) if at == 0 or any(row[at] != "–" for row in cells)]
-    heads, cells = [heads[at] for at in full], [[row[at] for at in full] for row in cells]
-    top = "".join(f'<th scope="col"><button type="button">{escaped(head or "way")}</button></th>' for head in heads)
-    body = "".join(
-        f"<tr{' class=best' if row[0] == best else ''}>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>"
-        for row in cells[:shown]
-    )
-    out = io.StringIO()
-    csv.writer(out).writerows([[head or "way" for head in heads], *([_inert(cell) for cell in row] for row in cells)])
-    data = base64.b64encode(out.getvalue().encode()).decode("ascii")
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{file}"><table>'
-        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-        f'<p class="note"><a download="{file}" href="data:text/csv;charset=utf-8;base64,{data}">{file}</a></p>'
-    )
-
-
-def _inert(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{cell}" if cell[:1] in ("=", "@", "\t", "\r") or (cell[:1] in "+-" and not cell[1:2].isdigit()) else cell
+def _foot(comparison: Figures | None) -> str:
+    by = "" if comparison is None else f"Vectors are compared by {escaped(comparison['metric'])}. "
+    return f'<p class="note">{by}Made by fct report.</p>'

@@ -33,6 +33,8 @@ p.note, figcaption, .legend { color: var(--muted); font-size: .9rem; margin: .4r
 figure { margin: 1rem 0; } svg { width: 100%; max-width: 40rem; height: auto; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--muted); }
 @media (max-width: 600px) { svg text { font-size: 20px; } }
+svg .band { fill: var(--line); opacity: .55; } .legend .band { background: var(--line); }
+table.facts td { text-align: left; white-space: normal; } table.facts th { text-align: left; }
 svg .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; }
 .broken { stroke-dasharray: 5 5; }
 .s0 { stroke: var(--s0); fill: var(--s0); } .s1 { stroke: var(--s1); fill: var(--s1); }
@@ -63,8 +65,10 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
   const up = th.getAttribute("aria-sort") !== "ascending";
   for (const other of th.parentNode.cells) other.removeAttribute("aria-sort");
   th.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const isName = row => Number.isNaN(Number(row.cells[0].textContent.replaceAll(",", "")));
+  const names = at === 0 && [...body.rows].some(isName);
   const value = row => { const text = row.cells[at].textContent, n = parseFloat(text.replaceAll(",", ""));
-    return at === 0 ? [0, text] : Number.isNaN(n) ? [1, text] : [0, n]; };
+    return names || /^\\d{4}-\\d/.test(text) ? [0, text] : Number.isNaN(n) ? [1, text] : [0, n]; };
   const order = (a, b) => a[0] - b[0] || (up ? 1 : -1) * (a[1] < b[1] ? -1 : a[1] > b[1] ? 1 : 0);
   for (const row of [...body.rows].sort((a, b) => order(value(a), value(b)))) body.append(row);
 });
