@@ -286,7 +286,7 @@ def paper(d: int = 128, inner: int = 2048) -> Layers:
 
 # What `auto` makes of 128 and 64 dimensions: one block in each branch, one in the mixer, a skip.
 SMALL_H = Layers(
-    "small h", 128 + 64 + 128, ((128, 128, 128), (64, 64, 128), (256, 256, 512), (512 + 192, 512 + 192, 128))
+    "small h", 128 + 64 + 128, ((128, 384, 128), (64, 192, 128), (256, 256, 512), (512 + 192, 512 + 3 * 192, 128))
 )
 
 

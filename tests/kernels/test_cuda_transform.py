@@ -130,16 +130,12 @@ def test_no_more_blocks_than_have_something_to_do(runtime: Any, rng: Any) -> Non
     assert grids == [32, 128, 128, 31]
 
 
-def test_the_rows_of_a_skip_lie_behind_what_the_last_layer_reads(runtime: Any) -> None:
+def test_the_rows_of_a_skip_lie_behind_what_the_last_layer_reads(runtime: Any, monkeypatch: Any) -> None:
     """Converted once, read there by the branches and by the last layer; every buffer as aligned as vectors ask for."""
+    monkeypatch.setattr(quantise, "EXACT_SHARE", 0.08)  # or the rows have three parts each
     backend = CudaTransform(runtime)
-    h = fct.Transformation.random(65, 33, 67, inner=129, branch=63, blocks=1, skip=True)
-    for alone in (False, True):
-        h = (
-            fct.Transformation.random(65, 65, 67, inner=129, branch=63, blocks=1, skip=True, side_info=False)
-            if alone
-            else h
-        )
+    for d_side, alone in ((33, False), (65, True)):
+        h = fct.Transformation.random(65, d_side, 67, inner=129, branch=63, blocks=1, skip=True, side_info=not alone)
         packed = backend.pack(h, "bf16", "cpu")
         assert packed.skip_at == 192  # 129 in whole units
         buffers = backend._buffers(packed, 256)
@@ -173,7 +169,7 @@ def test_chunks_of_a_small_h_fill_the_device(multiprocessors: int, l2: int) -> N
     for skip in (False, True):
         h = fct.Transformation.random(128, 64, 128, inner=512, branch=128, blocks=1, skip=skip)
         packed = CudaTransform(runtime).pack(h, "bf16", "cpu")
-        kept = 2 * (128 + 64) if skip else 0
+        kept = 2 * 3 * (128 + 64) if skip else 0
         rows_ = chunks[skip] = packed.chunk
         assert rows_ * (2 * 256 + 2 * 512 + kept) + 2 * 256 * 512 <= 0.6 * l2
         tiles = rows_ // 128 * 2

@@ -158,7 +158,7 @@ def test_a_wrong_skip_or_length_is_refused(fake: FakeDevice, rng: Any, monkeypat
             packed = super().pack(h, precision, device)
             weight = plain(packed.chains["mixer"][-1].weight)
             if wrong == "halves swapped":
-                weight[:, packed.skip_at :] = weight[:, packed.skip_at :].roll(64, 1)
+                weight[:, packed.skip_at :] = weight[:, packed.skip_at :].roll(3 * 64, 1)
             else:
                 weight[:, slice(packed.skip_at, None) if wrong == "skip" else slice(packed.skip_at)] = 0
             return packed
@@ -169,7 +169,7 @@ def test_a_wrong_skip_or_length_is_refused(fake: FakeDevice, rng: Any, monkeypat
 
 
 def test_a_large_first_layer_is_rounded(fake: FakeDevice, rng: Any) -> None:
-    """Above 8 % of the work, as on the CPU, and the bound of what rounding may cost knows; with 8-bit mixers never,
+    """Above half of the work, as on the CPU, and the bound of what rounding may cost knows; with 8-bit mixers never,
     where a CPU reads rows as int16, and the proof sees a kernel that does."""
     for shape in ({}, {"branch": 16, "blocks": 1, "skip": True}):
         h = calibrated(Transformation.random(40, 40, 8, inner=8, **shape), rng)  # type: ignore[arg-type]

@@ -313,5 +313,6 @@ def test_small_batches() -> None:
     assert one.moved == one.least_moved + 2 * 2 * 2 * D * 2 * D  # the first layers' weights three times
     assert one.share == pytest.approx(11_403_264 / (11_403_264 + 2 * 4 * D * 2 * D) / 16)
     small = small_bound(GPUS[0], {"loop": {"HMMA.16816.F32.BF16": 8}}, 256, SMALL_H)
-    assert small.moved == small.least_moved == 4 * (128 + 64 + 128) + 2 * 245_760 / 256
-    assert small.share == 1  # every width is a multiple of what a unit takes
+    assert small.least_moved == 4 * (128 + 64 + 128) + 2 * 245_760 / 256
+    assert small.moved == small.least_moved + 2 * 2 * 2 * 192 * 128 / 256  # branches and skip read rows three times
+    assert small.share == 245_760 / (245_760 + 2 * 2 * 192 * 128)  # every width is a multiple of what a unit takes
