@@ -113,6 +113,19 @@ def test_narrow_shapes_with_a_skip_and_a_length(
             assert off < 6, (str(case), off)
 
 
+def test_every_h_that_the_doctor_examines_by(runtime: Any, schedule: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(proof, "ROWS", (1, 17))
+    backend = CudaTransform(runtime)
+    for i, h in enumerate(proof.odd_transformations()):
+        assert backend.why_not(h, "bf16", "cuda:0") == []
+        for case in proof.transform_cases(h, "bf16"):
+            schedule(i % 4, 5)
+            out = torch.full((len(case.old), h.d_new), float("nan"))
+            weights = backend.pack(case.h, "bf16", "cpu")
+            backend.run(weights, rows(case.old), rows(case.side), rows(out.numpy()), threads=1)
+            assert case.error(out.numpy(), "bf16", "cuda")[0] == "", str(case)
+
+
 def test_no_more_blocks_than_have_something_to_do(runtime: Any, rng: Any) -> None:
     """A narrow h on a large device: the widest layer's units, or a warp for each row that goes in."""
     backend = CudaTransform(support.EmulatedRuntime(multiprocessors=132))
