@@ -41,6 +41,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     The bytes are on the disk (fsync of file and folder) before the old file goes.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"path: expected the path of a file to write, got the folder {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     os.close(handle)

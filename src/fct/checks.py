@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 __all__ = [
     "check_choice",
@@ -18,6 +19,7 @@ __all__ = [
     "check_number",
     "check_path",
     "check_positive",
+    "check_scores",
     "check_seed",
     "check_share",
     "check_text",
@@ -63,6 +65,7 @@ def check_path(value: object, name: str, what: str = "a path") -> Path:
 
 
 T = TypeVar("T")
+Scores: TypeAlias = npt.NDArray[np.float64]
 
 
 def check_kind(value: object, name: str, kind: type[T], what: str) -> T:
@@ -87,6 +90,26 @@ def check_items(value: object, name: str, what: str) -> list[object]:
         return list(value)
     except TypeError as error:  # an array without a dimension
         raise TypeError(f"{name}: expected {what}, got {shown(value)}") from error
+
+
+def check_scores(values: object, name: str, what: str, *, kinds: str = "iuf", gaps: bool = False) -> Scores:
+    """(n,) float64 of numbers, numpy's or torch's; raises ValueError for anything else, a mask and what is not finite.
+
+    what: "a score each", for the message. kinds: of numpy's dtypes. gaps: NaN is fine.
+    """
+    host = getattr(values, "detach", lambda: values)()
+    try:
+        array = np.asarray(host.cpu() if hasattr(host, "cpu") else host)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected (n,) numbers, {what}, got {shown(values)}") from error
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError(f"{name}: expected numbers without a mask, got {np.count_nonzero(values.mask)} masked")
+    if array.ndim != 1 or array.dtype.kind not in kinds:
+        raise ValueError(f"{name}: expected (n,) numbers, {what}, got {array.dtype} of shape {array.shape}")
+    numbers: Scores = array.astype(np.float64)
+    if np.isinf(numbers).any() or (not gaps and np.isnan(numbers).any()):
+        raise ValueError(f"{name}: expected finite numbers{', or NaN for none' if gaps else ''}, got some that are not")
+    return numbers
 
 
 def check_flag(value: object, name: str) -> bool:

@@ -230,7 +230,7 @@ def _unwrap(x: RowsLike, name: str) -> tuple[str, str, Values, str]:
         return _numpy(x, "numpy", name)
     if is_torch(x):
         return _torch(x, "torch", name)
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+    if not isinstance(x, type) and hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         kind = type(x).__module__.partition(".")[0]
         if int(x.__dlpack_device__()[0]) == 1:  # kDLCPU
             try:

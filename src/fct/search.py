@@ -274,8 +274,9 @@ def prepare_gallery(
     why = "to match space" if space else ""
     with LongCall(progress) as call:
         rows = rows_of(
-            gallery, "gallery", d=space.dim if space else None, d_why=why, report=call.stage("reading the gallery")
-        )
+            gallery, "gallery", d=space.dim if space else None, d_why=why, allow_empty=False,
+            report=call.stage("reading the gallery"),
+        )  # fmt: skip
         shadow = _prepared_shadow(rows, metric, precision, workers, call.stage("packing the gallery"))
     return PreparedGallery(gallery, rows, shadow, metric, space)
 

@@ -88,5 +88,5 @@ def test_bad_input_is_refused_by_name() -> None:
         fct.who_loses([1, 0], [1, 0], [0, 0, 1])
     with pytest.raises(ValueError, match="before, after: expected a query with a value in both, got none"):
         fct.who_loses([np.nan], [1.0], [0])
-    with pytest.raises(ValueError, match="after: expected finite scores, or NaN for none, got infinity"):
+    with pytest.raises(ValueError, match="after: expected finite numbers, or NaN for none, got some that are not"):
         fct.who_loses([1.0], [np.inf], [0])

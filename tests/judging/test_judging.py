@@ -103,6 +103,13 @@ def test_broken_qrels_are_named(tmp_path: Path, text: str, message: str) -> None
         read_qrels(tmp_path / "qrels")
 
 
+def test_ids_of_bytes_are_those_of_text() -> None:
+    assert (
+        Judgements.of(np.array([b"q", b"7"]), ["d", "e"], [1, 1]).grades
+        == Judgements.of(["q", 7], ["d", "e"], [1, 1]).grades
+    )
+
+
 def test_two_grades_for_one_pair_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one grade for query 'q' and item 'd', got 1 and 2"):
         Judgements.of(["q", "q"], ["d", "d"], [1, 2])
@@ -258,7 +265,7 @@ def test_bad_calls_are_refused_by_name() -> None:
         ({"fused": "yes"}, "fused: expected True or False, got 'yes'"),
         ({"margin": 1.5}, "margin: expected a share from 0 to 1, got 1.5"),
         ({"confidence": 95}, "confidence: expected a share between 0 and 1, got 95"),
-        ({"resamples": 0}, "resamples: expected a whole number of at least 1, got 0"),
+        ({"resamples": 0}, "resamples: expected a whole number from 1 to 10000000, got 0"),
         ({"depth": 5}, "depth: expected a whole number of at least 10, got 5"),
         ({"true_vectors": np.ones((120, 3), np.float32)}, "true_vectors: expected (120, 16) to match mapped"),
         ({"true_vectors": lambda rows: None}, "true_vectors: expected a numpy array"),
@@ -300,8 +307,13 @@ INTERVAL: Any = paired_interval
         (lambda w: MEASURE(["ab"], [{"b": 1}]), "rankings: expected a list of ids for each query, got 'ab'"),
         (lambda w: MEASURE([["b"]], [["b"]]), "relevant: expected a mapping of ids to grades"),
         (lambda w: MEASURE([["b"]], [{"b": "1"}]), "relevant: expected items with grades above 0"),
-        (lambda w: INTERVAL([1.0, np.nan], [0, 0]), "values: expected (n,) finite numbers, one a query"),
-        (lambda w: INTERVAL([1.0], [0, 0]), "others: expected (1,), as values, got (2,)"),
+        (lambda w: INTERVAL([1.0, np.nan], [0, 0]), "values: expected finite numbers, got some that are not"),
+        (lambda w: INTERVAL([1.0], [0, 0]), "others: expected (1,), as values, at least one, got (2,)"),
+        (
+            lambda w: INTERVAL(np.ma.masked_array([1.0, 2.0], mask=np.array([False, True])), [0, 0]),
+            "values: expected numbers without a",
+        ),
+        (lambda w: OF([b"q", "q"], ["d", ""], [1, 1]), "qrels: expected an item id, got none in judgement 1"),
     ],
 )
 def test_what_is_no_column_no_id_and_no_grade_is_refused(call: Any, message: str) -> None:
@@ -315,6 +327,7 @@ def test_what_is_no_column_no_id_and_no_grade_is_refused(call: Any, message: str
     [
         ("q1 0 d1 high\nq1 0 d2 1\n", "expected a whole number as grade, got 'high', line 1"),
         ("q1\td1\t1.5\nq1\td2\t1\n", "expected a whole number as grade, got '1.5', line 1"),
+        ("q1 0 d1\nq1 0 d2 1\n", "expected a whole number as grade, got 'd1', line 1"),
     ],
 )
 def test_a_bad_grade_in_the_first_line_is_no_head(tmp_path: Path, text: str, message: str) -> None:

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_choice, check_whole
+from fct.checks import check_choice, check_scores, check_whole
 from fct.metrics import RetrievalMetrics
 from fct.rows import check_labels
 from fct.terminal import printable
@@ -156,7 +156,7 @@ def who_loses(
             title, len(a), float(a.mean()), float(b.mean()), float((b < a).mean()), float((b > a).mean()), interval
         )
 
-    found = [change(str(title), member == i, level) for i, title in enumerate(names)]
+    found = [change(_text(title), member == i, level) for i, title in enumerate(names.tolist())]
     overall = change("all", np.ones(len(first), dtype=bool), 0.05)
     large = [group for group in found if group.queries >= least]
     return GroupLosses(
@@ -169,17 +169,16 @@ def who_loses(
     )
 
 
+def _text(title: object) -> str:
+    return title.decode("utf-8", "replace") if isinstance(title, bytes) else str(title)
+
+
 def _scores(given: object, name: str, measure: str, k: int) -> Floats:
     if isinstance(given, RetrievalMetrics):
         if measure == "map":
             return np.asarray(given.average_precision, np.float64)
         return np.where(given.first_match < 0, np.nan, given.first_match < k)
-    array = np.asarray(given)
-    if array.ndim != 1 or array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: expected (n,) numbers or booleans, a score each, got {array.dtype} of {array.shape}")
-    if np.isinf(array).any():
-        raise ValueError(f"{name}: expected finite scores, or NaN for none, got infinity")
-    return array.astype(np.float64)
+    return check_scores(given, name, "a score each", kinds="biuf", gaps=True)
 
 
 def _interval(gains: Floats, unit: float, share: float) -> tuple[float, float]:

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 
 from fct.checks import check_items, check_path, shown
 from fct.errors import FctError
 
-__all__ = ["Judgements", "read_qrels"]
+__all__ = ["Judgements", "id_text", "read_qrels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def read_qrels(path: str | os.PathLike[str]) -> Judgements:
     if not file.is_file():
         raise FileNotFoundError(f"qrels: expected a file of judgements, found none at {file}")
     columns: tuple[list[str], list[str], list[str]] = ([], [], [])
-    for number, fields in _lines(file):
+    for number, fields, tabs in _lines(file):
         trec = len(fields) == 4
         if trec:  # the second column is the iteration, which nobody uses
             fields = [fields[0], *fields[2:]]
@@ -100,7 +101,7 @@ def read_qrels(path: str | os.PathLike[str]) -> Judgements:
                 f"qrels: expected 'query 0 item grade' (TREC) or 'query item grade' between tabs (BEIR), got "
                 f"{shown(' '.join(fields))} in line {number} of {file}"
             )
-        if number == 1 and not trec and not _number(fields[2]):
+        if number == 1 and tabs and not trec and not _number(fields[2]):
             continue  # BEIR's head
         if not _whole(fields[2]):
             raise FctError(f"qrels: expected a whole number as grade, got {shown(fields[2])}, line {number} of {file}")
@@ -114,8 +115,8 @@ def read_qrels(path: str | os.PathLike[str]) -> Judgements:
         raise FctError(f"{error}, in {file}") from error
 
 
-def _lines(file: Path) -> Iterable[tuple[int, list[str]]]:
-    """(line number, its fields): between tabs where there are some, else between blanks."""
+def _lines(file: Path) -> Iterable[tuple[int, list[str], bool]]:
+    """(line number, its fields, whether these stand between tabs), which they do where there are some; else blanks."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as text:
             for number, line in enumerate(text, 1):
@@ -123,7 +124,7 @@ def _lines(file: Path) -> Iterable[tuple[int, list[str]]]:
                     continue
                 tabs = "\t" in line
                 fields = next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE)) if tabs else line.split()
-                yield number, [field.strip() for field in fields]
+                yield number, [field.strip() for field in fields], tabs
     except UnicodeDecodeError as error:
         raise FctError(f"qrels: expected text in UTF-8, {file} is not: {error}") from error
 
@@ -142,11 +143,25 @@ def _number(text: str) -> bool:
 
 
 def _id(value: object, what: str, row: int) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        raise ValueError(f"qrels: expected a {what} id, got none in judgement {row}")
-    if isinstance(value, (list, dict, set, np.ndarray)):
-        raise ValueError(f"qrels: expected a {what} id, got {shown(value)} in judgement {row}")
-    return str(value.item() if isinstance(value, np.generic) else value)
+    text = id_text(value)
+    if text is None:
+        got = "none" if value is None or value == "" or value != value else shown(value)
+        article = "an" if what == "item" else "a"
+        raise ValueError(f"qrels: expected {article} {what} id, got {got} in judgement {row}")
+    return text
+
+
+def id_text(value: object) -> str | None:
+    """An id as text: 7 and "7" are one, and so are b"a" and "a". None for what is no id: nothing, NaN, a list."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return repr(value)
+    if isinstance(value, (str, int, UUID)) or (isinstance(value, float) and value == value):
+        return str(value) or None
+    return None
 
 
 def _grade(value: object, row: int) -> int:

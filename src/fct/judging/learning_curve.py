@@ -53,7 +53,7 @@ def extrapolate(
         >>> round(curve[-1].recall, 3)
         0.8
     """
-    check_whole(resamples, "resamples", 1)
+    check_whole(resamples, "resamples", 1, 1_000_000)
     check_seed(seed)
     pairs = [check_whole(n, "pairs", 1) for n in check_items(pairs, "pairs", "at least two numbers, ascending")]
     if len(pairs) < 2 or any(a >= b for a, b in itertools.pairwise(pairs)):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_items, check_mapping, check_seed, check_share, check_whole, shown
+from fct.checks import check_items, check_mapping, check_scores, check_seed, check_share, check_whole, shown
 
 __all__ = ["QueryMeasures", "measure_rankings", "paired_interval"]
 
 Floats = npt.NDArray[np.float64]
+MOST_RESAMPLES = 10_000_000
 MEASURES = ("ndcg", "mrr", "recall")
 
 
@@ -60,21 +62,22 @@ def measure_rankings(
         >>> found.mean("mrr"), round(found.mean("ndcg"), 3)
         (0.5, 0.631)
     """
-    check_whole(k, "k", 1)
-    check_items(rankings, "rankings", "a list of ids for each query")
-    check_items(relevant, "relevant", "a mapping of ids to grades for each query")
-    if len(rankings) != len(relevant):
-        raise ValueError(f"relevant: expected one entry for each of {len(rankings)} rankings, got {len(relevant)}")
+    k = check_whole(k, "k", 1, 1_000_000)
+    lists = check_items(rankings, "rankings", "a list of ids for each query")
+    maps = check_items(relevant, "relevant", "a mapping of ids to grades for each query")
+    if len(lists) != len(maps):
+        raise ValueError(f"relevant: expected one entry for each of {len(lists)} rankings, got {len(maps)}")
     discount = 1 / np.log2(np.arange(2, k + 2))
-    rows = np.zeros((len(rankings), 3))
-    for i, (ranking, wanted) in enumerate(zip(rankings, relevant, strict=True)):
-        check_mapping(wanted, "relevant", "a mapping of ids to grades for each query")
+    rows = np.zeros((len(lists), 3))
+    for i, (ranking, given) in enumerate(zip(lists, maps, strict=True)):
+        check_mapping(given, "relevant", "a mapping of ids to grades for each query")
+        wanted = cast("Mapping[object, int]", given)
         if not wanted or not all(isinstance(g, (int, np.integer)) and g > 0 for g in wanted.values()):
             raise ValueError(f"relevant: expected items with grades above 0 for query {i}, got {shown(dict(wanted))}")
         first = check_items(ranking, "rankings", "a list of ids for each query")[:k]
         if len(set(first)) < len(first):
             raise ValueError(f"rankings: expected each item once, query {i} has some twice")
-        gains = np.array([wanted.get(str(item), 0) for item in first], dtype=np.float64)
+        gains = np.array([wanted.get(item, 0) for item in first], dtype=np.float64)
         best = np.sort(np.fromiter(wanted.values(), np.float64))[::-1][:k]
         hits = np.flatnonzero(gains)
         rows[i, 0] = gains @ discount[: len(gains)] / (best @ discount[: len(best)])
@@ -97,11 +100,14 @@ def paired_interval(
         >>> paired_interval(np.ones(30), np.zeros(30))
         (1.0, 1.0)
     """
-    values, others = _each_query(values, "values"), _each_query(others, "others")
-    if values.shape != others.shape:
-        raise ValueError(f"others: expected {values.shape}, as values, got {others.shape}")
+    kinds = "biuf"
+    values, others = (
+        check_scores(x, name, "one a query", kinds=kinds) for x, name in ((values, "values"), (others, "others"))
+    )
+    if values.shape != others.shape or not len(values):
+        raise ValueError(f"others: expected {values.shape}, as values, at least one, got {others.shape}")
     check_share(confidence, "confidence")
-    check_whole(resamples, "resamples", 1)
+    check_whole(resamples, "resamples", 1, MOST_RESAMPLES)
     rng = np.random.default_rng(check_seed(seed))
     difference, n = values - others, len(values)
     # Multinomial counts are the resamples; in blocks, so that memory stays small with many queries.
@@ -112,10 +118,3 @@ def paired_interval(
         means[start : start + count] = rng.multinomial(n, np.full(n, 1 / n), size=count) @ difference / n
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _each_query(values: npt.ArrayLike, name: str) -> Floats:
-    array = np.asarray(values)
-    if array.ndim != 1 or not len(array) or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected (n,) finite numbers, one a query, got {array.dtype} of {array.shape}")
-    return array.astype(np.float64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_choice, check_seed, check_share, check_whole
+from fct.checks import check_choice, check_scores, check_seed, check_share, check_whole
 from fct.rows import rows_of
 from fct.search import topk
 from fct.spaces import METRICS
@@ -62,7 +62,7 @@ class ScoreMap:
 
     def __call__(self, scores: npt.ArrayLike) -> Floats:
         """The new score that is expected at each old one: (n,) float64."""
-        return np.asarray(np.interp(_finite(scores, "scores"), self.old, self.new))
+        return np.asarray(np.interp(check_scores(scores, "scores", "a score each"), self.old, self.new))
 
     def threshold(self, old: float) -> CarriedThreshold:
         """The threshold that keeps as many of the fitted pairs by the new scores as ``old`` keeps by the old ones.
@@ -73,7 +73,7 @@ class ScoreMap:
         Raises:
             ValueError: fewer than 20 of the fitted pairs lie on either side of ``old``.
         """
-        at = float(_finite([old], "old")[0])
+        at = float(check_scores([old], "old", "one")[0])
         sign = 1.0 if self.nearest == "larger" else -1.0
         kept = int((sign * self.fitted_old >= sign * at).sum())
         if not _LEAST <= kept <= len(self.fitted_old) - _LEAST:
@@ -130,7 +130,10 @@ def fit_score_map(
     check_choice(nearest, "nearest", ("larger", "smaller"))
     check_seed(seed)
     check_share(held_out, "held_out")
-    old, new = _finite(old_scores, "old_scores"), _finite(new_scores, "new_scores")
+    old, new = (
+        check_scores(x, name, "a pair's score each")
+        for x, name in ((old_scores, "old_scores"), (new_scores, "new_scores"))
+    )
     if len(old) != len(new):
         raise ValueError(f"new_scores: expected ({len(old)},), the old scores' pairs, got ({len(new)},)")
     if len(old) < 100:
@@ -231,11 +234,3 @@ def _rising(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     steps = np.stack([begins, ends], axis=1)
     kept = np.stack([np.ones(len(single), dtype=bool), ~single], axis=1)
     return at[steps[kept]], np.repeat(values[: top + 1], 2).reshape(-1, 2)[kept]
-
-
-def _finite(scores: npt.ArrayLike, name: str) -> Floats:
-    array = np.asarray(scores)
-    if array.ndim != 1 or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-        why = "some that are not finite" if array.ndim == 1 and array.dtype.kind == "f" else f"shape {array.shape}"
-        raise ValueError(f"{name}: expected (n,) finite numbers, got {array.dtype} of {why}")
-    return array.astype(np.float64)

@@ -19,8 +19,8 @@ from fct.checks import (
     check_whole,
     shown,
 )
-from fct.judging.judgements import Judgements
-from fct.judging.ranking_measures import QueryMeasures, measure_rankings, paired_interval
+from fct.judging.judgements import Judgements, id_text
+from fct.judging.ranking_measures import MOST_RESAMPLES, QueryMeasures, measure_rankings, paired_interval
 from fct.judging.upgrade_verdict import Difference, SystemResult, UpgradeVerdict, decide
 from fct.rows import rows_of
 from fct.search import topk
@@ -136,11 +136,17 @@ def judge_upgrade(
     check_whole(depth, "depth", k)
     check_share(margin, "margin", ends=True)
     check_share(confidence, "confidence")
-    check_whole(resamples, "resamples", 1)
+    check_whole(resamples, "resamples", 1, MOST_RESAMPLES)
     check_seed(seed)
     items = _ids(item_ids, "item_ids")
-    old_rows = rows_of(gallery_old, "gallery_old", n=len(items), n_why="to match item_ids", allow_empty=False).float32()
-    new_rows = rows_of(mapped, "mapped", n=len(items), n_why="to match item_ids", d=queries.new.shape[1]).float32()
+    why = "to match item_ids"
+    old_rows = rows_of(
+        gallery_old, "gallery_old", n=len(items), n_why=why, d=queries.old.shape[1], d_why="to match queries.old",
+        allow_empty=False,
+    ).float32()  # fmt: skip
+    new_rows = rows_of(
+        mapped, "mapped", n=len(items), n_why=why, d=queries.new.shape[1], d_why="to match queries.new"
+    ).float32()
     counted, without_judgement, without_relevant = _judged(queries, judgements)
     asked = queries.take(counted)
     relevant = [judgements.relevant(str(query)) for query in asked.ids]
@@ -189,11 +195,12 @@ def judge_upgrade(
 
 
 def _ids(ids: Sequence[object], name: str) -> list[str]:
-    given = check_items(ids, name, "ids, one a row")
-    for row, one in enumerate(given):
-        if one is None or isinstance(one, (list, dict, np.ndarray)) or (isinstance(one, float) and np.isnan(one)):
+    out = []
+    for row, one in enumerate(check_items(ids, name, "ids, one a row")):
+        text = id_text(one)
+        if text is None:
             raise ValueError(f"{name}: expected an id for each row, got {shown(one)} in row {row}")
-    out = [str(i.item() if isinstance(i, np.generic) else i) for i in given]
+        out.append(text)
     if len(set(out)) < len(out):
         seen: set[str] = set()
         twice = next(i for i in out if i in seen or seen.add(i))  # type: ignore[func-returns-value]

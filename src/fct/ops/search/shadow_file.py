@@ -71,6 +71,8 @@ def write_shadow(path: Path, header: ShadowHeader, shadow: Shadow) -> None:
 
 def read_shadow(path: Path) -> tuple[ShadowHeader, Shadow]:
     """The header and the shadow, memory-mapped. Raises ArtifactError, naming the file, where it is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path: expected a shadow written by PreparedGallery.save, found no file at {path}")
     with open(path, "rb") as file:
         size = path.stat().st_size
         lead = file.read(len(_NEW) + 8)
