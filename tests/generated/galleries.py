@@ -278,6 +278,8 @@ def partitioned_table(drawn: Drawn, rows: Rows, folder: Path) -> None:
     table = table_of(drawn, rows)
     if drawn.layout == "hive" and "lang" not in table.schema.names:
         table = table.append_column("lang", pa.array([r["lang"] for r in rows]))
+    if drawn.fault == "deleted rows" and drawn.writer in ("lance", "deltalake", "iceberg"):
+        table = table.append_column("gone", pa.array([0] * len(table), pa.int64()))  # as its rows were told apart
     table = table.drop_columns([name for name in ("side",) if name in table.schema.names])
     made = catalog.create_table("n.new", schema=table.schema)
     with made.update_spec() as spec:
