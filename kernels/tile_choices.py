@@ -71,8 +71,8 @@ def tiles(kernel: str, precision: str, target: str, *, width: int) -> tuple[Tile
                        Tile(64, n, 64, 8, 2, hidden=32), Tile(32, n, 32, 4, 1, hidden=32)]  # fmt: skip
     elif kernel == "first_layers":
         columns = min(n, 128)
-        # products of two parts each: with four warps, or a third stage, they would spill on older targets
-        choices = [Tile(64, columns, 64, *((4, 3) if big else (8, 2))), Tile(32, columns, 32, 4, 2)]
+        # products of two parts each: with four warps, or 64 inputs at a time, they would spill on older targets
+        choices = [Tile(64, columns, *((64, 4) if big else (32, 8)), 3), Tile(32, columns, 32, 4, 2)]
         if precision == "fp32":
             choices = [Tile(64, min(n, 64), 32, 4, 2)]
     elif kernel == "linear":
