@@ -80,3 +80,22 @@ def test_other_pairs_are_not_taken_for_kept_ones(vectors: Path, monkeypatch: pyt
         assert fits.fit("h", old + 1, None, new, seed=0).fingerprint != one.fingerprint
         assert fits.fit("h", old, None, new, seed=1).fingerprint != one.fingerprint
     assert len(list(vectors.with_name("kept").iterdir())) == 3, "no checkpoint is left"
+
+
+def test_the_ranking_term_changes_trainings_while_it_lasts(vectors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.quality.ranking_loss import ranking_term
+    from fct.fit.pair_training import PairTraining
+
+    plain = PairTraining._one_step
+    with np.load(vectors) as file:
+        old, new = file["m0_train"], file["m2_train"]
+    found = []
+    for weight in (0.0, 0.3):
+        with ranking_term(weight):
+            h = fct.fit_transformation(old, None, new, progress=False, seed=0)
+        found.append(fct.transform_batch(old, None, h, precision="fp32"))
+    h = fct.fit_transformation(old, None, new, progress=False, seed=0)
+    assert PairTraining._one_step is plain
+    np.testing.assert_array_equal(fct.transform_batch(old, None, h, precision="fp32"), found[0])
+    assert np.abs(found[0] - found[1]).max() > 1e-3
