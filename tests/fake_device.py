@@ -37,14 +37,14 @@ class GpuTensor(torch.Tensor):
     fake: FakeDevice
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:  # type: ignore[override]  # torch's is an attribute
         return torch.device(self.fake.name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _carried_out(func, args, kwargs or {}, None)
 
-    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]  # without its options
         self.fake.catch_up()
         return self.as_subclass(torch.Tensor).clone()
 
@@ -81,7 +81,7 @@ def _carried_out(func: Any, args: Any, kwargs: Any, place: FakeDevice | None) ->
     return out if place is None else lies_there(out)
 
 
-class _Named(tuple):  # type: ignore[type-arg]
+class _Named(tuple[Any, ...]):
     """torch's named results (values, indices), with other tensors in them."""
 
     def __new__(cls, like: Any, values: list[Any]) -> Any:
@@ -179,6 +179,7 @@ interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
 
 class FakeDevice(Device):
     interpreted = True
+    second: FakeDevice  # of a machine that has two
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ FLOORS = [
     {"ops"},
     {"rows", "artifact"},
     {"codes", "native_codes", "spaces", "atomic_files", "files", "progress", "terminal", "kernels", "_C", "options"},
-    {"errors", "moved_modules", "extras", "ref", "checks", "packed_int4", "types"},
+    {"errors", "moved_modules", "extras", "ref", "checks", "packed_int4", "types", "scratch"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 

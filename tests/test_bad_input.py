@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "side_info: expected None, since this transformation was fitted without, got an array",
     ),
     "transform: no h": (
-        lambda: fct.transform_batch(rows(6, 8), rows(6, 4), "h.safetensors"),  # type: ignore[call-overload]
+        lambda: fct.transform_batch(rows(6, 8), rows(6, 4), "h.safetensors"),  # type: ignore[call-overload]  # refused
         TypeError,
         "transformation: expected an fct.Transformation, got str",
     ),
@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "old: expected int8 rows with a scale, got bare int8; wrap them in fct.ScaledInt8(values, scale)",
     ),
     "transform: a list": (
-        lambda: fct.transform_batch([[1.0] * 8], rows(1, 4), H),  # type: ignore[call-overload]
+        lambda: fct.transform_batch([[1.0] * 8], rows(1, 4), H),  # type: ignore[call-overload]  # refused
         TypeError,
         "old: expected a numpy array, a torch tensor or a DLPack object, got list",
     ),

@@ -129,7 +129,7 @@ class SaysHalf(np.ndarray[Any, Any]):
 
 class TorchSaysHalf(torch.Tensor):
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:  # type: ignore[override]  # torch's is an attribute
         return torch.float16
 
 

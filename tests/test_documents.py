@@ -20,7 +20,7 @@ from fct.cli import commands
 
 assert commands
 ROOT = Path(__file__).parents[1]
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS: Any = typer.main.get_group(cli.app).commands
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "KERNELS.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Names that a page speaks of without making them. Elsewhere: docs/engines.md in tests/engines; docs/gpu.md needs a GPU;
 # docs/export.md in tests/gallery/test_importers.py.

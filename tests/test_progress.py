@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fct
-from fct import progress
+from fct import _C, progress
 from fct.ops import registry as dispatch
 from fct.ops import weights
 from fct.ops.search import cpu_search as topk_cpu
@@ -68,8 +68,8 @@ def test_slices_and_packing_count(x: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert told == pytest.approx([6400 / 50_000 * i for i in range(1, 8)] + [1.0])
     told.clear()
     monkeypatch.setattr(topk_cpu, "_SLICE", 10_000)
-    real = topk_cpu._C.topk  # type: ignore[attr-defined]
-    monkeypatch.setattr(topk_cpu._C, "topk", lambda *a: (a[-1](0.0), a[-1](1.0), real(*a))[-1])  # type: ignore[attr-defined]
+    real = _C.topk
+    monkeypatch.setattr(_C, "topk", lambda *a: (a[-1](0.0), a[-1](1.0), real(*a))[-1])
     queries = rows_of(x[:20_000, :], "q")
     topk_cpu.topk_cpu(queries, rows_of(x[:64], "g"), None, 1, "l2", False, threads=2, report=told.append)
     assert [told[0], told[1], told[-1]] == [0.0, 0.5, 1.0]
@@ -239,7 +239,7 @@ def test_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_is_true_or_false() -> None:
     with pytest.raises(ValueError, match="progress: expected True or False, got 'no'"):
-        fct.topk(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 1, progress="no")  # type: ignore[call-overload]
+        fct.topk(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 1, progress="no")  # type: ignore[call-overload]  # refused
     h = fct.Transformation.random(2, 2, 2, inner=4)
     with pytest.raises(ValueError, match="progress: expected True or False, got 'no'"):
-        fct.transform_batch(np.ones((2, 2)), np.ones((2, 2)), h, progress="no")  # type: ignore[call-overload]
+        fct.transform_batch(np.ones((2, 2)), np.ones((2, 2)), h, progress="no")  # type: ignore[call-overload]  # refused

@@ -323,7 +323,7 @@ def mixed_transformation(transformation: Transformation, correction: MixedCorrec
 
 def evaluate_mixed(
     old: RowsLike,
-    side_info: RowsLike,
+    side_info: RowsLike | None,
     new: RowsLike,
     transformation: Transformation,
     *,

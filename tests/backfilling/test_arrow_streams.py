@@ -91,7 +91,7 @@ def test_other_rows_at_the_second_reading_are_refused_before_they_are_handed_on(
     now = [table]
     source = open_source(lambda: now[0])
     (piece,) = source.pieces()
-    source._idle.clear()  # type: ignore[attr-defined]
+    source._idle.clear()  # type: ignore[attr-defined]  # of this kind of source
     now[0] = other
     assert sum(b.num_rows for b in source.read(piece, 0, 4096, 1000)) == 4096
     with pytest.raises(FctError, match=r"other rows at another reading, from row (4096|8192) on.*ORDER BY id"):

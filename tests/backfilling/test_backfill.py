@@ -459,7 +459,7 @@ def _child(source: str, new: str, path: str, log: str) -> None:
             file.write(f"{shard.number}\n")
         yield from batches(self, shard)
 
-    ShardReader.batches = logged  # type: ignore[assignment, method-assign]
+    ShardReader.batches = logged  # type: ignore[assignment, method-assign]  # in this process alone
     fct.backfill(source, new, path, progress=False, shard_rows=300, batch_rows=64, threads=1)
 
 
@@ -552,3 +552,20 @@ def test_a_gallery_of_which_only_some_rows_are_bad_is_not_refused(
     assert (report.rows_out, report.rejects) == (len(good), n - len(good))
     shutil.rmtree(new / "_fct/done")
     assert fct.backfill(source, new, h, old_model="random-old", **QUICK).rows_out == len(good)
+
+
+def test_the_number_of_a_row_stands_before_its_vector(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.save(tmp_path / "old.npy", rng.standard_normal((20, D_OLD), dtype=np.float32))
+    h = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=16, side_info=False)
+    fct.backfill(tmp_path / "old.npy", tmp_path / "new", h, old_model="random-old", format="parquet", **QUICK)
+    table = pq.read_table(tmp_path / "new/part-00000000.parquet")
+    assert table.column_names[0] == "row"
+    assert table.num_columns == 2
+    assert table["row"].to_pylist() == list(range(20))
+
+
+def test_a_space_may_have_one_dimension(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.save(tmp_path / "old.npy", rng.standard_normal((20, D_OLD), dtype=np.float32))
+    h = fct.Transformation.random(D_OLD, D_OLD, 1, inner=16, side_info=False)
+    fct.backfill(tmp_path / "old.npy", tmp_path / "new", h, old_model="random-old", **QUICK)
+    assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "old.npy").proven

@@ -147,11 +147,10 @@ class Unwell:
 @pytest.fixture
 def unwell(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Unwell, dict[str, Any]]]:
     pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    from moto.server import DomainDispatcherApplication, create_backend_app  # type: ignore[attr-defined]
+    server = pytest.importorskip("moto.server")
     from werkzeug.serving import make_server
 
-    application = Unwell(DomainDispatcherApplication(create_backend_app))
+    application = Unwell(server.DomainDispatcherApplication(server.create_backend_app))
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -181,13 +180,11 @@ def test_a_store_that_fails_for_a_while(
 ) -> None:  # fmt: skip
     import s3fs
 
-    import fct.gallery.location as location
-
     application, options = unwell
     source = gallery(1500, bad=(3,))
     s3fs.S3FileSystem(**options).put(str(source) + "/", "unwell/old/", recursive=True)
     waits: list[float] = []
-    monkeypatch.setattr(location.time, "sleep", waits.append)  # type: ignore[attr-defined]
+    monkeypatch.setattr(time, "sleep", waits.append)
     asked = application.requests
 
     def mode(request: int) -> str:
@@ -218,7 +215,7 @@ def test_a_store_that_fails_for_good(
 
     application, options = unwell
     source = gallery(1500)
-    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     publish = location.Location.publish
 
     def ill(self: location.Location, part: Path) -> None:
@@ -310,9 +307,8 @@ class Silent(Source):
 def test_every_reader_retries_as_often_as_was_asked_for(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fct.gallery import location
 
-    monkeypatch.setattr(location.time, "sleep", lambda seconds: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     h, source = fct.Transformation.random(D_OLD, D_OLD, D_NEW, inner=16, side_info=False), Silent()
 
     def read() -> None:
@@ -322,6 +318,6 @@ def test_every_reader_retries_as_often_as_was_asked_for(
             live = fct.UpgradingGallery(source, tmp_path / "new", h, format="npy", retries=1)
             live.topk(np.zeros((1, D_NEW), np.float32), 3)
 
-    with pytest.raises(location.StoreError, match=r"no answer \(tried twice\)"):  # type: ignore[attr-defined]
+    with pytest.raises(fct.StoreError, match=r"no answer \(tried twice\)"):
         read()
     assert source.asked == 2

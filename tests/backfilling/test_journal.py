@@ -314,3 +314,17 @@ def test_a_job_without_rows_in_a_shard_is_refused_and_one_row_is_enough(name: st
     values = {name: 0}
     with pytest.raises(BackfillError, match="shard_rows, batch_rows: expected at least 1, got"):
         dataclasses.replace(job, **values).require_sound()
+
+
+def test_markers_in_a_store_without_folders_are_found() -> None:
+    """An object store knows names alone: the shards' numbers are read off them, whole, and nothing else counts."""
+    from fct.backfilling.journal import Journal
+    from fct.gallery.location import location_of
+
+    new = location_of("memory://marked")
+    journal = Journal(new / "_fct", new)
+    assert journal.marked() == []
+    for name in ("00000003.json", "00000012.json", "notes.json", "00000004.json.part"):
+        (journal.root / "done" / name).write_bytes(b"{}")
+    assert journal.marked() == [3, 12]
+    assert journal.marker(3) is None, "no whole one"

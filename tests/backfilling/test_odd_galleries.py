@@ -345,7 +345,7 @@ def test_input_that_changes_meanwhile_is_no_finished_backfill(
         elif event == "is new":
             file.unlink()
 
-    finish = run.finish  # type: ignore[attr-defined]
+    from fct.backfilling.resume import finish
 
     def late(*arguments: Any, **how: Any) -> Any:
         happen()

@@ -62,7 +62,7 @@ def test_lists_and_structs_of_views_travel(tmp_path: Path, h: fct.Transformation
     text = b"x" if "binary" in str(kind) else "x"
     values = [{"a": text}, None] if pa.types.is_struct(kind) else [[text, None], None]
     old = put(tmp_path / "old", p=pa.array(values * 3, kind))
-    fct.backfill(old, tmp_path / "new", h, old_model="random-old", format=form, progress=False)  # type: ignore[arg-type]
+    fct.backfill(old, tmp_path / "new", h, old_model="random-old", format=form, progress=False)  # type: ignore[arg-type]  # one of the formats
     source = open_source(tmp_path / "new")
     got = [row for piece in source.pieces() for b in source.read(piece, 0, piece.rows, N) for row in b["p"].to_pylist()]
     assert got == values * 3

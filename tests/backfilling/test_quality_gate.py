@@ -10,6 +10,7 @@ import pytest
 
 import fct
 from fct.backfilling import quality
+from fct.transform import transform_finite
 
 D = 16
 
@@ -57,7 +58,7 @@ def test_the_gate_is_the_jobs_own_dtype(source: Path, tmp_path: Path) -> None:
 def test_the_gate_runs_on_the_jobs_backend(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
     seen: list[tuple[Any, ...]] = []
-    real = quality.transform_finite  # type: ignore[attr-defined]
+    real = transform_finite
 
     def watched(*rows: Any, **how: Any) -> Any:
         seen.append((how["precision"], how["backend"], how["device"], how["threads"]))
@@ -97,3 +98,65 @@ def test_twelve_pairs_are_enough_and_eleven_are_not(source: Path, tmp_path: Path
         fct.plan_backfill(source, tmp_path / "new", h, old_model="random-old", pairs=few)
     with pytest.raises(ValueError, match="pairs: expected as many rows of each, at least 12"):
         fct.plan_backfill(source, tmp_path / "new", h, old_model="random-old", pairs=pairs | {"old": few["old"]})
+
+
+def test_a_pair_is_no_neighbour_of_its_own(source: Path, tmp_path: Path) -> None:
+    """Recall and mAP as one counts them by hand, each pair's own row left out: it would be found by any h."""
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    rng = np.random.default_rng(3)
+    old, labels = rng.standard_normal((60, D), dtype=np.float32), rng.integers(0, 4, 60)
+    mapped = fct.transform_batch(old, None, h, precision="fp32")
+    new = mapped + 0.5 * mapped.std() * rng.standard_normal(mapped.shape, dtype=np.float32)
+
+    def order(queries: Any, gallery: Any) -> Any:
+        distances = ((queries[:, None].astype(np.float64) - gallery[None]) ** 2).sum(axis=2)
+        np.fill_diagonal(distances, np.inf)
+        return np.argsort(distances, axis=1, kind="stable")[:, :-1]
+
+    def mean_average_precision(queries: Any, gallery: Any) -> float:
+        hits = labels[order(queries, gallery)] == labels[:, None]
+        ranks = np.arange(1, hits.shape[1] + 1)
+        return float(np.mean([(np.cumsum(h) / ranks)[h].mean() for h in hits if h.any()]))
+
+    plan = fct.plan_backfill(
+        source, tmp_path / "new", h, precision="fp32", measure_seconds=0.001, old_model="random-old",
+        pairs={"old": old, "new": new, "labels": labels},
+    )  # fmt: skip
+    assert plan.quality is not None
+    shared = [len(set(a[:10]) & set(b[:10])) for a, b in zip(order(new, mapped), order(new, new), strict=True)]
+    assert plan.quality.recall_at_10 == pytest.approx(np.mean(shared) / 10)
+    assert plan.quality.recall_at_10 < 0.9, "the pairs tell something"
+    scores = [mean_average_precision(q, g) for q, g in ((new, mapped), (old, old), (new, new))]
+    assert plan.quality.gap_closed == pytest.approx((scores[0] - scores[1]) / (scores[2] - scores[1]))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_where_no_job_can_be_made_the_gate_takes_what_was_asked_for(dtype: Any, source: Path, tmp_path: Path) -> None:
+    """auto is the store's own dtype in a job; where there is none, it is what loses nothing."""
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    old = np.random.default_rng(2).standard_normal((30, D)).astype(np.float32) * 1e6
+    plan = fct.plan_backfill(
+        source, tmp_path / "new", h, dtype=dtype, precision="fp32", measure_seconds=0.001, old_model="another",
+        pairs={"old": old, "new": fct.transform_batch(old, None, h, precision="fp32")},
+    )  # fmt: skip
+    assert any("'another'" in why for why in plan.refusals)
+    refused = "quality gate: h's output is not finite in float16 for 30 of 30 pairs"
+    assert plan.gate_refusals == ((refused,) if dtype == "float16" else ())
+
+
+def test_rows_before_and_after_are_the_same_rows(tmp_path: Path) -> None:
+    from fct.backfilling.resolve import resolve
+    from fct.options.groups import PlanOptions
+
+    rows = np.random.default_rng(0).standard_normal((9, D), dtype=np.float32)
+    rows[[0, 5], 2] = np.nan
+    np.save(tmp_path / "old.npy", rows)
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    options = PlanOptions.split({"old_model": "random-old", "precision": "fp32"})
+    found = resolve(tmp_path / "old.npy", tmp_path / "new", h, options)
+    (piece,) = found.source.pieces()
+    (batch,) = found.source.read(piece, 0, 9, 9)
+    old, new, kept = quality.before_and_after(found.mapper(found.job), batch, None)
+    assert kept.tolist() == [1, 2, 3, 4, 6, 7, 8]
+    np.testing.assert_array_equal(old, rows[kept])
+    np.testing.assert_allclose(new, fct.transform_batch(rows[kept], None, h, precision="fp32"), rtol=1e-5)

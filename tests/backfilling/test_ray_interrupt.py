@@ -65,7 +65,7 @@ def test_what_is_under_way_is_waited_for_before_the_workers_end(monkeypatch: pyt
     said: list[str] = []
     monkeypatch.setattr(ray_run._log, "warning", lambda text, *words: said.append(text % words))
     with pytest.raises(KeyboardInterrupt):
-        list(ray_run.run_on_ray(found, None, shards, address="auto", cpus=1, threads=1, bar=None))  # type: ignore[arg-type]
+        list(ray_run.run_on_ray(found, None, shards, address="auto", cpus=1, threads=1, bar=None))  # type: ignore[arg-type]  # a stand-in
     assert said == ["finishing 3 shards, press Ctrl-C again to leave them"]
     assert ray.waited == [1, 1, 3]
     assert len(ray.killed) == 1

@@ -13,6 +13,7 @@ import pytest
 
 import fct
 from fct.backfilling import id_partitions, side_join
+from fct.backfilling.id_partitions import IdPartitions
 from fct.cli.app import main
 from fct.errors import BackfillError
 from fct.gallery import vector_array
@@ -121,7 +122,7 @@ def test_the_join_is_made_once_for_all_runs(
     pair, folder = Pair(tmp_path, pa.array(range(N))), tmp_path / "n/_fct/side"
     from fct.gallery.parquet_files import ParquetDestination
 
-    write, made = ParquetDestination.write, side_join.IdPartitions  # type: ignore[attr-defined]
+    write, made = ParquetDestination.write, IdPartitions
 
     def breaks(self: Any, shard: Any, *rest: Any) -> Any:
         if shard.number == 3:

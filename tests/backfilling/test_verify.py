@@ -17,8 +17,9 @@ import pytest
 
 import fct
 from fct.atomic_files import checksum_bytes
-from fct.backfilling.job import BackfillError  # type: ignore[attr-defined]
+from fct.errors import BackfillError
 from fct.fit.precision_choice import calibrate
+from fct.gallery import open_source
 from tests.backfilling.conftest import D_NEW, D_OLD, QUICK
 
 Make = Callable[..., Path]
@@ -182,7 +183,7 @@ def test_the_journals_source_is_never_opened_unasked(pair: tuple[Path, Path], mo
     from fct.backfilling import new_gallery, verify
 
     opened: list[str] = []
-    real = verify.open_source  # type: ignore[attr-defined]
+    real = open_source
 
     def watched(where: Any, **how: Any) -> Any:
         opened.append(str(where))
@@ -215,7 +216,8 @@ def test_the_users_own_count_is_held_against_it(
 
 
 def _inputs(rng: np.random.Generator) -> tuple[Any, Any]:
-    return tuple(rng.standard_normal((512, d), dtype=np.float32) for d in (D_OLD, 8))  # type: ignore[return-value]
+    old, side = (rng.standard_normal((512, d), dtype=np.float32) for d in (D_OLD, 8))
+    return old, side
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
@@ -270,3 +272,34 @@ def test_every_format_is_compared_with_its_source(
     report = fct.verify_gallery(new, source=source)
     assert report.proven, report
     assert (report.source_rows, report.compared, report.rejects) == (N, N - 3, 3)
+
+
+def test_a_marker_behind_the_last_shard_is_named(pair: tuple[Path, Path]) -> None:
+    _, new = pair
+    shards = len(files(new))
+    shutil.copy(new / "_fct/done/00000000.json", new / f"_fct/done/{shards:08d}.json")
+    problems = fct.verify_gallery(new).problems
+    assert f"the journal has a marker of shard {shards}, the job has {shards}" in problems
+
+
+@pytest.mark.parametrize("lost", [20, 22])
+def test_twenty_lost_shards_are_named_and_the_others_counted(
+    lost: int, gallery: Make, h: fct.Transformation, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    fct.backfill(gallery(N), new, h, progress=False, shard_rows=24, batch_rows=64)
+    for number in range(lost):
+        (new / f"_fct/done/{number:08d}.json").unlink()
+    problems = fct.verify_gallery(new).problems
+    assert len([p for p in problems if re.fullmatch(r"shard \d+ has no whole marker", p)]) == 20
+    more = [p for p in problems if "more shards like these" in p]
+    assert more == ([] if lost == 20 else ["and 2 more shards like these"])
+
+
+def test_rejects_and_bytes_of_all_shards_are_added_up(gallery: Make, h: fct.Transformation, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    fct.backfill(gallery(N, bad=(3, 100, 599)), new, h, progress=False, shard_rows=100, batch_rows=64)
+    report = fct.verify_gallery(new)
+    assert (report.rows_in, report.rows_out, report.rejects) == (N, N - 3, 3)
+    assert report.bytes == sum(file.stat().st_size for file in files(new))
+    assert report.shards == len(files(new)) > 3

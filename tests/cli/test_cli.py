@@ -19,7 +19,7 @@ from fct.cli import app as cli
 from fct.cli import commands, main
 
 assert commands
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS: Any = typer.main.get_group(cli.app).commands
 
 
 def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

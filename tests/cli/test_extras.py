@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fct
 from fct import extras
 from tests.cli.worker import live
 
@@ -25,7 +26,7 @@ def test_every_extra_named_is_one_of_the_projects() -> None:
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(extras.MissingExtraError) as raised:  # type: ignore[attr-defined]
+    with pytest.raises(fct.MissingExtraError) as raised:
         extras.need("faiss", "faiss")
     assert str(raised.value) == "faiss: needs faiss-cpu, which is not installed: pip install 'fct-embeddings[faiss]'"
 

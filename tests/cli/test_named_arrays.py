@@ -149,8 +149,27 @@ def pairs_of(folder: Path) -> dict[str, Any]:
     return {"old": ROWS, "side": ROWS[:, :3].copy(), "new": new}
 
 
+def written(path: Path) -> Any:
+    """What a search wrote, as its suffix says."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def known() -> list[fct.Transformation]:
+    return []
+
+
 @pytest.mark.parametrize("form", ["parquet", "npz", "folder", "apart"])
-def test_fit_takes_pairs_in_one_file_or_apart(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_takes_pairs_in_one_file_or_apart(
+    form: str,
+    known: list[fct.Transformation],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arrays = pairs_of(tmp_path)
     table = {name: fixed(rows) for name, rows in arrays.items()}
     if form == "npz":
@@ -164,7 +183,19 @@ def test_fit_takes_pairs_in_one_file_or_apart(form: str, tmp_path: Path, capsys:
         words = ["--pairs", folder] if form == "folder" else []
         if form == "apart":
             words = ["--old", f"{folder}:old", "--side-info", f"{folder}:side", "--new", f"{folder}:new"]
+    given: list[Any] = []
+    real = fct.fit_transformation
+
+    def fitted(*pairs: Any, **how: Any) -> fct.Transformation:
+        given.extend(pairs)
+        if not known:  # the same pairs each time: one fit is enough
+            known.append(real(*pairs, **how))
+        return known[0]
+
+    monkeypatch.setattr("fct.fit.transformation_fit.fit_transformation", fitted)
     run(capsys, "fit", *words, "--out", tmp_path / "h.safetensors")
+    for got, name in zip(given, ("old", "side", "new"), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), arrays[name], err_msg=name)
     h = fct.Transformation.load(tmp_path / "h.safetensors")
     assert (h.d_old, h.d_side, h.d_new) == (D, 3, 5)
 
@@ -193,13 +224,7 @@ def test_search_finds_ids_rows_and_distances(tmp_path: Path, capsys: pytest.Capt
     assert np.array_equal(np.array([line["distances"] for line in lines], np.float32), want.distances)
     for name in ("out.parquet", "out.json", "out.jsonl"):
         run(capsys, *words, "--out", tmp_path / name)
-        text = (tmp_path / name).read_text() if name != "out.parquet" else ""
-        found: dict[str, Any] = {
-            "out.parquet": lambda: pq.read_table(tmp_path / "out.parquet").to_pylist(),
-            "out.json": lambda text=text: json.loads(text),  # type: ignore[misc]
-            "out.jsonl": lambda text=text: [json.loads(line) for line in text.splitlines()],  # type: ignore[misc]
-        }[name]()
-        assert found == lines
+        assert written(tmp_path / name) == lines
         assert "exists" in refused(capsys, *words, "--out", tmp_path / name)
 
 

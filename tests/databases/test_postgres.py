@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import fct
+from fct.gallery import open_source
 from tests.databases.conftest import D_NEW, Database, rows_of, vectors_of
 
 ROWS = 3000
@@ -216,3 +220,23 @@ def test_keys_and_vectors_that_the_server_joins(
     assert len(rows) == 2500 - without
     want = fct.transform_batch(vectors_of([a for a, _ in rows]), None, h, progress=False)
     assert np.allclose(vectors_of([b for _, b in rows]), want, atol=2e-5)
+
+
+def test_no_connection_outlasts_its_reader(db: Database) -> None:
+    """A service that opens a table an hour would end with as many sessions, and the collector with as many warnings."""
+    db.items(rows_of(20))
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'fct' AND datname = current_database()"
+    source = open_source(db.url("items"))
+    (piece,) = source.pieces()
+    assert sum(batch.num_rows for batch in source.read(piece, 0, 20, 10)) == 20
+    assert db.run(sessions)[0][0] == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        del source
+        gc.collect()
+    assert not [str(w.message) for w in caught if "psycopg" in str(w.message)]
+    for _ in range(50):  # the server takes a moment to see it
+        if db.run(sessions)[0][0] == 0:
+            break
+        time.sleep(0.1)
+    assert db.run(sessions)[0][0] == 0

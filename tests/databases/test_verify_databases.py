@@ -96,8 +96,9 @@ def test_a_reader_of_collections_that_gives_other_rows_is_found(
     from fct.gallery.databases import database_source
     from fct.gallery.location import Patience
 
-    source, kind = store.place + "items", type(database_source(store.place + "items", Patience()))
-    scan, points = kind.scan, kind.points  # type: ignore[attr-defined]
+    source = store.place + "items"
+    kind: Any = type(database_source(source, Patience()))
+    scan, points = kind.scan, kind.points
 
     def fewer(self: Any) -> Iterator[pa.Array]:
         return (ids.slice(1) for ids in scan(self))

@@ -16,6 +16,7 @@ import fct
 from fct import arrow_mapper
 from fct.gallery import vector_array
 from fct.ops.weights import packed_names
+from fct.transform import transform_finite
 
 D_OLD, D_SIDE, D_NEW, ROWS = 12, 6, 10, 40
 
@@ -151,7 +152,7 @@ def test_a_table_in_many_small_pieces_is_mapped_at_once(
     h: fct.Transformation, old: Any, side: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch, calls = batch_of(old, side), []
-    real = arrow_mapper.transform_finite  # type: ignore[attr-defined]
+    real = transform_finite
     monkeypatch.setattr(arrow_mapper, "transform_finite", lambda *a, **k: (calls.append(len(a[0])), real(*a, **k)))
     mapper = h.arrow_mapper(vector="v", side="s", out="new", precision="fp32")
     table = pa.Table.from_batches([batch.slice(i, 1) for i in range(ROWS)])

@@ -41,8 +41,13 @@ def tokenised(texts: Any) -> dict[str, Any]:
     return {"input_ids": torch.tensor([i + [0] * (width - len(i)) for i in ids]), "attention_mask": mask}
 
 
+def encoded(side: LayerSideInfo, items: Any) -> Any:
+    """An array or codes, as the storage says."""
+    return side.encode(items, progress=False)
+
+
 @pytest.fixture
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 6, 3),
@@ -60,10 +65,10 @@ def images(rng: np.random.Generator) -> Any:
     return rng.random((120, 1, 14, 14), dtype=np.float32)
 
 
-def test_it_is_the_principal_components_of_the_pooled_layer(network: nn.Module, images: Any) -> None:
+def test_it_is_the_principal_components_of_the_pooled_layer(network: nn.Sequential, images: Any) -> None:
     side = side_info_from(network, images, layer="3", dim=10, storage="float32", batch_size=32, progress=False)
     with torch.inference_mode():
-        maps = network[:4](torch.from_numpy(images))  # type: ignore[index]
+        maps = network[:4](torch.from_numpy(images))
         pooled = nn.functional.adaptive_avg_pool2d(maps, 3).flatten(1).numpy()
     _, _, axes = np.linalg.svd(pooled - pooled.mean(axis=0), full_matrices=False)
     want = (pooled - pooled.mean(axis=0)) @ axes[:10].T
@@ -78,7 +83,7 @@ def test_texts_are_averaged_over_their_own_tokens() -> None:
     how: dict[str, Any] = {"layer": "first", "dim": 6, "storage": "float32", "batch": tokenised, "progress": False}
     side = side_info_from(model, texts, **how)
     alone = np.concatenate([np.asarray(side.encode([text], progress=False)) for text in texts])
-    np.testing.assert_allclose(side.encode(texts, progress=False), alone, atol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(encoded(side, texts), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(("storage", "kept", "size"), [("float32", 0.9999, 48), ("int8", 0.999, 12), ("int4", 0.97, 6)])
@@ -99,8 +104,8 @@ def test_the_file_and_the_model_give_the_same_rows(network: nn.Module, images: A
     again = LayerSideInfo.load(tmp_path / "side.safetensors", network)
     assert again.id == side.id
     np.testing.assert_array_equal(
-        again.encode(images, progress=False).values,  # type: ignore[union-attr]
-        side.encode(images, progress=False).values,  # type: ignore[union-attr]
+        encoded(again, images).values,
+        encoded(side, images).values,
     )
     (tmp_path / "other.safetensors").write_bytes(b"no")
     with pytest.raises(ArtifactError, match=r"expected a file by LayerSideInfo\.save"):
@@ -186,7 +191,8 @@ def test_a_column_of_codes_with_nulls() -> None:
     column = pa.array([b"\x21\x03", None, b"\xf8\x07"], pa.binary(2))
     block = vector_block(column, 3)
     assert block.values.tolist() == [[1, 2, 3], [-8, -1, 7]]
-    assert (list(block.rows), block.bad) == ([0, 2], {1: "null"})  # type: ignore[arg-type]
+    assert block.rows is not None
+    assert (list(block.rows), block.bad) == ([0, 2], {1: "null"})
     with pytest.raises(ValueError, match="vectors: expected 8 float32 a row, got a column of fixed_size_binary"):
         vector_block(column, 8)
 
@@ -231,14 +237,14 @@ def test_a_layer_goes_by_the_name_of_either_version_of_sentence_transformers(
     side = side_info_from(model, texts, layer="auto_model.first", dim=4, progress=False)
     other = side_info_from(model, texts, layer="model.first", dim=4, progress=False)
     np.testing.assert_array_equal(
-        side.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
-        other.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
+        encoded(side, texts).codes(),
+        encoded(other, texts).codes(),
     )
     side.save(tmp_path / "side.safetensors")
     again = LayerSideInfo.load(tmp_path / "side.safetensors", model)
     np.testing.assert_array_equal(
-        again.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
-        side.encode(texts, progress=False).codes(),  # type: ignore[union-attr]
+        encoded(again, texts).codes(),
+        encoded(side, texts).codes(),
     )
     for name in ("auto_model.second", "auto_model.forward", "training", "auto_model."):
         with pytest.raises(
@@ -254,13 +260,13 @@ def test_a_model_by_name_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyP
     def missing(name: str, device: str) -> nn.Module:
         raise OSError(f"nothing\nat {name}")
 
-    library = ModuleType("sentence_transformers")
-    library.SentenceTransformer = missing  # type: ignore[attr-defined]
+    library: Any = ModuleType("sentence_transformers")
+    library.SentenceTransformer = missing
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
     with pytest.raises(
         ValueError, match=r"model: expected the name or folder .*, 'no/such' could not be loaded: nothing at"
     ):
         side_info_from("no/such", ["a"] * 9, layer="x", progress=False)
-    library.SentenceTransformer = lambda name, device: Version6()  # type: ignore[attr-defined]
+    library.SentenceTransformer = lambda name, device: Version6()
     side = side_info_from("some-name", [f"text {i * i}" for i in range(40)], layer="model.first", dim=4, progress=False)
     assert side.layer == "model.first"

@@ -83,7 +83,9 @@ def test_dataset_and_array_give_the_same_batches(images: tuple[Any, Any]) -> Non
         Images(x, y).batches(50, seed=(1, 2)), Images(pairs).batches(50, seed=(1, 2)), strict=True
     ):
         assert torch.equal(a, b)
-        assert torch.equal(la, lb)  # type: ignore[arg-type]
+        assert la is not None
+        assert lb is not None
+        assert torch.equal(la, lb)
 
 
 def test_augmentation_draws_for_each_image() -> None:
@@ -162,10 +164,10 @@ def test_bct_vectors_compare_with_the_old_ones(images: tuple[Any, Any], loss: st
         "progress": False,
     }  # mirrored: class 1
     old, head = train_supervised(x[known], y[known], classes=2, dim=16, **more)
-    extended = old_classifier_for(old, head, Images(x, y), 4)
-    torch.testing.assert_close(extended.prototypes[:2], head.prototypes.detach())  # type: ignore[index]
+    extended: Any = old_classifier_for(old, head, Images(x, y), 4)
+    torch.testing.assert_close(extended.prototypes[:2], head.prototypes.detach())
     mean = embed(old, x[y == 3]).mean(axis=0)
-    direction = extended.prototypes[3].detach().numpy()  # type: ignore[index]
+    direction = extended.prototypes[3].detach().numpy()
     assert float(mean @ direction / np.linalg.norm(mean) / np.linalg.norm(direction)) == pytest.approx(1, abs=1e-4)
     new, _ = train_bct(x, y, classes=4, old_model=old, old_head=head, **more)
     gallery, queries = embed(old, x[known]), embed(new, x[known])

@@ -150,10 +150,11 @@ def test_norm_is_frozen_in_the_second_half(pairs: tuple[Any, Any, Any]) -> None:
     train, held = pairs_module.split_pairs(checked, 0.1, 0)
     config = replace(paper_config(), inner=16, epochs=4)
     training = PairTraining(train, held, config, 0, torch.device("cpu"), scalings_of(train, False, 0))
-    means = []
+    means, module = [], training.module
+    norm: Any = module.mixer[0].norm
     for _ in range(4):
         training.one_epoch()
-        means.append(training.module.mixer[0].norm.running_mean.clone())  # type: ignore[operator, union-attr]
+        means.append(norm.running_mean.clone())
     assert not torch.equal(means[0], means[1])
     assert torch.equal(means[1], means[2])
     assert torch.equal(means[2], means[3])
@@ -195,4 +196,4 @@ def test_config_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="lr: expected a positive number, got -1"):
         FitConfig(lr=-1)
     with pytest.raises(ValueError, match="lr: expected a positive number, got 'fast'"):
-        FitConfig(lr="fast")  # type: ignore[arg-type]
+        FitConfig(lr="fast")  # type: ignore[arg-type]  # refused

@@ -50,7 +50,7 @@ def _hdf5_chunked(folder: Path, values: Array) -> str:
 
 def _zarr(version: int) -> Callable[[Path, Array], str]:
     def write(folder: Path, values: Array) -> str:
-        group = zarr.open_group(f"{folder}/a.zarr", mode="w", zarr_format=version)  # type: ignore[arg-type]
+        group = zarr.open_group(f"{folder}/a.zarr", mode="w", zarr_format=version)  # type: ignore[arg-type]  # 2 or 3, to zarr a Literal
         array = group.create_array("deep/rows", shape=values.shape, chunks=(97, 5), dtype=values.dtype)
         array[:] = values
         group.create_array("labels", shape=(4,), dtype="i8")
@@ -175,7 +175,7 @@ def test_an_array_that_lies_in_another_file_is_not_opened(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [".zarray", "0.0"])
 def test_a_pipe_in_a_store_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
-    zarr.save_array(str(tmp_path / "a.zarr"), np.ones((10, D), np.float32), zarr_format=2)  # type: ignore[arg-type]
+    zarr.save_array(str(tmp_path / "a.zarr"), np.ones((10, D), np.float32), zarr_format=2)  # type: ignore[arg-type]  # 2 or 3, to zarr a Literal
     (tmp_path / "a.zarr" / name).unlink()
     os.mkfifo(tmp_path / "a.zarr" / name)
     with pytest.raises(fct.FctError, match=r"expected files, .*a\.zarr.* is none"):
@@ -186,7 +186,7 @@ def test_a_pipe_in_a_store_is_refused_and_not_waited_for(name: str, tmp_path: Pa
 def test_codes_that_say_what_they_stand_for_are_read_so(version: int, tmp_path: Path, rng: np.random.Generator) -> None:
     codes = rng.integers(-127, 127, (300, D)).astype(np.int8)
     codes[9, 3] = -128
-    array = zarr.create_array(f"{tmp_path}/a.zarr", shape=codes.shape, dtype="i1", chunks=(50, D), zarr_format=version)  # type: ignore[arg-type]
+    array = zarr.create_array(f"{tmp_path}/a.zarr", shape=codes.shape, dtype="i1", chunks=(50, D), zarr_format=version)  # type: ignore[arg-type]  # 2 or 3, to zarr a Literal
     array[:] = codes
     array.attrs.update({"scale_factor": 0.01, "add_offset": -0.3, "_FillValue": -128})
     want = (codes * 0.01 - 0.3).astype(np.float32)
@@ -315,7 +315,7 @@ def test_labels_of_hdf5_and_zarr(version: int, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["labels"] = np.arange(5, dtype=">i4")
         file["train"] = np.zeros((5, D))
-    group = zarr.open_group(f"{tmp_path}/a.zarr", mode="w", zarr_format=version)  # type: ignore[arg-type]
+    group = zarr.open_group(f"{tmp_path}/a.zarr", mode="w", zarr_format=version)  # type: ignore[arg-type]  # 2 or 3, to zarr a Literal
     group.create_array("labels", shape=(5,), dtype="i4")[:] = np.arange(5)
     for where in (f"{tmp_path}/a.h5:labels", f"{tmp_path}/a.zarr:/labels"):
         assert load_labels(where).tolist() == [0, 1, 2, 3, 4]

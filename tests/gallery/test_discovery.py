@@ -47,7 +47,7 @@ def test_the_same_file_name_in_each_folder(pattern: str, tmp_path: Path) -> None
 def test_two_pieces_of_one_identity_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "g/a.parquet", 0)
     source = open_source(tmp_path / "g")
-    source._files *= 2  # type: ignore[attr-defined]
+    source._files *= 2  # type: ignore[attr-defined]  # of this kind of source
     with pytest.raises(FctError, match=r"expected each file once, .*a.parquet, .*a.parquet are all named 'a.parquet'"):
         source.pieces()
 

@@ -8,6 +8,7 @@ import struct
 import uuid
 from collections import Counter
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import fct
 from fct.gallery import bulk, export_bulk, tag_space
 from fct.gallery.export_ids import RULES, IdCheck
 from fct.gallery.json_values import json_values
+from fct.gallery.vectors import vector_block
 
 D = 4
 TARGETS = ("milvus", "qdrant", "pgvector")
@@ -139,9 +141,9 @@ def test_more_ids_than_memory_is_given_are_compared_over_files(tmp_path: Path, m
             check(part, i * 64)
         if wrong:
             with pytest.raises(ValueError, match=rf"rows 17 and 5000 both have {last}"):
-                check.close(lambda parts=parts: iter(parts))  # type: ignore[misc]
+                check.close(partial(iter, parts))
         else:
-            check.close(lambda parts=parts: iter(parts))  # type: ignore[misc]
+            check.close(partial(iter, parts))
         assert not list(tmp_path.iterdir())
 
 
@@ -268,7 +270,7 @@ def test_a_stopped_export_leaves_nothing(tmp_path: Path, to: str, there: bool, m
     if there:
         (tmp_path / "out").mkdir()
     monkeypatch.setattr(bulk, "_BATCH", 100)
-    real, calls = bulk.vector_block, []  # type: ignore[attr-defined]
+    real, calls = vector_block, []
 
     def stop(*args: Any, **more: Any) -> Any:
         calls.append(1)

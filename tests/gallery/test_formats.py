@@ -185,7 +185,7 @@ def test_a_row_group_is_decoded_once_however_it_is_cut(
     for start in range(0, 50, 10):
         read(start, 10)
     assert len(begun) == 1
-    assert not source._paused[0].file.closed  # type: ignore[attr-defined]
+    assert not source._paused[0].file.closed  # type: ignore[attr-defined]  # of this kind of source
     read(54, 2)  # skips rows that another worker has
     assert len(begun) == 1
     read(56, 44)  # to the end of this row group, and the next
@@ -198,7 +198,7 @@ def test_a_row_group_is_decoded_once_however_it_is_cut(
     assert len(begun) == 4
     for start in (0, 30, 1, 31, 2, 32):  # more passes than are kept
         read(start, 3)
-        assert len(source._paused) <= 2  # type: ignore[attr-defined]
+        assert len(source._paused) <= 2  # type: ignore[attr-defined]  # of this kind of source
 
 
 @pytest.mark.parametrize("ahead", [0, 1 << 30])

@@ -134,7 +134,7 @@ def _pandas(table: pa.Table, path: Path) -> None:
 def _polars(table: pa.Table, path: Path) -> None:
     import polars as pl
 
-    pl.from_arrow(table).write_parquet(path)  # type: ignore[union-attr]
+    pl.from_arrow(table).write_parquet(path)  # type: ignore[union-attr]  # a table is a DataFrame
 
 
 def _duckdb(table: pa.Table, path: Path) -> None:

@@ -82,7 +82,7 @@ class JournalFinished(JournalResumed):
     """The same of a backfill that is finished, its files of rows damaged as well."""
 
     stopped = False
-    files = (*JournalResumed.files, "new/*.parquet", "new/_fct/transformation.safetensors")  # type: ignore[assignment]
+    files = (*JournalResumed.files, "new/*.parquet", "new/_fct/transformation.safetensors")  # type: ignore[assignment]  # more of them
 
 
 class JournalVerified(_Journal):

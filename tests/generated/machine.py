@@ -275,7 +275,7 @@ def _export_refusal(drawn: Drawn) -> str:
 
 def _export(drawn: Drawn, new: str, rows: Rows, h: fct.Transformation, folder: Path) -> None:
     out = folder / "out"
-    said = _refusal(lambda: export_bulk(new, out, drawn.export, progress=False))  # type: ignore[arg-type]
+    said = _refusal(lambda: export_bulk(new, out, drawn.export, progress=False))  # type: ignore[arg-type]  # drawn: wrong ones too
     reason = _export_refusal(drawn) if drawn.writer != "numpy" else ""
     assert reason in said, f"expected a refusal for {reason}, got {said!r}"
     assert bool(reason) == bool(said), said

@@ -25,6 +25,7 @@ import fct.gallery.export_ids
 import fct.gallery.file_gallery
 import fct.gallery.saved_dataset
 import fct.gallery.stores
+from fct.gallery import schemas
 from fct.gallery.arrow_files import ArrowSource
 from fct.gallery.file_gallery import FileSource
 from tests.generated.galleries import Drawn
@@ -158,7 +159,7 @@ def _labels_mixed(patch: pytest.MonkeyPatch) -> None:
                 batch = batch.set_column(i, field, column)
         return batch
 
-    real = fct.gallery.file_gallery.conform  # type: ignore[attr-defined]
+    real = schemas.conform
     patch.setattr(fct.gallery.file_gallery, "conform", conform)
 
 

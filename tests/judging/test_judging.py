@@ -148,7 +148,9 @@ def test_go_where_mapped_is_better() -> None:
     world = World(1.5, 0.3)
     verdict = world.judge(true_vectors=world.true)
     assert verdict.word == "go", verdict.reason
-    assert verdict.result("mapped").gain.low > 0  # type: ignore[union-attr]
+    gain = verdict.result("mapped").gain
+    assert gain is not None
+    assert gain.low > 0
     assert verdict.result("mapped + rerank").measures.mean() >= verdict.result("mapped").measures.mean()
     assert verdict.result("new/new").measures.mean() >= verdict.result("mapped + rerank").measures.mean()
     assert set(verdict.result("mapped").slices) == {"language=de", "language=en"}

@@ -144,8 +144,8 @@ def test_chunk_follows_the_device() -> None:
         assert rows * 2 * 2 * 2048 + weights <= 0.6 * l2
         tiles = rows // 128 * 8
         assert tiles / (-(-tiles // processors) * processors) > 0.95
-        layer = [PackedLayer(None, None, None, None, None, x.d_in, x.d_out, x.relu) for x in h.mixer]  # type: ignore[arg-type]
-        footprints = PackedTransform((), (), tuple(layer), "bf16", 0.0, None).footprints  # type: ignore[arg-type]
+        layer = [PackedLayer(None, None, None, None, None, x.d_in, x.d_out, x.relu) for x in h.mixer]  # type: ignore[arg-type]  # sizes alone count
+        footprints = PackedTransform((), (), tuple(layer), "bf16", 0.0, None).footprints  # type: ignore[arg-type]  # sizes alone count
         assert rows == chunk_rows(footprints, 2048, l2_bytes=l2, processors=processors)
     assert chunk(l2_bytes=4 << 20, multiprocessors=10) == 512  # more than the small kernel takes
 

@@ -27,7 +27,10 @@ def runtime() -> support.EmulatedRuntime:
 
 @pytest.fixture
 def schedule(runtime: support.EmulatedRuntime) -> Callable[[int, int], None]:
-    return lambda sched, seed=1: runtime.lib.schedule(sched, seed, 2)  # type: ignore[misc]
+    def schedule(sched: int, seed: int = 1) -> None:
+        runtime.lib.schedule(sched, seed, 2)
+
+    return schedule
 
 
 def costs(queries: Any, gallery: Any, metric: str) -> Any:
@@ -211,7 +214,7 @@ def test_zero_rows_launch_nothing(runtime: Any) -> None:
     runtime.lib.intercept(refuse)
     try:
         search = CudaSearch(runtime)
-        assert search.search(rows(np.zeros((0, 5), np.float32)), None, 3)[1].shape == (0, 3)  # type: ignore[arg-type]
+        assert search.search(rows(np.zeros((0, 5), np.float32)), None, 3)[1].shape == (0, 3)  # type: ignore[arg-type]  # asks no gallery for no query
     finally:
         runtime.lib.intercept(None)
 

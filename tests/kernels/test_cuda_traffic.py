@@ -12,9 +12,10 @@ import cuda_support as support
 import pytest
 import torch
 
+from fct.bench.data_sheets import GPUS, Gpu
 from fct.ops.search.cuda_search import CudaSearch
 from fct.rows import Rows
-from tools.gpu_roofline import GPUS, Gpu, cuda_scan  # type: ignore[attr-defined]
+from tools.gpu_roofline import cuda_scan
 from tools.gpu_traffic import META, Scan, Unit, scan_launches
 
 # (block number, groups of copies committed before, write) -> units touched

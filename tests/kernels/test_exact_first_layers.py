@@ -39,7 +39,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice
 
 
 @triton.jit
-def forgetful_split(x, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def forgetful_split(x, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own language
     high = kernels._cast(x, tl.bfloat16, UPCAST)
     return high, (x * 0).to(tl.bfloat16)
 

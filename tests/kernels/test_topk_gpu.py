@@ -39,7 +39,7 @@ BACKENDS = [pytest.param("cuda", marks=support.needs_cxx), "triton"]
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice]:
     device, second = FakeDevice(seed=7), FakeDevice("sm_80", index=1, seed=8)
     device.install(monkeypatch, tmp_path, second)
-    device.second = second  # type: ignore[attr-defined]
+    device.second = second
     monkeypatch.delenv("FCT_BACKEND", raising=False)
     # the proof's shapes shrink to what the interpreter does in seconds; test_triton_topk.py has larger ones
     monkeypatch.setattr(selfproof, "SEARCHES", ((1, 1, 1, 1), (3, 90, 9, 7)))
@@ -74,7 +74,8 @@ def on(device: FakeDevice, x: Any) -> Any:
 
 
 def sides(rng: Any, n_q: int = 17, n: int = 301, d: int = 9) -> tuple[Any, Any]:
-    return tuple(rng.integers(-3, 4, (m, d)).astype(np.float32) for m in (n_q, n))  # type: ignore[return-value]
+    q, g = (rng.integers(-3, 4, (m, d)).astype(np.float32) for m in (n_q, n))
+    return q, g
 
 
 def same(found: Any, q: Any, g: Any, k: int, **how: Any) -> None:
@@ -268,7 +269,7 @@ def test_prepared_once_and_appended(
     with pytest.raises(ValueError, match="path: expected a gallery prepared on the cpu, got one on cuda:0"):
         grown.save(tmp_path / "shadow")
     with pytest.raises(ValueError, match=r"rows: expected torch rows of float32|got one on cuda:1"):
-        prepared.append(on(fake.second, g[200:]))  # type: ignore[attr-defined]
+        prepared.append(on(fake.second, g[200:]))
 
 
 def test_append_scaled_int8(fake: FakeDevice, triton: None, rng: Any) -> None:
@@ -296,7 +297,7 @@ def test_out_of_memory(fake: FakeDevice, triton: None, rng: Any, monkeypatch: An
 # ---- bad days ----
 def test_rows_on_two_devices(fake: FakeDevice, rng: Any) -> None:
     q, g = sides(rng)
-    second = fake.second  # type: ignore[attr-defined]
+    second = fake.second
     with pytest.raises(ValueError, match="queries: expected an array on cuda:1 like the gallery, got one on cuda:0"):
         fct.topk(on(fake, q), on(second, g), 3)
     with pytest.raises(ValueError, match="queries: expected an array on cuda:0 like the gallery, got one on cpu"):
@@ -306,7 +307,7 @@ def test_rows_on_two_devices(fake: FakeDevice, rng: Any) -> None:
 def test_several_gpus(fake: FakeDevice, triton: None, rng: Any) -> None:
     """Rows on cuda:1 are searched there, by kernels that proved themselves on that model."""
     q, g = sides(rng)
-    second = fake.second  # type: ignore[attr-defined]
+    second = fake.second
     found = fct.topk(on(second, q), on(second, g), 3)
     same(found, q, g, 3)
     assert str(found.indices.device) == "cuda:1"
@@ -345,7 +346,7 @@ def test_the_callers_own_stream(fake: FakeDevice, triton: None, rng: Any) -> Non
     late, mine = fake.empty(q.shape, "float32"), fake.new_stream()
     seen: list[Any] = []
     launch = fake.launch
-    fake.launch = lambda *a, **k: (seen.append(fake.current), launch(*a, **k))[1]  # type: ignore[method-assign]
+    fake.launch = lambda *a, **k: (seen.append(fake.current), launch(*a, **k))[1]  # type: ignore[method-assign]  # watched
     with fake.on(mine):
         fake.copy(late, fake.upload(q))  # not done when the search is called
         same(fct.topk(late, prepared, 3), q, g, 3)
@@ -380,11 +381,11 @@ def test_the_cuda_search_asks_for_the_current_stream(fake: FakeDevice, rng: Any,
             return real
 
     runtime = cuda_runtime.CudaRuntime()
-    runtime.lib = Recorder()  # type: ignore[assignment]
+    runtime.lib = Recorder()  # type: ignore[assignment]  # watched
     monkeypatch.setattr(cuda_runtime, "_properties", lambda lib, index: dict(support.module().cuda_device(0)))
     q, g = sides(rng)
     search = CudaSearch(runtime, part=150)
-    q_rows, g_rows = (fake.second.rows(x) for x in (q, g))  # type: ignore[attr-defined]
+    q_rows, g_rows = (fake.second.rows(x) for x in (q, g))
     found = search.search(q_rows, search.prepare(g_rows, "l2"), 3)
     np.testing.assert_array_equal(found[1].cpu().numpy(), ref.topk(q, g, 3)[1])
     assert len(calls) >= 5  # two shadows, three parts, a merge
@@ -405,17 +406,17 @@ def test_more_than_2_to_the_31_elements(fake: FakeDevice, triton: None) -> None:
         for i in range(3):
             values[i] = torch.arange(8, dtype=torch.int8) * (i + 1)
         far = values.as_subclass(GpuTensor)
-        far.fake = fake  # type: ignore[attr-defined]
+        far.fake = fake  # type: ignore[attr-defined]  # a torch.Tensor to mypy
     gallery = Rows(far, "int8", fake.upload(np.full((1, 1), 0.5, np.float32)), "cuda:0", "torch")
     offsets = np.arange(3, dtype=np.int64) * gallery.row_stride
     assert offsets.max() > 1 << 31
     search = topk_triton.TritonSearch()
     prepared = search.prepare(gallery, "l2")
     reached: list[Any] = []
-    fake.launch = lambda kernel, grid, arguments, **_: reached.append(arguments)  # type: ignore[method-assign]
+    fake.launch = lambda kernel, grid, arguments, **_: reached.append(arguments)  # type: ignore[method-assign]  # watched
     scan = topk_triton._Scan
     plan = topk_triton.plan(3, 3, "bf16", 1, fake)
-    scan(gallery[2:3], prepared.shadow, prepared.meta, None, prepared, 3, plan, fake)._rescore(  # type: ignore[arg-type]
+    scan(gallery[2:3], prepared.shadow, prepared.meta, None, prepared, 3, plan, fake)._rescore(  # type: ignore[arg-type]  # scores and rows alone count
         gallery[2:3], fake.upload(np.arange(3)[None])
     )
     assert reached[0]["gallery"].stride == stride  # an int64 to the kernel; the interpreter would copy two gigabytes
@@ -440,7 +441,7 @@ def test_a_device_lost_in_a_search_is_no_answer(fake: FakeDevice, triton: None, 
     h = fct.Transformation.random(5, 5, 6, inner=8)
     with pytest.raises(DeviceLostError, match="cuda:0 failed earlier in this process; start a new one"):
         fct.transform_batch(np.ones((3, 5), np.float32), np.ones((3, 5), np.float32), h, device="cuda:0")
-    second = fake.second  # type: ignore[attr-defined]
+    second = fake.second
     same(fct.topk(on(second, q), on(second, g), 3), q, g, 3)  # the other one works on
 
 
@@ -497,8 +498,8 @@ def test_evaluate_equals_the_cpu(fake: FakeDevice, rng: Any, monkeypatch: Any, m
     assert got.queries_without_match == want.queries_without_match > 0
     prepared = fct.prepare_gallery(on(fake, g), metric=metric)
     np.testing.assert_array_equal(
-        fct.evaluate(on(fake, q), prepared, labels, others, **how).first_match,  # type: ignore[arg-type]
-        want.first_match,  # type: ignore[arg-type]
+        fct.evaluate(on(fake, q), prepared, labels, others, **how).first_match,  # type: ignore[arg-type]  # rows on the stand-in
+        want.first_match,  # type: ignore[arg-type]  # rows on the stand-in
     )
 
 

@@ -36,8 +36,9 @@ def halved(g: Any, metric: str, threads: int = 2) -> tuple[Rows, Shadow]:
 
 def whole_bytes(shadow: Shadow, d: int, n: int) -> tuple[Any, Any]:
     """(values, high), (n, d): what the bytes say, and what their high halves alone say."""
+    assert shadow.low is not None
     high, low = (
-        part.reshape(len(part), -1, 64, 4).transpose(0, 2, 1, 3).reshape(len(part) * 64, -1)[:n].astype(np.int64)  # type: ignore[arg-type, union-attr]
+        part.reshape(len(part), -1, 64, 4).transpose(0, 2, 1, 3).reshape(len(part) * 64, -1)[:n].astype(np.int64)
         for part in (shadow.tiles, shadow.low)
     )
     bytes_ = np.stack([(high & 0xF0) | (low & 0x0F), (high << 4 & 0xF0) | (low >> 4)], axis=1)  # even and odd steps
@@ -92,15 +93,17 @@ def test_the_bounds_hold_for_every_row(name: str, metric: str, rng: np.random.Ge
     assert (np.linalg.norm(x - scale[:, None] * values, axis=1) <= error + rounding).all()
     assert (np.linalg.norm(scale[:, None] * values, axis=1) <= norm + rounding).all()
     lost = np.linalg.norm(x - scale[:, None] * high, axis=1)
-    assert (lost <= shadow.high_error.reshape(-1)[:n] + rounding).all()  # type: ignore[union-attr]
-    assert (shadow.high_error.reshape(-1)[:n] <= lost * (1 + 1e-6) + rounding).all()  # type: ignore[union-attr]
+    assert shadow.high_error is not None
+    assert (lost <= shadow.high_error.reshape(-1)[:n] + rounding).all()
+    assert (shadow.high_error.reshape(-1)[:n] <= lost * (1 + 1e-6) + rounding).all()
 
 
 def test_bounds_that_are_too_small_are_caught(rng: np.random.Generator) -> None:
     """The check has teeth: with nothing said to be lost, answers go wrong."""
     x = spectrum(rng, 5040, 64, "even")
     rows, shadow = halved(x[:5000], "ip")
-    shadow.high_error[:] = 0  # type: ignore[index]
+    assert shadow.high_error is not None
+    shadow.high_error[:] = 0
     shadow.meta[:, 256] = 0
     wrong = 0
     for query in x[5000:]:
@@ -160,7 +163,8 @@ def test_narrow_rows_grow_and_are_saved(dtype: str, rng: np.random.Generator, tm
     x = spectrum(rng, 1000, 40, "even")
     galleries, exact = narrow_gallery(x, dtype, tmp_path / "shadow")
     for gallery in galleries:
-        assert gallery.shadow.low is not None  # type: ignore[union-attr]
+        assert gallery.shadow is not None
+        assert gallery.shadow.low is not None
         for query in x[:30]:
             check_search(*fct.topk(query[None], gallery, 7), query[None], exact, "l2")
 
@@ -170,7 +174,8 @@ def test_grown_equals_packed_at_once(rng: np.random.Generator) -> None:
     whole = build_shadow(rows_of(g, "g"), "l2", threads=1, levels=True)
     start = build_shadow(rows_of(g[:130], "g"), "l2", threads=1, levels=True)
     grown = extend_shadow(extend_shadow(start, rows_of(g[:131], "g"), threads=2), rows_of(g, "g"), threads=2)
-    assert grown.tiles.shape == whole.tiles.shape == grown.low.shape == (13, 5 * 4 * 64)  # type: ignore[union-attr]
+    assert grown.low is not None
+    assert grown.tiles.shape == whole.tiles.shape == grown.low.shape == (13, 5 * 4 * 64)
     found = topk_cpu(rows_of(g[700:702], "q"), rows_of(g, "g"), grown, 9, "l2", False, threads=2)
     check_search(found[0], found[1], g[700:702], g, "l2")
 

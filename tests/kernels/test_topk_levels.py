@@ -101,8 +101,9 @@ def test_the_bounds_hold_for_every_row(metric: str, rng: np.random.Generator) ->
     heads = shadow.tiles.reshape(-1, head // 4, 64, 4).transpose(0, 2, 1, 3).reshape(-1, head)[:n].astype(float) - 128
     facts = shadow.meta[:, :192].reshape(-1, 3, 64)
     scale, half, tail = (facts[:, j].reshape(-1)[:n].astype(np.float64) for j in range(3))
-    own = np.ascontiguousarray(shadow.tails[:, :12]).view(np.float32).astype(np.float64)  # type: ignore[index]
-    rest = shadow.tails[:, 12 : 12 + d - head].astype(np.float64) - 128  # type: ignore[index]
+    assert shadow.tails is not None
+    own = np.ascontiguousarray(shadow.tails[:, :12]).view(np.float32).astype(np.float64)
+    rest = shadow.tails[:, 12 : 12 + d - head].astype(np.float64) - 128
     packed = np.concatenate([scale[:, None] * heads, own[:, :1] * rest], axis=1)
     assert (np.linalg.norm(y - packed, axis=1) <= own[:, 1]).all()
     assert (np.linalg.norm(packed, axis=1) <= own[:, 2]).all()
@@ -156,7 +157,8 @@ def test_narrow_rows_grow_and_are_saved(dtype: str, rng: np.random.Generator, tm
     x = spectrum(rng, 1000, 40, "falling")
     galleries, exact = narrow_gallery(x, dtype, tmp_path / "shadow")
     for gallery in galleries:
-        assert gallery.shadow.levels is not None  # type: ignore[union-attr]
+        assert gallery.shadow is not None
+        assert gallery.shadow.levels is not None
         check_search(*fct.topk(x[:30], gallery, 7), x[:30], exact, "l2")
 
 
@@ -165,7 +167,9 @@ def test_grown_equals_packed_at_once(rng: np.random.Generator) -> None:
     g = spectrum(rng, 777, 40, "falling")
     start = build_shadow(rows_of(g[:130], "g"), "l2", threads=1, levels=True)
     grown = extend_shadow(extend_shadow(start, rows_of(g[:131], "g"), threads=2), rows_of(g, "g"), threads=2)
-    assert grown.tails.shape == (777, 12 + 4 * -(-(40 - start.levels.head) // 4))  # type: ignore[union-attr]
+    assert grown.tails is not None
+    assert start.levels is not None
+    assert grown.tails.shape == (777, 12 + 4 * -(-(40 - start.levels.head) // 4))
     found = topk_cpu(rows_of(g[700:720], "q"), rows_of(g, "g"), grown, 9, "l2", False, threads=2)
     check_search(found[0], found[1], g[700:720], g, "l2")
 

@@ -254,7 +254,7 @@ def test_weights_whose_int16_sums_could_overflow_are_refused() -> None:
     plain = np.ones((1, 2), np.float32)
     last = (plain.ctypes.data, 0, zero.ctypes.data, 0, 0, 2, 1, False, 0)
     with pytest.raises(ValueError, match="expected weights whose products fit int32, got an output whose 17 weights"):
-        _C.PackedTransform([first], [first], [last], [], True, 0.0, 0)  # type: ignore[list-item]
+        _C.PackedTransform([first], [first], [last], [], True, 0.0, 0)  # type: ignore[list-item]  # a layer as its fields
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -309,7 +309,7 @@ def test_dtypes_scales_and_strides(isa: str, rng: np.random.Generator) -> None:
     run(torch.from_numpy(a.copy()), torch.from_numpy(b.copy()), h, isa, "fp32", out=outb)
     assert torch.equal(outb, torch.from_numpy(plain).bfloat16())
     for scale in (0.05, rng.random(25, np.float32) + 0.01, rng.random((1, 21), np.float32) + 0.01):
-        rows = scale[:, None] if np.ndim(scale) == 1 else scale  # type: ignore[index]
+        rows = scale[:, None] if isinstance(scale, np.ndarray) and scale.ndim == 1 else scale
         out8 = fct.ScaledInt8(np.zeros((25, 21), np.int8), scale)
         run(a, b, h, isa, "fp32", out=out8)
         want8 = np.clip(np.rint(plain / np.asarray(rows, np.float32)), -127, 127).astype(np.int8)
@@ -359,15 +359,15 @@ def test_dtypes_and_where_rows_lie_change_no_bit(
         values = narrow(x, dtype, scale)
         inputs.append(wrapped(placed(values, start, gap), dtype, scale))
         plain.append(np.ascontiguousarray(rows_of(wrapped(values, dtype, scale), "x").float32()))
-    exact = run(*plain, h, isa, precision, threads=threads)  # type: ignore[arg-type, call-arg]
+    exact = run(plain[0], plain[1], h, isa, precision, threads=threads)
     if precision == "int8":
-        want = emulate(*plain, h, "bf16" if isa == "avx512-bf16" else "fp32")  # type: ignore[arg-type, call-arg]
+        want = emulate(plain[0], plain[1], h, "bf16" if isa == "avx512-bf16" else "fp32")
         assert np.max(np.abs(exact - want)) < 0.2 * (np.sqrt(np.mean(want**2)) + 1e-3)
     scale = scales(exact.shape, dtypes[2], rng)
     rounded = narrow(exact, dtypes[2], scale)
     # A buffer that is off its values' boundary is taken where its rows follow one another.
     out = placed(np.zeros_like(rounded), starts[2], gaps[2] if starts[2] % rounded.itemsize == 0 else 0)
-    run(*inputs, h, isa, precision, out=wrapped(out, dtypes[2], scale), threads=threads)  # type: ignore[call-arg]
+    run(inputs[0], inputs[1], h, isa, precision, out=wrapped(out, dtypes[2], scale), threads=threads)
     np.testing.assert_array_equal(out, rounded)
     memory = np.frombuffer(out.base, np.uint8).copy()
     np.ndarray(out.shape, out.dtype, buffer=memory, offset=starts[2], strides=out.strides)[:] = 0

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import fct
+from fct.fit.bct import train_bct
 from fct.fit.recipes import paper_config
 from fct.life import Experiment, experiment_names, load_experiment, run_experiment
 from fct.terminal import PlainConsole
@@ -135,7 +136,7 @@ def test_stages_are_skipped_redone_and_refused(tmp_path: Path, small_fashion: An
 def test_an_interrupted_stage_goes_on(tmp_path: Path, small_fashion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fct.life import stages
 
-    real = stages.train_bct  # type: ignore[attr-defined]
+    real = train_bct
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt

@@ -175,7 +175,7 @@ def test_launches_and_events_go_to_the_devices_own_stream(monkeypatch: pytest.Mo
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
-            return lambda **arguments: asked.append((grid, current[0], arguments))  # type: ignore[arg-type]
+            return lambda **arguments: asked.append((grid, current[0], arguments))  # type: ignore[arg-type]  # a launch, of three parts
 
     place.launch(Kernel(), (3, 0), {}, warps=4, stages=2)  # an empty grid is no launch
     place.launch(Kernel(), (3, 2), {"n": 5}, warps=4, stages=2)

@@ -211,16 +211,16 @@ def test_bad_days_name_the_argument(fake: FakeDevice, rng: Any, monkeypatch: pyt
 
     h = Transformation.random(5, 5, 6, inner=8)
     x = rng.standard_normal((7, 5), dtype=np.float32)
-    on_gpu = Rows(fake.upload(x), "float32", None, "cuda:0", "torch")
+    on_gpu: Any = Rows(fake.upload(x), "float32", None, "cuda:0", "torch")
     known = {id(on_gpu): on_gpu}
-    real = public.rows_of  # type: ignore[attr-defined]
+    real = rows_of
     monkeypatch.setattr(public, "rows_of", lambda a, *rest, **how: known.get(id(a)) or real(a, *rest, **how))
     with pytest.raises(ValueError, match="side_info: expected an array on cuda:0 like old, got one on cpu"):
-        fct.transform_batch(on_gpu, x, h)  # type: ignore[call-overload]
+        fct.transform_batch(on_gpu, x, h)
     with pytest.raises(ValueError, match="out: expected an array on cuda:0 like old, got one on cpu"):
-        fct.transform_batch(on_gpu, on_gpu, h, out=np.zeros((7, 6), np.float32))  # type: ignore[call-overload]
+        fct.transform_batch(on_gpu, on_gpu, h, out=np.zeros((7, 6), np.float32))
     with pytest.raises(ValueError, match="device: expected cuda:0, where the rows lie, or cuda, got cpu"):
-        fct.transform_batch(on_gpu, on_gpu, h, device="cpu")  # type: ignore[call-overload]
+        fct.transform_batch(on_gpu, on_gpu, h, device="cpu")
     with pytest.raises(ValueError, match="device: expected cpu, where the rows lie, or cuda, got tpu:0"):
         fct.transform_batch(x, x, h, device="tpu:0")
     with pytest.raises(ValueError, match="out: expected rows whose elements are contiguous"):
@@ -299,9 +299,13 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
         at = ("search", 200)
         return [doctor.Timing(name, precision, place, n, s, s, s, *at) for n, s in told[name].items()]
 
+    def picked(precision: str, queries: int) -> str:
+        search, _ = pick_search(5, "l2", "cuda:0", precision, queries=queries)
+        return "torch" if search is None else search.name
+
     monkeypatch.setattr(doctor, "_time_search", timed)
     with fake.torch():
-        assert pick_search(5, "l2", "cuda:0", "auto", queries=1)[0].name == "triton"  # type: ignore[union-attr]  # not timed: in order
+        assert picked("auto", 1) == "triton"  # not timed: in order
         for few, many in (("torch", "triton"), ("triton", "torch")):
             report = doctor.examine()
             verdict = {(f.backend, f.precision): f.verdict for f in report.findings}
@@ -311,12 +315,11 @@ def test_doctor_examines_every_search_and_dispatch_follows_its_times(
             for known in (selfproof._known, {}):  # this process and the next
                 monkeypatch.setattr(selfproof, "_known", known)
                 for n, name in ((1, few), (3, few), (40, many), (10**6, many)):
-                    search, _ = pick_search(5, "l2", "cuda:0", "auto", queries=n)
-                    assert ("torch" if search is None else search.name) == name, n
-                assert pick_search(5, "l2", "cuda:0", "bf16", queries=1)[0].name == "triton"  # type: ignore[union-attr]  # demanded
+                    assert picked("auto", n) == name, n
+                assert picked("bf16", 1) == "triton"  # demanded
             told["triton"], told["torch"] = told["torch"], told["triton"]
         monkeypatch.setattr(selfproof, "_build", lambda: "another build")
-        assert pick_search(5, "l2", "cuda:0", "auto", queries=10**6)[0].name == "triton"  # type: ignore[union-attr]  # its times do not count
+        assert picked("auto", 10**6) == "triton"  # its times do not count
     monkeypatch.setattr("fct.ops.device.state.why_no_gpu", lambda name: [])
     facts = build_info()
     assert facts["searches"]["triton"]["runs"]

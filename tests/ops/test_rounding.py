@@ -36,7 +36,7 @@ def test_calibrated(monkeypatch: pytest.MonkeyPatch, rng: Any, name: str, precis
     want = ref.transform(old, side, h)
     if name == "triton":
         rows, out = [device.rows(x) for x in (old, side)], device.out(n, 70)
-        backend.run_chunks(backend.TritonTransform().pack(h, precision, "cuda:0"), *rows, out)  # type: ignore[call-arg]
+        backend.run_chunks(backend.TritonTransform().pack(h, precision, "cuda:0"), rows[0], rows[1], out)
         got = device.download(out.values)
     else:
         chosen = CpuTransform() if name == "cpu" else TorchTransform()

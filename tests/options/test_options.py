@@ -20,15 +20,15 @@ from fct.cli.flags import flags
 from fct.gallery import export_bulk
 from fct.options import groups, keywords
 from fct.options.declare import Flag, Group, OptionSet, flat, option, optional, takes
-from fct.options.groups import (  # type: ignore[attr-defined]
+from fct.options.groups import (
     BackfillOptions,
     ExportOptions,
     PlanOptions,
     StoreAccess,
     TransformFileOptions,
     VerifyOptions,
-    whole,
 )
+from fct.options.option_checks import whole
 from tools import option_keywords
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], type[OptionSet]]] = {
@@ -38,7 +38,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], type[OptionSet]]] = {
     "transform": (transform_file, TransformFileOptions),
     "export": (export_bulk, ExportOptions),
 }
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: Any = typer.main.get_group(app).commands
 BAD: dict[str, Any] = {
     "retries": -1,
     "timeout": 0,
@@ -97,7 +97,7 @@ def test_a_group_is_frozen_keyword_only_and_picklable() -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, first, None)
         with pytest.raises(TypeError, match="positional"):
-            cls(None)  # type: ignore[call-arg]
+            cls(None)  # type: ignore[call-arg]  # refused
 
 
 def test_a_check_keeps_pythons_own_numbers() -> None:
@@ -148,7 +148,7 @@ def test_a_new_field_is_all_that_a_new_option_takes() -> None:
     small.command()(command)
     words = ["x", "--max-rows-per-s", "7", "--careful", "--mode", "hard", "--tag", "a", "--tag", "b", "--retries", "2"]
     assert CliRunner().invoke(small, words).exit_code == 0
-    assert seen["given"].brakes == Brakes(max_rows_per_s=7, mode="hard", careful=True, tags=("a", "b"))  # type: ignore[arg-type]
+    assert seen["given"].brakes == Brakes(max_rows_per_s=7, mode="hard", careful=True, tags=("a", "b"))  # type: ignore[arg-type]  # as parse= makes it
     assert seen["given"].access.retries == 2
     assert "hook" not in seen["options"]
     failed = CliRunner().invoke(small, ["x", "--mode", "gentle"])

@@ -81,7 +81,7 @@ def test_queries_without_a_match_are_counted_and_left_out(case: Any) -> None:
 def test_strings_and_prepared_galleries(case: Any) -> None:
     q, g, q_labels, g_labels = case
     want = fct.evaluate(q, g, q_labels, g_labels)
-    named = fct.evaluate(q, fct.prepare_gallery(g), [f"c{y}" for y in q_labels], [f"c{y}" for y in g_labels])  # type: ignore[arg-type]
+    named = fct.evaluate(q, fct.prepare_gallery(g), [f"c{y}" for y in q_labels], [f"c{y}" for y in g_labels])  # type: ignore[arg-type]  # labels of text
     assert named == want
     with pytest.raises(ValueError, match="gallery_labels: expected labels of the queries' kind"):
         fct.evaluate(q, g, q_labels, [str(y) for y in g_labels])

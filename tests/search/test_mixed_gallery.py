@@ -136,14 +136,14 @@ def test_the_warning_holds_the_measured_loss() -> None:
 
 def test_evaluate_mixed_reports_labels_and_refuses_nonsense(rng: np.random.Generator) -> None:
     old, new, h = fitted("ip")
-    report = fct.evaluate_mixed(old, None, new, h, shares=[0.0, 0.5, 1.0], labels=rng.integers(0, 3, 120))  # type: ignore[arg-type]
+    report = fct.evaluate_mixed(old, None, new, h, shares=[0.0, 0.5, 1.0], labels=rng.integers(0, 3, 120))
     assert report.correction == MixedCorrection("length", 0.9)
     assert report.points[0].recall == report.points[0].corrected_recall == report.mapped_recall
     assert report.points[2].recall == 1.0
     assert report.points[1].map is not None
     with pytest.raises(ValueError, match=r"shares: expected a share from 0 to 1, got 1\.5"):
-        fct.evaluate_mixed(old, None, new, h, shares=[1.5])  # type: ignore[arg-type]
+        fct.evaluate_mixed(old, None, new, h, shares=[1.5])
     with pytest.raises(ValueError, match=r"new: expected \(120, 8\) to match old, got \(119, 8\)"):
-        fct.evaluate_mixed(old, None, new[:-1], h)  # type: ignore[arg-type]
+        fct.evaluate_mixed(old, None, new[:-1], h)
     with pytest.raises(ValueError, match="old: expected at least 2 rows, got 1"):
-        fct.evaluate_mixed(old[:1], None, new[:1], h)  # type: ignore[arg-type]
+        fct.evaluate_mixed(old[:1], None, new[:1], h)

@@ -9,7 +9,7 @@ import torch
 from typing_extensions import assert_type
 
 import fct
-from fct import ref, search
+from fct import _C, ref, search
 from fct.errors import ArtifactError, BackendError
 from fct.ops.search.cpu_search import Shadow, build_shadow
 from fct.packed_int4 import pack_int4
@@ -120,14 +120,14 @@ def test_packing_in_slices_changes_nothing(rows: Any, monkeypatch: pytest.Monkey
     calls = []
     from fct.ops.search import cpu_search as topk_cpu
 
-    real = topk_cpu._C.shadow_pack  # type: ignore[attr-defined]
+    real = _C.shadow_pack
 
     def counted(*args: Any) -> None:
         calls.append(args[4])
         real(*args)
 
     monkeypatch.setattr(topk_cpu, "_PACKED_AT_ONCE", 12 * 64 * 2)
-    monkeypatch.setattr(topk_cpu._C, "shadow_pack", counted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(_C, "shadow_pack", counted)
     sliced = fct.prepare_gallery(rows).shadow
     assert calls == [128, 128, 44]
     assert isinstance(sliced, Shadow)
@@ -168,7 +168,7 @@ def test_two_models_are_never_mixed(rows: Any) -> None:
     with pytest.raises(fct.SpaceMismatchError):
         fct.topk(rows, rows, 1, query_space=NEW, gallery_space=OLD)
     with pytest.raises(fct.SpaceMismatchError):
-        fct.evaluate(rows, prepared, np.zeros(300, int), query_space=NEW)  # type: ignore[arg-type]
+        fct.evaluate(rows, prepared, np.zeros(300, int), query_space=NEW)  # type: ignore[arg-type]  # refused
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,9 @@ def test_append_takes_every_form_of_codes_that_a_gallery_may_have(form: str, lib
         held = values if library == "numpy" else pytest.importorskip("torch").from_numpy(values.copy())
         return fct.ScaledInt8(held, 0.5, 0.1 if form.endswith("offset") else 0.0)
 
-    grown = fct.prepare_gallery(rows(slice(0, 200)), metric="ip").append(rows(slice(200, 280)))  # type: ignore[arg-type]
-    grown = grown.append(rows(slice(280, 300)))  # type: ignore[arg-type]
-    whole = fct.prepare_gallery(rows(slice(None)), metric="ip")  # type: ignore[arg-type]
+    grown = fct.prepare_gallery(rows(slice(0, 200)), metric="ip").append(rows(slice(200, 280)))  # type: ignore[arg-type]  # of either library
+    grown = grown.append(rows(slice(280, 300)))  # type: ignore[arg-type]  # of either library
+    whole = fct.prepare_gallery(rows(slice(None)), metric="ip")  # type: ignore[arg-type]  # of either library
     queries = codes[250:260].astype(np.float32)
     for got, want in zip(
         fct.topk(queries, grown, 5, metric="ip"), fct.topk(queries, whole, 5, metric="ip"), strict=True

@@ -14,6 +14,8 @@ import fct
 from fct import _C
 from fct.errors import ArtifactError
 from fct.ops.search import cpu_search, levels, shadow_file
+from fct.ops.search.cpu_search import Shadow
+from fct.search import _fingerprint
 
 
 @pytest.fixture(params=["whole", "levels", "halves"])
@@ -25,8 +27,9 @@ def saved(request: Any, tmp_path: Path, rng: np.random.Generator, monkeypatch: p
     if request.param == "halves":
         monkeypatch.setattr(cpu_search, "_HALVED", 1)
     prepared = fct.prepare_gallery(rows)
-    assert (prepared.shadow.levels is not None) == (request.param == "levels")  # type: ignore[union-attr]
-    assert (prepared.shadow.low is not None) == (request.param == "halves")  # type: ignore[union-attr]
+    assert isinstance(prepared.shadow, Shadow)
+    assert (prepared.shadow.levels is not None) == (request.param == "levels")
+    assert (prepared.shadow.low is not None) == (request.param == "halves")
     prepared.save(tmp_path / "x.shadow")
     return tmp_path / "x.shadow", rows
 
@@ -35,7 +38,7 @@ def old_file(rows: Any, **changes: Any) -> bytes:
     """A shadow as version 0.1 wrote it."""
     shadow: Any = fct.prepare_gallery(rows).shadow
     arrays = {name: getattr(shadow, name) for name in ("tiles", "meta", "shift")}
-    fingerprint = fct.search._fingerprint(fct.prepare_gallery(rows).rows)  # type: ignore[attr-defined]
+    fingerprint = _fingerprint(fct.prepare_gallery(rows).rows)
     header: dict[str, Any] = {
         "n": len(rows), "d": rows.shape[1], "metric": "l2", "dtype": "float32", "fingerprint": fingerprint,
         "space": None, "arrays": {},

@@ -17,6 +17,7 @@ from fake_device import FakeDevice, plain
 from fct.artifact.transformation import Transformation
 from fct.bench.data_sheets import GPUS, Gpu
 from fct.kernels.tile_choices import tiles
+from fct.ops.device import state as devices
 from fct.ops.search import triton_search as topk_triton
 from fct.ops.transform import triton_backend as backend
 from tools import gpu_traffic
@@ -164,7 +165,7 @@ def test_the_search_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch,
     device = FakeDevice("sm_89", processors=2)
     recorder = Recorder(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", recorder)
-    monkeypatch.setattr(topk_triton.devices, "device_of", lambda name: device)  # type: ignore[attr-defined]
+    monkeypatch.setattr(devices, "device_of", lambda name: device)
     monkeypatch.setattr(device, "_push", lambda work: work())
     launch = device.launch
     scans: list[Any] = []

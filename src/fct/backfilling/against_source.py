@@ -230,7 +230,8 @@ def _result(
         first = next((o for o in shard_marker(journal, 0).outputs if o.name.startswith("_rows/")), None)
         if first is None:  # row numbers are written beside shards with rejects alone
             return iter(()), ()
-        have = pq.read_schema(journal.place(first).open()).names
+        with journal.place(first).open() as file:
+            have = pq.read_schema(file).names
         return _files(journal, job, columns), have if columns != [ROW] else ()
     other: RowReader | WholeReader | None = None
     with contextlib.suppress(

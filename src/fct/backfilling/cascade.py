@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +18,7 @@ from fct.backfilling.true_vectors import TrueVectors
 from fct.errors import BackfillError
 from fct.gallery.interfaces import Shard
 from fct.gallery.location import location_of
+from fct.scratch import ScratchFolder
 from fct.search import TopK
 
 __all__ = ["Cascade"]
@@ -44,7 +43,7 @@ class Cascade:
         self._journal, self._job, self._read_ids = journal, job, read_ids
         self._kept = TrueVectors(journal, job.new_space)
         self._early: TrueVectors | None = None
-        self._early_folder: tempfile.TemporaryDirectory[str] | None = None
+        self._early_folder: ScratchFolder | None = None
         self.index = TrueIndex(job, self._kept)
         self._ids: dict[int, pa.ChunkedArray] = {}
         self._files: Counter[int] = Counter()
@@ -115,8 +114,8 @@ class Cascade:
             self._carry_over()
             return self._kept
         if self._early is None:
-            self._early_folder = tempfile.TemporaryDirectory(prefix="fct-true-")
-            place = location_of(Path(self._early_folder.name))
+            self._early_folder = ScratchFolder("fct-true-")
+            place = location_of(self._early_folder.path)
             self._early = TrueVectors(Journal(place, place), self._job.new_space)
             self.index.add(self._early)
         return self._early
@@ -132,7 +131,7 @@ class Cascade:
                     self._job.pieces[shard.piece], rows - shard.first + shard.start, self.index.take(rows)[0]
                 )
         self.index.drop(self._early)
-        self._early_folder.cleanup()
+        self._early_folder.remove()
         self._early = self._early_folder = None
 
 

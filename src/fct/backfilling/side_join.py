@@ -34,6 +34,7 @@ from fct.gallery.location import Patience, location_of
 from fct.gallery.schemas import conform, unify
 from fct.gallery.side_ids import id_column_of
 from fct.progress import LongCall
+from fct.scratch import ScratchFolder
 from fct.spaces import EmbeddingSpace
 from fct.types import Array, JsonDict
 
@@ -59,7 +60,7 @@ class JoinedSide(Source):
         self._job: Job | None = None
         self._patience = Patience()
         self._ready: tuple[ArrowSource, list[Piece]] | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: ScratchFolder | None = None
 
     def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_temporary": None, "_ready": None}
@@ -128,8 +129,8 @@ class JoinedSide(Source):
         if self._ready is None:
             folder = self.place
             if folder is None:
-                self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="fct-side-")
-                folder = Path(self._temporary.name) / "side"
+                self._temporary = self._temporary or ScratchFolder("fct-side-")
+                folder = self._temporary.path / "side"
             if not self._kept(folder):
                 self._make(folder)
             files = [location_of(str(folder / name)) for name, _, _ in _index(folder)[1]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from fct.backfilling.job import Job
 from fct.backfilling.true_vectors import TrueFile, TrueVectors
 from fct.gallery.interfaces import Shard
+from fct.scratch import ScratchFolder
 
 __all__ = ["TrueIndex"]
 
@@ -46,7 +46,7 @@ class TrueIndex:
         self._files: dict[int, list[tuple[int, TrueFile]]] = {}  # of a piece: (its store, the file)
         self._shards: dict[int, _Shard] = {}
         self._pieces: dict[str, int] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: ScratchFolder | None = None
         self._lock = threading.RLock()
 
     def add(self, store: TrueVectors) -> None:
@@ -138,5 +138,5 @@ class TrueIndex:
         return self._opened[name]
 
     def _scratch(self) -> Path:
-        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="fct-true-")
-        return Path(self._folder.name)
+        self._folder = self._folder or ScratchFolder("fct-true-")
+        return self._folder.path

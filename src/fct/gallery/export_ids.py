@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fct.gallery.json_values import plain_array
+from fct.scratch import ScratchFolder
 from fct.types import Array
 
 __all__ = ["RULES", "IdCheck", "IdRule", "id_kind"]
@@ -73,7 +73,7 @@ class IdCheck:
             )
         self._keys: list[Array] = []
         self._held = 0
-        self._spread: tempfile.TemporaryDirectory[str] | None = None
+        self._spread: ScratchFolder | None = None
         self._scratch = scratch
 
     def __call__(self, ids: pa.Array, first: int) -> pa.Array:
@@ -121,11 +121,11 @@ class IdCheck:
 
     def _spill(self) -> None:
         if self._spread is None:
-            self._spread = tempfile.TemporaryDirectory(prefix=".ids-", dir=self._scratch)
+            self._spread = ScratchFolder(".ids-", self._scratch)
         keys = np.concatenate(self._keys)
         bucket = (keys.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(56)
         for number in range(_FILES):
-            with open(Path(self._spread.name) / f"{number:03d}", "ab") as file:
+            with open(self._spread.path / f"{number:03d}", "ab") as file:
                 file.write(keys[bucket == number].tobytes())
         self._keys, self._held = [], 0
 
@@ -135,7 +135,7 @@ class IdCheck:
             return
         self._spill()
         for number in range(_FILES):
-            yield np.fromfile(Path(self._spread.name) / f"{number:03d}", np.int64)
+            yield np.fromfile(self._spread.path / f"{number:03d}", np.int64)
 
     def close(self, again: Callable[[], Iterator[pa.Array]]) -> None:
         """Refuses an id that stands there twice. again: the ids from the beginning, to tell equal text from equal
@@ -147,7 +147,7 @@ class IdCheck:
                 twice |= set(keys[1:][keys[1:] == keys[:-1]][:1000].tolist())
         finally:
             if self._spread is not None:
-                self._spread.cleanup()
+                self._spread.remove()
         if not twice:
             return
         seen: dict[Any, int] = {}

@@ -329,7 +329,7 @@ class Launch:
             raw = UNSIGNED[4 if operand[1] in "fF" else 8](int(operand[2:], 16))
             return np.full(w.n, raw).view(dtype)
         if re.fullmatch(r"-?\d+U?|-?0x[0-9a-fA-F]+U?", operand):
-            v = int(operand.rstrip("U"), 0)  # type: ignore[assignment]
+            v = int(operand.rstrip("U"), 0)  # type: ignore[assignment]  # an array above, a number here
             if kind == "pred":
                 return np.full(w.n, bool(v))
             return np.full(w.n, v & ((1 << 8 * SIZES[kind]) - 1), UNSIGNED[SIZES[kind]]).view(dtype)
@@ -471,7 +471,7 @@ def _multiply(m: Launch, w: Warp, ins: Instruction, lanes: Any) -> None:
         out = x.astype(DTYPES[result]) * y.astype(DTYPES[result])
     elif "hi" in ins.op:
         result = kind
-        wide = np.int64 if kind == "s32" else np.uint64  # type: ignore[assignment]
+        wide = np.int64 if kind == "s32" else np.uint64  # type: ignore[assignment]  # one of two types
         if SIZES[kind] != 4:
             raise NotImplementedError(ins.text)
         out = (x.astype(wide) * y.astype(wide) >> wide(32)).astype(DTYPES[kind])

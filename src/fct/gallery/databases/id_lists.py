@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from fct.atomic_files import checksum_file
 from fct.gallery.interfaces import Piece
+from fct.scratch import ScratchFolder
 
 __all__ = ["IdLists", "minus"]
 
@@ -34,7 +34,7 @@ class IdLists:
     def __init__(self, label: str) -> None:
         self._label = label
         self._home: Path | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: ScratchFolder | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_temporary": None}
@@ -44,8 +44,8 @@ class IdLists:
         if self._home is not None and self._home.is_dir():
             return self._home
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="fct-ids-")
-        return Path(self._temporary.name)
+            self._temporary = ScratchFolder("fct-ids-")
+        return self._temporary.path
 
     def live_in(self, journal: Path) -> None:
         """Says where they are to be kept; what lies there already is what the job was begun with."""
@@ -57,7 +57,7 @@ class IdLists:
             return
         part = self._home.with_name(f".{_FOLDER}.part")
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(self._temporary.name, part)
+        shutil.copytree(self._temporary.path, part)
         os.replace(part, self._home)
 
     def generations(self) -> int:

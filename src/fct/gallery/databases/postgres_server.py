@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,13 +39,16 @@ class Server:
     def __init__(self, address: Address) -> None:
         self.address = address
         self._connection: Connection[TupleRow] | None = None
+        self._end: Callable[[], object] | None = None
 
     def __getstate__(self) -> JsonDict:
-        return {"address": self.address, "_connection": None}
+        return {"address": self.address, "_connection": None, "_end": None}
 
     def get(self) -> Connection[TupleRow]:
         if self._connection is None or self._connection.closed:
+            self.drop()
             self._connection = self._connect()
+            self._end = weakref.finalize(self, _close, self._connection, os.getpid())  # no reader says when it ends
         return self._connection
 
     def _connect(self) -> Connection[TupleRow]:
@@ -74,10 +79,10 @@ class Server:
         return found
 
     def drop(self) -> None:
-        """Lets the connection go, after an error: the next call makes another."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        """Lets the connection go: the next call makes another."""
+        end, self._connection, self._end = self._end, None, None
+        if end is not None:
+            end()
 
     def run(self, do: Callable[..., T]) -> T:
         """``do(connection)``; refusals become DatabaseError, and what may pass a ConnectionError."""
@@ -96,6 +101,11 @@ class Server:
         except BaseException:
             self.drop()
             raise
+
+
+def _close(connection: Connection[TupleRow], made_by: int) -> None:
+    if os.getpid() == made_by:  # a forked process would end its parent's session
+        connection.close()
 
 
 def table_of(address: Address) -> Identifier:
