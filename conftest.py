@@ -1,4 +1,5 @@
-"""One rule for tests and benchmarks alike: what is marked ``gpu`` is skipped, with the reason, where no GPU can run."""
+"""For tests and benchmarks alike: what is marked ``gpu`` is skipped, with the reason, where no GPU can run; what is
+marked ``slow`` may warn."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):  # Ray, Spark and others start processes; what they say is shown, no error
+            item.add_marker(pytest.mark.filterwarnings("default", "error::fct.FctWarning"), append=False)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

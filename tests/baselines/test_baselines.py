@@ -27,6 +27,7 @@ def test_ridge_finds_any_affine_map(rng: np.random.Generator) -> None:
         fit_ridge(old, new, strength=-1)
 
 
+@pytest.mark.slow
 def test_residual_goes_past_ridge_where_the_map_bends(rng: np.random.Generator) -> None:
     old = rng.standard_normal((2000, 6)).astype(np.float32)
     new = np.abs(old) + 0.5 * old

@@ -126,6 +126,7 @@ def test_without_calibration_int8_is_left_out_and_said() -> None:
     assert report.to_come[0]["bytes_read"] == 10**6 * 4 * 8, "the old embedding is read once"
 
 
+@pytest.mark.slow
 def test_the_peers_are_compared_with_us(h: fct.Transformation, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
     monkeypatch.setattr("fct.bench.peers.OPENBLAS_SETTINGS", {"OpenBLAS's own choice": {}})

@@ -15,6 +15,7 @@ from tests.cli.worker import live
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow  # fourteen processes
 def test_a_worker_needs_no_extra(tmp_path: Path) -> None:
     live("blocked", tmp_path)
 

@@ -66,6 +66,12 @@ class Run:
                 continue
         return False
 
+    def close(self) -> None:
+        self._reader.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
     def interrupt(self) -> float:
         self.process.send_signal(signal.SIGINT)
         return time.monotonic()
@@ -113,6 +119,7 @@ def start(place: Path) -> Iterator[Callable[..., Run]]:
         if run.process.poll() is None:
             run.process.kill()
         run.process.wait()
+        run.close()
 
 
 def check_finished(place: Path, name: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import fct
 from fct.cli import main
+from fct.fit.recipes import FitConfig
 
 N, D = 120, 6
 WORDS = np.array(["shoe", "shirt", "bag"])
@@ -188,8 +189,10 @@ def test_fit_takes_pairs_in_one_file_or_apart(
 
     def fitted(*pairs: Any, **how: Any) -> fct.Transformation:
         given.extend(pairs)
-        if not known:  # the same pairs each time: one fit is enough
-            known.append(real(*pairs, **how))
+        assert how["config"] == "auto"
+        if not known:  # the same pairs each time: one fit is enough, and a short one
+            short = FitConfig(inner=16, epochs=2, batch_size=32)
+            known.append(real(*pairs, **{**how, "config": short}))
         return known[0]
 
     monkeypatch.setattr("fct.fit.transformation_fit.fit_transformation", fitted)

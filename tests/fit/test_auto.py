@@ -151,6 +151,7 @@ def test_2000_pairs_are_far_over_the_floors() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_where_the_truth_is_linear_the_linear_map_has_a_say() -> None:
     rng = np.random.default_rng(0)
     old = rng.standard_normal((150, 20)).astype(np.float32)
@@ -187,7 +188,7 @@ def test_same_seed_same_h_and_interrupted_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("factor", [0.01, 100.0])
+@pytest.mark.parametrize("factor", [0.01, pytest.param(100.0, marks=pytest.mark.slow)])
 def test_units_do_not_matter(factor: float) -> None:
     old, side, new = made(200, d=12)
     fresh = made(400, seed=3, d=12)

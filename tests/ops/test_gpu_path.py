@@ -159,6 +159,7 @@ def test_an_unreadable_verdict_file_counts_as_empty(fake: FakeDevice, tmp_path: 
     assert selfproof.read_verdicts() == {"a": ""}
 
 
+@pytest.mark.slow
 def test_doctor_finds_the_right_and_the_wrong(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     from fct.ops.transform.reference_backend import RefTransform
 
@@ -236,6 +237,7 @@ def test_strided_rows_are_streamed_as_they_are(fake: FakeDevice, rng: Any) -> No
     np.testing.assert_allclose(out, ref.transform(old, side, h), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_than_2_to_the_31_elements(fake: FakeDevice, rng: Any) -> None:
     """The last three rows of int8 galleries of 2^31 elements and more; the pages of the others are never touched."""
     import torch

@@ -117,7 +117,8 @@ def calls_of(
     return recorder.calls
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # 16-byte copies; TMA descriptors
+# 16-byte copies; TMA descriptors
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("small", [False, True])
 def test_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch, rng: Any, target: str, small: bool) -> None:
     n, inner = (130, BLOCK) if small else (300, INNER)
