@@ -102,6 +102,8 @@ def compare(
         console.print_json(result.to_json())
     else:
         _show(result, markdown)
+        if out is not None and not markdown:
+            console.print(f"wrote {out}; as a page: fct report {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(result: Comparison) -> list[tuple[str, ...]]:
@@ -163,8 +165,13 @@ def _show(result: Comparison, markdown: bool) -> None:
 def _notes(result: Comparison) -> list[str]:
     from fct.judging.pair_coverage import ONLY_PAIRS
 
-    lines = [f"{result.train_pairs:,} pairs fitted, {result.held_out_pairs:,} held out; {result.metric}"]
-    lines += [f"k-NN oracle of {name}: recall@10 {100 * value:.1f} %" for name, value in result.ceiling.items()]
+    lines = [
+        f"{result.train_pairs:,} pairs fitted, {result.held_out_pairs:,} held out, compared by {result.metric}; hours "
+        f"are of {result.rows:,.0f} rows on a machine like this one"
+    ]
+    if result.ceiling:
+        held = "; ".join(f"{name} {100 * value:.1f} %" for name, value in result.ceiling.items())
+        lines.append(f"what the inputs know of the new space, by a k-NN oracle, from below: recall@10 of {held}")
     for point in result.curve:
         what = "" if point.measured else ", extrapolated"
         lines.append(
