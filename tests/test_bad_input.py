@@ -463,7 +463,11 @@ def job(name: str) -> Callable[[Any], Any]:
 
 
 SCALARS |= {
-    "format": (job("format"), "format: expected one of auto, npy, bin, parquet, arrow, lance, delta, got ", CHOSEN),
+    "format": (
+        job("format"),
+        "format: expected one of auto, npy, bin, parquet, arrow, vortex, lance, delta, got ",
+        CHOSEN,
+    ),
     "vector_format": (job("vector_format"), "vector_format: expected one of auto, fixed_size_list, list, bin", CHOSEN),
     "dtype": (job("dtype"), "dtype: expected one of auto, float32, float16, got ", CHOSEN),
     "binary_dtype": (job("binary_dtype"), "binary_dtype: expected one of float32, float16, got ", (*CHOSEN, "auto")),
