@@ -66,6 +66,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("partner", [3, 2])
+@pytest.mark.slow  # minutes in the emulator
 def test_a_quads_lists_are_merged(partner: int) -> None:
     """Sixteen near rows in each of four lists, seven of them one thread's: all are kept, but by a wrong merge."""
     edits = {"topk_scan.cuh": [("keep_half(keys, 3, lane < 2)", f"keep_half(keys, {partner}, lane < 2)")]}
