@@ -140,3 +140,9 @@ def test_every_log_of_the_package_is_plain() -> None:
     others = {"transformation_fit.py", "backfill_bar.py", "iceberg_destination.py"}
     found = {f.name for f in SOURCE.rglob("*.py") if "getLogger(" in f.read_text()}
     assert found - others == {"terminal.py"}
+
+
+def test_a_text_of_lines_is_printed_line_by_line() -> None:
+    out = io.StringIO()
+    PlainConsole(file=out, width=20).lines("go: a\x1b[31m\n\n| a long line of a table |")
+    assert out.getvalue() == "go: a\\x1b[31m\n\n| a long line of a table |\n"

@@ -57,6 +57,11 @@ class PlainConsole(Console):
         how |= {"markup": False, "emoji": False}
         return super().render_str(printable(text), **how)
 
+    def lines(self, text: str) -> None:
+        """A text of ours that has lines, each as it is however long."""
+        for line in text.split("\n"):
+            self.print(line, highlight=False, soft_wrap=True)
+
     def say(self, head: str, text: str, style: str = "bold") -> None:
         """``head``, in ``style``, and ``text`` behind it, on one line however long it is."""
         self.print(Text.assemble((printable(head), style), " ", printable(text)), highlight=False, soft_wrap=True)

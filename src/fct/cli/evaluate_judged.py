@@ -116,7 +116,7 @@ def judged_upgrade(
             asked, _judgements(qrels, access), ids, old_rows, new_rows, old_metric=metric, new_metric=metric,
             fused=False,
         )  # fmt: skip
-    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    console.lines(str(found))
     if away:
         console.print(f"{away:,} rows of the old gallery are not in the new one: left out on both sides")
     measures = found.result("mapped").measures

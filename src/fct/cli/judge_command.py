@@ -146,14 +146,14 @@ def _metric(where: str, wanted: str) -> str:
 
 def show_judged(judged: GateVerdict) -> None:
     """The gate's verdict, and what it is about."""
-    console.print(str(judged.verdict), markup=False, highlight=False, soft_wrap=True)
+    console.lines(str(judged.verdict))
     some = "" if judged.rows + judged.rejected == judged.of else ", every judged one and others by lot"
     away = f"; {judged.rejected:,} that h cannot map are left out on both sides" if judged.rejected else ""
     console.print(f"searched: {judged.rows:,} of {judged.of:,} rows{some}{away}", highlight=False, soft_wrap=True)
 
 
 def _show(found: Any, away: int) -> None:
-    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    console.lines(str(found))
     for result in found.results:
         for name, gain in result.slices.items():
             if result.name == found.candidate:

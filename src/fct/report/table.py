@@ -129,11 +129,12 @@ class ResultTable:
     def to_rich(self) -> Table:
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=self.title or None, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title_justify="left")
         table.title_style = "bold"
         for i, heading in enumerate(_NARROW):
-            table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
         for row, cells in zip(self.rows, self.cells(), strict=True):
             ends = row.name in (self.floor, self.ceiling)
             table.add_row(*cells, style="dim" if ends else None)
