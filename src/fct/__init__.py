@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _install()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # name -> the module that defines it
 _PUBLIC = {
