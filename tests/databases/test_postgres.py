@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -92,6 +93,25 @@ def test_to_files_and_back(db: Database, h: fct.Transformation, tmp_path: Path) 
     back = fct.Transformation.random(D_NEW, D_NEW, 5, inner=16, side_info=False).with_(old_space=h.new_space)
     fct.backfill(tmp_path / "new", db.url("third", vector="v"), back, journal=tmp_path / "j", progress=False)
     assert db.run("SELECT count(*), min(label), max(extra->>'n') FROM third") == [(500, "item 1", "98")]
+
+
+def test_rows_of_files_that_the_table_has_not_are_not_lost_in_a_new_column(
+    db: Database, h: fct.Transformation, tmp_path: Path
+) -> None:
+    old = rows_of(600)
+    db.items(old)
+    db.run("CREATE TABLE others AS SELECT id FROM items WHERE id NOT IN (7, 520, 521, 530, 599)")
+    db.run("ALTER TABLE others ADD PRIMARY KEY (id)")
+    pq.write_table(pa.table({"id": np.arange(1, 601), "embedding": list(old)}), tmp_path / "old.parquet")
+    job: Any = (tmp_path / "old.parquet", db.url("others", vector="v"), h)
+    with pytest.raises(fct.FctError, match=r"expected a row of others for each id, 1 of a shard's ids have none \(7\)"):
+        fct.backfill(*job, journal=tmp_path / "j", vector_column="embedding", **QUICK)
+    db.run("INSERT INTO others VALUES (7)")
+    with pytest.raises(fct.FctError, match=r"4 of a shard's ids have none \((\d+, ){3}\.\.\.\)"):
+        fct.backfill(*job, journal=tmp_path / "j", vector_column="embedding", **QUICK)
+    db.run("INSERT INTO others VALUES (520), (521), (530), (599)")
+    fct.backfill(*job, journal=tmp_path / "j", vector_column="embedding", **QUICK)
+    mapped(db, h, "others", "v", old)
 
 
 def test_rows_that_can_not_be_mapped_are_set_aside(db: Database, h: fct.Transformation, tmp_path: Path) -> None:

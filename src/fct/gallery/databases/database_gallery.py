@@ -173,6 +173,7 @@ class DatabaseDestination(Destination):
         self.address, self.patience = address, patience
         self.id_column, self.switch = "", False
         self.hollow: Counter[str] = Counter()
+        self.same_rows = False  # the rows that are read are the ones that are written to
         self._source: DatabaseSource | None = None
         self._journal: Path | None = None
         self._lock = threading.Lock()
@@ -202,6 +203,7 @@ class DatabaseDestination(Destination):
                 )
             source.suit(self.address)
             self._source = source
+            self.same_rows = source.address.place() == self.address.place()
         self.id_column, self._journal = id_column, journal
 
     # ---- what a store does ----

@@ -179,11 +179,10 @@ class PostgresDestination(DatabaseDestination):
                 new = sql.SQL(", ").join(
                     sql.SQL("{n} = fct_new.{n}").format(n=sql.Identifier(name)) for name in self._names[1:]
                 )
-                connection.execute(
-                    sql.SQL("UPDATE {t} SET {new} FROM fct_new WHERE {t}.{k} = fct_new.{k}").format(
-                        t=table, new=new, k=key
-                    )
-                )
+                where = sql.SQL("{t}.{k} = fct_new.{k}").format(t=table, k=key)
+                connection.execute(sql.SQL("UPDATE {t} SET {new} FROM fct_new WHERE ").format(t=table, new=new) + where)
+                if not self.same_rows:
+                    self._refuse_strangers(connection, where)
                 return
             try:
                 with connection.transaction():
@@ -191,6 +190,22 @@ class PostgresDestination(DatabaseDestination):
             except errors.UniqueViolation:  # the shard, or some of it, was written before: once more, over it
                 connection.execute(sql.SQL("DELETE FROM {} WHERE {} = ANY({})").format(table, key, self._array(ids)))
                 _copy_in(connection, table, names, blocks)
+
+    def _refuse_strangers(self, connection: Connection[TupleRow], where: Composable) -> None:
+        """Rows of another place that the table has no row for: they would be lost. What is read from the table itself
+        may have been deleted since."""
+        from psycopg import sql
+
+        missing = "SELECT {k}::text, count(*) OVER () FROM fct_new WHERE NOT EXISTS (SELECT FROM {t} WHERE "
+        query = sql.SQL(missing).format(k=sql.Identifier(self._names[0]), t=table_of(self.address)) + where
+        found = connection.execute(query + sql.SQL(") LIMIT 3")).fetchall()
+        if found:
+            first = ", ".join(str(row[0]) for row in found) + (", ..." if found[0][1] > len(found) else "")
+            raise DatabaseError(
+                f"destination: expected a row of {self.address.table} for each id, {found[0][1]} of a shard's ids have "
+                f"none ({first}): a further column holds vectors of rows that are there; insert these rows and start "
+                "again, which goes on, or write into a new table"
+            )
 
     def _array(self, ids: pa.Array) -> Composed:
         from psycopg import sql
