@@ -13,8 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import fct
+from fct.backfilling.journal import Journal
+from fct.backfilling.true_index import TrueIndex
+from fct.backfilling.true_vectors import TrueVectors
 from fct.errors import BackfillError, FctWarning
 from fct.gallery import vector_array
+from fct.gallery.location import location_of
 from tests.backfilling.conftest import contents
 
 N, D_OLD, D_NEW = 600, 8, 6
@@ -154,6 +158,27 @@ def test_threads_ask_once(half_done: tuple[fct.UpgradingGallery, Any], rng: np.r
         found = list(pool.map(lambda q: live.search(q, 5, rerank=model, depth=60).indices.tolist(), queries))
     assert len(model.asked) == len(set(model.asked))
     assert found == [live.search(q, 5, rerank=model, depth=60).indices.tolist() for q in queries]
+
+
+def test_a_file_that_went_into_a_larger_one_since_it_was_listed_is_not_missed(
+    tmp_path: Path, h: fct.Transformation, rng: np.random.Generator
+) -> None:
+    old, true = (rng.standard_normal((40, d), dtype=np.float32) for d in (D_OLD, D_NEW))
+    pq.write_table(pa.table({"id": np.arange(40), "embedding": vector_array(old)}), tmp_path / "old.parquet")
+    plan = fct.plan_backfill(
+        tmp_path / "old.parquet", tmp_path / "new", h, old_model="random-old", measure_seconds=0.01
+    )
+    assert plan.job is not None
+    place = location_of(tmp_path / "true")
+    (piece,), store = plan.job.pieces, TrueVectors(Journal(place, place), plan.job.new_space)
+    index = TrueIndex(plan.job, store)
+    for rows in ([1, 5], [2, 9]):
+        store.save(piece, np.array(rows), true[rows])
+    index.refresh()
+    store.merge(piece, 0, 40)  # as another thread or process does
+    vectors, there = index.take(np.array([1, 2, 5, 7, 9]))
+    assert there.tolist() == [True, True, True, False, True]
+    np.testing.assert_array_equal(vectors[there], true[[1, 2, 5, 9]])
 
 
 def test_what_a_depth_is_worth(rng: np.random.Generator, h: fct.Transformation) -> None:

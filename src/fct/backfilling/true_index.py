@@ -109,18 +109,25 @@ class TrueIndex:
     def _shard(self, shard: Shard) -> _Shard:
         with self._lock:
             held = self._shards.get(shard.number)
-            if held is None:
-                held = self._shards[shard.number] = self._made(shard)
+            while held is None:
+                held = self._made(shard)
+                if held is None:
+                    self.refresh()  # it lists the larger file before the smaller ones go
+            self._shards[shard.number] = held
             return held
 
-    def _made(self, shard: Shard) -> _Shard:
+    def _made(self, shard: Shard) -> _Shard | None:
+        """None where a file went into a larger one since the files were listed."""
         rows, part, place = [], [], []
         parts: list[Floats] = []
         start, end = shard.start, shard.start + shard.rows
         for number, file in self._files.get(shard.piece, ()):
             if file.first >= end or file.last < start:
                 continue
-            numbers, vectors = self._open(number, file)
+            opened = self._open(number, file)
+            if opened is None:
+                return None
+            numbers, vectors = opened
             low, high = np.searchsorted(numbers, (start, end))
             rows.append(numbers[low:high] - start + shard.first)
             part.append(np.full(high - low, len(parts), np.int32))
@@ -131,10 +138,13 @@ class TrueIndex:
         every, first = np.unique(np.concatenate(rows), return_index=True)
         return _Shard(every, np.concatenate(part)[first], np.concatenate(place)[first], tuple(parts))
 
-    def _open(self, number: int, file: TrueFile) -> tuple[Rows, Floats]:
+    def _open(self, number: int, file: TrueFile) -> tuple[Rows, Floats] | None:
         name, store = (number, file.name), self._stores[number]
         if name not in self._opened and store is not None:
-            self._opened[name] = store.open(file, self._scratch)
+            opened = store.open(file, self._scratch)
+            if not len(opened[0]) and all(other.name != file.name for other in store.files()):
+                return None
+            self._opened[name] = opened
         return self._opened[name]
 
     def _scratch(self) -> Path:
