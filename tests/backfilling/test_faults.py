@@ -273,10 +273,10 @@ def test_a_store_that_never_answers(
         monkeypatch.setattr(Location, "publish", hang(Location.publish, 3))
     start = time.perf_counter()
     with pytest.raises(
-        (BackfillError, StoreError), match=r"s3://unwell/.*no answer within 0\.\d+ s \(tried twice\)"
+        (BackfillError, StoreError), match=r"s3://unwell/.*no answer within [01]\.\d+ s \(tried twice\)"
     ) as info:
-        fct.backfill("s3://unwell/old", "s3://unwell/new", h, retries=1, timeout=0.4, **how)
-    assert time.perf_counter() - start < 8
+        fct.backfill("s3://unwell/old", "s3://unwell/new", h, retries=1, timeout=1.2, **how)
+    assert time.perf_counter() - start < 20
     assert (when == "writing") == ("what is done is kept, start again" in str(info.value))
     assert when != "opening" or "looking at s3://unwell/old" in str(info.value)
     application.mode = lambda request: "well"
