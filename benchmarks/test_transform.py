@@ -145,8 +145,8 @@ def test_small_shapes_and_batches(
     for state, times in measure_batch(fns, rows, seconds=2.0, rounds=5).items():
         reference = times["reference code, the paper's h|fp32"].median
         others = [t.median for key, t in times.items() if key.partition("|")[0] in {who for who, _ in peers}]
-        for name, timing in times.items():
-            who, _, precision = name.partition("|")
+        for call_name, timing in times.items():
+            who, _, precision = call_name.partition("|")
             flop = (paper if "paper" in who else h).flop_per_row * rows
             fields = timing_fields(timing, rows=rows, flop=None if who == "reading the weights" else flop)
             if who == "fct":
