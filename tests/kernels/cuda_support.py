@@ -255,3 +255,28 @@ def interpreted(texts: list[str], seed: int = 0) -> Iterator[dict[str, int]]:
         yield issued
     finally:
         module().intercept(None)
+
+
+@contextmanager
+def no_bank_conflicts(runtime: Any, *, least: int) -> Iterator[None]:
+    """What runs inside reads shared memory without conflicts, in more than ``least`` loads and products."""
+    runtime.lib.reset_stats()
+    yield
+    stats = runtime.lib.stats()
+    assert stats["ldmatrix"] > least
+    assert stats["mma"] > least
+    assert stats["bank_extra"] == 0
+
+
+@contextmanager
+def nothing_launched(runtime: Any) -> Iterator[None]:
+    """A launch inside fails the test."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("launched")
+
+    runtime.lib.intercept(refuse)
+    try:
+        yield
+    finally:
+        runtime.lib.intercept(None)

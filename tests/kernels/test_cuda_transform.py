@@ -210,22 +210,12 @@ def test_two_streams_share_no_activations(runtime: Any) -> None:
 
 
 def test_no_bank_conflicts(runtime: Any, rng: Any) -> None:
-    runtime.lib.reset_stats()
-    run_transform(runtime, fct.Transformation.random(12, 7, 20, inner=33, skip=True), rng, 5)
-    stats = runtime.lib.stats()
-    assert stats["ldmatrix"] > 20
-    assert stats["mma"] > 20
-    assert stats["bank_extra"] == 0
+    with support.no_bank_conflicts(runtime, least=20):
+        run_transform(runtime, fct.Transformation.random(12, 7, 20, inner=33, skip=True), rng, 5)
 
 
 def test_zero_rows_launch_nothing(runtime: Any) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("launched")
-
-    runtime.lib.intercept(refuse)
-    try:
+    with support.nothing_launched(runtime):
         backend = CudaTransform(runtime)
         empty = [rows(np.zeros((0, d), np.float32)) for d in (5, 4, 6)]
         backend.run(backend.pack(fct.Transformation.random(5, 4, 6, inner=8), "bf16", "cpu"), *empty, threads=1)
-    finally:
-        runtime.lib.intercept(None)

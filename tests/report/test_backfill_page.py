@@ -244,6 +244,7 @@ def test_nothing_of_a_gallery_s_is_markup_and_all_can_be_taken_along(
     assert [line.rpartition(",")[2] for line in files["rejects.csv"].splitlines()] == ["rows", "5"]
 
 
+# Stays: the package has no browser among its extras, and a machine without one can still run every other test.
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH")
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 def test_in_a_browser(old: Path, h: fct.Transformation, tmp_path: Path, width: int, dark: bool) -> None:

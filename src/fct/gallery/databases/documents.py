@@ -45,6 +45,7 @@ def _is_final(error: Exception) -> bool:
     status = getattr(error, "status_code", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _LATER
+    # NotImplementedError is a client's word for a call that this kind of store does not have: no later try finds it.
     wrong = isinstance(error, (ValueError, TypeError, NotImplementedError)) and not isinstance(error, OSError)
     return wrong or type(error).__name__ in _WRONG
 
