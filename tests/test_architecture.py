@@ -25,6 +25,7 @@ FLOORS = [
         "transform",
         "search",
         "metrics",
+        "mixed_correction",
         "mixed_gallery",
         "mixed_warning",
         "joined_rows",

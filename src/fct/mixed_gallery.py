@@ -9,28 +9,32 @@ brings rows to unit length itself (cosine): there one more coordinate does the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fct.artifact.transformation import Layer, Transformation
+from fct.artifact.transformation import Transformation
 from fct.checks import (
-    check_choice,
-    check_flag,
     check_items,
     check_kind,
-    check_positive,
     check_seed,
     check_share,
     check_whole,
 )
 from fct.metrics import evaluate, recall_at_k
+from fct.mixed_correction import (
+    MixedCorrection,
+    add_coordinate,
+    correction_of,
+    last_coordinate,
+    mixed_transformation,
+)
 from fct.rows import check_labels, rows_of
-from fct.search import topk
+from fct.search import TopK, topk
 from fct.spaces import check_metric
 from fct.transform import transform_batch
-from fct.types import Array, Bools, Floats, Indices, JsonDict, LabelsLike, RowsLike
+from fct.types import Array, Bools, Floats, JsonDict, LabelsLike, RowsLike
 
 if TYPE_CHECKING:
     import torch
@@ -50,32 +54,8 @@ __all__ = [
 
 MIXED_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 _CHOSEN_ON = (0.25, 0.5, 0.75)
+_RESAMPLES = 40  # for the standard error of what a larger gallery asks for
 _SHORTER = (1.0, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
-
-
-@dataclass(frozen=True, slots=True)
-class MixedCorrection:
-    """What is done to mapped rows, and to them alone.
-
-    kind: "length": they are stored ``value`` times as long. "coordinate": for a store that brings rows to unit length
-        itself: they are stored as [value * row, sqrt(1 - value^2)], true rows and queries with a 0 at the end.
-    value: 1.0 changes nothing.
-    """
-
-    kind: str
-    value: float
-
-    def __post_init__(self) -> None:
-        check_choice(self.kind, "correction.kind", ("length", "coordinate"))
-        check_positive(self.value, "correction.value")
-        if self.kind == "coordinate" and self.value > 1:
-            raise ValueError(f"correction.value: expected a coordinate of at most 1, got {self.value}")
-
-    def apply(self, mapped: Floats) -> Floats:
-        """(n, d) float32 mapped rows as they count beside true ones; the added coordinate is left out, since it meets
-        zeros in every query."""
-        out: Floats = mapped * np.float32(self.value)
-        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +131,16 @@ class _Mixture:
         self.mapped = _host(rows_of(mapped, "mapped", n=rows.n, d=rows.d, d_why="to match new").float32())
         self.k = max(1, min(k, rows.n - 1))
         self.order = np.random.default_rng([seed, 19]).permutation(rows.n)
-        self.reference = self._nearest(self.new)
+        self.true_distances, self.reference = self._nearest(self.new, self.new)
 
-    def _nearest(self, gallery: Floats) -> Indices:
+    def _nearest(self, queries: Floats, gallery: Floats) -> TopK:
         same = len(gallery) > 1
-        return np.asarray(topk(self.new, gallery, self.k, metric=self.metric, same_items=same, progress=False).indices)
+        found = topk(queries, gallery, self.k, metric=self.metric, same_items=same, progress=False)
+        return TopK(np.asarray(found.distances), np.asarray(found.indices))
+
+    def mapped_distances(self) -> Floats:
+        """(n, k): of the nearest where every row is mapped."""
+        return self._nearest(self.new, self.mapped).distances
 
     def gallery(self, share: float, correction: MixedCorrection | None) -> tuple[Floats, Bools]:
         """(rows, which are true)."""
@@ -165,7 +150,7 @@ class _Mixture:
         rows = self.mapped if correction is None else correction.apply(self.mapped)
         rows = np.where(true[:, None], self.new, rows)
         if correction is not None and correction.kind == "coordinate":
-            rows = np.concatenate([rows, _last_coordinate(self.mapped, true, correction.value)], axis=1)
+            rows = np.concatenate([rows, last_coordinate(self.mapped, true, correction.value)], axis=1)
         return np.ascontiguousarray(rows, np.float32), true
 
     def queries(self, correction: MixedCorrection | None) -> Floats:
@@ -176,49 +161,22 @@ class _Mixture:
     def recall(self, share: float, correction: MixedCorrection | None) -> tuple[float, float]:
         """(recall@k, share of true rows among what is found)."""
         rows, true = self.gallery(share, correction)
-        found = np.asarray(
-            topk(
-                self.queries(correction), rows, self.k, metric=self.metric, same_items=len(rows) > 1, progress=False
-            ).indices
-        )
+        found = self._nearest(self.queries(correction), rows).indices
         return recall_at_k(found, self.reference, self.k), float(true[found].mean())
 
-
-def _last_coordinate(mapped: Floats, true: Bools, value: float) -> Floats:
-    """(n, 1): what brings value * row back to the row's own length; 0 for true rows."""
-    norms = np.linalg.norm(mapped, axis=1)
-    return np.where(true, 0, norms * np.sqrt(max(0.0, 1 - value**2))).astype(np.float32)[:, None]
-
-
-def add_coordinate(rows: RowsLike, correction: MixedCorrection, *, mapped: bool) -> Floats:
-    """Rows with the one coordinate more that a store needs which brings rows to unit length itself.
-
-    Args:
-        rows: (n, d) float32 numpy: mapped rows, or true rows or queries.
-        correction: of kind "coordinate".
-        mapped: whether h made them.
-
-    Returns:
-        (n, d + 1) float32. The cosine of a query and a mapped row is ``value`` times what it was.
-
-    Example:
-        >>> import numpy as np
-        >>> from fct.mixed_gallery import MixedCorrection, add_coordinate
-        >>> add_coordinate(np.array([[0.0, 1.0]], np.float32), MixedCorrection("coordinate", 0.6), mapped=True)
-        array([[0. , 0.6, 0.8]], dtype=float32)
-    """
-    check_kind(correction, "correction", MixedCorrection, "fct.mixed_gallery.MixedCorrection")
-    check_flag(mapped, "mapped")
-    if correction.kind != "coordinate":
-        raise ValueError(f"correction: expected one of kind 'coordinate', got {correction}")
-    values = np.asarray(rows_of(rows, "rows").float32())
-    last = _last_coordinate(values, np.full(len(values), not mapped), correction.value)
-    return np.concatenate([correction.apply(values) if mapped else values, last], axis=1)
+    def recalls(self, correction: MixedCorrection) -> Floats:
+        """(n,) each query's recall@k, the mean over a quarter, a half and three quarters of true rows."""
+        total = np.zeros(len(self.new))
+        for share in _CHOSEN_ON:
+            rows, _ = self.gallery(share, correction)
+            found = self._nearest(self.queries(correction), rows).indices
+            total += (found[:, :, None] == self.reference[:, None, :]).any(axis=2).mean(axis=1)
+        return total / len(_CHOSEN_ON)
 
 
 def choose_correction(new: Floats, mapped: Floats, metric: str, *, seed: int = 0, k: int = 10) -> MixedCorrection:
-    """The mildest correction within 0.2 % of the best recall@k, the mean over a quarter, a half and three
-    quarters of true rows.
+    """The mildest correction within a standard error of the best recall@k, the mean over a quarter, a half and three
+    quarters of true rows; and how it fades in larger galleries.
 
     Args:
         new: (n, d) float32 numpy, held-out items by the new model. mapped: (n, d), the same items by h.
@@ -230,11 +188,46 @@ def choose_correction(new: Floats, mapped: Floats, metric: str, *, seed: int = 0
     values = list(_SHORTER)
     if metric == "l2":
         values = [1 / v for v in values[:0:-1]] + values
-    recalls = [
-        float(np.mean([mixture.recall(share, MixedCorrection(kind, v))[0] for share in _CHOSEN_ON])) for v in values
-    ]
-    enough = [v for v, recall in zip(values, recalls, strict=True) if recall >= 0.998 * max(recalls)]
-    return MixedCorrection(kind, float(min(enough, key=lambda v: abs(np.log(v)))))
+    recalls = {v: mixture.recalls(MixedCorrection(kind, v)) for v in values}
+    best = max(recalls.values(), key=lambda recall: float(recall.mean()))
+
+    def enough(recall: Floats) -> bool:
+        lost = best - recall
+        return bool(lost.mean() <= max(0.002 * best.mean(), lost.std() / np.sqrt(len(lost))))
+
+    value = float(min((v for v, recall in recalls.items() if enough(recall)), key=lambda v: abs(np.log(v))))
+    return MixedCorrection(kind, value, len(new), _fade(mixture, value, seed))
+
+
+def _fade(mixture: _Mixture, value: float, seed: int) -> float:
+    """How much milder a correction has to be where the gallery is e times as large.
+
+    The i-th nearest of n rows is about as near as the k-th of n k / i. So how the value that brings the i-th mapped row
+    as near as the i-th true one changes with i tells what a larger gallery asks for: the slope over i = 2 ... k, less
+    its standard error, so that chance does not weaken a correction.
+    """
+    ranks = np.arange(2, mixture.k + 1)
+    if len(ranks) < 3 or value == 1.0:
+        return 0.0
+    true, mapped = (x[:, 1:].astype(np.float64) for x in (mixture.true_distances, mixture.mapped_distances()))
+    sizes = -np.log(ranks)
+    sizes -= sizes.mean()
+    queries, rows = (float(np.median((x.astype(np.float64) ** 2).sum(axis=1))) for x in (mixture.new, mixture.mapped))
+
+    def slope(chosen: Any) -> float:
+        near, other = (np.median(x[chosen], axis=0) for x in (true, mapped))
+        if mixture.metric == "l2":  # |q|^2 - 2 L qm + L^2 |m|^2 = the true distance, solved for L
+            inner = (queries + rows - other) / 2
+            wanted = (inner + np.sqrt(np.maximum(inner**2 - rows * (queries - near), 0))) / max(rows, 1e-30)
+        else:
+            wanted = near / np.where(other == 0, 1.0, other)
+        if not (wanted > 0).all():
+            return 0.0
+        return float(np.log(wanted) @ sizes / (sizes @ sizes))
+
+    rng, n = np.random.default_rng([seed, 31]), len(true)
+    spread = np.std([slope(rng.integers(0, n, n)) for _ in range(_RESAMPLES)])
+    return max(0.0, (slope(slice(None)) if value < 1 else -slope(slice(None))) - float(spread))
 
 
 def mixed_curve(
@@ -248,9 +241,13 @@ def mixed_curve(
     seed: int = 0,
     k: int = 10,
 ) -> MixedReport:
-    """:func:`evaluate_mixed` on arrays: (n, d) float32 numpy rows of the same items by the new model and by h."""
+    """:func:`evaluate_mixed` on arrays: (n, d) float32 numpy rows of the same items by the new model and by h.
+
+    The correction is taken as it is for a gallery of n rows.
+    """
     check_kind(correction, "correction", MixedCorrection, "fct.mixed_gallery.MixedCorrection")
     shares = _shares(shares)
+    correction = correction.at(len(new))
     mixture = _Mixture(new, mapped, metric, k, seed)
     points = []
     for share in shares:
@@ -266,59 +263,6 @@ def mixed_curve(
                 figures |= {f"{prefix}map": result.map, f"{prefix}cmc1": result.cmc1}
         points.append(MixedPoint(float(share), plain, better, found, found_better, **figures))
     return MixedReport(correction, mixture.recall(0.0, None)[0], tuple(points), len(new), mixture.k, metric)
-
-
-def correction_of(transformation: Transformation) -> MixedCorrection:
-    """The correction that the fit measured and stored in the artifact.
-
-    Raises:
-        ValueError: the artifact holds none: it was fitted before there was one, or by "paper" or numbers of its own.
-    """
-    check_kind(transformation, "transformation", Transformation, "an fct.Transformation")
-    stored: Any = transformation.info.get("mixed")
-    try:
-        return MixedCorrection(str(stored["correction"]["kind"]), float(stored["correction"]["value"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            "transformation: expected one with a measured correction for mixed galleries (config='auto' or 'best' "
-            "measures it), got none; fct.mixed_gallery.choose_correction finds one on held-out pairs"
-        ) from error
-
-
-def mixed_transformation(transformation: Transformation, correction: MixedCorrection | None = None) -> Transformation:
-    """h that writes mapped rows as they may stand among true ones.
-
-    Args:
-        transformation: h. correction: None: the one stored in it.
-
-    Raises:
-        ValueError: none is stored, or it is a coordinate more, which h cannot write: the message says what to do.
-
-    Example:
-        >>> import fct
-        >>> from fct.mixed_gallery import MixedCorrection, mixed_transformation
-        >>> h = fct.Transformation.random(8, 4, 16, inner=32, normalise=True)
-        >>> mixed_transformation(h, MixedCorrection("length", 0.9)).length
-        0.9
-    """
-    h = check_kind(transformation, "transformation", Transformation, "an fct.Transformation")
-    if correction is not None:
-        check_kind(correction, "correction", MixedCorrection, "fct.mixed_gallery.MixedCorrection")
-    how = correction or correction_of(h)
-    value = check_positive(how.value, "correction")
-    if how.kind != "length":
-        raise ValueError(
-            f"mixed: {h.new_space} is compared by cosine, which ignores the length of a row, and a store that brings "
-            "rows to unit length undoes it. Tag the new space with metric='ip' and search by inner product (the same "
-            "ranking for unit-length queries), or store rows and queries with one coordinate more "
-            "(fct.mixed_gallery.add_coordinate)"
-        )
-    h = h.with_(new_space=replace(h.new_space, mapped_length=h.new_space.mapped_length * value))
-    if h.normalise:
-        return h.with_(length=h.length * value)
-    last = h.mixer[-1]
-    skip = None if h.skip is None else Layer(h.skip.weight * value, h.skip.bias * value, relu=False)
-    return h.with_(mixer=(*h.mixer[:-1], Layer(last.weight * value, last.bias * value, last.relu)), skip=skip)
 
 
 def evaluate_mixed(
@@ -345,8 +289,8 @@ def evaluate_mixed(
         new: (n, d_new) their new embeddings.
         transformation: h.
         shares: of true rows, each in [0, 1].
-        correction: None: the one stored in h; where h has none, one chosen on these very rows, which flatters it a
-            little.
+        correction: None: the one stored in h, as it is for so many rows; where h has none, one chosen on these very
+            rows, which flatters it a little.
         labels: (n,) classes; then mAP and CMC top-1 too.
         metric: None: the new space's.
         k: of recall@k. seed: of the random order.

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import fct
@@ -55,6 +57,41 @@ def test_the_correction_helps_at_every_share(rows: tuple[Any, Any], metric: str,
     assert "corrected" in str(report)
 
 
+def blurred(n: int, seed: int) -> tuple[Any, Any]:
+    """(true rows, mapped rows): eight numbers make an item, h knows five of them and gives the mean over the others."""
+    fixed = np.random.default_rng(7)
+    out, others = fixed.standard_normal((8, 16)), fixed.standard_normal((64, 3))
+    latent = np.random.default_rng([seed, n]).standard_normal((n, 8))
+    mapped = np.mean([np.tanh(latent[:, :5] @ out[:5] + other @ out[5:]) for other in others], axis=0)
+    return unit(np.tanh(latent @ out)), unit(mapped)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+def test_what_few_rows_ask_for_is_milder_in_a_larger_gallery(metric: str) -> None:
+    new, mapped = blurred(4_000, seed=1)
+    chosen = choose_correction(*blurred(300, seed=0), metric)
+    assert chosen.rows == 300
+    assert chosen.fade > 0
+    curves = [mixed_curve(new, mapped, metric, how) for how in (chosen, MixedCorrection(chosen.kind, chosen.value))]
+    here, unfaded = curves
+    assert abs(np.log(here.correction.value)) < abs(np.log(chosen.value))
+    assert unfaded.points[0].corrected_recall < unfaded.points[0].recall - 0.003, "as it is, it is too strong"
+    for point in here.points:
+        assert point.corrected_recall >= point.recall - 0.002
+        assert point.corrected_recall >= here.mapped_recall
+
+
+def test_a_correction_fades_and_never_turns() -> None:
+    for value in (0.8, 1.25):
+        chosen = MixedCorrection("length", value, rows=500, fade=0.05)
+        assert chosen.at(20).value == chosen.at(500).value == pytest.approx(value)
+        ladder = [abs(np.log(chosen.at(rows).value)) for rows in (500, 5_000, 50_000, 10**9)]
+        assert ladder == sorted(ladder, reverse=True)
+        assert ladder[1] == pytest.approx(np.log(1.25) - 0.05 * np.log(10))
+        assert ladder[-1] == 0, "at last nothing is corrected; mapped rows never get the other way"
+    assert MixedCorrection("length", 0.8).at(10**9).value == 0.8, "an older artifact's holds everywhere"
+
+
 def test_nothing_changes_while_every_row_is_mapped(rows: tuple[Any, Any]) -> None:
     new, mapped = rows
     before, after = (fct.topk(new, mapped * np.float32(s), 10, metric="ip").indices for s in (1.0, 0.5))
@@ -100,6 +137,25 @@ def test_backfill_writes_that_length_and_the_space_says_so(tmp_path: Path) -> No
     assert gallery.topk(new[:3], 2, query_space=h.new_space).indices.shape == (3, 2), "queries are the model's own"
     with pytest.raises(fct.FctError, match="another backfill"):
         fct.UpgradingGallery(tmp_path / "old.npy", tmp_path / "mixed", h, old_model="random-old")
+
+
+def test_a_backfill_takes_the_length_for_its_rows_and_keeps_it(tmp_path: Path) -> None:
+    old, _, h = fitted("ip")
+    h.info["mixed"]["correction"] |= {"value": 0.8, "rows": 30, "fade": 0.05}
+    want = MixedCorrection("length", 0.8, rows=30, fade=0.05).at(120).value
+    assert want == pytest.approx(0.857, abs=1e-3)
+    table = pa.table({"id": pa.array(range(120)), "embedding": pa.array(list(old), pa.list_(pa.float32(), 6))})
+    (tmp_path / "old").mkdir()
+    pq.write_table(table, tmp_path / "old" / "a.parquet")
+    how: dict[str, Any] = {"old_model": "random-old", "progress": False, "mixed": True}
+    fct.backfill(tmp_path / "old", tmp_path / "new", h, **how)
+    pq.write_table(table, tmp_path / "old" / "b.parquet")
+    fct.backfill(tmp_path / "old", tmp_path / "new", h, follow=True, **how)
+    rows = pq.read_table(tmp_path / "new", columns=["embedding"])["embedding"].to_pylist()
+    assert len(rows) == 240
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), want, atol=2e-3)
+    assert fct.evaluate_mixed(old, None, fitted("ip")[1], h, shares=[0.5]).correction.value == want  # type: ignore[arg-type]
+    assert mixed_transformation(h).length == pytest.approx(correction_of(h).at(10**6).value)
 
 
 def test_a_cosine_space_is_told_what_to_do_instead(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from fct.errors import BackfillError
 from fct.gallery.interfaces import Piece, Shard
 from fct.gallery.stores import Opening
 from fct.gallery.vectors import vector_array, vector_block
-from fct.mixed_gallery import correction_of, mixed_transformation
+from fct.mixed_gallery import MixedCorrection, correction_of, mixed_transformation
 from fct.mixed_warning import warn_uncorrected
 from fct.options.groups import PartialRows
 
-__all__ = ["Reembedding", "TrueRows", "partial_job", "reembedding_of", "writes_mixed"]
+__all__ = ["Reembedding", "TrueRows", "mixed_correction", "partial_job", "reembedding_of", "writes_mixed"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -62,24 +62,38 @@ class Reembedding:
         return f"{self.order}, budget {self.budget:g}, seed {self.seed}, from a {source}"
 
 
-def writes_mixed(given: PartialRows, h: Transformation, mixed: bool) -> Transformation:
-    """h as it writes rows that stand among true ones: of the length that the artifact says where a backfill is partial.
+def mixed_correction(given: PartialRows, h: Transformation, mixed: bool) -> MixedCorrection | None:
+    """The correction that rows are written with which stand among true ones, as they do in a partial backfill; None:
+    as h makes them.
+
+    Raises:
+        ValueError: ``mixed``, and the artifact holds none, or none that h can write.
 
     Warns:
         FctWarning: rows are re-embedded, and the artifact holds no correction, or none that h can write.
     """
     if mixed:
-        return mixed_transformation(h)
+        mixed_transformation(h)  # refuses what it can not write, before anything is opened
+        return correction_of(h)
     if given.reembed is None or h.new_space.mapped_length != 1.0:
-        return h
+        return None
     try:
         how = correction_of(h)
     except ValueError:
         how = None
     if how is not None and how.kind == "length":
-        return mixed_transformation(h, how)
+        return how
     warn_uncorrected(h, "reembed")
-    return h
+    return None
+
+
+def writes_mixed(how: MixedCorrection | None, h: Transformation, rows: int, stored: Job | None) -> Transformation:
+    """h as it writes the gallery's ``rows``; a job that goes on keeps its length, whatever was added since."""
+    if how is None:
+        return h
+    if stored is not None and stored.new_space.mapped_length != 1.0 and h.new_space.mapped_length == 1.0:
+        how = MixedCorrection("length", stored.new_space.mapped_length)
+    return mixed_transformation(h, how, rows=max(1, rows))
 
 
 def reembedding_of(

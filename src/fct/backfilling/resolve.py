@@ -16,7 +16,14 @@ from fct.backfilling.job import ORDERS, Job
 from fct.backfilling.journal import Journal
 from fct.backfilling.new_place import open_new
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
-from fct.backfilling.reembedding import Reembedding, TrueRows, partial_job, reembedding_of, writes_mixed
+from fct.backfilling.reembedding import (
+    Reembedding,
+    TrueRows,
+    mixed_correction,
+    partial_job,
+    reembedding_of,
+    writes_mixed,
+)
 from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.side_join import bound_side, join_by_id
 from fct.backfilling.true_vectors import TrueVectors
@@ -116,7 +123,7 @@ def resolve(
 ) -> Resolved:
     """Opens everything and settles every "auto"; raises for what can never run. See :func:`fct.plan_backfill`."""
     h = load_transformation(transformation)
-    h = writes_mixed(options.partial, h, options.output.mixed)
+    correction = mixed_correction(options.partial, h, options.output.mixed)
     check_precision(options.execution.precision, gpu=True)
     access = opening(options.access)
     gallery = _open_gallery(source, h, options.columns, access)
@@ -134,6 +141,8 @@ def resolve(
         needed=(gallery.vector, gallery.side_column, *code_columns(coding), "" if order in ORDERS else order),
         rate=options.database.max_rows_per_s, switch=options.database.switch_alias,
     )  # fmt: skip
+    pieces = tuple(gallery.source.pieces())
+    h = writes_mixed(correction, h, sum(piece.rows for piece in pieces), journal.job())
     backend, precision = _pick(h, options, journal.job())
     dtype, vector_format = _row_of(gallery, form, options)
     by_url = isinstance(writer, DatabaseDestination) or is_iceberg(destination)  # others are known by their journal
@@ -146,7 +155,7 @@ def resolve(
         source=gallery.source.url,
         destination=writer.url if isinstance(writer, DatabaseDestination) else str(journal.destination),
         format=form,
-        pieces=tuple(gallery.source.pieces()),
+        pieces=pieces,
         vector=gallery.vector,
         id_column=gallery.ids,
         side=gallery.side.url if gallery.side else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 
@@ -30,7 +31,8 @@ def calibrate_length(test: NeighbourTest, raw: Floats, seed: int, tell: Callable
     report = mixed_curve(new[second], mapped[second], test.metric, correction, seed=seed)
     half = report.points[2]
     tell(
-        f"mixed galleries ({test.metric}): mapped rows with {correction.kind} {correction.value:.3g}: recall@10 at "
-        f"half true rows {half.recall:.3f} -> {half.corrected_recall:.3f}"
+        f"mixed galleries ({test.metric}): mapped rows with {correction.kind} {correction.value:.3g} among "
+        f"{correction.rows:,} rows, {correction.at(1_000_000).value:.3g} among a million: recall@10 at half true rows "
+        f"{half.recall:.3f} -> {half.corrected_recall:.3f}"
     )
-    return {**report.to_dict(), "chosen_on_the_same_rows": few}
+    return {**report.to_dict(), "correction": asdict(correction), "chosen_on_the_same_rows": few}
