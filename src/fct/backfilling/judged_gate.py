@@ -14,10 +14,11 @@ import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
 from fct.backfilling.choosing import expected_choice
-from fct.backfilling.quality import Writing, before_and_after
+from fct.backfilling.quality import Quality, Writing, before_and_after, check_quality, held_out_pairs
 from fct.backfilling.resolve import Resolved
 from fct.backfilling.true_source import named_ids, row_ids
 from fct.checks import shown
+from fct.errors import QualityGateError
 from fct.gallery.array_argument import load_labels
 from fct.gallery.beside_rows import load_ids
 from fct.gallery.named_pairs import load_pairs
@@ -25,10 +26,11 @@ from fct.gallery.stores import Opening, open_source, opening
 from fct.judging.judgements import Judgements, read_qrels
 from fct.judging.upgrade_systems import UpgradeQueries, judge_upgrade
 from fct.judging.upgrade_verdict import UpgradeVerdict
-from fct.options.groups import Gate, StoreAccess
+from fct.options.groups import BackfillOptions, Gate, PlanOptions, StoreAccess
 from fct.rows import rows_of
+from fct.types import JsonDict
 
-__all__ = ["GateVerdict", "JudgedQueries", "check_judged", "judged_queries", "load_judgements"]
+__all__ = ["GateVerdict", "Gates", "JudgedQueries", "check_judged", "judged_queries", "load_judgements"]
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 _MOST_ROWS = 100_000
@@ -61,6 +63,38 @@ class GateVerdict:
     rejected: int
     refusals: tuple[str, ...]
     reembedded: int = 0
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What is asked before a row is written: held-out pairs, queries of one's own, both, or nothing."""
+
+    limits: Gate
+    h: Transformation
+    pairs: JsonDict | None
+    queries: JudgedQueries | None
+
+    @classmethod
+    def of(cls, options: PlanOptions | BackfillOptions, h: Transformation) -> Gates:
+        """Looks at pairs and queries before anything else is opened; raises as :func:`held_out_pairs` and
+        :func:`judged_queries` do."""
+        gate = options.gate
+        return cls(gate, h, held_out_pairs(gate, h), judged_queries(gate, h, options.access))
+
+    def quality(self, writing: Writing) -> Quality | None:
+        return check_quality(self.h, self.limits, self.pairs, writing)
+
+    def judged(self, found: Resolved, writing: Writing) -> GateVerdict | None:
+        return check_judged(found, self.limits, self.queries, writing)
+
+    def require(self, found: Resolved, threads: int | None) -> GateVerdict | None:
+        """What the queries say; raises QualityGateError with every limit that is missed."""
+        writing = Writing.of_job(found.job, found.device, threads)
+        quality, judged = self.quality(writing), self.judged(found, writing)
+        refusals = [why for gate in (quality, judged) if gate is not None for why in gate.refusals]
+        if refusals:
+            raise QualityGateError("; ".join(refusals))
+        return judged
 
 
 def judged_queries(gate: Gate, h: Transformation, access: StoreAccess) -> JudgedQueries | None:

@@ -11,10 +11,10 @@ from typing_extensions import Unpack
 
 from fct.backfilling.coding import taken_as_they_are
 from fct.backfilling.job import Job
-from fct.backfilling.judged_gate import GateVerdict, JudgedQueries, check_judged, judged_queries
+from fct.backfilling.judged_gate import Gates, GateVerdict
 from fct.backfilling.new_place import occupied
 from fct.backfilling.pace import Pace, measure_h, measure_reading, measure_writing
-from fct.backfilling.quality import Quality, ScoreShift, Writing, check_quality, held_out_pairs, score_shift
+from fct.backfilling.quality import Quality, ScoreShift, Writing, score_shift
 from fct.backfilling.reembed_plan import ReembedPlan, planned_reembedding, with_a_budget
 from fct.backfilling.resolve import Resolved, load_transformation, reads_float64, require_rows, resolve
 from fct.backfilling.row_mapper import RowMapper
@@ -123,44 +123,52 @@ def plan_backfill(
     """
     given = with_a_budget(PlanOptions.split(options))
     h = load_transformation(transformation)
-    pairs = held_out_pairs(given.gate, h)
-    asked = judged_queries(given.gate, h, given.access)
+    gates = Gates.of(given, h)
     try:
         found = resolve(source, destination, h, given)
     except FctError as error:
-        quality = check_quality(h, given.gate, pairs, Writing.asked_for(given))
+        quality = gates.quality(Writing.asked_for(given))
         gate = quality.refusals if quality is not None else ()
         return _refused(redacted(str(source)), redacted(str(destination)), (str(error),), gate, quality)
     writing = Writing.of_job(found.job, found.device, given.execution.threads)
-    quality = check_quality(h, given.gate, pairs, writing)
-    job, bytes_out = found.job, found.job.rows * h.d_new * np.dtype(found.job.dtype).itemsize
-    files = not isinstance(found.destination, DatabaseDestination)
-    free = found.journal.destination.free_bytes() if files else None
-    mapper = found.mapper(job, threads=given.execution.threads)
+    quality = gates.quality(writing)
+    room = _Room.of(found)
+    mapper = found.mapper(found.job, threads=given.execution.threads)
     seen = _look(found, mapper, given.prediction.sample_rows)
     if isinstance(found.side, JoinedSide):
         found.side.progress = True
-    judged, trouble = _judged(found, given, asked, writing)
+    judged, trouble = _judged(gates, found, writing)
     missed = [why for each in (quality, judged) if each is not None for why in each.refusals]
-    refusals = [
-        *missed,
-        *trouble,
-        *_counted(job, given.prediction.expect_rows),
-        *_standing_in_the_way(found, bytes_out, free),
-        *seen.refusals,
-    ]
-    pace = _pace(found, mapper, seen.mapped if not refusals else None, given, bytes_out)
+    others = [*trouble, *_counted(found.job, given.prediction.expect_rows), *room.refusals(found), *seen.refusals]
+    verdict = _Verdict(quality, judged, tuple(missed), tuple(dict.fromkeys([*missed, *others])))
+    pace = _pace(found, mapper, None if verdict.refusals else seen.mapped, given, room.needed)
+    return _planned(found, given.prediction, seen, verdict, room, pace)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What gates, stores and sample say. missed: limits of the gates. refusals: those and all others."""
+
+    quality: Quality | None
+    judged: GateVerdict | None
+    missed: tuple[str, ...]
+    refusals: tuple[str, ...]
+
+
+def _planned(
+    found: Resolved, predicted: Prediction, seen: _Seen, verdict: _Verdict, room: _Room, pace: Pace
+) -> BackfillPlan:
+    job = found.job
     rate, binds = pace.together()
-    partial = planned_reembedding(found, given.prediction, pace.read)
-    predicted, remote = given.prediction, not found.journal.destination.is_local
+    partial = planned_reembedding(found, predicted, pace.read)
     return BackfillPlan(
         source=job.source,
         destination=job.destination,
         rows=job.rows,
         shards=len(job.shards),
         bytes_in=sum(p.bytes for p in (*job.pieces, *job.side_pieces)),
-        bytes_out=bytes_out,
-        free_bytes=free,
+        bytes_out=room.needed,
+        free_bytes=room.free,
         precision=job.precision,
         backend=job.backend,
         rows_per_second=rate,
@@ -171,10 +179,10 @@ def plan_backfill(
         sample_rows=seen.rows,
         nonfinite_share=len(seen.rejects) / seen.rows if seen.rows else 0.0,
         reject_reasons=seen.reasons(),
-        refusals=tuple(dict.fromkeys(refusals)),
-        gate_refusals=tuple(missed),
-        quality=quality,
-        scores=None if refusals or not seen.batches else score_shift(mapper, seen.batches),
+        refusals=verdict.refusals,
+        gate_refusals=verdict.missed,
+        quality=verdict.quality,
+        scores=None if verdict.refusals else seen.score_shift(),
         job=job,
         h_rows_per_second=pace.h_rate,
         read_rows_per_second=1 / pace.read if pace.read else 0.0,
@@ -182,19 +190,17 @@ def plan_backfill(
         binds=binds,
         upload_mb_per_s=predicted.upload_mb_per_s,
         upload_rows_per_second=1 / pace.upload if pace.upload else None,
-        upload_left_out=predicted.upload_mb_per_s is None and remote,
+        upload_left_out=predicted.upload_mb_per_s is None and not found.journal.destination.is_local,
         notes=_notes(found),
-        judged=judged,
+        judged=verdict.judged,
         reembedding=partial,
     )
 
 
-def _judged(
-    found: Resolved, given: PlanOptions, asked: JudgedQueries | None, writing: Writing
-) -> tuple[GateVerdict | None, list[str]]:
+def _judged(gates: Gates, found: Resolved, writing: Writing) -> tuple[GateVerdict | None, list[str]]:
     """(what the queries said, what keeps them from saying anything)."""
     try:
-        return check_judged(found, given.gate, asked, writing), []
+        return gates.judged(found, writing), []
     except (FctError, ValueError) as error:
         return None, [str(error)]
 
@@ -226,23 +232,37 @@ def _notes(found: Resolved) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*([rounded] if wide else []), *notes]))
 
 
-def _standing_in_the_way(found: Resolved, bytes_out: int, free: int | None) -> list[str]:
-    """What in the destination would keep the backfill from starting."""
-    job, journal, refusals = found.job, found.journal, []
-    stored = journal.job()
-    if stored is not None:
-        refusals += [f"destination: holds another backfill: {d}" for d in stored.differences(job)]
-    elif not found.destination.shared and occupied(journal.destination):
-        refusals.append(f"destination: {job.destination} already holds other files")
-    if free is not None and free < bytes_out:
-        refusals.append(f"destination: {bytes_out} bytes are needed, {free} are free")
-    return refusals
+@dataclass(frozen=True)
+class _Room:
+    """Bytes that the new vectors need, and that the destination has free: None where it cannot say."""
+
+    needed: int
+    free: int | None
+
+    @classmethod
+    def of(cls, found: Resolved) -> _Room:
+        needed = found.job.rows * found.h.d_new * np.dtype(found.job.dtype).itemsize
+        database = isinstance(found.destination, DatabaseDestination)
+        return cls(needed, None if database else found.journal.destination.free_bytes())
+
+    def refusals(self, found: Resolved) -> list[str]:
+        """What in the destination would keep the backfill from starting."""
+        job, journal, refusals = found.job, found.journal, []
+        stored = journal.job()
+        if stored is not None:
+            refusals += [f"destination: holds another backfill: {d}" for d in stored.differences(job)]
+        elif not found.destination.shared and occupied(journal.destination):
+            refusals.append(f"destination: {job.destination} already holds other files")
+        if self.free is not None and self.free < self.needed:
+            refusals.append(f"destination: {self.needed} bytes are needed, {self.free} are free")
+        return refusals
 
 
 @dataclass
 class _Seen:
     """The sample: its batches, what h made of them, the rows that would be rejected, and what is wrong with it all."""
 
+    mapper: RowMapper
     batches: list[tuple[pa.RecordBatch, pa.RecordBatch | None]]
     mapped: list[pa.RecordBatch]
     rejects: list[Reject]
@@ -259,9 +279,12 @@ class _Seen:
             counts[reject["reason"]] = counts.get(reject["reason"], 0) + 1
         return counts
 
+    def score_shift(self) -> ScoreShift | None:
+        return score_shift(self.mapper, self.batches) if self.batches else None
+
 
 def _look(found: Resolved, mapper: RowMapper, rows: int) -> _Seen:
-    seen = _Seen([], [], [], [])
+    seen = _Seen(mapper, [], [], [], [])
     try:
         seen.batches = list(sampled(found, rows))
         for batch, side in seen.batches:

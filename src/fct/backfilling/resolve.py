@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from fct.artifact.transformation import Transformation
-from fct.backfilling.coding import code_columns, job_coding
+from fct.backfilling.coding import JobCoding, code_columns, job_coding
 from fct.backfilling.database_job import join_databases
 from fct.backfilling.job import ORDERS, Job
 from fct.backfilling.journal import Journal
@@ -27,7 +27,7 @@ from fct.backfilling.reembedding import (
 from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.side_join import bound_side, join_by_id
 from fct.backfilling.true_vectors import TrueVectors
-from fct.backfilling.url_parts import url_parts
+from fct.backfilling.url_parts import UrlParts, url_parts
 from fct.checks import check_path, shown
 from fct.errors import BackfillError, FctError, SpaceMismatchError
 from fct.gallery import Source, open_source
@@ -35,7 +35,7 @@ from fct.gallery.arrow_files import ArrowDestination
 from fct.gallery.columns import SIDE_NAMES, VECTOR_NAMES, pick_column, pick_id_column
 from fct.gallery.databases import DatabaseDestination, DatabaseSource, database_destination, is_database
 from fct.gallery.iceberg_catalog import is_iceberg
-from fct.gallery.interfaces import Destination
+from fct.gallery.interfaces import Destination, Piece
 from fct.gallery.location import DELTA, Patience
 from fct.gallery.saved_dataset import SavedDatasetSource
 from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
@@ -125,36 +125,49 @@ def resolve(
     h = load_transformation(transformation)
     correction = mixed_correction(options.partial, h, options.output.mixed)
     check_precision(options.execution.precision, gpu=True)
-    access = opening(options.access)
-    gallery = _open_gallery(source, h, options.columns, access)
-    form = _format_of(destination, gallery.source, options.cut.format)
-    writer, journal = open_new(destination, form, (gallery.source, gallery.side), options.database, access)
-    stored, old = journal.job(), gallery.source
-    saved = options.cut.format == "auto" and (stored is None or stored.saved_dataset)
-    if saved and isinstance(old, SavedDatasetSource) and isinstance(writer, ArrowDestination):
-        writer = SavedDatasetDestination(writer.where, saved_info(old.where))
-    gallery = _pinned(source, gallery, journal.job(), h, options)
+    stores = _open_stores(source, destination, h, options)
+    gallery, access = stores.gallery, opening(options.access)
     coding = job_coding(options.columns, gallery.source.schema, gallery.vector, h.d_old)
     order = options.partial.order if options.partial.reembed is not None else ""
     join_databases(
-        gallery.source, gallery.side, writer, gallery.ids, journal, options.database.journal,
+        gallery.source, gallery.side, stores.writer, gallery.ids, stores.journal, options.database.journal,
         needed=(gallery.vector, gallery.side_column, *code_columns(coding), "" if order in ORDERS else order),
         rate=options.database.max_rows_per_s, switch=options.database.switch_alias,
     )  # fmt: skip
     pieces = tuple(gallery.source.pieces())
-    h = writes_mixed(correction, h, sum(piece.rows for piece in pieces), journal.job())
-    backend, precision = _pick(h, options, journal.job())
-    dtype, vector_format = _row_of(gallery, form, options)
-    by_url = isinstance(writer, DatabaseDestination) or is_iceberg(destination)  # others are known by their journal
+    h = writes_mixed(correction, h, sum(piece.rows for piece in pieces), stores.journal.job())
+    by_url = isinstance(stores.writer, DatabaseDestination) or is_iceberg(destination)  # others: by their journal
     urls = (source, options.columns.side_source, destination if by_url else None)
+    parts = url_parts(urls, access["storage_options"], stores.begun)
+    job = _job(stores, pieces, h, options, coding, parts)
+    _require_rows(job)
+    how = reembedding_of(options.partial, h, gallery.source.schema, gallery.vector, gallery.ids, access)
+    return Resolved(
+        partial_job(job, how), gallery.source, gallery.side, stores.writer, stores.journal, h,
+        options.execution.device, access["patience"], how,
+    )  # fmt: skip
+
+
+def _job(
+    stores: _Stores,
+    pieces: tuple[Piece, ...],
+    h: Transformation,
+    options: JobOptions,
+    coding: JobCoding,
+    parts: UrlParts,
+) -> Job:
+    """The job as the options say, every "auto" settled by what the stores hold."""
+    gallery, writer, journal = stores.gallery, stores.writer, stores.journal
+    backend, precision = _pick(h, options, journal.job())
+    dtype, vector_format = _row_of(gallery, stores.form, options)
     width = 4 * (h.d_old + (h.d_side if h.uses_side_info else 0) + h.d_new)
     batch_width = width
     if reads_float64(gallery.source, gallery.vector, gallery.side_column, gallery.side, gallery.side_vector):
         batch_width *= 4  # decoded into new memory, twice as much; small batches are still cached when they are rounded
-    job = Job(
+    return Job(
         source=gallery.source.url,
         destination=writer.url if isinstance(writer, DatabaseDestination) else str(journal.destination),
-        format=form,
+        format=stores.form,
         pieces=pieces,
         vector=gallery.vector,
         id_column=gallery.ids,
@@ -174,14 +187,10 @@ def resolve(
         vector_format=vector_format,
         binary_dtype=options.columns.binary_dtype,
         **coding,
-        **url_parts(urls, access["storage_options"], stored),
+        **parts,
         shard_rows=options.cut.shard_rows or max(1024, 1 << int(np.log2(_SHARD_BYTES / width))),
         batch_rows=options.cut.batch_rows or max(256, 1 << int(np.log2(BATCH_BYTES / batch_width))),
     )
-    _require_rows(job)
-    how = reembedding_of(options.partial, h, gallery.source.schema, gallery.vector, gallery.ids, access)
-    device, patience = options.execution.device, access["patience"]
-    return Resolved(partial_job(job, how), gallery.source, gallery.side, writer, journal, h, device, patience, how)
 
 
 def reads_float64(source: Source, vector: str, side_column: str, side: Source | None, side_vector: str) -> bool:
@@ -225,6 +234,31 @@ class _OldGallery:
     side: Source | None
     side_vector: str
     side_column: str
+
+
+@dataclass(frozen=True)
+class _Stores:
+    """The old gallery and where the new one goes, opened. begun: the job that the journal held, if any."""
+
+    gallery: _OldGallery
+    form: str
+    writer: Destination
+    journal: Journal
+    begun: Job | None
+
+
+def _open_stores(
+    source: GalleryLike, destination: GalleryLike | Destination, h: Transformation, options: JobOptions
+) -> _Stores:
+    access = opening(options.access)
+    gallery = _open_gallery(source, h, options.columns, access)
+    form = _format_of(destination, gallery.source, options.cut.format)
+    writer, journal = open_new(destination, form, (gallery.source, gallery.side), options.database, access)
+    begun, old = journal.job(), gallery.source
+    saved = options.cut.format == "auto" and (begun is None or begun.saved_dataset)
+    if saved and isinstance(old, SavedDatasetSource) and isinstance(writer, ArrowDestination):
+        writer = SavedDatasetDestination(writer.where, saved_info(old.where))
+    return _Stores(_pinned(source, gallery, begun, h, options), form, writer, journal, begun)
 
 
 def _open_gallery(where: GalleryLike, h: Transformation, columns: Columns, access: Opening) -> _OldGallery:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from typing_extensions import Unpack
 
@@ -18,17 +18,16 @@ from fct.backfilling.database_job import require_journal
 from fct.backfilling.growth import Growth
 from fct.backfilling.job import Job
 from fct.backfilling.journal import Journal, system_errors
-from fct.backfilling.judged_gate import GateVerdict, check_judged, judged_queries
+from fct.backfilling.judged_gate import Gates, GateVerdict
 from fct.backfilling.marker import Marker
 from fct.backfilling.new_ids import refuse_ids
-from fct.backfilling.quality import Writing, check_quality, held_out_pairs
 from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
 from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards, refuse_strangers
 from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.row_mapper import output_schema
 from fct.backfilling.sample import refuse_misfit
 from fct.backfilling.side_join import JoinedSide, bound_side
-from fct.errors import BackfillError, QualityGateError, RejectLimitError
+from fct.errors import BackfillError, RejectLimitError
 from fct.gallery.databases import DatabaseSource, is_database
 from fct.gallery.interfaces import Destination, Shard, Source
 from fct.gallery.urls import redacted
@@ -112,8 +111,7 @@ def backfill(
     given = BackfillOptions.split(options)
     how, threads = given.running, given.execution.threads
     h = load_transformation(transformation)
-    pairs = held_out_pairs(given.gate, h)
-    asked = judged_queries(given.gate, h, given.access)
+    gates = Gates.of(given, h)
     if is_database(destination):
         require_journal(redacted(str(destination)), given.database.journal)
     found = resolve(source, destination, h, given)
@@ -123,57 +121,49 @@ def backfill(
         check_ray(found, how.ray_cpus)
     if not how.follow:
         require_rows(found.job.rows, how.expect_rows)
-    writing = Writing.of_job(found.job, found.device, threads)
-    quality = check_quality(h, given.gate, pairs, writing)
-    judged = check_judged(found, given.gate, asked, writing)
-    refusals = [why for gate in (quality, judged) if gate is not None for why in gate.refusals]
-    if refusals:
-        raise QualityGateError("; ".join(refusals))
-    live = isinstance(found.source, DatabaseSource)
+    judged = gates.require(found, threads)
     journal = found.journal
     if journal.job() is None:
         refuse_strangers(found)  # before a lock is left there
     joined = isinstance(found.side, JoinedSide)  # kept in the journal, which has to be held
     if not joined and not journal.marked():  # else it was looked at when it was begun
         refuse_misfit(found, threads=threads)
-    kept: int | None = None
-    done = rows = 0
+
+    def again() -> Resolved:
+        if isinstance(source, Source):
+            source.refresh()
+        return resolve(source, destination, h, given)
+
     with journal.lock(), backfill_bar(how.progress) as bar:
         _keep_join(found, how.progress)
         if joined and not journal.marked():
             refuse_misfit(found, threads=threads)
-        while True:
-            if isinstance(found.source, DatabaseSource):
-                found.source.follow = how.follow
-            one = _run_pass(found, given, bar, follow=how.follow or live)
-            kept, done, rows = one.kept if kept is None else kept, done + one.done, rows + one.rows_done
-            if one.finished:
-                break
-            if isinstance(source, Source):
-                source.refresh()
-            found = resolve(source, destination, h, given)
-            _keep_join(found, how.progress)
+        found, done = _run_passes(found, given, bar, again)
         if joined and journal.root.is_local:
             shutil.rmtree(journal.inside("side").local, ignore_errors=True)
-        require_rows(one.job.rows, how.expect_rows)
-    seconds = time.perf_counter() - began
+        require_rows(done.job.rows, how.expect_rows)
+    return _report(found, done, judged, time.perf_counter() - began)
+
+
+def _report(found: Resolved, done: _Pass, judged: GateVerdict | None, seconds: float) -> BackfillReport:
+    job, markers = done.job, done.markers.values()
     return BackfillReport(
-        destination=one.job.destination,
-        fingerprint=one.job.fingerprint,
-        rows_in=one.job.rows,
-        rows_out=sum(m.rows_out for m in one.markers.values()),
-        rejects=sum(m.rejects for m in one.markers.values()),
-        rejects_folder=str(journal.root / "rejects"),
-        shards=len(one.job.shards),
-        shards_done=done,
-        shards_kept=kept,
+        destination=job.destination,
+        fingerprint=job.fingerprint,
+        rows_in=job.rows,
+        rows_out=sum(m.rows_out for m in markers),
+        rejects=sum(m.rejects for m in markers),
+        rejects_folder=str(found.journal.root / "rejects"),
+        shards=len(job.shards),
+        shards_done=done.done,
+        shards_kept=done.kept,
         seconds=seconds,
-        rows_per_second=rows / seconds,
-        precision=one.job.precision,
-        backend=one.job.backend,
-        left_to_do=tuple(found.destination.after(one.job.new_space)),
-        reembedded=sum(m.true_rows for m in one.markers.values()),
-        chosen=kept_choice(journal, one.job).count() if found.reembedding else 0,
+        rows_per_second=done.rows_done / seconds,
+        precision=job.precision,
+        backend=job.backend,
+        left_to_do=tuple(found.destination.after(job.new_space)),
+        reembedded=sum(m.true_rows for m in markers),
+        chosen=kept_choice(found.journal, job).count() if found.reembedding else 0,
         unknown=found.reembedding.unknown if found.reembedding else 0,
         unknown_ids=found.reembedding.unknown_ids if found.reembedding else (),
         judged=judged,
@@ -190,7 +180,10 @@ def _keep_join(found: Resolved, progress: bool) -> None:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one pass over the source did. finished: no files came meanwhile that are to follow."""
+    """What one pass over the source did. finished: no files came meanwhile that are to follow.
+
+    kept: shards that were done before. done, rows_done: shards of this run, and their rows.
+    """
 
     job: Job
     markers: dict[int, Marker]
@@ -198,6 +191,32 @@ class _Pass:
     done: int
     rows_done: int
     finished: bool
+
+    def after(self, earlier: _Pass | None) -> _Pass:
+        """Both as one."""
+        if earlier is None:
+            return self
+        done, rows = earlier.done + self.done, earlier.rows_done + self.rows_done
+        return replace(self, kept=earlier.kept, done=done, rows_done=rows)
+
+
+def _run_passes(
+    found: Resolved, given: BackfillOptions, bar: Bar, again: Callable[[], Resolved]
+) -> tuple[Resolved, _Pass]:
+    """Passes until the source has nothing left that is to be mapped: (the last one's stores, what all of them did).
+
+    again: opens the stores once more, for what came meanwhile.
+    """
+    how, live = given.running, isinstance(found.source, DatabaseSource)
+    every: _Pass | None = None
+    while True:
+        if isinstance(found.source, DatabaseSource):
+            found.source.follow = how.follow
+        every = _run_pass(found, given, bar, follow=how.follow or live).after(every)
+        if every.finished:
+            return found, every
+        found = again()
+        _keep_join(found, how.progress)
 
 
 def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool) -> _Pass:
