@@ -5,9 +5,13 @@ Pairs made from one latent vector: old and side-information each see a part of i
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +29,8 @@ from fct.fit.transformation_fit import fit_transformation
 N, HELD, DIM = 20_000, 2_000, 128
 
 
-def make_pairs(n: int, deviation: float, seed: int = 0) -> list[Any]:
+def make_pairs(n: int, deviation: float, seed: int = 0, dims: tuple[int, int] = (DIM, DIM)) -> list[Any]:
+    """old of dims[0], side-information of DIM and new of dims[1], of one spread."""
     rng = np.random.default_rng(seed)
 
     def network(d_in: int, d_out: int) -> Callable[[Any], Any]:
@@ -34,8 +39,12 @@ def make_pairs(n: int, deviation: float, seed: int = 0) -> list[Any]:
         return lambda z: np.maximum(z @ first, 0) @ second
 
     z = rng.standard_normal((n, 64))
-    noise = 0.02 * rng.standard_normal((2, n, DIM))
-    arrays = [network(40, DIM)(z[:, :40]) + noise[0], network(40, DIM)(z[:, 24:]) + noise[1], network(64, DIM)(z)]
+    noise = [0.02 * rng.standard_normal((n, d)) for d in (dims[0], DIM)]
+    arrays = [
+        network(40, dims[0])(z[:, :40]) + noise[0],
+        network(40, DIM)(z[:, 24:]) + noise[1],
+        network(64, dims[1])(z),
+    ]
     unit = [a - a.mean(0) for a in arrays]
     unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in unit]
     return [(a / a.std() * deviation).astype(np.float32) for a in unit]
@@ -105,3 +114,54 @@ def test_recipes(deviation: float, record: Callable[..., None], threads: int, fu
         fields = {"validation_mse": share, "r2": h.info["validation"]["r2"], "s": reached[-1]}
         record("fit, recipes", what=name, deviation=deviation, rows=N, threads=threads, **fields)
         assert np.isfinite(share)
+
+
+# In a process of its own. Memory is what comes on top of a fit of 4,500 such pairs: the pairs themselves and all that
+# grows with them, not torch and its libraries.
+FIT = """
+import json, os, sys, time
+import numpy as np, torch
+import fct
+from fct.baselines import fit_ridge
+from fct.fit.neighbours import NeighbourTest
+folder = sys.argv[1]
+torch.set_num_threads(int(sys.argv[2]))
+def load(part, most=None):
+    files = [f"{folder}/{part}-{name}.npy" for name in ("old", "side", "new")]
+    return [np.load(f, mmap_mode="r")[:most].copy() if os.path.exists(f) else None for f in files]
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
+fct.fit_transformation(*load("train", 4_500), seconds=1, progress=False)
+before = peak()
+pairs = load("train")
+begun = time.perf_counter()
+h = fct.fit_transformation(*pairs, progress=False)
+seconds, after = time.perf_counter() - begun, peak()
+h.save(folder + "/h.safetensors")
+old, side, new = load("test")
+queries = NeighbourTest.of(new, "l2", normalise=False)
+def found(h, side):
+    return queries.recall(fct.transform_batch(old, side, h, precision="fp32", progress=False))
+print(json.dumps({"s": seconds, "recall_at_10": found(h, side), "mflop": h.flop_per_row / 1e6,
+    "ridge_recall_at_10": found(fit_ridge(pairs[0], pairs[2]), None),
+    "file_mb": os.path.getsize(folder + "/h.safetensors") / 1e6,
+    "memory_mb": (after - before) / 1e6, "peak_mb": after / 1e6,
+    "pairs_mb": sum(x.nbytes for x in pairs if x is not None) / 1e6}))
+"""
+
+
+@pytest.mark.parametrize(("rows", "dims"), [(100_000, (128, 128)), (5_000, (1536, 3072)), (20_000, (1536, 3072))])
+def test_sizes(rows: int, dims: tuple[int, int], tmp_path: Path, record: Callable[..., None], threads: int) -> None:
+    """``config="auto"`` as a user calls it: seconds, peak memory, the artifact's size, and ridge beside it."""
+    old, side, new = make_pairs(rows + HELD, 1.0, dims=dims)
+    parts = {"train": slice(rows), "test": slice(rows, None)}
+    with_side = {"side": side} if dims[0] == DIM else {}
+    for part, chosen in parts.items():
+        for name, x in {"old": old, "new": new, **with_side}.items():
+            np.save(tmp_path / f"{part}-{name}.npy", x[chosen])
+    done = subprocess.run(
+        [sys.executable, "-c", FIT, str(tmp_path), str(threads)], check=True, capture_output=True, text=True
+    )
+    fields = json.loads(done.stdout)
+    assert fields["recall_at_10"] >= fields["ridge_recall_at_10"]
+    record("fit, sizes", what=f"{dims[0]} to {dims[1]}", rows=rows, threads=threads, **fields)

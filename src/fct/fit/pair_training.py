@@ -158,6 +158,7 @@ class PairTraining:
             self.resume(checkpoint)
         with _threads_for(self.config, self.device):
             self._run(checkpoint, checkpoint_seconds, on_epoch)
+        self._cached = None  # a fit keeps every shape it tried, and none needs a copy of the pairs any more
         return self
 
     def _run(
