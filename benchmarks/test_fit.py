@@ -5,6 +5,7 @@ Pairs made from one latent vector: old and side-information each see a part of i
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 import torch
 
+import fct
 from fct.bench.measure import interleave, timing_fields
 from fct.fit.auto_plan import plan_fit
 from fct.fit.module import TransformationModule
 from fct.fit.pair_training import PairTraining, scalings_of
 from fct.fit.pairs import check_pairs
+from fct.fit.precision_choice import calibrate
 from fct.fit.recipes import FitConfig, paper_config
 from fct.fit.transformation_fit import fit_transformation
 
@@ -150,6 +153,20 @@ print(json.dumps({"s": seconds, "recall_at_10": found(h, side), "mflop": h.flop_
 """
 
 
+def speed_beside_paper(h: fct.Transformation, old: Any, side: Any, threads: int) -> dict[str, float]:
+    """Rows a second in int8 of the fitted h, and how many times those of the paper's h of the same dimensions."""
+    given = side if h.uses_side_info else None
+    paper = fct.Transformation.random(h.d_old, h.d_side, h.d_new, side_info=h.uses_side_info)
+    both = {"fct": h, "paper": calibrate(paper, old, given)}
+    calls = {
+        name: functools.partial(fct.transform_batch, old, given, one, precision="int8", threads=threads, progress=False)
+        for name, one in both.items()
+    }
+    timings = interleave(calls)
+    seconds = timings["fct"].median
+    return {"rows_per_s": len(old) / seconds, "against_paper": timings["paper"].median / seconds}
+
+
 @pytest.mark.parametrize(("rows", "dims"), [(100_000, (128, 128)), (5_000, (1536, 3072)), (20_000, (1536, 3072))])
 def test_sizes(rows: int, dims: tuple[int, int], tmp_path: Path, record: Callable[..., None], threads: int) -> None:
     """``config="auto"`` as a user calls it: seconds, peak memory, the artifact's size, and ridge beside it."""
@@ -164,4 +181,7 @@ def test_sizes(rows: int, dims: tuple[int, int], tmp_path: Path, record: Callabl
     )
     fields = json.loads(done.stdout)
     assert fields["recall_at_10"] >= fields["ridge_recall_at_10"]
+    fields |= speed_beside_paper(
+        fct.Transformation.load(tmp_path / "h.safetensors"), old[:4_096], side[:4_096], threads
+    )
     record("fit, sizes", what=f"{dims[0]} to {dims[1]}", rows=rows, threads=threads, **fields)
