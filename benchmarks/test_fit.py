@@ -158,7 +158,7 @@ def speed_beside_paper(h: fct.Transformation, old: Any, side: Any, threads: int)
     given = side if h.uses_side_info else None
     paper = fct.Transformation.random(h.d_old, h.d_side, h.d_new, side_info=h.uses_side_info)
     both = {"fct": h, "paper": calibrate(paper, old, given)}
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         name: functools.partial(fct.transform_batch, old, given, one, precision="int8", threads=threads, progress=False)
         for name, one in both.items()
     }
