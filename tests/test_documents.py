@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import typer
 
 from fct.cli import app as cli
 from fct.cli import commands
+from tests.command_line import run_here
 
 assert commands
 ROOT = Path(__file__).parents[1]
@@ -99,11 +98,9 @@ def test_the_readmes_commands_follow_one_from_another(tmp_path: Path, monkeypatc
     lines = [line.partition("  #")[0] for line in block.splitlines() if line.startswith("fct ")]
     assert [line.split()[1] for line in lines] == ["fit", "plan", "backfill", "verify"]
     for line in lines:
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(line)], capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        assert done.returncode == 0, f"{line}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert done.stdout.rstrip().endswith("ok"), done.stdout
+        code, out, err = run_here(*shlex.split(line)[1:])
+        assert code == 0, f"{line}: {out[-2000:]}{err[-2000:]}"
+    assert out.rstrip().endswith("ok"), out
 
 
 def test_the_readme_shows_the_api_in_ten_lines() -> None:

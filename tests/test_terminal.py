@@ -18,6 +18,7 @@ import fct
 from fct.errors import StoreError
 from fct.gallery.location import with_retries
 from fct.terminal import PlainConsole, plain_log, printable
+from tests.command_line import run_here
 
 SOURCE = Path(fct.__file__).parent
 EVIL = "\x1b]0;title\x07\x9b31m\r\x08\u202e\udcff"
@@ -67,51 +68,34 @@ def test_what_a_store_answers_is_logged_printable(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
-def test_an_error_and_its_traceback_hold_no_control_sequence(tmp_path: Path, debug: list[str]) -> None:
+def test_an_error_and_its_traceback_hold_no_control_sequence(
+    tmp_path: Path, debug: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "x\x1b[31m\x9b.npy").write_bytes(b"junk")
     fct.Transformation.random(8, 8, 4, inner=16, side_info=False).save(tmp_path / "h.safetensors")
-    command = [
-        sys.executable,
-        "-m",
-        "fct",
-        "transform",
-        "g",
-        "out.npy",
-        "-t",
-        "h.safetensors",
-        "--old-model",
-        "m",
-        *debug,
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    said = done.stderr.decode()
-    assert done.returncode == 1
+    words = ["transform", "g", "out.npy", "-t", "h.safetensors", "--old-model", "m", *debug]
+    if debug:  # what the interpreter prints as it ends
+        done = subprocess.run([sys.executable, "-m", "fct", *words], cwd=tmp_path, capture_output=True, text=True)
+        code, said = done.returncode, done.stderr
+    else:
+        monkeypatch.chdir(tmp_path)
+        code, _, said = run_here(*words)
+    assert code == 1
     assert "x\\x1b[31m\\x9b.npy" in said
     assert "\x1b" not in said
     assert "\x9b" not in said
     assert ("Traceback" in said) == bool(debug)
 
 
-def test_a_path_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
+def test_a_path_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     np.save(tmp_path / "o.npy", np.ones((10, 8), np.float32))
     fct.Transformation.random(8, 8, 4, inner=16, side_info=False).save(tmp_path / "h.safetensors")
     for name in ("t[red].npy", "t[_x].npy"):
-        command = [
-            sys.executable,
-            "-m",
-            "fct",
-            "transform",
-            "o.npy",
-            name,
-            "-t",
-            "h.safetensors",
-            "--old-model",
-            "random-old",
-        ]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == f"10 rows -> {name}"
+        code, out, err = run_here("transform", "o.npy", name, "-t", "h.safetensors", "--old-model", "random-old")
+        assert code == 0, err
+        assert out.strip() == f"10 rows -> {name}"
 
 
 def test_nothing_is_printed_but_through_the_console() -> None:

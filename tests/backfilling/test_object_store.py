@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,6 +20,7 @@ import fct
 from fct.errors import StoreError
 from fct.gallery.location import location_of, with_retries
 from tests.backfilling.conftest import QUICK, contents
+from tests.command_line import run_here
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -138,7 +138,7 @@ SECRET = "sekrit-98765"
 
 
 def without_keys() -> dict[str, str]:
-    """The environment of a process that knows no keys but those it is given."""
+    """An environment that knows no keys."""
     return {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
 
 
@@ -148,12 +148,10 @@ def commands(store: dict[str, Any], *more: str) -> Callable[..., tuple[int, str]
     given += ['client_kwargs={"region_name": "us-east-1"}', *more]
 
     def run(*arguments: object, options: bool = True) -> tuple[int, str]:
-        line = [sys.executable, "-m", "fct", *map(str, arguments)]
-        line += [word for pair in given for word in ("--storage-option", pair)] if options else []
-        done = subprocess.run(
-            line, capture_output=True, text=True, check=False, env={**without_keys(), "COLUMNS": "200"}
-        )
-        return done.returncode, " ".join((done.stdout + done.stderr).split())
+        more = [word for pair in given for word in ("--storage-option", pair)] if options else []
+        fsspec.filesystem("s3").clear_instance_cache()  # one of another test knows its keys
+        code, out, err = run_here(*arguments, *more, environment=without_keys())
+        return code, " ".join((out + err).split())
 
     return run
 
