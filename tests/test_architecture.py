@@ -259,3 +259,53 @@ def test_no_assert_guards_the_users_input() -> None:
                 assert text.startswith("isinstance(") or " is not None" in text, (
                     f"{path.relative_to(ROOT)}:{node.lineno}: assert {text}"
                 )
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement to the last, the docstring left out."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return function.body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+
+
+def long_functions(files: list[Path]) -> list[str]:
+    """``lines path:line name`` of every function whose body has more than 40 lines, the longest first."""
+    found = [
+        (body_lines(node), f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{node.lineno} {node.name}")
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(), str(path)))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    return [f"{lines} {where}" for lines, where in sorted(found, reverse=True) if lines > 40]
+
+
+# Long on purpose: one kernel's formula from top to bottom, one list of checks, one command's options. A new one is cut
+# at a concept, or takes the place of another; who cuts one lowers the number.
+LONG_FUNCTIONS = 12
+
+
+def test_few_functions_are_long() -> None:
+    kernels = sorted((ROOT / "kernels").rglob("*.py"))
+    assert kernels
+    found = long_functions([p for p in python_files() if "kernels" not in p.relative_to(SOURCE).parts] + kernels)
+    assert len(found) <= LONG_FUNCTIONS, f"{len(found)} functions of more than 40 lines:\n" + "\n".join(found)
+
+
+def test_the_count_of_lines_sees_a_long_function(tmp_path: Path) -> None:
+    code = tmp_path / "long.py"
+    code.write_text('def f():\n    """Says."""\n' + "    x = 1\n" * 41 + "\n\ndef g():\n" + "    x = 1\n" * 40)
+    assert long_functions([code]) == [f"41 {code}:1 f"]
+
+
+LINES = {".py": 450, ".cpp": 400, ".h": 400, ".cu": 400, ".cuh": 400, ".inl": 400}
+
+
+def test_no_file_is_too_long() -> None:
+    """A file is one concept; one of several is split."""
+    files = [
+        p for p in [*python_files(), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*")] if p.is_file()
+    ]
+    assert any(p.suffix == ".cpp" for p in files)
+    long = {
+        str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > LINES.get(p.suffix, n)
+    }
+    assert not long, long

@@ -13,6 +13,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,8 @@ def _pickled_state(path: Path) -> Mapping[str, Any]:
     return state
 
 
-def chains_of_state(state: Mapping[str, Any], *, source: str = "state dict") -> Chains:
-    """The same from a state dict (name -> tensor or array); batch norm is folded in float64."""
+def _of_h(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The arrays of h by the reference code's names; raises ArtifactError where one lacks or is too many."""
     prefixed = bool(state) and all(str(name).startswith("module.") for name in state)
     arrays = {str(name).removeprefix("module.") if prefixed else str(name): value for name, value in state.items()}
     inside = {name: value for name, value in arrays.items() if name.startswith(_INSIDE)}
@@ -109,25 +110,34 @@ def chains_of_state(state: Mapping[str, Any], *, source: str = "state dict") -> 
         reasons = [f"missing {', '.join(missing)}"] if missing else []
         reasons += [f"surplus {', '.join(surplus)}"] if surplus else []
         raise ArtifactError(f"path: expected the keys of an ml-fct transformation in {source}: {'; '.join(reasons)}")
+    return arrays
 
-    def array(key: str) -> Floats:
-        value = arrays[key]
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Reads h's layers; what does not fit is an ArtifactError that names the file and the key."""
+
+    arrays: Mapping[str, Any]
+    source: str
+
+    def array(self, key: str) -> Floats:
+        value = self.arrays[key]
         values = np.asarray(value.detach().cpu().double().numpy() if hasattr(value, "detach") else value, np.float64)
         if not np.isfinite(values).all():
-            raise ArtifactError(f"path: expected finite values in {source}, {key} holds NaN or infinity")
+            raise ArtifactError(f"path: expected finite values in {self.source}, {key} holds NaN or infinity")
         return values
 
-    def matrix(key: str) -> Floats:
-        weight = array(key)
+    def matrix(self, key: str) -> Floats:
+        weight = self.array(key)
         if weight.ndim == 4 and weight.shape[2:] == (1, 1):
             weight = weight[:, :, 0, 0]
         if weight.ndim != 2:
             raise ArtifactError(f"path: expected {key} of shape (out, in, 1, 1), got {weight.shape}")
         return weight
 
-    def block(name: str) -> Layer:
-        weight = matrix(f"{name}.conv.weight")
-        norm = {part: array(f"{name}.normalizer.{part}") for part in _NORM}
+    def block(self, name: str) -> Layer:
+        weight = self.matrix(f"{name}.conv.weight")
+        norm = {part: self.array(f"{name}.normalizer.{part}") for part in _NORM}
         for part, values in norm.items():
             if values.shape != weight.shape[:1]:
                 raise ArtifactError(
@@ -137,10 +147,14 @@ def chains_of_state(state: Mapping[str, Any], *, source: str = "state dict") -> 
             raise ArtifactError(f"path: expected variances of at least 0 in {name}.normalizer.running_var")
         return Layer(*fold_norm(weight, norm, _NORM_EPS), True)
 
+
+def chains_of_state(state: Mapping[str, Any], *, source: str = "state dict") -> Chains:
+    """The same from a state dict (name -> tensor or array); batch norm is folded in float64."""
+    read = _State(_of_h(state, source), source)
     try:
-        last = Layer(matrix("mixer.2.conv.weight"), array("mixer.2.conv.bias"), False)
-        old, side = (block("p1.0"), block("p1.1")), (block("p2.0"), block("p2.1"))
-        return old, side, (block("mixer.0"), block("mixer.1"), last)
+        last = Layer(read.matrix("mixer.2.conv.weight"), read.array("mixer.2.conv.bias"), False)
+        old, side = (read.block("p1.0"), read.block("p1.1")), (read.block("p2.0"), read.block("p2.1"))
+        return old, side, (read.block("mixer.0"), read.block("mixer.1"), last)
     except ArtifactError:
         raise
     except ValueError as error:

@@ -22,6 +22,10 @@ from fct.gallery.space_tags import OURS, side_file_space
 __all__ = ["begin", "finish", "is_whole_beside", "kept_shards", "refuse_strangers"]
 
 
+# Of a job, what may change from run to run: galleries are moved, and reached by other URLs.
+_LOCATIONS = ("source", "destination", "side", "url_key", "source_parts", "side_parts", "destination_parts")
+
+
 def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) -> Job:
     """The job in the destination when it is this one, else a new one; clears what a killed run left half made.
 
@@ -30,15 +34,7 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
     journal = found.journal
     stored = journal.job()
     if stored is None:
-        claimed = take_claim(journal)
-        try:
-            refuse_strangers(found)
-        except BackfillError:
-            if claimed:
-                release(journal)
-            raise
-        journal.start(found.job)
-        return found.job
+        return _begin_anew(found)
     if journal.apart and stored.destination != found.job.destination:
         raise BackfillError(
             f"journal: {journal.root} is the journal of {stored.destination}, not of {found.job.destination}: name "
@@ -61,19 +57,22 @@ def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) 
     if not journal.sealed:
         _check_unsealed(found, stored, say)
     journal.sweep()
-    where = {
-        name: getattr(found.job, name)
-        for name in (
-            *("source", "destination", "side"),
-            *("url_key", "source_parts", "side_parts", "destination_parts"),
-        )
-    }
-    moved = replace(stored, **where)
-    if (
-        moved != stored or not journal.sealed
-    ):  # so that whoever verifies looks in the right place; the cut into shards stays
+    moved = replace(stored, **{name: getattr(found.job, name) for name in _LOCATIONS})
+    if moved != stored or not journal.sealed:  # whoever verifies looks in the right place; the cut into shards stays
         journal.start(moved)
     return replace(moved, backend=found.job.backend)
+
+
+def _begin_anew(found: Resolved) -> Job:
+    claimed = take_claim(found.journal)
+    try:
+        refuse_strangers(found)
+    except BackfillError:
+        if claimed:
+            release(found.journal)
+        raise
+    found.journal.start(found.job)
+    return found.job
 
 
 def refuse_strangers(found: Resolved) -> None:

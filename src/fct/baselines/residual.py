@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from fct.artifact.transformation import Layer, Transformation
@@ -12,11 +10,7 @@ from fct.extras import need
 from fct.fit.recipes import FitConfig
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace
-from fct.types import RowsLike
-
-if TYPE_CHECKING:
-    pass
-
+from fct.types import Floats, RowsLike
 
 __all__ = ["fit_residual"]
 
@@ -52,27 +46,10 @@ def fit_residual(
     config = FitConfig(inner=hidden, epochs=epochs, batch_size=256, lr=4e-3, weight_decay=1e-2)
     x, _, y = check_pairs(old, None, new).loaded()
     linear = fit_ridge(x, y)
-    rest = torch.from_numpy((y - ref.transform(x, None, linear)).astype(np.float32))
+    rest = (y - ref.transform(x, None, linear)).astype(np.float32)
     mean, scale = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
-    inputs = torch.from_numpy((x - mean) / scale)
-    unit = float(rest.std()) or 1.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(x.shape[1], config.inner), torch.nn.ReLU(), torch.nn.Linear(config.inner, y.shape[1])
-        )
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
-    with step_bar(progress) as bar:
-        for epoch in bar.track(range(config.epochs), description="fitting the residual MLP"):
-            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
-            for index in order.split(config.batch_size):
-                loss = torch.nn.functional.mse_loss(model(inputs[index]), rest[index] / unit)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-            schedule.step()
-    w1, b1, w2, b2 = (p.detach().double().numpy() for p in model.parameters())
+    unit = float(torch.from_numpy(rest).std()) or 1.0
+    w1, b1, w2, b2 = _trained_mlp((x - mean) / scale, rest / unit, config, seed, progress)
     w1 = w1 / scale
     none = Layer(np.zeros((1, x.shape[1])), np.zeros(1))
     return linear.with_(
@@ -90,3 +67,30 @@ def fit_residual(
         normalise=new_space is not None and new_space.normalised,
         info={"baseline": "residual"},
     )
+
+
+def _trained_mlp(
+    inputs: Floats, targets: Floats, config: FitConfig, seed: int, progress: bool
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Weight and bias of the hidden layer and of the last, float64."""
+    import torch
+
+    x, y = torch.from_numpy(inputs), torch.from_numpy(targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(x.shape[1], config.inner), torch.nn.ReLU(), torch.nn.Linear(config.inner, y.shape[1])
+        )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
+    with step_bar(progress) as bar:
+        for epoch in bar.track(range(config.epochs), description="fitting the residual MLP"):
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
+            for index in order.split(config.batch_size):
+                loss = torch.nn.functional.mse_loss(model(x[index]), y[index])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+            schedule.step()
+    w1, b1, w2, b2 = (p.detach().double().numpy() for p in model.parameters())
+    return w1, b1, w2, b2

@@ -41,6 +41,25 @@ class BenchReport:
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """(title, columns, cells) for the terminal and for Markdown; the first line of each column names its unit."""
+        shown = [
+            *self._transform_tables(),
+            (
+                "One row against reading the packed weights once",
+                ["precision", "state", "ms to read the weights", "of one row's time", "weights"],
+                [self._weights_cells(w) for w in self.weights],
+            ),
+        ]
+        if self.search:
+            first = self.search[0]
+            title = f"Exact search, {first['gallery']:,} x {first['d']}, inner product, k = {NEIGHBOURS}"
+            cells = [self._search_cells(r) for r in self.search]
+            shown.append((title, ["who", "queries", "ms", "queries a second"], cells))
+        title = "What h alone would take here, by the largest batch (reading and writing come on top)"
+        cells = [self._to_come_cells(r) for r in self.to_come]
+        shown.append((title, ["precision", "rows", "time", "read", "written"], cells))
+        return shown
+
+    def _transform_tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         shown = []
         for rows, state in sorted(dict.fromkeys((r["rows"], r["state"]) for r in self.transform), key=_in_order):
             cells = [
@@ -59,44 +78,16 @@ class BenchReport:
             ]
             columns = ["who", "precision", "rows/s", "ms", "GFLOP/s", "of the peak"]
             shown.append((f"Transformation, batches of {rows:,}, {state}", columns, cells))
-        shown.append(
-            (
-                "One row against reading the packed weights once",
-                ["precision", "state", "ms to read the weights", "of one row's time", "weights"],
-                [self._weights_cells(w) for w in self.weights],
-            )
-        )
-        if self.search:
-            first = self.search[0]
-            shown.append(
-                (
-                    f"Exact search, {first['gallery']:,} x {first['d']}, inner product, k = {NEIGHBOURS}",
-                    ["who", "queries", "ms", "queries a second"],
-                    [
-                        [r["who"], f"{r['queries']:,}", r["status"], ""]
-                        if r["status"] != "ok"
-                        else [r["who"], f"{r['queries']:,}", f"{r['ms']:,.1f}", f"{r['queries_per_s']:,.0f}"]
-                        for r in self.search
-                    ],
-                )
-            )
-        shown.append(
-            (
-                "What h alone would take here, by the largest batch (reading and writing come on top)",
-                ["precision", "rows", "time", "read", "written"],
-                [
-                    [
-                        r["precision"] + (" (auto)" if r["precision"] == self.auto else ""),
-                        f"{r['rows']:,}",
-                        _duration(r["seconds"]),
-                        _bytes(r["bytes_read"]),
-                        _bytes(r["bytes_written"]),
-                    ]
-                    for r in self.to_come
-                ],
-            )
-        )
         return shown
+
+    def _search_cells(self, r: JsonDict) -> list[str]:
+        figures = [r["status"], ""] if r["status"] != "ok" else [f"{r['ms']:,.1f}", f"{r['queries_per_s']:,.0f}"]
+        return [r["who"], f"{r['queries']:,}", *figures]
+
+    def _to_come_cells(self, r: JsonDict) -> list[str]:
+        precision = r["precision"] + (" (auto)" if r["precision"] == self.auto else "")
+        read, written = _bytes(r["bytes_read"]), _bytes(r["bytes_written"])
+        return [precision, f"{r['rows']:,}", _duration(r["seconds"]), read, written]
 
     def _weights_cells(self, w: JsonDict) -> list[str]:
         """One row's own time stands in its table; here is only what share of it reading the weights is."""

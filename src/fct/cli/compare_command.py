@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from fct.cli.console import console
 from fct.cli.named_arrays import named_as_options, named_labels, named_vectors
 from fct.cli.storage_option import StorageOption
 from fct.options.groups import storage_options
-from fct.types import StorageAccess
+from fct.types import Array, StorageAccess
 
 if TYPE_CHECKING:
     from fct.judging.alternatives import Comparison
@@ -57,27 +58,16 @@ def compare(
 
     Example: fct compare pairs.parquet --rows 1e9 --price-per-hour 2.5
     """
-    import numpy as np
-
     import fct
     from fct.atomic_files import refuse_existing, write_text
-    from fct.gallery import load_pairs
 
     if as_json and markdown:
         raise ValueError("--json: expected it without --markdown, got both")
     if out is not None:
         refuse_existing(out, overwrite=overwrite, name="--out")
     access: StorageAccess = {"storage_options": storage_options(storage_option)}
-    with named_as_options({"source": "PAIRS"}):
-        found = load_pairs(pairs, name="PAIRS", **access)
-    for name in ("old", "new"):
-        if name not in found:
-            raise ValueError(f"PAIRS: expected arrays old and new, and perhaps side, got {', '.join(found)}")
-    sample = None
-    if gallery is not None:
-        vectors = named_vectors(gallery, "--gallery", ("old",), **access)
-        chosen = np.random.default_rng(seed).permutation(len(vectors))[:sample_rows]
-        sample = np.asarray(vectors[np.sort(chosen)], np.float32)
+    found = _pairs(pairs, access)
+    sample = None if gallery is None else _sample(gallery, sample_rows, seed, access)
     options = {"old": "PAIRS: old", "new": "PAIRS: new", "side_info": "PAIRS: side", "extra": "--with"}
     options |= {n: f"--{n.replace('_', '-')}" for n in ("labels", "gallery", "metric", "held_out", "curve", "rows")}
     with named_as_options(options | {"price_per_hour": "--price-per-hour", "seed": "--seed"}):
@@ -104,6 +94,25 @@ def compare(
         _show(result, markdown)
         if out is not None and not markdown:
             console.print(f"wrote {out}; as a page: fct report {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _pairs(pairs: str, access: StorageAccess) -> Mapping[str, Array]:
+    from fct.gallery import load_pairs
+
+    with named_as_options({"source": "PAIRS"}):
+        found = load_pairs(pairs, name="PAIRS", **access)
+    if not {"old", "new"} <= set(found):
+        raise ValueError(f"PAIRS: expected arrays old and new, and perhaps side, got {', '.join(found)}")
+    return found
+
+
+def _sample(gallery: str, rows: int, seed: int, access: StorageAccess) -> Array:
+    """Rows of the gallery by lot, in their order; (at most ``rows``, d_old) float32."""
+    import numpy as np
+
+    vectors = named_vectors(gallery, "--gallery", ("old",), **access)
+    chosen = np.random.default_rng(seed).permutation(len(vectors))[:rows]
+    return np.asarray(vectors[np.sort(chosen)], np.float32)
 
 
 def _cells(result: Comparison) -> list[tuple[str, ...]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fct.cli.console import console
+
+if TYPE_CHECKING:
+    from fct.fit.images import Images
 
 
 def train_side_info(
@@ -41,31 +44,22 @@ def train_side_info(
     import numpy as np
 
     from fct.atomic_files import atomic_path, refuse_existing
-    from fct.data.folders import every_image, load_image_folder
     from fct.fit.backbones import EmbeddingModel
-    from fct.fit.images import Images, embed
+    from fct.fit.images import embed
     from fct.fit.model_file import save_model
     from fct.fit.side_info import train_side_info as train
-    from fct.gallery.array_argument import map_npy
 
     refuse_existing(out, overwrite=overwrite, name="--out")
     if vectors is not None:
         refuse_existing(vectors, overwrite=overwrite, name="--vectors")
-    seen: Any
-    if images.is_dir():
-        if labels is not None:
-            raise ValueError("--labels: expected none with a folder, whose subfolders are the classes")
-        supervised = method == "supervised"
-        folder = (
-            load_image_folder(images.parent, images.name, size=size) if supervised else every_image(images, size=size)
-        )
-        source, seen = Images(folder.with_(random_crop=True), workers=workers), Images(folder, workers=workers)
-    else:
-        array = np.ascontiguousarray(map_npy(images, "IMAGES"))
-        given = None if labels is None or method != "supervised" else np.asarray(map_npy(labels, "--labels"))
-        if labels is not None and given is None:
-            raise ValueError(f"--labels: expected none for {method!r}, which learns without labels")
-        source, seen = Images(array, given), Images(array)
+    if images.is_dir() and labels is not None:
+        raise ValueError("--labels: expected none with a folder, whose subfolders are the classes")
+    supervised = method == "supervised"
+    source, seen = (
+        _of_folder(images, size, workers, supervised=supervised)
+        if images.is_dir()
+        else _of_array(images, labels, method, supervised=supervised)
+    )
     model = train(
         source,
         method=method,
@@ -86,3 +80,26 @@ def train_side_info(
         with atomic_path(vectors) as part, open(part, "wb") as file:
             np.save(file, embed(model, seen, progress=True), allow_pickle=False)
         console.print(f"side-information of {len(seen):,} images: {vectors}", highlight=False)
+
+
+def _of_folder(images: Path, size: int, workers: int, *, supervised: bool) -> tuple[Images, Images]:
+    """(to train on, cut at random; to embed)."""
+    from fct.data.folders import every_image, load_image_folder
+    from fct.fit.images import Images
+
+    folder = load_image_folder(images.parent, images.name, size=size) if supervised else every_image(images, size=size)
+    return Images(folder.with_(random_crop=True), workers=workers), Images(folder, workers=workers)
+
+
+def _of_array(images: Path, labels: Path | None, method: str, *, supervised: bool) -> tuple[Images, Images]:
+    """(to train on, with labels where they are learned from; to embed)."""
+    import numpy as np
+
+    from fct.fit.images import Images
+    from fct.gallery.array_argument import map_npy
+
+    array = np.ascontiguousarray(map_npy(images, "IMAGES"))
+    if labels is not None and not supervised:
+        raise ValueError(f"--labels: expected none for {method!r}, which learns without labels")
+    given = None if labels is None else np.asarray(map_npy(labels, "--labels"))
+    return Images(array, given), Images(array)

@@ -80,37 +80,21 @@ def train(
         raise ValueError(f"images: expected at least 2 to train on, got {len(images)}")
     device = config.torch_device()
     modules.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    size = min(config.batch_size, len(images))
-    per_epoch = len(images) // size
-    total = per_epoch * config.epochs
     optimiser = torch.optim.AdamW(
         [p for p in modules.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
+    epochs = _Epochs(images, config, loss, optimiser, device)
     state = _State(modules, optimiser, _identity(modules, images, config, describe))
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None and path.exists():
         state.load(path, device)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     saved = time.monotonic()
     cuda = [device] if device.type == "cuda" else []
     with step_bar(progress) as bar, torch.random.fork_rng(devices=cuda):
-        task = bar.add_task(describe, total=total, completed=state.epoch * per_epoch)
+        task = bar.add_task(describe, total=epochs.steps * config.epochs, completed=state.epoch * epochs.steps)
         while state.epoch < config.epochs:
-            torch.manual_seed(config.seed * 1_000_003 + state.epoch)
-            running, step = 0.0, state.epoch * per_epoch
-            for x, y in images.batches(size, seed=(config.seed, state.epoch), drop_last=True):
-                for group in optimiser.param_groups:
-                    group["lr"] = config.lr * _one_cycle(step, total, config.warmup)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    value = loss(x.to(device), None if y is None else y.to(device))
-                optimiser.zero_grad(set_to_none=True)
-                value.backward()
-                optimiser.step()
-                running += float(value.detach())
-                step += 1
-                bar.advance(task)
+            state.losses.append(epochs.run(state.epoch, lambda: bar.advance(task)))
             state.epoch += 1
-            state.losses.append(running / per_epoch)
             if not math.isfinite(state.losses[-1]):
                 raise FloatingPointError(
                     f"{describe}: the loss became {state.losses[-1]} in epoch {state.epoch}; "
@@ -125,6 +109,45 @@ def train(
         path.unlink(missing_ok=True)
     modules.eval()
     return state.losses
+
+
+@dataclass(frozen=True)
+class _Epochs:
+    """One pass over the images at a time; what a pass does depends on the seed, its number and the weights alone."""
+
+    images: Images
+    config: TrainConfig
+    loss: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    optimiser: torch.optim.Optimizer
+    device: torch.device
+
+    @property
+    def batch(self) -> int:
+        return min(self.config.batch_size, len(self.images))
+
+    @property
+    def steps(self) -> int:
+        """Of one epoch."""
+        return len(self.images) // self.batch
+
+    def run(self, epoch: int, stepped: Callable[[], None]) -> float:
+        """Trains for one epoch; its mean loss. stepped: told of every step."""
+        config, device = self.config, self.device
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        torch.manual_seed(config.seed * 1_000_003 + epoch)
+        running = 0.0
+        batches = self.images.batches(self.batch, seed=(config.seed, epoch), drop_last=True)
+        for step, (x, y) in enumerate(batches, epoch * self.steps):
+            for group in self.optimiser.param_groups:
+                group["lr"] = config.lr * _one_cycle(step, self.steps * config.epochs, config.warmup)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                value = self.loss(x.to(device), None if y is None else y.to(device))
+            self.optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            self.optimiser.step()
+            running += float(value.detach())
+            stepped()
+        return running / self.steps
 
 
 def _one_cycle(step: int, total: int, warmup: float) -> float:

@@ -85,38 +85,12 @@ def to_transformation(
     info: JsonDict,
 ) -> Transformation:
     """Folds batch norm, input scaling and target scaling into float32 layers; the arithmetic is float64."""
-
-    def numpy(tensor: torch.Tensor) -> Floats:
-        return tensor.detach().cpu().numpy()
-
-    def fold_all(blocks: nn.Sequential) -> list[tuple[Floats, Floats, bool]]:
-        folded: list[tuple[Floats, Floats, bool]] = []
-        for block in blocks:
-            if isinstance(block, Block):
-                names = ("weight", "bias", "running_mean", "running_var")
-                norm = {name: numpy(getattr(block.norm, name)) for name in names}
-                folded.append((*fold_norm(numpy(block.linear.weight), norm, block.norm.eps), True))
-            elif isinstance(block, nn.Linear):
-                folded.append((numpy(block.weight).astype(np.float64), numpy(block.bias).astype(np.float64), False))
-        return folded
-
-    old, side, mixer = fold_all(module.old), fold_all(module.side), fold_all(module.mixer)
+    old, side, mixer = _folded(module.old), _folded(module.side), _folded(module.mixer)
     old[0] = (*fold_scaling(old[0][0], old[0][1], *old_scaling), True)
     side[0] = (*fold_scaling(side[0][0], side[0][1], *side_scaling), True)
     mean, scale = (np.asarray(part, np.float64) for part in new_scaling)
     gain = np.broadcast_to(scale, mixer[-1][1].shape)
     mixer[-1] = (mixer[-1][0] * gain[:, None], mixer[-1][1] * gain + mean, False)
-    skip = None
-    if module.skip is not None:
-        two = module.two_inputs
-        widths = module.d_inputs[: 1 + two]
-        ends = [
-            [np.broadcast_to(np.asarray(x, np.float64), width) for x in scaling]
-            for scaling, width in zip((old_scaling, side_scaling), widths, strict=False)
-        ]
-        centre, spread = (np.concatenate(parts) for parts in zip(*ends, strict=True))
-        weight = numpy(module.skip.weight).astype(np.float64) * gain[:, None] / spread
-        skip = Layer(weight, -weight @ centre, relu=False)
     return Transformation(
         old=tuple(Layer(*layer) for layer in old),
         side=tuple(Layer(*layer) for layer in side),
@@ -126,6 +100,36 @@ def to_transformation(
         side_model=side_model,
         normalise=normalise,
         length=length,
-        skip=skip,
+        skip=_folded_skip(module, (old_scaling, side_scaling), gain),
         info=info,
     )
+
+
+def _numpy(tensor: torch.Tensor) -> Floats:
+    return tensor.detach().cpu().numpy()
+
+
+def _folded(blocks: nn.Sequential) -> list[tuple[Floats, Floats, bool]]:
+    """(weight, bias, whether a ReLU follows) of each layer, batch norm folded in; float64."""
+    folded: list[tuple[Floats, Floats, bool]] = []
+    for block in blocks:
+        if isinstance(block, Block):
+            names = ("weight", "bias", "running_mean", "running_var")
+            norm = {name: _numpy(getattr(block.norm, name)) for name in names}
+            folded.append((*fold_norm(_numpy(block.linear.weight), norm, block.norm.eps), True))
+        elif isinstance(block, nn.Linear):
+            folded.append((_numpy(block.weight).astype(np.float64), _numpy(block.bias).astype(np.float64), False))
+    return folded
+
+
+def _folded_skip(module: TransformationModule, scalings: tuple[Scaling, Scaling], gain: Floats) -> Layer | None:
+    """The skip of unscaled inputs; gain: of each output."""
+    if module.skip is None:
+        return None
+    ends = [
+        [np.broadcast_to(np.asarray(x, np.float64), width) for x in scaling]
+        for scaling, width in zip(scalings, module.d_inputs[: 1 + module.two_inputs], strict=False)
+    ]
+    centre, spread = (np.concatenate(parts) for parts in zip(*ends, strict=True))
+    weight = _numpy(module.skip.weight).astype(np.float64) * gain[:, None] / spread
+    return Layer(weight, -weight @ centre, relu=False)

@@ -96,6 +96,9 @@ class _Part:
     side: Floats | None
     new: Floats
 
+    def __len__(self) -> int:
+        return len(self.old)
+
     def take(self, rows: npt.NDArray[np.int64]) -> _Part:
         return _Part(self.old[rows], None if self.side is None else self.side[rows], self.new[rows])
 
@@ -168,57 +171,69 @@ def compare_alternatives(
         check_number(price_per_hour, "price_per_hour", 0)
     check_seed(seed)
     pairs = _checked(old, side_info, new)
-    if len(pairs.old) < 2 * _LEAST_HELD_OUT:
-        raise ValueError(
-            f"old: expected at least {2 * _LEAST_HELD_OUT} pairs, half of them to measure on, got {len(pairs.old)}"
-        )
-    named = None if labels is None else check_labels(labels, "labels", len(pairs.old))
-    train_rows, held_rows = split_apart(pairs.old, held_out, seed, least=_LEAST_HELD_OUT)
-    whole = len(held_rows)
-    held_rows = held_rows[_first_copies(pairs.take(held_rows))]
-    if len(held_rows) < _LEAST_RANKED:
-        raise ValueError(
-            f"old: expected at least {_LEAST_RANKED} different pairs held out: among fewer every map has the "
-            f"same ten neighbours, got {len(held_rows)} and copies of them"
-        )
-    train, held = pairs.take(train_rows), pairs.take(held_rows)
-    held_labels = None if named is None else named[held_rows]
+    split = _Split.of(pairs, labels, held_out, seed)
+    train = split.train
     unlike = None if gallery is None else unlike_pairs(pairs.old, gallery)
-    judge = _Judge(held, held_labels, metric, rows, price_per_hour, measure_seconds)
+    judge = _Judge(split.held, split.labels, metric, rows, price_per_hour, measure_seconds)
     found = [judge.nothing()]
     recalls: dict[str, Floats] = {}
     fitted: dict[str, Transformation] = {}
     fits = _fits(train, extra, metric, seed)
-    sizes = [len(train_rows) // part for part in _SHARES if len(train_rows) // part >= _LEAST_PAIRS]
+    sizes = [] if curve == "none" else [n for n in (len(train) // part for part in _SHARES) if n >= _LEAST_PAIRS]
     with step_bar(progress) as bar:
-        task = bar.add_task("comparing", total=len(fits) + (0 if curve == "none" else len(sizes) - 1))
+        task = bar.add_task("comparing", total=len(fits) + max(0, len(sizes) - 1))
         for name, way in fits.items():
             bar.update(task, description=f"fitting {name}")
             row, recalls[name], fitted[name] = judge.map(name, way, train)
             found.append(row)
             bar.advance(task)
         points: list[Floats] = []
-        for size in sizes[:-1] if curve != "none" else []:
+        for size in sizes[:-1]:
             bar.update(task, description=f"{curve} on {size:,} pairs")
-            part = train.take(np.random.default_rng([seed, 3]).permutation(len(train_rows))[:size])
+            part = train.take(np.random.default_rng([seed, 3]).permutation(len(train))[:size])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FctWarning)  # of all pairs it was said already
                 points.append(judge.map(curve, fits[curve], part)[1])
             bar.advance(task)
     drawn = () if curve == "none" else extrapolate(sizes, [*map(_doubles, points), _doubles(recalls[curve])], seed=seed)
-    notes = _notes(whole - len(held_rows), len(held_rows), held_labels, found, unlike)
     return Comparison(
-        metric, len(train_rows), len(held_rows), tuple(found), judge.ceilings(train), drawn, curve, unlike, rows, notes,
-        fitted["auto"].info.get("mixed"),
+        metric, len(train), len(split.held), tuple(found), judge.ceilings(train), drawn, curve, unlike, rows,
+        _notes(split, found, unlike), fitted["auto"].info.get("mixed"),
     )  # fmt: skip
 
 
-def _notes(
-    copies: int, held: int, labels: Labels | None, found: Sequence[Alternative], unlike: float | None
-) -> tuple[str, ...]:
+@dataclass(frozen=True, eq=False, slots=True)
+class _Split:
+    """The pairs that are fitted and those that are measured on. labels: of the latter. copies: left out of them."""
+
+    train: _Part
+    held: _Part
+    labels: Labels | None
+    copies: int
+
+    @classmethod
+    def of(cls, pairs: _Part, labels: Sequence[object] | Labels | None, share: float, seed: int) -> _Split:
+        if len(pairs) < 2 * _LEAST_HELD_OUT:
+            raise ValueError(
+                f"old: expected at least {2 * _LEAST_HELD_OUT} pairs, half of them to measure on, got {len(pairs)}"
+            )
+        named = None if labels is None else check_labels(labels, "labels", len(pairs))
+        train, held = split_apart(pairs.old, share, seed, least=_LEAST_HELD_OUT)
+        different = held[_first_copies(pairs.take(held))]
+        if len(different) < _LEAST_RANKED:
+            raise ValueError(
+                f"old: expected at least {_LEAST_RANKED} different pairs held out: among fewer every map has the "
+                f"same ten neighbours, got {len(different)} and copies of them"
+            )
+        own = None if named is None else named[different]
+        return cls(pairs.take(train), pairs.take(different), own, len(held) - len(different))
+
+
+def _notes(split: _Split, found: Sequence[Alternative], unlike: float | None) -> tuple[str, ...]:
     lines = []
-    if copies:
-        lines.append(f"{copies:,} held-out pairs are copies of others and were left out")
+    held, labels = len(split.held), split.labels
+    if split.copies:
+        lines.append(f"{split.copies:,} held-out pairs are copies of others and were left out")
     chance = 10 / (held - 1)
     if chance > _LOUD_CHANCE:
         lines.append(

@@ -138,42 +138,11 @@ def judge_upgrade(
     check_share(confidence, "confidence")
     check_whole(resamples, "resamples", 1, MOST_RESAMPLES)
     check_seed(seed)
-    items = _ids(item_ids, "item_ids")
-    why = "to match item_ids"
-    old_rows = rows_of(
-        gallery_old, "gallery_old", n=len(items), n_why=why, d=queries.old.shape[1], d_why="to match queries.old",
-        allow_empty=False,
-    ).float32()  # fmt: skip
-    new_rows = rows_of(
-        mapped, "mapped", n=len(items), n_why=why, d=queries.new.shape[1], d_why="to match queries.new"
-    ).float32()
+    gallery = _Gallery.checked(item_ids, gallery_old, mapped, queries, true_vectors, (old_metric, new_metric))
     counted, without_judgement, without_relevant = _judged(queries, judgements)
     asked = queries.take(counted)
-    relevant = [judgements.relevant(str(query)) for query in asked.ids]
     given = set(queries.ids)
-
-    def measured(rows: Rows) -> QueryMeasures:
-        return measure_rankings([[items[row] for row in ranking if row >= 0] for ranking in rows], relevant, k=k)
-
-    found = {
-        "old/old": (measured(_nearest(asked.old, old_rows, k, old_metric)), ""),
-        "mapped": (measured(_nearest(asked.new, new_rows, k, new_metric)), ""),
-    }
-    if true_vectors is not None and not callable(true_vectors):
-        why = "to match mapped"
-        n_why = "to match item_ids"
-        true_vectors = rows_of(
-            true_vectors, "true_vectors", n=len(items), n_why=n_why, d=new_rows.shape[1], d_why=why
-        ).float32()
-    if true_vectors is not None:
-        rows = _reranked(asked.new, new_rows, true_vectors, depth, k, new_metric)
-        found["mapped + rerank"] = (measured(rows), f"depth {min(depth, len(items))}")
-    if fused:
-        both = _Fused(old_rows, new_rows, old_metric, new_metric)
-        tried = [measured(both.search(asked.old, asked.new, alpha, k)) for alpha in _ALPHAS]
-        found["fused"] = _cross_fitted(tried, seed)
-    if true_vectors is not None and not callable(true_vectors):
-        found["new/new"] = (measured(_nearest(asked.new, true_vectors, k, new_metric)), "")
+    found = gallery.answers(asked, judgements, k, depth=depth, fused=fused, seed=seed)
     if candidate not in found:
         able = [name for name in found if name in _CANDIDATES]
         raise ValueError(f"candidate: expected one of {', '.join(able)}, got {candidate!r}")
@@ -190,8 +159,60 @@ def judge_upgrade(
         without_judgement=without_judgement,
         without_relevant=without_relevant,
         unknown_queries=tuple(query for query in judgements.queries if query not in given),
-        unknown_items=judgements.unknown_items(items),
+        unknown_items=judgements.unknown_items(gallery.ids),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Gallery:
+    """The rows that every system searches. true: the new model's own vectors of all, or what gives some of them."""
+
+    ids: list[str]
+    old: Floats
+    new: Floats
+    true: Floats | TrueVectors | None
+    old_metric: str
+    new_metric: str
+
+    @classmethod
+    def checked(
+        cls, ids: Sequence[object], old: Floats, mapped: Floats, queries: UpgradeQueries,
+        true: Floats | TrueVectors | None, metrics: tuple[str, str],
+    ) -> _Gallery:  # fmt: skip
+        items = _ids(ids, "item_ids")
+        n, why = len(items), "to match item_ids"
+        d_old, d_new = queries.old.shape[1], queries.new.shape[1]
+        olds = rows_of(
+            old, "gallery_old", n=n, n_why=why, d=d_old, d_why="to match queries.old", allow_empty=False
+        ).float32()
+        news = rows_of(mapped, "mapped", n=n, n_why=why, d=d_new, d_why="to match queries.new").float32()
+        if true is not None and not callable(true):
+            true = rows_of(true, "true_vectors", n=n, n_why=why, d=d_new, d_why="to match mapped").float32()
+        return cls(items, olds, news, true, *metrics)
+
+    def answers(
+        self, asked: UpgradeQueries, judgements: Judgements, k: int, *, depth: int, fused: bool, seed: int
+    ) -> dict[str, tuple[QueryMeasures, str]]:
+        """What each system that can be measured finds: its name -> (measures, a note)."""
+        relevant = [judgements.relevant(str(query)) for query in asked.ids]
+
+        def measured(rows: Rows) -> QueryMeasures:
+            return measure_rankings([[self.ids[row] for row in ranking if row >= 0] for ranking in rows], relevant, k=k)
+
+        found = {
+            "old/old": (measured(_nearest(asked.old, self.old, k, self.old_metric)), ""),
+            "mapped": (measured(_nearest(asked.new, self.new, k, self.new_metric)), ""),
+        }
+        if self.true is not None:
+            rows = _reranked(asked.new, self.new, self.true, depth, k, self.new_metric)
+            found["mapped + rerank"] = (measured(rows), f"depth {min(depth, len(self.ids))}")
+        if fused:
+            both = _Fused(self.old, self.new, self.old_metric, self.new_metric)
+            tried = [measured(both.search(asked.old, asked.new, alpha, k)) for alpha in _ALPHAS]
+            found["fused"] = _cross_fitted(tried, seed)
+        if self.true is not None and not callable(self.true):
+            found["new/new"] = (measured(_nearest(asked.new, self.true, k, self.new_metric)), "")
+        return found
 
 
 def _ids(ids: Sequence[object], name: str) -> list[str]:

@@ -147,17 +147,8 @@ def why_not_search(search: SearchBackend, k: int, metric: str, device: str, kind
     return why
 
 
-def pick_search(
-    k: int, metric: str, device: str, precision: str, *, queries: int | None = None, prepared: GpuShadow | None = None
-) -> tuple[SearchBackend | None, str]:
-    """(search, kind of its shadow); None stands for blocked torch products, which score every row.
-
-    ``precision``: "bf16" and "int8" demand a shadow of that kind, "fp32" demands none, "auto" takes bf16. A prepared
-    gallery is searched by what prepared it. ``FCT_BACKEND`` forces "cuda", "triton" or "torch".
-    Raises BackendError, with every reason, for a demand that cannot be met.
-    """
-    devices.check_not_lost(device)
-    forced = forced_backend(None)
+def _check_search_demands(device: str, precision: str, forced: str | None, prepared: GpuShadow | None) -> None:
+    """Raises BackendError where precision, FCT_BACKEND and what prepared the gallery contradict each other."""
     if precision not in _SEARCH_PRECISIONS:
         raise BackendError(
             f"precision: expected {', '.join(_SEARCH_PRECISIONS)} for a search on {device}, got {precision!r}"
@@ -176,6 +167,20 @@ def pick_search(
         )
     if prepared is not None and forced in ("cuda", "triton") and forced != prepared.backend:
         raise BackendError(f"FCT_BACKEND: expected {prepared.backend}, which prepared this gallery, got {forced!r}")
+
+
+def pick_search(
+    k: int, metric: str, device: str, precision: str, *, queries: int | None = None, prepared: GpuShadow | None = None
+) -> tuple[SearchBackend | None, str]:
+    """(search, kind of its shadow); None stands for blocked torch products, which score every row.
+
+    ``precision``: "bf16" and "int8" demand a shadow of that kind, "fp32" demands none, "auto" takes bf16. A prepared
+    gallery is searched by what prepared it. ``FCT_BACKEND`` forces "cuda", "triton" or "torch".
+    Raises BackendError, with every reason, for a demand that cannot be met.
+    """
+    devices.check_not_lost(device)
+    forced = forced_backend(None)
+    _check_search_demands(device, precision, forced, prepared)
     kind = prepared.kind if prepared is not None else "int8" if precision == "int8" else "bf16"
     if forced == "torch" or precision == "fp32":
         return None, kind

@@ -110,30 +110,7 @@ def _sentence(comparison: Figures, verdict: Figures | None) -> str:
 def _compared(comparison: Figures | None) -> list[str]:
     if comparison is None:
         return []
-    alternatives = comparison["alternatives"]
-    best = max(alternatives, key=lambda row: float(row["recall_at_10"]))["name"]
-    heads = [
-        "",
-        "recall@10 %",
-        "CMC top-1 %",
-        "mAP %",
-        "fit s",
-        "MFLOP a row",
-        "rows/s",
-        "bytes a row",
-        "hours",
-        "money",
-    ]
-    cells = [
-        [
-            str(row["name"]), _share(row["recall_at_10"]), _share(row["cmc1"]), _share(row["map"]),
-            f"{row['fit_seconds']:.1f}", f"{row['mflop_per_row']:.3g}",
-            "–" if row["rows_per_s"] is None else f"{row['rows_per_s']:,.0f}", f"{row['bytes_per_row']:,}",
-            f"{row['hours']:.3g}", "–" if row["cost"] is None else f"{row['cost']:,.2f}",
-        ]
-        for row in alternatives
-    ]  # fmt: skip
-    parts = ["<h2>What could be done</h2>", csv_table(heads, cells, "compare.csv", best=str(best))]
+    parts = ["<h2>What could be done</h2>", _alternatives_table(comparison["alternatives"])]
     parts.append(
         f'<p class="note">{int(comparison["train_pairs"]):,} pairs fitted, '
         f"{int(comparison['held_out_pairs']):,} held out; hours and money for {float(comparison['rows']):,.0f} rows, "
@@ -153,20 +130,40 @@ def _compared(comparison: Figures | None) -> list[str]:
             "untried.</p>"
         )
     parts += [f'<p class="note"><strong>Note:</strong> {escaped(note)}.</p>' for note in notes]
-    curve = comparison["curve"]
-    if len(curve) > 1:
-        points = [(float(p["pairs"]), 100 * float(p["recall"]), 100 * float(p["error"])) for p in curve]
-        measured = sum(bool(p["measured"]) for p in curve)
-        parts.append("<h2>How many pairs</h2>")
-        name = f"{comparison['curve_of']} (hollow: extrapolated)"
-        parts.append(
-            line_chart("Recall@10 by the number of pairs", [Line(name, points, measured)], x_name="pairs",
-                       y_name="recall@10 %", logarithmic=True)
-        )  # fmt: skip
-        cells = [[f"{int(pairs):,}", f"{recall:.1f}", f"{error:.1f}", "measured" if at < measured else "extrapolated"]
-                 for at, (pairs, recall, error) in enumerate(points)]  # fmt: skip
-        parts.append(csv_table(["pairs", "recall@10 %", "±", "how"], cells, "pairs.csv"))
-    return parts
+    return parts + _learning_curve(comparison["curve"], str(comparison["curve_of"]))
+
+
+def _alternatives_table(alternatives: Sequence[Figures]) -> str:
+    best = max(alternatives, key=lambda row: float(row["recall_at_10"]))["name"]
+    heads = [
+        "", "recall@10 %", "CMC top-1 %", "mAP %", "fit s", "MFLOP a row", "rows/s", "bytes a row", "hours", "money",
+    ]  # fmt: skip
+    cells = [
+        [
+            str(row["name"]), _share(row["recall_at_10"]), _share(row["cmc1"]), _share(row["map"]),
+            f"{row['fit_seconds']:.1f}", f"{row['mflop_per_row']:.3g}",
+            "–" if row["rows_per_s"] is None else f"{row['rows_per_s']:,.0f}", f"{row['bytes_per_row']:,}",
+            f"{row['hours']:.3g}", "–" if row["cost"] is None else f"{row['cost']:,.2f}",
+        ]
+        for row in alternatives
+    ]  # fmt: skip
+    return csv_table(heads, cells, "compare.csv", best=str(best))
+
+
+def _learning_curve(curve: Sequence[Figures], of: str) -> list[str]:
+    """Recall by the number of pairs, as a chart and as a table; nothing where there is no curve."""
+    if len(curve) < 2:
+        return []
+    points = [(float(p["pairs"]), 100 * float(p["recall"]), 100 * float(p["error"])) for p in curve]
+    measured = sum(bool(p["measured"]) for p in curve)
+    cells = [[f"{int(pairs):,}", f"{recall:.1f}", f"{error:.1f}", "measured" if at < measured else "extrapolated"]
+             for at, (pairs, recall, error) in enumerate(points)]  # fmt: skip
+    return [
+        "<h2>How many pairs</h2>",
+        line_chart("Recall@10 by the number of pairs", [Line(f"{of} (hollow: extrapolated)", points, measured)],
+                   x_name="pairs", y_name="recall@10 %", logarithmic=True),
+        csv_table(["pairs", "recall@10 %", "±", "how"], cells, "pairs.csv"),
+    ]  # fmt: skip
 
 
 def _judged(verdict: Figures | None) -> list[str]:

@@ -10,6 +10,9 @@ random variables).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from fct.artifact.layers import SKIP, Layer
@@ -59,27 +62,58 @@ def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: s
         >>> bool((finer < coarser).all())
         True
     """
-    plans: dict[str, list[LayerPlan]] = {}
-    if precision == "int8" and backend == "triton":
-        plans["mixer"] = [int8_plan(layer, h.calibration[f"mixer.{i}"]) for i, layer in enumerate(h.mixer)]
-    elif precision == "int8":
-        plans = layer_plans(h, precision)
-    exact = exact_first_on_gpu(h, precision)  # a CPU's 8 bits have a plan of their own
-    depth = h.mixer[-1].d_in + (0 if h.skip is None else h.skip.d_in)  # of the last layer and the skip as one
+    made = _Made.by(h, precision, backend)
+    parts = [made.chain(b, np.asarray(x, np.float64), np.zeros(np.shape(x))) for b, x in (("old", old), ("side", side))]
+    z, variance = made.chain("mixer", *(np.concatenate(p, axis=1) for p in zip(*parts, strict=True)))
+    if h.skip is not None:
+        rows = np.concatenate([old, side], axis=1) if h.uses_side_info else old
+        added, of_skip = made.chain(SKIP, np.asarray(rows, np.float64), np.zeros(np.shape(rows)))
+        z, variance = z + added, variance + of_skip + (2.0**-24 * z) ** 2
+    if h.normalise:
+        length2 = np.maximum((z**2).sum(axis=1, keepdims=True), 1e-60)
+        along = (variance * z**2).sum(axis=1, keepdims=True) * z**2 / length2**3
+        variance = h.length**2 * (variance / length2 + along + (4 * 2.0**-24) ** 2)
+    return variance
 
-    def chain(branch: str, x: Floats, variance: Floats) -> tuple[Floats, Floats]:
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How one backend computes h at one precision. exact: first layers at the precision of :data:`_BITS`'s "exact"."""
+
+    h: Transformation
+    precision: str
+    backend: str
+    plans: Mapping[str, Sequence[LayerPlan]]
+    exact: bool
+
+    @classmethod
+    def by(cls, h: Transformation, precision: str, backend: str) -> _Made:
+        plans: dict[str, list[LayerPlan]] = {}
+        if precision == "int8" and backend == "triton":
+            plans["mixer"] = [int8_plan(layer, h.calibration[f"mixer.{i}"]) for i, layer in enumerate(h.mixer)]
+        elif precision == "int8":
+            plans = layer_plans(h, precision)
+        return cls(h, precision, backend, plans, exact_first_on_gpu(h, precision))  # a CPU's 8 bits have their own plan
+
+    def layer(self, branch: str, i: int) -> tuple[str, LayerPlan | None]:
+        """(in which numbers a layer is computed, its plan)."""
+        plan = self.plans[branch][i] if branch in self.plans else None
+        if plan is not None and plan.precision != "fp32":
+            return plan.precision, plan
+        if self.exact and i == 0 and branch != "mixer":
+            return "exact", plan
+        if plan is not None:
+            return plan.precision, plan
+        return "bf16" if self.precision in ("int8", "fp8") and branch != "mixer" else self.precision, None
+
+    def chain(self, branch: str, x: Floats, variance: Floats) -> tuple[Floats, Floats]:
+        """A branch's output of x, and its variance; ``variance`` is that of x."""
+        h = self.h
+        depth = h.mixer[-1].d_in + (0 if h.skip is None else h.skip.d_in)  # of the last layer and the skip as one
         layers = getattr(h, branch) if branch != SKIP else (h.skip,)
         for i, layer in enumerate(layers):
             weight, bias = layer.weight.astype(np.float64), layer.bias.astype(np.float64)
-            plan = plans[branch][i] if branch in plans else None
-            if plan is not None and plan.precision != "fp32":
-                computed = plan.precision
-            elif exact and i == 0 and branch != "mixer":
-                computed = "exact"
-            elif plan is not None:
-                computed = plan.precision
-            else:
-                computed = "bf16" if precision in ("int8", "fp8") and branch != "mixer" else precision
+            computed, plan = self.layer(branch, i)
             if computed in ("int8", "int16"):
                 assert plan is not None
                 of_x, of_w = _integer(plan, x)
@@ -90,29 +124,17 @@ def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: s
             into = variance + of_x
             z = x @ weight.T + bias
             terms = (x**2) @ (weight**2).T + bias**2
-            whole = backend == "cuda" and (branch == SKIP or (branch == "mixer" and i + 1 == len(layers)))
+            whole = self.backend == "cuda" and (branch == SKIP or (branch == "mixer" and i + 1 == len(layers)))
             count = depth if whole else weight.shape[1]
             sums = (count + 1) * 2.0**-48 * terms  # every partial sum in float32
             variance = into @ (weight**2).T + (x**2) @ of_w.T + sums
             if computed not in ("int8", "int16", "fp8") and not whole:  # libraries round the bias and the result too
-                of_bias = "bf16" if (computed, backend) == ("exact", "cuda") else computed
+                of_bias = "bf16" if (computed, self.backend) == ("exact", "cuda") else computed
                 variance = variance + _rounded(bias, of_bias) + _rounded(z, computed)
             x = np.maximum(z, 0) if layer.relu else z
             if layer.relu:
                 variance = variance * _normal_cdf(z / np.sqrt(np.maximum(variance, 1e-60)))
         return x, variance
-
-    parts = [chain(b, np.asarray(x, np.float64), np.zeros(np.shape(x))) for b, x in (("old", old), ("side", side))]
-    z, variance = chain("mixer", *(np.concatenate(p, axis=1) for p in zip(*parts, strict=True)))
-    if h.skip is not None:
-        rows = np.concatenate([old, side], axis=1) if h.uses_side_info else old
-        added, of_skip = chain(SKIP, np.asarray(rows, np.float64), np.zeros(np.shape(rows)))
-        z, variance = z + added, variance + of_skip + (2.0**-24 * z) ** 2
-    if h.normalise:
-        length2 = np.maximum((z**2).sum(axis=1, keepdims=True), 1e-60)
-        along = (variance * z**2).sum(axis=1, keepdims=True) * z**2 / length2**3
-        variance = h.length**2 * (variance / length2 + along + (4 * 2.0**-24) ** 2)
-    return variance
 
 
 def _normal_cdf(x: Floats) -> Floats:
