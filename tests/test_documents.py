@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
+import fct
+from fct import errors
 from fct.cli import app as cli
 from fct.cli import commands
 from tests.command_line import run_here
@@ -133,6 +135,18 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):
         if not re.match(r"[a-z]+:", target):
             assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
+
+
+def test_examples_in_docstrings_are_shown_as_code() -> None:
+    """A section named "Example" is a quotation on the site, its lines run together; "Examples" is code."""
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    assert [p.name for p in files if re.search(r"^\s+Example:\s*$", p.read_text(), re.MULTILINE)] == []
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("reference", "reference-gallery"))
+    shown = set(re.findall(r"^::: fct\.(\w+)$", pages, re.MULTILINE))
+    assert set(fct.__all__) - set(errors.__all__) - shown == set(), "the others are on the page of exceptions"
 
 
 def test_the_picture_is_small() -> None:

@@ -13,7 +13,15 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-SHOWN = ("benchmarks/report/*", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "KERNELS.md", "examples/*")
+SHOWN = (
+    "benchmarks/report/*",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "KERNELS.md",
+    "examples/*",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -29,7 +29,7 @@ class ScaledInt8:
             row = (values - z) * scale, have offset = -z * scale; codes made from a minimum (row = (values + 128) *
             scale + minimum, as sentence-transformers' int8) have offset = minimum + 128 * scale.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> fct.ScaledInt8(np.ones((2, 3), np.int8), 0.5).shape
         (2, 3)

@@ -157,7 +157,7 @@ def examine(
         backends: of the transformation, whom to examine; by default all, and every search.
         progress: told what is being done.
 
-    Example:
+    Examples:
         >>> from fct.doctor import examine
         >>> from fct.ops.transform.reference_backend import RefTransform
         >>> examine(backends=[RefTransform()]).healthy

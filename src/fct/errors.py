@@ -1,4 +1,7 @@
-"""What fct raises. Bad arguments are ``ValueError`` or ``TypeError``; these are for what has a name of its own."""
+"""What fct raises. Bad arguments are ``ValueError`` or ``TypeError``; these are for what has a name of its own.
+
+Texts are made where a thing is checked: of rows in fct.rows, of numbers and paths in fct.checks.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def need(module: str, what: str) -> ModuleType:
     Raises:
         MissingExtraError: it is not installed; says which extra brings it.
 
-    Example:
+    Examples:
         >>> from fct.extras import need
         >>> need("json", "example").dumps([1])
         '[1]'

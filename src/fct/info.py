@@ -20,7 +20,7 @@ def build_info() -> JsonDict:
         the self-proof found on the GPU so far, "metric kind" -> "" where right, else what was wrong), "cuda_build" (""
         or why it was not built), "verdicts" (the file of the self-proof's verdicts and of what fct doctor timed).
 
-    Example:
+    Examples:
         >>> import fct
         >>> "torch" in fct.build_info()["backends"]
         True

@@ -153,7 +153,7 @@ def inspect_gallery(
     Raises:
         ValueError: no such column. FctError: a file that cannot be read, or not one whole vector in it.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile, fct
         >>> folder = tempfile.mkdtemp()
         >>> rows = np.random.default_rng(0).standard_normal((500, 8)).astype(np.float32)

@@ -115,7 +115,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came. SpaceMismatchError: two models' vectors.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> x = np.array([[0.0], [0.1], [5.0], [5.1]], np.float32)
         >>> fct.evaluate(x, x, [0, 0, 1, 1], same_items=True).cmc1
@@ -228,7 +228,7 @@ def recall_at_k(
     Raises:
         ValueError: other shapes or dtypes, no rows, or an index twice in a row.
 
-    Example:
+    Examples:
         >>> recall_at_k([[3, 1], [5, 6]], [[1, 2], [6, 5]], 2)
         0.75
     """
@@ -255,7 +255,7 @@ def gap_closed(x: float, low: float, high: float) -> float:
     Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, equation 7. 0 is no better than
     the old system, 1 as good as re-embedding; below 0 and above 1 are possible. NaN where there is no gap.
 
-    Example:
+    Examples:
         >>> gap_closed(0.75, 0.5, 1.0)
         0.5
     """
@@ -276,7 +276,7 @@ def negative_flip_rate(
         before, after: RetrievalMetrics of the same queries (right: a match among the first k), or (n,) booleans.
             Queries without a match in either are left out.
 
-    Example:
+    Examples:
         >>> negative_flip_rate([True, True, False, True], [True, False, True, True])
         0.25
     """

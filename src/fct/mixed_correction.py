@@ -49,7 +49,7 @@ class MixedCorrection:
     def at(self, rows: int) -> MixedCorrection:
         """The correction for a gallery of so many rows: never stronger than it was chosen, at last none.
 
-        Example:
+        Examples:
             >>> from fct.mixed_gallery import MixedCorrection
             >>> round(MixedCorrection("length", 0.8, rows=500, fade=0.04).at(5_000).value, 3)
             0.877
@@ -84,7 +84,7 @@ def add_coordinate(rows: RowsLike, correction: MixedCorrection, *, mapped: bool)
     Returns:
         (n, d + 1) float32. The cosine of a query and a mapped row is ``value`` times what it was.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.mixed_gallery import MixedCorrection, add_coordinate
         >>> add_coordinate(np.array([[0.0, 1.0]], np.float32), MixedCorrection("coordinate", 0.6), mapped=True)
@@ -130,7 +130,7 @@ def mixed_transformation(
     Raises:
         ValueError: none is stored, or it is a coordinate more, which h cannot write: the message says what to do.
 
-    Example:
+    Examples:
         >>> import fct
         >>> from fct.mixed_gallery import MixedCorrection, mixed_transformation
         >>> h = fct.Transformation.random(8, 4, 16, inner=32, normalise=True)

@@ -298,7 +298,7 @@ def evaluate_mixed(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> x = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
         >>> h = fct.Transformation.random(4, 4, 4, inner=8, side_info=False)

@@ -15,7 +15,7 @@ def codes_of(table: str, known: Sequence[str], wanted: Iterable[str]) -> dict[st
 
     Raises ImportError where ``wanted`` holds a name that the extension lacks: it was built from other sources.
 
-    Example:
+    Examples:
         >>> from fct.native_codes import codes_of
         >>> codes_of("metrics", ("l2", "ip"), ["ip"])
         {'l2': 0, 'ip': 1}

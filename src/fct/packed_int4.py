@@ -44,6 +44,11 @@ def int4_codes_of(dtype: NumpyDType) -> int | None:
 class PackedInt4:
     """(n, d) codes from -8 to 7 in (n, ceil(d / 2)) bytes; the even columns lie in the low halves.
 
+    Code 2i is the low half of byte i, code 2i + 1 the high half, in two's complement; with an odd number of codes the
+    last half is 0. ``records``, for an ``.npy``, are of one field, ``int4x64`` for 64 codes; ``to_arrow`` gives a
+    struct of the same field. Bare bytes in a fixed-size binary column are read by backfills, since h says how many
+    codes they are.
+
     A transformation is fitted on the codes as they are, so that no scale is stored: fct standardises every input
     dimension, which makes its unit irrelevant.
 
@@ -51,7 +56,7 @@ class PackedInt4:
         values: (n, ceil(d / 2)) uint8, numpy or torch on the CPU.
         d: how many codes a row holds.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.packed_int4 import pack_int4
         >>> packed = pack_int4(np.array([[-8, 7, 3]]))
@@ -87,7 +92,7 @@ class PackedInt4:
 
         Its type says what it holds, wherever the column goes, so that no reader takes the bytes for numbers.
 
-        Example:
+        Examples:
             >>> import numpy as np
             >>> from fct.packed_int4 import pack_int4
             >>> pack_int4(np.array([[-8, 7, 3]])).to_arrow().type

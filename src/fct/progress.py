@@ -23,7 +23,7 @@ class LongCall:
 
     show: False for silence. A bar that cannot be drawn (the terminal is gone) never stops the call.
 
-    Example:
+    Examples:
         >>> with LongCall(True) as call:
         ...     report = call.stage("searching")
         ...     if report is not None:

@@ -59,7 +59,7 @@ def rerank_curve(
     Raises:
         ValueError: arrays that do not fit, k or a depth below 1, fewer than k + 2 pairs.
 
-    Example:
+    Examples:
         >>> import fct, numpy as np
         >>> rng = np.random.default_rng(0)
         >>> old, new = (rng.standard_normal((60, d), dtype=np.float32) for d in (8, 4))

@@ -259,9 +259,9 @@ def prepare_gallery(
 
     Raises:
         TypeError, ValueError: the argument, what was expected and what came. BackendError: a precision that cannot be
-        had there, or a device out of memory.
+            had there, or a device out of memory.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> prepared = fct.prepare_gallery(np.eye(4, dtype=np.float32), metric="ip")
         >>> fct.topk(np.eye(4, dtype=np.float32)[2:3], prepared, 1, metric="ip").indices.tolist()
@@ -360,9 +360,9 @@ def topk(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came. SpaceMismatchError: two models' vectors.
         BackendError: a forced precision that this search cannot use, or a GPU out of memory. DeviceLostError: the
-        GPU failed; nothing that it computed can be trusted.
+            GPU failed; nothing that it computed can be trusted.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> fct.topk(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), 2).indices.tolist()
         [[0, 1], [1, 0], [2, 0]]

@@ -33,7 +33,7 @@ class EmbeddingSpace:
             the model's own, which keeps them from crowding those out (docs/fitting.md). It is no other space: queries
             are the model's.
 
-    Example:
+    Examples:
         >>> from fct import EmbeddingSpace
         >>> EmbeddingSpace("clip-b32", 512, metric="cosine", normalised=True).dim
         512

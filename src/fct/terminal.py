@@ -18,7 +18,7 @@ def printable(text: str) -> str:
     Line breaks, escape sequences, marks that turn the reading direction around and halves of a surrogate pair (bytes of
     a file name that are not UTF-8) are among them.
 
-    Example:
+    Examples:
         >>> from fct.terminal import printable
         >>> print(printable("a\x1b[31mred\nb"))
         a\x1b[31mred\nb

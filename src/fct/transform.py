@@ -114,7 +114,7 @@ def transform_batch(
     Source: Ramanujan et al., "Forward Compatible Training for Large-Scale Embedding Retrieval Systems", CVPR 2022,
     section 3, arXiv:2112.02805.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> h = fct.Transformation.random(8, 4, 16, inner=32)
         >>> rows = fct.transform_batch(np.ones((5, 8), np.float32), np.zeros((5, 4), np.float32), h)

@@ -101,7 +101,7 @@ def torchscript_tensors(path: Path) -> dict[str, Array]:
 
     Raises ArtifactError for an archive that is damaged, or holds anything but plain tensors.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from fct.artifact.torchscript_tensors import is_torchscript
         >>> is_torchscript(Path(__file__))

@@ -69,7 +69,7 @@ class Transformation:
         length: what a normalised output is brought to, a little under 1 for rows that are searched among true ones by
             inner product. 1.0 where ``normalise`` is False.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> h = fct.Transformation.random(16, 8, 32, inner=64)
         >>> fct.transform_batch(np.ones((4, 16), np.float32), np.ones((4, 8), np.float32), h).shape
@@ -329,7 +329,7 @@ class Transformation:
         Raises:
             SpaceMismatchError: ``second`` does not read what ``first`` gives. ValueError: ``first`` normalises.
 
-        Example:
+        Examples:
             >>> import fct
             >>> a, b = (fct.Transformation.random(*d, inner=8, side_info=False) for d in ((2, 2, 3), (3, 3, 4)))
             >>> b = b.with_(old_space=a.new_space)
@@ -380,7 +380,7 @@ class Transformation:
         Raises:
             ValueError: side missing or too many; when called, a missing column or one of another length.
 
-        Example:
+        Examples:
             >>> import fct, pyarrow as pa
             >>> h = fct.Transformation.random(2, 2, 3, inner=4, side_info=False)
             >>> table = pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32()))})

@@ -113,7 +113,7 @@ def plan_backfill(
     Raises:
         ValueError, TypeError: a bad argument. FileNotFoundError: no gallery there. FctError: unreadable input.
 
-    Example:
+    Examples:
         >>> import fct, numpy as np, tempfile
         >>> folder = tempfile.mkdtemp()
         >>> np.save(folder + "/old.npy", np.ones((100, 8), np.float32))

@@ -83,7 +83,7 @@ def map_threshold(
 
     flipped: one of the two is a distance and the other a similarity.
 
-    Example:
+    Examples:
         >>> map_threshold([0.0, 1.0, 2.0], [10.0, 20.0, 30.0], 0.5)
         15.0
     """

@@ -20,7 +20,7 @@ _NULL = np.uint64(0xD1B54A32D192ED03)
 class RowMultiset:
     """Counts rows and adds up their hashes, of whole rows and of each column.
 
-    Example:
+    Examples:
         >>> import pyarrow as pa
         >>> from fct.backfilling.row_multiset import RowMultiset
         >>> one, two = RowMultiset(), RowMultiset()

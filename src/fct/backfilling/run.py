@@ -98,7 +98,7 @@ def backfill(
         direction. InUseError: another process is at it. RejectLimitError: too many rejects; what is done is kept.
         BackfillError: another job's destination, changed or damaged input, a full disk; what is done is kept.
 
-    Example:
+    Examples:
         >>> import fct, numpy as np, tempfile
         >>> folder = tempfile.mkdtemp()
         >>> np.save(folder + "/old.npy", np.ones((100, 8), np.float32))

@@ -133,7 +133,7 @@ def backfill_timeline(where: str | os.PathLike[str], *, name: str = "backfill", 
     Raises:
         BackfillError: neither is there, or a job that cannot be read.
 
-    Example:
+    Examples:
         >>> import fct, numpy as np, tempfile
         >>> from fct.backfilling.timeline import backfill_timeline
         >>> folder = tempfile.mkdtemp()

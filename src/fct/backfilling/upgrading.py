@@ -68,7 +68,7 @@ class UpgradingGallery:
         cache_bytes: of all that is held: mapped rows, shadows, and the rows of finished shards, but for those of .npy
             files, which are memory-mapped.
 
-    Example:
+    Examples:
         >>> import fct, numpy as np, tempfile
         >>> folder = tempfile.mkdtemp()
         >>> np.save(folder + "/old.npy", np.random.default_rng(0).standard_normal((100, 8), dtype=np.float32))
@@ -139,7 +139,7 @@ class UpgradingGallery:
 
         Warns:
             FctWarning: true rows stand among mapped ones whose length is not corrected (``mixed=True`` does), and what
-            that was measured to cost; once.
+                that was measured to cost; once.
         """
         check_whole(k, "k", 1)
         self._cascade.index.refresh()

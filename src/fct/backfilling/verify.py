@@ -127,7 +127,7 @@ def verify_gallery(path: str | os.PathLike[str], **options: Unpack[VerifyKeyword
     Raises:
         BackfillError: not the destination of a backfill, or a job file that cannot be read.
 
-    Example:
+    Examples:
         >>> import fct, numpy as np, tempfile
         >>> folder = tempfile.mkdtemp()
         >>> np.save(folder + "/old.npy", np.ones((100, 8), np.float32))

@@ -26,7 +26,7 @@ def fit_procrustes(
     Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem", Psychometrika 1966,
     doi:10.1007/BF02289451.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.baselines import fit_procrustes
         >>> x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
@@ -49,7 +49,7 @@ def fit_ridge(
 
     Args: as :func:`fit_procrustes`; strength >= 0.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.baselines import fit_ridge
         >>> x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)

@@ -32,7 +32,7 @@ def fit_residual(
         old, new: (n, d_old) and (n, d_new) rows of the same items.
         hidden, epochs, seed, progress: size and training of the MLP.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.baselines import fit_residual
         >>> x = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)

@@ -41,7 +41,7 @@ GPUS = (
 def published_peak(model: str, precision: str) -> float | None:
     """TFLOP/s that the data sheet of the GPU called ``model`` gives for the precision; None where none is at hand.
 
-    Example:
+    Examples:
         >>> from fct.bench.data_sheets import published_peak
         >>> published_peak("NVIDIA H100 80GB HBM3", "fp8"), published_peak("NVIDIA L40S", "bf16")
         (1978.9, None)

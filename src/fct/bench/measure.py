@@ -119,7 +119,7 @@ def measure_batch(
         rounds: turns in which the functions alternate, so that all see the same machine. In a warm turn a function is
             called again and again, and the first calls, which find the others' weights in the caches, do not count.
 
-    Example:
+    Examples:
         >>> from fct.bench.measure import measure_batch
         >>> sorted(measure_batch({"sum": lambda: sum(range(99))}, 1, seconds=0.01))
         ['after a pause', 'warm']

@@ -254,7 +254,7 @@ class Worker:
 
     Raises RuntimeError, with the process's last line of stderr, where it dies.
 
-    Example:
+    Examples:
         >>> from fct.bench.peers import Worker
         >>> with Worker("import numpy as np\\ndef call(): return np.arange(3)", [], {}) as worker:
         ...     worker()

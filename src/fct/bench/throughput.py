@@ -104,7 +104,7 @@ def run_bench(
     Every result is held against the float64 reference (a search: against the other's rows) before it is timed; one
     that differs gets the error as its ``status`` and no time.
 
-    Example:
+    Examples:
         >>> import fct
         >>> from fct.bench.throughput import run_bench
         >>> report = run_bench(fct.Transformation.random(8, 4, 8, inner=16), peers=False)

@@ -12,7 +12,7 @@ __all__ = ["Reasons"]
 class Reasons:
     """Numbers each sentence at its first use.
 
-    Example:
+    Examples:
         >>> from fct.cli.reasons import Reasons
         >>> reasons = Reasons()
         >>> reasons.no(["no driver", "no memory"]), reasons.no(["no driver"]), reasons.of([])

@@ -37,7 +37,7 @@ def load_fashion_mnist(split: str, root: str | os.PathLike[str] | None = None) -
     Raises:
         ValueError: another split. FileNotFoundError: no such files. ArtifactError: a file is truncated or foreign.
 
-    Example:
+    Examples:
         >>> from fct.data import load_fashion_mnist
         >>> len(load_fashion_mnist("train"))
         10000

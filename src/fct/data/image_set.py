@@ -22,7 +22,7 @@ class ImageSet:
     labels: (n,) int64, positions in class_names.
     class_names: of all classes, also of those that a subset left out.
 
-    Example:
+    Examples:
         >>> from fct.data import load_fashion_mnist
         >>> test = load_fashion_mnist("test")
         >>> test.images.shape, len(test.of_classes(range(5)))

@@ -12,7 +12,7 @@ def first_classes(total: int, share: float | int = 0.5) -> range:
         total: how many classes there are.
         share: a float below 1 for a share (rounded down, at least 1), an int for a number.
 
-    Example:
+    Examples:
         >>> from fct.data import first_classes
         >>> first_classes(10), first_classes(365, 182)
         (range(0, 5), range(0, 182))

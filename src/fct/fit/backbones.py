@@ -57,7 +57,7 @@ def backbone(name: str | nn.Module, *, in_channels: int = 3) -> tuple[nn.Module,
     Raises:
         ValueError: unknown name. ImportError: "timm:..." without timm.
 
-    Example:
+    Examples:
         >>> from fct.fit.backbones import backbone
         >>> backbone("small_cnn", in_channels=1)[1]
         128
@@ -151,7 +151,7 @@ def embedding_model(
         dim: length of an embedding.
         image_shape: (c, h, w) of what it will read.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fct.fit.backbones import embedding_model
         >>> embedding_model("small_resnet", dim=16, image_shape=(1, 28, 28))(torch.zeros(2, 1, 28, 28)).shape

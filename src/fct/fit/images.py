@@ -179,7 +179,7 @@ def augment(images: torch.Tensor, *, crop: float, colour: float, flip: bool = Tr
 def embed(model: torch.nn.Module, images: ImagesLike, *, batch_size: int = 512, progress: bool = False) -> Floats:
     """(n, dim) float32 numpy embeddings of images (as :class:`Images`), in order, on the model's own device.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.fit.backbones import embedding_model
         >>> from fct.fit.images import embed

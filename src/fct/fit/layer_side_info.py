@@ -170,7 +170,7 @@ def side_info_from(
 
     Source: Ramanujan et al., CVPR 2022, arXiv:2112.02805, section 3.2 names intermediate layers among the choices.
 
-    Example:
+    Examples:
         >>> import numpy as np, torch, fct
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten())
         >>> images = np.random.default_rng(0).random((64, 1, 12, 12), dtype=np.float32)

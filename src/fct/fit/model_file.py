@@ -37,7 +37,7 @@ def save_model(
         image_shape: (c, h, w) of what it reads.
         info: plain values to keep with it (method, epochs, seed).
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from fct.fit.backbones import embedding_model
         >>> from fct.fit.model_file import load_model, save_model

@@ -41,7 +41,7 @@ def calibrate(h: Transformation, old: RowsLike, side_info: RowsLike | None) -> T
     Raises:
         ValueError: rows that do not match h, or none.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> from fct.fit.precision_choice import calibrate
         >>> h = fct.Transformation.random(8, 4, 16, inner=32)
@@ -109,7 +109,7 @@ def measure_precisions(
     Raises:
         ValueError: rows that do not match h or each other, an unknown precision.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> from fct.fit.precision_choice import measure_precisions
         >>> h = fct.Transformation.random(8, 4, 16, inner=32)

@@ -63,7 +63,7 @@ def train_side_info(
 
     Source: Ramanujan et al., CVPR 2022, arXiv:2112.02805, section 3.2.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> images = np.random.default_rng(0).integers(0, 255, (16, 28, 28), dtype=np.uint8)
         >>> side_model = fct.train_side_info(images, dim=8, epochs=1, batch_size=8, progress=False)

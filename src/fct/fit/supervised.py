@@ -91,7 +91,7 @@ def train_supervised(
         crop, flip: augmentation; smallest crop side as a share of the image, and mirrored images.
         more: checkpoint, checkpoint_seconds, on_epoch of :func:`fct.fit.loop.train`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.fit.loop import TrainConfig
         >>> from fct.fit.supervised import train_supervised

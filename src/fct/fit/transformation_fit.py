@@ -108,7 +108,7 @@ def fit_transformation(
     Source: Ramanujan et al., "Forward Compatible Training for Large-Scale Embedding Retrieval Systems", CVPR 2022,
     arXiv:2112.02805.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> from fct.fit.recipes import FitConfig
         >>> rng = np.random.default_rng(0)

@@ -33,7 +33,7 @@ def split_column(where: str, *, storage_options: StorageOptions | None = None) -
 
     A name that is there is taken whole, whatever colons it has.
 
-    Example:
+    Examples:
         >>> from fct.gallery import split_column
         >>> split_column("pairs.parquet:old"), split_column("s3://bucket/gallery")
         (('pairs.parquet', 'old'), ('s3://bucket/gallery', None))
@@ -74,7 +74,7 @@ def load_vectors(
         FileNotFoundError: nothing there. ValueError: no column of vectors, several, or a row that is no vector (null,
         of another length, with a null in it); rows are never left out. FctError: a file that cannot be read.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile
         >>> from fct.gallery import load_vectors
         >>> folder = tempfile.mkdtemp()
@@ -133,7 +133,7 @@ def load_labels(
         FileNotFoundError: nothing there. ValueError: no column named, missing values, or values that are no labels
         (floats, lists). FctError: a file that cannot be read.
 
-    Example:
+    Examples:
         >>> import pyarrow as pa, pyarrow.parquet as pq, tempfile
         >>> from fct.gallery import load_labels
         >>> file = tempfile.mkdtemp() + "/a.parquet"

@@ -69,14 +69,15 @@ def export_bulk(
 
     Raises:
         ValueError: ids that the database cannot take (null, twice, negative, no UUID, past 2^63, another type), a row
-        without a vector, a payload that the files cannot hold; the message names column and row, and nothing is left.
+            without a vector, a payload that the files cannot hold; the message names column and row, and nothing is
+            left.
         FileExistsError: ``out`` holds something.
 
     Warns:
         FctWarning: true and mapped rows of a partial backfill stand side by side uncorrected, with the loss that was
         measured when h was fitted. NaN or infinities in a payload became null, since JSON has neither: counted.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile
         >>> from fct.gallery import export_bulk
         >>> folder = tempfile.mkdtemp()

@@ -29,7 +29,7 @@ class ColumnChecksum:
 
     make: makes an empty digest with ``update(address, bytes)`` and ``digest()``.
 
-    Example:
+    Examples:
         >>> import pyarrow as pa
         >>> from fct import _C
         >>> from fct.gallery.column_checksum import ColumnChecksum

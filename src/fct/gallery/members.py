@@ -38,7 +38,7 @@ class MemberSource(FileSource):
 def split_member(where: str) -> tuple[str, str]:
     """(container, member) of ``CONTAINER:MEMBER``; "" where no member is named. What is there is taken whole.
 
-    Example:
+    Examples:
         >>> from fct.gallery.members import split_member
         >>> split_member("pairs.npz:old"), split_member("glove.hdf5:/train"), split_member("gallery:old")
         (('pairs.npz', 'old'), ('glove.hdf5', '/train'), ('gallery:old', ''))

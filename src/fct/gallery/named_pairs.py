@@ -34,7 +34,7 @@ def load_pairs(where: str | os.PathLike[str], *, name: str = "pairs", **access: 
     Raises:
         FileNotFoundError: nothing there. ValueError: a damaged archive, no old or new, a row that is no vector.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile
         >>> from fct.gallery import load_pairs
         >>> file = tempfile.mkdtemp() + "/pairs.npz"

@@ -84,7 +84,7 @@ def tag_space(gallery: str | os.PathLike[str], space: EmbeddingSpace, **location
         space: the model, dimension, metric and whether vectors have unit length.
         location: ``filesystem`` or ``storage_options`` for a gallery that is not on this machine.
 
-    Example:
+    Examples:
         >>> import fct, numpy as np, tempfile
         >>> from fct.gallery import tag_space
         >>> folder = tempfile.mkdtemp()

@@ -83,7 +83,7 @@ def open_source(
         FileNotFoundError: nothing there. FctError: files of several formats or of none that we read; an unfinished
             backfill. StoreError: a store that does not answer.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile
         >>> from fct.gallery import open_source
         >>> folder = tempfile.mkdtemp()

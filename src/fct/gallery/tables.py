@@ -32,7 +32,7 @@ TITLES = {
 def split_version(where: str) -> tuple[str, int | None]:
     """(place, version) of ``TABLE?version=N``; None for the newest version.
 
-    Example:
+    Examples:
         >>> from fct.gallery.tables import split_version
         >>> split_version("s3://bucket/items?version=12"), split_version("gallery")
         (('s3://bucket/items', 12), ('gallery', None))

@@ -47,7 +47,7 @@ _HOW = (
 def identity_parts(where: object, storage_options: StorageOptions | None = None) -> dict[str, str]:
     """The parts of a URL that say what is read, by the name of their kind; {} for a path of this machine.
 
-    Example:
+    Examples:
         >>> from fct.gallery.url_identity import identity_parts
         >>> identity_parts("https://host/a.npy?X-Amz-Signature=12&part=3")
         {'scheme': 'https', 'host': 'host', 'port': '443', 'path': 'a.npy', 'query': 'part=3'}

@@ -154,7 +154,7 @@ def compare_alternatives(
     Raises:
         ValueError: arrays that do not fit, too few pairs, an unknown name.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> x = np.random.default_rng(0).standard_normal((200, 8)).astype(np.float32)
         >>> fct.compare_alternatives(x, None, x[:, ::-1].copy(), curve="none").alternatives[1].name  # doctest: +SKIP

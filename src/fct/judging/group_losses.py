@@ -122,7 +122,7 @@ def who_loses(
     Raises:
         ValueError: other lengths, no query with a value. TypeError: one side RetrievalMetrics, the other not.
 
-    Example:
+    Examples:
         >>> import fct
         >>> found = fct.who_loses([1, 1, 1, 0], [1, 1, 0, 1], ["a", "a", "b", "b"])
         >>> [(g.name, g.before, g.after, g.negative_flips) for g in found.groups]

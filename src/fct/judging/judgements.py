@@ -23,7 +23,7 @@ class Judgements:
 
     grades: query id -> item id -> grade. Ids are text, as they are in files of judgements: 7 and "7" are one id.
 
-    Example:
+    Examples:
         >>> from fct.judging import Judgements
         >>> Judgements.of(["q1", "q1"], [7, 8], [2, 0]).relevant("q1")
         {'7': 2}
@@ -37,7 +37,7 @@ class Judgements:
 
         Raises:
             ValueError: columns of different lengths, a missing id, a grade that is no whole number, or a pair that is
-            judged twice with different grades.
+                judged twice with different grades.
         """
         table: dict[str, dict[str, int]] = {}
         given = [
@@ -80,7 +80,7 @@ def read_qrels(path: str | os.PathLike[str]) -> Judgements:
     Raises:
         FileNotFoundError: no such file. FctError: a line that is neither, named by its number.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> from fct.judging import read_qrels
         >>> file = pathlib.Path(tempfile.mkdtemp(), "qrels.txt")

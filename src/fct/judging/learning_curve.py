@@ -47,7 +47,7 @@ def extrapolate(
     Raises:
         ValueError: fewer than two sizes, or recalls of different queries.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> curve = extrapolate([100, 400], [np.full(5, 0.2), np.full(5, 0.6)], factors=[4])
         >>> round(curve[-1].recall, 3)

@@ -48,7 +48,7 @@ def unlike_pairs(pairs: Floats, gallery: Floats, *, percentile: float = 99.0) ->
     Raises:
         ValueError: other dimensions, fewer than two pairs.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
         >>> unlike_pairs(x, x + 100)

@@ -56,7 +56,7 @@ def measure_rankings(
 
     Source: Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 20(4), 2002.
 
-    Example:
+    Examples:
         >>> from fct.judging import measure_rankings
         >>> found = measure_rankings([["a", "b", "c"]], [{"b": 1}])
         >>> found.mean("mrr"), round(found.mean("ndcg"), 3)
@@ -94,7 +94,7 @@ def paired_interval(
     Raises:
         ValueError: arrays of different lengths, empty, or not of finite numbers.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.judging import paired_interval
         >>> paired_interval(np.ones(30), np.zeros(30))

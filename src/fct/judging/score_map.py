@@ -120,7 +120,7 @@ def fit_score_map(
 
     Source: Barlow et al., "Statistical Inference under Order Restrictions", 1972 (pool adjacent violators).
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> old = np.linspace(0, 1, 1000)
         >>> scores = fct.fit_score_map(old, old**2)
@@ -173,7 +173,7 @@ def neighbour_scores(
     Raises:
         ValueError: arrays that do not fit, an unknown metric, distances on one side and similarities on the other.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> x = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
         >>> old, new = fct.neighbour_scores(x, 2 * x, k=3)

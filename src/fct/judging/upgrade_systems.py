@@ -115,7 +115,7 @@ def judge_upgrade(
     Raises:
         ValueError: arrays that do not fit, ids given twice, a candidate that cannot be measured, no judged query.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fct.judging import Judgements, UpgradeQueries, judge_upgrade
         >>> rng = np.random.default_rng(0)

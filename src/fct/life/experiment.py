@@ -186,7 +186,7 @@ def _positive(name: str, value: object) -> None:
 def experiment_names() -> list[str]:
     """The experiments that come with fct.
 
-    Example:
+    Examples:
         >>> from fct.life import experiment_names
         >>> "fashion-mnist-5-to-10" in experiment_names()
         True

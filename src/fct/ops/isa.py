@@ -27,7 +27,7 @@ def using_isa(name: str | None) -> Iterator[None]:
 
     name: one of ``_C.isa_names`` that this processor has; None: what FCT_ISA says now.
 
-    Example:
+    Examples:
         >>> from fct.ops.isa import isa, using_isa
         >>> with using_isa("portable"):
         ...     isa()

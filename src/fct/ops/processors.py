@@ -59,7 +59,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
     root: where proc/ and sys/ lie.
 
-    Example:
+    Examples:
         >>> from fct.ops.processors import cpu_quota
         >>> quota = cpu_quota()
         >>> quota is None or quota > 0

@@ -135,7 +135,7 @@ def flat(options: type[OptionSet]) -> Iterator[tuple[Field[Any], Any]]:
 def takes(options: type[OptionSet]) -> Callable[[F], F]:
     """Shows a function's ``**options`` as what they are: flat keywords in its signature, help texts in its docstring.
 
-    Example:
+    Examples:
         >>> import inspect, fct
         >>> inspect.signature(fct.backfill).parameters["retries"].default
         6

@@ -12,7 +12,7 @@ def escaped(value: object) -> str:
     """Without markup, and without what a terminal or a browser would obey: control characters, marks that turn text
     round.
 
-    Example:
+    Examples:
         >>> from fct.report.escaped_text import escaped
         >>> escaped("<b>&")
         '&lt;b&gt;&amp;'

@@ -59,7 +59,7 @@ class ResultTable:
         notes: lines below.
         facts: plain JSON values that tell how the numbers came about (seed, sizes, versions).
 
-    Example:
+    Examples:
         >>> from fct.report import ResultTable, Row
         >>> rows = [Row("old/old", .5, .7, .4, .1), Row("new/old", .8, .9, .7, .5), Row("new/new", .9, .95, .8, 1.)]
         >>> round(ResultTable(rows).gap_closed("new/old", "map"), 2)

@@ -32,7 +32,7 @@ def judge(table: ResultTable, candidate: str, *, lead: tuple[float, float] | Non
         lead: a confidence interval of the candidate's mAP minus old/old's, over queries; one that reaches down to
             zero means that the gain cannot be told from chance.
 
-    Example:
+    Examples:
         >>> from fct.report import ResultTable, Row, judge
         >>> rows = [Row("old/old", .5, .7, .4, .1), Row("new/old", .4, .6, .3, .1), Row("new/new", .9, .95, .8, 1.)]
         >>> judge(ResultTable(rows), "new/old").migrate

@@ -54,7 +54,7 @@ def rounding_variance(old: Floats, side: Floats, h: Transformation, precision: s
     :func:`fct.ops.numerics.quantise.layer_plans` says; "cuda" may round a first layer's bias, and makes one float32
     sum of the last layer and the skip.
 
-    Example:
+    Examples:
         >>> import numpy as np, fct
         >>> from fct.ops.numerics.rounding import rounding_variance
         >>> h, x = fct.Transformation.random(4, 4, 4, inner=8), np.ones((2, 4), np.float32)

@@ -1,6 +1,6 @@
 """Certified-exact top-k by the compiled CUDA kernels, for torch tensors on an NVIDIA GPU.
 
-Sources: certified rescoring follows the error-bound filter of exact quantised search (see docs/retrieval.md); the
+Sources: certified rescoring follows the error-bound filter of exact quantised search (see KERNELS.md); the
 layouts are in csrc/cuda/topk.cuh.
 """
 

@@ -4,7 +4,7 @@ Every row gets a bfloat16 or int8 shadow and the measured length of what the rou
 its lists, the candidates with the best *upper bounds*, so what a list dropped is no better than the worst it kept. The
 candidates are scored exactly, and a query is certified when its k-th exact score beats every bound that was dropped.
 One that is not gets all its candidates scored; one that still is not (near-ties, duplicates) goes through blocked
-float64 products. The bounds are those of csrc/cuda/topk.cuh; their derivation is in docs/retrieval.md.
+float64 products. The bounds are those of csrc/cuda/topk.cuh; their derivation is in KERNELS.md.
 """
 
 from __future__ import annotations
