@@ -1,7 +1,8 @@
 """Which faults the tests would miss: ``python -m tools.mutants [MODULE ...]``, outside CI.
 
 One comparison, sign or small number of a core module is changed at a time, in a copy of the tree; the module's own test
-files run until the first failure, and a change that none of them notices is listed. C++ is built anew for each change.
+files run until the first failure, and a change that none of them notices is listed. Of C++, the objects that a change
+touches are compiled for it and put back behind it; with ``--folder`` the copy and its objects stay for the next run.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ ROOT = Path(__file__).parents[1]
 
 # module -> (its files, the test files that answer for it)
 MODULES: dict[str, tuple[list[str], list[str]]] = {
-    "rows": (["src/fct/rows.py"], ["tests/test_codes.py", "tests/test_bad_input.py"]),
+    "rows": (["src/fct/rows.py"], ["tests/test_codes.py", "tests/test_row_kinds.py", "tests/test_bad_input.py"]),
     "metrics": (["src/fct/metrics.py"], ["tests/search/test_metrics.py"]),
     "search": (["src/fct/search.py"], ["tests/search/test_search.py", "tests/search/test_shadow_files.py"]),
-    "transform": (["src/fct/transform.py"], ["tests/test_bad_input.py", "tests/kernels/test_transform_cpu.py"]),
+    "transform": (["src/fct/transform.py"], ["tests/test_bad_input.py", "tests/ops/test_gpu_path.py"]),
     "job": (
         ["src/fct/backfilling/job.py"],
-        ["tests/backfilling/test_journal.py", "tests/backfilling/test_backfill.py"],
+        [f"tests/backfilling/test_{what}.py" for what in ("journal", "resuming_0_1", "backfill")],
     ),
     "journal": (
         ["src/fct/backfilling/journal.py"],
@@ -50,7 +51,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "transform kernel": (
-        ["csrc/cpu/transform.cpp", "csrc/cpu/transform_kernel.h", "csrc/cpu/transform_pack.cpp"],
+        [*(f"csrc/cpu/transform{what}.cpp" for what in ("", "_pack", "_portable")), "csrc/cpu/transform_kernel.h"],
         ["tests/kernels/test_transform_cpu.py"],
     ),
 }
@@ -149,14 +150,18 @@ class Copy:
                 shutil.copy2(ROOT / name, folder / name)
         for extension in (ROOT / "src/fct").glob("_C*.so"):
             shutil.copy2(extension, folder / "src/fct")
-        (folder / "src/fct/kernels").symlink_to(folder / "kernels")
+        if (folder / "build.kept").exists():  # the last run was ended inside a mutant
+            shutil.rmtree(folder / "build", ignore_errors=True)
+            shutil.rmtree(folder / "build.kept")
+        if not (folder / "src/fct/kernels").exists():
+            (folder / "src/fct/kernels").symlink_to(folder / "kernels")
 
     def environment(self) -> dict[str, str]:
         paths = f"{self.folder / 'src'}{os.pathsep}{self.folder}"
-        return os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": ""}
+        return os.environ | {"PYTHONPATH": paths, "PYTHONPYCACHEPREFIX": "", "OMP_NUM_THREADS": "1"}
 
     def build(self) -> bool:
-        """Builds the extension anew; False where the compiler refuses the mutant."""
+        """Builds what the extension lacks; False where the compiler refuses the mutant."""
         build = self.folder / "build"
         if not (build / "build.ninja").is_file():
             import pybind11
@@ -164,6 +169,7 @@ class Copy:
             pyproject = (self.folder / "pyproject.toml").read_text()
             define = {
                 "CMAKE_BUILD_TYPE": "Release",
+                "CMAKE_INTERPROCEDURAL_OPTIMIZATION": "OFF",  # a link would compile all of it anew
                 "SKBUILD_PROJECT_VERSION": re.findall(r'^version = "(.+)"', pyproject, re.MULTILINE)[0],
                 "pybind11_DIR": pybind11.get_cmake_dir(),
                 "Python_EXECUTABLE": sys.executable,
@@ -173,24 +179,45 @@ class Copy:
             subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
         if subprocess.run(["ninja", "-C", str(build), "-j", "1"], capture_output=True).returncode:
             return False
-        for extension in build.glob("_C*.so"):
-            shutil.copy2(extension, self.folder / "src/fct" / extension.name)
+        self.install()
         return True
 
     def survives(self, mutant: Mutant, seconds: float) -> str:
         """ "killed", "survived" or "does not build"; a run that never ends is killed."""
         path = self.folder / mutant.file
-        text = path.read_text()
-        path.write_text(mutant.applied(text))
+        text, times = path.read_text(), path.stat()
+        native = not mutant.file.endswith(".py")
+        with contextlib.ExitStack() as stack:
+            if native:
+                stack.enter_context(self.objects_kept())
+            path.write_text(mutant.applied(text))
+            try:
+                if native and not self.build():
+                    return "does not build"
+                return "survived" if self.passes(mutant.module, seconds) else "killed"
+            finally:
+                path.write_text(text)
+                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    @contextlib.contextmanager
+    def objects_kept(self) -> Iterator[None]:
+        """The built objects with their times, as they were: ninja then sees nothing to build for the next mutant."""
+        build, kept = self.folder / "build", self.folder / "build.kept"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(build, kept, symlinks=True)
         try:
-            if not mutant.file.endswith(".py") and not self.build():
-                return "does not build"
-            return "survived" if self.passes(mutant.module, seconds) else "killed"
+            yield
         finally:
-            path.write_text(text)
+            shutil.rmtree(build)
+            kept.rename(build)
+            self.install()
+
+    def install(self) -> None:
+        for extension in (self.folder / "build").glob("_C*.so"):
+            shutil.copy2(extension, self.folder / "src/fct" / extension.name)
 
     def passes(self, module: str, seconds: float) -> bool:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *MODULES[module][1]]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--ff", *MODULES[module][1]]
         quiet: dict[str, Any] = {
             "stdin": subprocess.DEVNULL,
             "stdout": subprocess.DEVNULL,
@@ -213,23 +240,34 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=20, help="at most so many mutants a module, drawn at random")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the copy lives, and stays; by default a temporary one")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the mutant is taken back, and its tests are ended
     print(f"seed {given.seed}, {given.each} mutants a module", flush=True)
     end = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
-        copy = Copy(Path(scratch))
+        copy = Copy(given.folder.resolve() if given.folder else Path(scratch))
         for module in given.modules or MODULES:
             if time.monotonic() > end:
                 break
             run_module(copy, module, random.Random(given.seed), given.each, end)
 
 
+def drawn(everyone: list[Mutant], each: int, chance: random.Random) -> list[Mutant]:
+    """So many of them at random, as even over a module's files as these allow, in the order of the source."""
+    of_file: dict[str, list[Mutant]] = {}
+    for mutant in chance.sample(everyone, len(everyone)):
+        of_file.setdefault(mutant.file, []).append(mutant)
+    turns = sorted((turn, file) for file, found in of_file.items() for turn in range(len(found)))
+    return sorted((of_file[file][turn] for turn, file in turns[:each]), key=lambda m: (m.file, m.start))
+
+
 def run_module(copy: Copy, module: str, chance: random.Random, each: int, end: float) -> None:
     """Prints each mutant and the module's sum."""
     everyone = mutants_of(module)
-    chosen = sorted(chance.sample(everyone, min(each, len(everyone))), key=lambda m: (m.file, m.start))
-    if any(not m.file.endswith(".py") for m in chosen):
-        copy.build()
+    chosen = drawn(everyone, each, chance)
+    if any(not m.file.endswith(".py") for m in chosen) and not copy.build():
+        raise SystemExit(f"{module}: the extension does not build without a mutant")
     begun = time.monotonic()
     if not copy.passes(module, 1800):
         print(f"{module}: its tests fail without a mutant: {', '.join(MODULES[module][1])}", flush=True)
@@ -242,9 +280,8 @@ def run_module(copy: Copy, module: str, chance: random.Random, each: int, end: f
         verdict = copy.survives(mutant, limit)
         counts[verdict] = counts.get(verdict, 0) + 1
         print(f"{verdict:14} {mutant}", flush=True)
-    if any(not m.file.endswith(".py") for m in chosen):
-        copy.build()
-    print(f"{module}: {counts} of {len(everyone)} possible", flush=True)
+    minutes = (time.monotonic() - begun) / 60
+    print(f"{module}: {counts} of {len(everyone)} possible, in {minutes:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":

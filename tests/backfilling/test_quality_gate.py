@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,26 @@ def test_rows_before_and_after_are_the_same_rows(tmp_path: Path) -> None:
     assert kept.tolist() == [1, 2, 3, 4, 6, 7, 8]
     np.testing.assert_array_equal(old, rows[kept])
     np.testing.assert_allclose(new, fct.transform_batch(rows[kept], None, h, precision="fp32"), rtol=1e-5)
+
+
+def test_scores_of_nearest_rows_are_those_of_each_space(source: Path, tmp_path: Path) -> None:
+    """l2 before and inner product after: a small old threshold is a large new one."""
+    h = fct.Transformation.random(D, D, 8, inner=32, side_info=False)
+    h = h.with_(new_space=replace(h.new_space, metric="ip"))
+    plan = fct.plan_backfill(
+        source, tmp_path / "new", h, precision="fp32", measure_seconds=0.001, old_model="random-old"
+    )
+    rows = np.load(source / "a.npy")
+    mapped = fct.transform_batch(rows, None, h, precision="fp32").astype(np.float64)
+    squared = ((rows[:, None].astype(np.float64) - rows[None]) ** 2).sum(axis=2)
+    products = mapped @ mapped.T
+    np.fill_diagonal(squared, np.inf)
+    np.fill_diagonal(products, -np.inf)
+    found = plan.scores
+    assert found is not None
+    assert (found.metric_old, found.metric_new, found.rows) == ("l2", "ip", 64)
+    assert found.old == pytest.approx(np.quantile(squared.min(axis=1), found.quantiles), rel=1e-4)
+    assert found.new == pytest.approx(np.quantile(products.max(axis=1), found.quantiles), rel=1e-4)
+    assert found.threshold(-1.0) == found.new[-1], "nearer than every old score"
+    assert replace(found, metric_new="l2").threshold(-1.0) == found.new[0]
+    assert replace(found, metric_old="cosine").threshold(-1.0) == found.new[0]
