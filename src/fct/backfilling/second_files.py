@@ -36,7 +36,7 @@ class FileReader(RowReader):
 
     def __init__(self, source: FileSource) -> None:
         self.kind = source.kind
-        self.by = "pyarrow.dataset" if source.kind in _DATASETS else "numpy"
+        self.by = {"parquet": "pyarrow.dataset", "arrow": "pyarrow.ipc"}.get(source.kind, "numpy")
         self.files = listed_files(source)
         self._partitioned = source.partitioned_name
 
@@ -132,9 +132,22 @@ def _batches(kind: str, file: Location, wanted: Sequence[str]) -> Iterator[pa.Re
         with file.open() as opened, pa.ipc.open_stream(pa.PythonFile(opened, mode="r")) as stream:
             yield from stream
         return
+    if kind == "arrow":
+        yield from _of_arrow_file(file, wanted)
+        return
     dataset = _dataset(kind, file)
     have = [n for n in wanted if n in dataset.schema.names]
     yield from dataset.to_batches(columns=have, batch_size=BATCH_ROWS, use_threads=False)
+
+
+def _of_arrow_file(file: Location, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Batch by batch: pyarrow.dataset reads ahead in threads, which do not agree on a dictionary that grows (26.0)."""
+    with file.open() as opened:
+        names = pa.ipc.open_file(pa.PythonFile(opened, mode="r")).schema.names
+        options = pa.ipc.IpcReadOptions(included_fields=[i for i, name in enumerate(names) if name in wanted])
+        with pa.ipc.open_file(pa.PythonFile(opened, mode="r"), options=options) as batches:
+            for number in range(batches.num_record_batches):
+                yield batches.get_batch(number)
 
 
 def _of_folder(value: str | None, rows: int) -> pa.Array:
