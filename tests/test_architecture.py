@@ -280,7 +280,7 @@ def long_functions(files: list[Path]) -> list[str]:
 
 # Long on purpose: one kernel's formula from top to bottom, one list of checks, one command's options. A new one is cut
 # at a concept, or takes the place of another; who cuts one lowers the number.
-LONG_FUNCTIONS = 12
+LONG_FUNCTIONS = 8
 
 
 def test_few_functions_are_long() -> None:

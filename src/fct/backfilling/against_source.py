@@ -67,17 +67,9 @@ def compare_with_source(
     """
     found = AgainstSource()
     other = _other_reader(source, found, lists)
-    if isinstance(other, WholeReader):
-        whole = _all_rows(other, source, found)
-        reader: RowReader = OwnReader(source)
-    else:
-        whole, reader = None, other or OwnReader(source)
-    try:
-        counts = reader.counts()
-    except MissingExtraError:
-        raise
-    except FctError as error:
-        found.problems.append(str(error))
+    whole = _all_rows(other, source, found) if isinstance(other, WholeReader) else None
+    reader: RowReader = OwnReader(source) if other is None or isinstance(other, WholeReader) else other
+    if (counts := _counts(reader, found)) is None:
         return found
     if other is reader:
         found.rows = sum(counts.values())
@@ -107,6 +99,17 @@ def compare_with_source(
             for what in whole.differences(walk.seen)
         ]
     return found
+
+
+def _counts(reader: RowReader, found: AgainstSource) -> dict[str, int] | None:
+    """Rows of each file; None where the reader cannot say, which is a problem then."""
+    try:
+        return reader.counts()
+    except MissingExtraError:
+        raise
+    except FctError as error:
+        found.problems.append(str(error))
+        return None
 
 
 def _other_reader(source: Source, found: AgainstSource, lists: Path | None) -> RowReader | WholeReader | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import tempfile
@@ -15,7 +16,7 @@ import fct
 from fct import _C, ref
 from fct.artifact.transformation import Transformation
 from fct.bench.bench_report import NEIGHBOURS, BenchReport
-from fct.bench.measure import SMALL_BATCH, Timing, interleave, measure_batch, measure_peaks
+from fct.bench.measure import SMALL_BATCH, Peaks, Timing, interleave, measure_batch, measure_peaks
 from fct.bench.peers import best_setting, faiss_worker, openblas_times, transform_peers
 from fct.extras import why_missing
 from fct.ops.backend import PRECISIONS
@@ -119,7 +120,24 @@ def run_bench(
     largest = 4096
     while largest > 64 and largest * h.flop_per_row > _CALL * found.ops["fp32"]:
         largest //= 2
-    report = BenchReport(
+    report = _begun(h, count, found)
+    if "int8" not in precisions:
+        report.notes.append(f"int8 is left out: {'; '.join(backend.why_not(h, 'int8', 'cpu'))}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for share, rows in ((0.1, largest), (0.3, SMALL_BATCH), (0.4, 8), (0.5, 1)):
+            progress(share, f"the transformation, batches of {rows:,}")
+            _transform(report, h, precisions, rows, count, folder, peers=peers)
+        progress(0.65, "exact search")
+        _search(report, h.d_new, count, folder, peers=peers, progress=progress)
+    _extrapolate(report, largest)
+    progress(1.0, "done")
+    return report
+
+
+def _begun(h: Transformation, threads: int, peaks: Peaks) -> BenchReport:
+    """The report with what is measured and where, and nothing measured but the machine's own peaks."""
+    return BenchReport(
         h={
             "what": repr(h),
             "fingerprint": h.fingerprint,
@@ -132,23 +150,18 @@ def run_bench(
         machine={
             "processor": processor(),
             "system": platform.platform(),
-            "threads": count,
+            "threads": threads,
             "isa": _C.isa_names[isa()],
             "fct": fct.__version__,
         },
-        peaks={p: found.ops[p] / 1e9 for p in PRECISIONS}
-        | {"memory_gb_per_s": found.memory / 1e9, "cache_gb_per_s": found.l3 / 1e9},
+        peaks={p: peaks.ops[p] / 1e9 for p in PRECISIONS}
+        | {"memory_gb_per_s": peaks.memory / 1e9, "cache_gb_per_s": peaks.l3 / 1e9},
         auto=pick_transform(h, "auto", "cpu")[1],
     )
-    if "int8" not in precisions:
-        report.notes.append(f"int8 is left out: {'; '.join(backend.why_not(h, 'int8', 'cpu'))}.")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for share, rows in ((0.1, largest), (0.3, SMALL_BATCH), (0.4, 8), (0.5, 1)):
-            progress(share, f"the transformation, batches of {rows:,}")
-            _transform(report, h, precisions, rows, count, folder, peers=peers)
-        progress(0.65, "exact search")
-        _search(report, h.d_new, count, folder, peers=peers, progress=progress)
+
+
+def _extrapolate(report: BenchReport, largest: int) -> None:
+    """What whole galleries would take at the rate of the largest batch."""
     ours = (r for r in report.transform if r["who"] == "fct" and r["rows"] == largest and r["status"] == "ok")
     best = {r["precision"]: r["rows_per_s"] for r in ours}
     for precision, rate in best.items():
@@ -159,11 +172,9 @@ def run_bench(
                     "rows": rows,
                     "seconds": rows / rate,
                     "bytes_read": 4 * rows * (report.h["d_old"] + report.h["d_side"]),
-                    "bytes_written": 4 * rows * h.d_new,
+                    "bytes_written": 4 * rows * report.h["d_new"],
                 }
             )
-    progress(1.0, "done")
-    return report
 
 
 def our_call(h: Transformation, old: Array, side: Array, precision: str, threads: int) -> Callable[[], object]:
@@ -284,35 +295,29 @@ def _search(
     for i, m in enumerate(_QUERIES):
         progress(0.8 + 0.1 * i, f"exact search, {m:,} queries")
         q = queries[:m]
-        calls: dict[str, Callable[[], object]] = {
-            "fct, prepared": lambda q=q: fct.topk(q, prepared, k, metric="ip", threads=threads, progress=False)  # type: ignore[misc]
-        }
+
+        def ours(q: Array = q) -> fct.TopK:
+            return fct.topk(q, prepared, k, metric="ip", threads=threads, progress=False)
+
+        calls: dict[str, Callable[[], object]] = {"fct, prepared": ours}
         status = {"FAISS IndexFlatIP": why} if why else {}
-        if not why:
-            np.save(folder / f"queries{m}.npy", q)
-            worker = faiss_worker(folder / f"queries{m}.npy", folder / "gallery.npy", k, threads, setting)
-            worker()
-            same = same_neighbours(
-                q,
-                gallery,
-                fct.topk(q, prepared, k, metric="ip", threads=threads, progress=False).indices,
-                worker.result(),
-            )
-            if same:
-                calls["FAISS IndexFlatIP"] = worker
-            else:
-                status["FAISS IndexFlatIP"] = "differs: other rows"
-        times = interleave(calls, seconds=2 * _SECONDS, rounds=2, most=20, pause=0.02)
-        if not why:
-            worker.close()
+        with contextlib.ExitStack() as stack:
+            if not why:
+                np.save(folder / f"queries{m}.npy", q)
+                worker = faiss_worker(folder / f"queries{m}.npy", folder / "gallery.npy", k, threads, setting)
+                stack.callback(worker.close)
+                worker()
+                if same_neighbours(q, gallery, ours().indices, worker.result()):
+                    calls["FAISS IndexFlatIP"] = worker
+                else:
+                    status["FAISS IndexFlatIP"] = "differs: other rows"
+            times = interleave(calls, seconds=2 * _SECONDS, rounds=2, most=20, pause=0.02)
+        sizes = {"queries": m, "gallery": n, "d": d, "k": k}
         for who, timing in times.items():
-            report.search.append(
-                {"who": who, "queries": m, "gallery": n, "d": d, "k": k, "status": "ok", "ms": timing.median * 1e3,
-                 "queries_per_s": m / timing.median}
-            )  # fmt: skip
+            figures = {"ms": timing.median * 1e3, "queries_per_s": m / timing.median}
+            report.search.append({"who": who, **sizes, "status": "ok", **figures})
         if peers:
-            for who, reason in status.items():
-                report.search.append({"who": who, "queries": m, "gallery": n, "d": d, "k": k, "status": reason})
+            report.search.extend({"who": who, **sizes, "status": reason} for who, reason in status.items())
 
 
 def _faiss_setting(queries: Array, gallery: Array, threads: int, folder: Path, report: BenchReport) -> dict[str, str]:

@@ -164,23 +164,13 @@ def _labelled(
     access: StorageAccess,
 ) -> dict[str, object]:
     """CMC and mAP by labels, printed; who loses, where there are groups."""
-    from rich.table import Table
-
     import fct
 
     rows = named_vectors(queries, "--queries", **access)
     others = None if gallery_labels is None else named_labels(gallery_labels, "--gallery-labels", **access)
     options = {"queries": "--queries", "query_labels": "--query-labels"}
     options |= {"gallery": "--queries" if gallery is None else "--gallery", "gallery_labels": "--gallery-labels"}
-    if groups is None and (before_queries, before_gallery) != (None, None):
-        raise ValueError(
-            "--before-queries, --before-gallery: expected --groups beside them, which says whose loss to look at"
-        )
-    if before_queries is not None and (gallery is None) != (before_gallery is None):
-        want = "none, since the queries are the gallery" if gallery is None else "the rows that --gallery had before"
-        raise ValueError(f"--before-gallery: expected {want}, got {before_gallery}")
-    if before_queries is None and before_gallery is not None:
-        raise ValueError("--before-queries: expected the queries before the upgrade beside --before-gallery, got none")
+    _check_before(gallery, groups, before_queries, before_gallery)
     own_labels = named_labels(query_labels, "--query-labels", **access)
 
     def measured(asked: Array, answering: Array, resamples: int) -> fct.RetrievalMetrics:
@@ -208,6 +198,30 @@ def _labelled(
                 before = measured(earlier, instead, 0)
         with named_as_options({"groups": "--groups"}):
             losses = fct.who_loses(before, found, named_labels(groups, "--groups", **access))
+    _show_measures(found)
+    if losses is not None:
+        _show_groups(losses, since=before_queries is not None)
+    return found.to_dict() | ({} if losses is None else {"groups": losses.to_dict()})
+
+
+def _check_before(
+    gallery: str | None, groups: str | None, before_queries: str | None, before_gallery: str | None
+) -> None:
+    """Raises ValueError where a before is half given, or nobody asks for it."""
+    if groups is None and (before_queries, before_gallery) != (None, None):
+        raise ValueError(
+            "--before-queries, --before-gallery: expected --groups beside them, which says whose loss to look at"
+        )
+    if before_queries is not None and (gallery is None) != (before_gallery is None):
+        want = "none, since the queries are the gallery" if gallery is None else "the rows that --gallery had before"
+        raise ValueError(f"--before-gallery: expected {want}, got {before_gallery}")
+    if before_queries is None and before_gallery is not None:
+        raise ValueError("--before-queries: expected the queries before the upgrade beside --before-gallery, got none")
+
+
+def _show_measures(found: fct.RetrievalMetrics) -> None:
+    from rich.table import Table
+
     table = Table("measure", "%", "95 % interval")
     for name, label, value in [("map", "mAP", found.map)] + [
         (f"cmc{n}", f"CMC top-{n}", v) for n, v in found.cmc.items()
@@ -218,9 +232,6 @@ def _labelled(
         )
     console.print(table)
     console.print(f"{found.queries} queries; {found.queries_without_match} more have no match and were left out")
-    if losses is not None:
-        _show_groups(losses, since=before_queries is not None)
-    return found.to_dict() | ({} if losses is None else {"groups": losses.to_dict()})
 
 
 def _show_groups(losses: GroupLosses, *, since: bool) -> None:

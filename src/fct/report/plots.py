@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fct.atomic_files import write_bytes
 from fct.extras import need
@@ -23,6 +23,8 @@ __all__ = ["Example", "write_picture"]
 
 _HIT, _MISS, _INK, _MUTED = "#1a7f4b", "#c4352b", "#1d2430", "#6b7483"
 _BARS = ("cmc1", "map", "recall10")
+# Inches: a thumbnail's side, the sheet's width, the heading's height, where the first system's thumbnails begin.
+_THUMB, _WIDTH, _TOP, _LEFT = 0.53, 12.3, 1.22, 2.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,82 +70,60 @@ def write_picture(
     systems = list(examples[0].found)
     if any(list(example.found) != systems for example in examples):
         raise ValueError(f"examples: expected the same systems {systems} in every one")
-    depth = max(len(found) for example in examples for found in example.found.values())
-
-    thumb = 0.53  # inches
-    names = len(table.rows)
-    width = 12.3
-    top, grid, gap, bars = 1.22, len(examples) * thumb, 0.75, 0.33 * names + 0.25
-    height = top + grid + gap + bars + 0.3
+    bars = 0.33 * len(table.rows) + 0.25
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": _INK}):
-        figure = Figure(figsize=(width, height), facecolor="white")
-
-        def y(inches_from_top: float) -> float:
-            return 1 - inches_from_top / height
-
-        figure.text(0.3 / width, y(0.34), table.title, size=14, weight="bold", va="center")
-        figure.text(0.3 / width, y(0.62), subtitle, size=9.5, color=_MUTED, va="center")
-
-        left = 2.15  # where the first system's thumbnails begin
-        room = (width - left - 0.3) / len(systems)
-        figure.text((left - 0.28) / width, y(1.02), "query", size=10, ha="right", va="center", color=_MUTED)
-        for column, system in enumerate(systems):
-            begin = left + column * room + 0.12
-            figure.text(begin / width, y(1.02), system, size=10.5, weight="bold", va="center")
-        for line, example in enumerate(examples):
-            low = top + (line + 1) * thumb
-            box = _thumbnail(figure, example.image, left - 0.28 - thumb, low, thumb, width, height)
-            _frame(box, _INK, 1.2)
-            figure.text(
-                (left - 0.36 - thumb) / width, y(low - thumb / 2), example.label, size=9, ha="right", va="center"
-            )
-            for column, system in enumerate(systems):
-                for rank, (image, hit) in enumerate(example.found[system]):
-                    step = min(thumb, (room - 0.2) / depth)
-                    box = _thumbnail(
-                        figure, image, left + column * room + 0.12 + rank * step, low, thumb, width, height
-                    )
-                    _frame(box, _HIT if hit else _MISS, 2.2, dashed=not hit)
-
-        bar_room = (width - 2.65 - 0.3) / len(_BARS)
+        height = _TOP + len(examples) * _THUMB + 0.75 + bars + 0.3
+        sheet = _Sheet(Figure(figsize=(_WIDTH, height), facecolor="white"), height)
+        sheet.text(0.3, 0.34, table.title, size=14, weight="bold")
+        sheet.text(0.3, 0.62, subtitle, size=9.5, color=_MUTED)
+        sheet.examples(examples, systems)
+        room = (_WIDTH - 2.65 - 0.3) / len(_BARS)
         for column, measure in enumerate(_BARS):
-            axes = figure.add_axes(
-                (
-                    (2.65 + column * bar_room) / width,
-                    0.3 / height,
-                    (bar_room - 0.35) / width,
-                    bars / height,
-                )
-            )
+            axes = sheet.axes(2.65 + column * room, height - 0.3, room - 0.35, bars)
             _bars(axes, table, measure, colours or {}, show_names=column == 0)
         data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=150, metadata={"Software": None})
+        sheet.figure.savefig(data, format="png", dpi=150, metadata={"Software": None})
     write_bytes(path, data.getvalue())
     return Path(path)
 
 
-def _thumbnail(
-    figure: Figure,
-    image: Array,
-    left: float,
-    low_from_top: float,
-    size: float,
-    width: float,
-    height: float,
-) -> Any:
-    pad = 0.04
-    axes = figure.add_axes(
-        (
-            (left + pad) / width,
-            1 - (low_from_top - pad) / height,
-            (size - 2 * pad) / width,
-            (size - 2 * pad) / height,
-        )
-    )
-    axes.imshow(image, cmap="gray_r", interpolation="nearest", vmin=0, vmax=255 if _is_bytes(image) else 1)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    return axes
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """A figure in inches, x from the left and y from the top."""
+
+    figure: Figure
+    height: float
+
+    def text(self, x: float, y: float, words: str, **style: str | float) -> None:
+        self.figure.text(x / _WIDTH, 1 - y / self.height, words, {"va": "center", **style})
+
+    def axes(self, left: float, low: float, width: float, height: float) -> Axes:
+        return self.figure.add_axes((left / _WIDTH, 1 - low / self.height, width / _WIDTH, height / self.height))
+
+    def thumbnail(self, image: Array, left: float, low: float) -> Axes:
+        pad = 0.04
+        axes = self.axes(left + pad, low - pad, _THUMB - 2 * pad, _THUMB - 2 * pad)
+        axes.imshow(image, cmap="gray_r", interpolation="nearest", vmin=0, vmax=255 if _is_bytes(image) else 1)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return axes
+
+    def examples(self, examples: Sequence[Example], systems: Sequence[str]) -> None:
+        """One line a query, one column a system."""
+        depth = max(len(found) for example in examples for found in example.found.values())
+        room = (_WIDTH - _LEFT - 0.3) / len(systems)
+        step = min(_THUMB, (room - 0.2) / depth)
+        self.text(_LEFT - 0.28, 1.02, "query", size=10, ha="right", color=_MUTED)
+        for column, system in enumerate(systems):
+            self.text(_LEFT + column * room + 0.12, 1.02, system, size=10.5, weight="bold")
+        for line, example in enumerate(examples):
+            low = _TOP + (line + 1) * _THUMB
+            _frame(self.thumbnail(example.image, _LEFT - 0.28 - _THUMB, low), _INK, 1.2)
+            self.text(_LEFT - 0.36 - _THUMB, low - _THUMB / 2, example.label, size=9, ha="right")
+            for column, system in enumerate(systems):
+                for rank, (image, hit) in enumerate(example.found[system]):
+                    box = self.thumbnail(image, _LEFT + column * room + 0.12 + rank * step, low)
+                    _frame(box, _HIT if hit else _MISS, 2.2, dashed=not hit)
 
 
 def _is_bytes(image: Array) -> bool:
