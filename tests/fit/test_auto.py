@@ -259,6 +259,9 @@ def test_a_handful_of_pairs(n: int) -> None:
     old, side, new = made(n, d=6)
     h = fct.fit_transformation(old, side, new, progress=False)
     assert np.isfinite(fct.transform_batch(old, side, h)).all()
+    if n == 25:
+        assert h.info["cross_fitted"]
+        assert h.info["mixed"]["correction"]["rows"] == 6, "items of the four parts of a cross-fit do not meet"
 
 
 def test_all_pairs_alike_are_refused() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import fct
 from fct.errors import FctWarning
+from fct.mixed_choice import _kept_promise
 from fct.mixed_gallery import (
     MIXED_SHARES,
     MixedCorrection,
@@ -22,6 +23,7 @@ from fct.mixed_gallery import (
     mixed_transformation,
 )
 from fct.mixed_warning import warn_uncorrected
+from fct.mixture import mixtures
 
 
 def unit(x: Any) -> Any:
@@ -79,6 +81,62 @@ def test_what_few_rows_ask_for_is_milder_in_a_larger_gallery(metric: str) -> Non
     for point in here.points:
         assert point.corrected_recall >= point.recall - 0.002
         assert point.corrected_recall >= here.mapped_recall
+
+
+def cross_fitted(n: int, leak: float) -> tuple[Any, Any, list[Any]]:
+    """(true rows, mapped rows, the parts of a cross-fit): what maps a part has seen the other parts' true rows, and
+    draws each of its own a little to the nearest of them."""
+    new, mapped = blurred(n, seed=3)
+    parts = np.array_split(np.random.default_rng(4).permutation(n), 4)
+    drawn = mapped.copy()
+    for part in parts:
+        others = np.setdiff1d(np.arange(n), part)
+        drawn[part] += leak * new[others[np.argmax(mapped[part] @ new[others].T, axis=1)]]
+    return new, unit(drawn), parts
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_parts_of_a_cross_fit_do_not_meet(metric: str) -> None:
+    new, mapped, parts = cross_fitted(400, leak=0.4)
+    apart, together = choose_correction(new, mapped, metric, parts=parts), choose_correction(new, mapped, metric)
+    assert (apart.rows, together.rows) == (100, 400)
+    assert abs(np.log(apart.at(400).value)) < abs(np.log(together.value)), "rows that know the queries come too near"
+    other = mapped.copy()
+    other[parts[0]] = unit(np.random.default_rng(5).standard_normal(other[parts[0]].shape))
+    last = [choose_correction(new, x, metric, parts=parts[1:]) for x in (mapped, other)]
+    assert last[0] == last[1], "rows of no part count for nothing"
+
+    how = MixedCorrection("length", 0.9)
+    curve = mixed_curve(new, mapped, metric, how, parts=parts)
+    alone = [mixed_curve(new[part], mapped[part], metric, how) for part in parts]
+    assert curve.rows == 100
+    assert curve.mapped_recall == pytest.approx(np.mean([x.mapped_recall for x in alone]))
+    assert curve.points[2].corrected_recall == pytest.approx(np.mean([x.points[2].corrected_recall for x in alone]))
+
+
+@pytest.mark.parametrize(("metric", "strong"), [("ip", 0.6), ("l2", 1 / 0.6)])
+def test_a_correction_that_finds_less_than_none_gives_way_to_a_milder_one(metric: str, strong: float) -> None:
+    new, mapped = blurred(1_500, seed=1)
+    values = [1.0, *(strong**power for power in (0.25, 0.5, 0.75, 1.0)), 1 / strong]
+    kept = _kept_promise(mixtures(new, mapped, metric, 10, 0), "length", strong, values)
+
+    def margin(value: float) -> float:
+        curve = mixed_curve(new, mapped, metric, MixedCorrection("length", value))
+        return min(point.corrected_recall for point in curve.points) - curve.mapped_recall
+
+    assert margin(strong) < 0, "this one breaks the promise"
+    assert kept in values[1:4]
+    assert margin(kept) >= 0
+    assert margin(values[values.index(kept) + 1]) < 0, "the next stronger one would not have kept it"
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_what_is_chosen_never_finds_less_than_before_any_row_was_re_embedded(metric: str) -> None:
+    for seed in range(3):
+        new, mapped = blurred(300, seed)
+        chosen = choose_correction(new, mapped, metric, seed=seed)
+        curve = mixed_curve(new, mapped, metric, chosen, seed=seed)
+        assert min(point.corrected_recall for point in curve.points) >= curve.mapped_recall
 
 
 def test_a_correction_fades_and_never_turns() -> None:

@@ -15,7 +15,7 @@ from fct.fit.neighbours import NeighbourTest
 from fct.fit.pair_training import EpochReport, PairTraining, Scalings, scalings_of
 from fct.fit.pairs import Pairs, fold_pairs
 from fct.fit.recipes import FitConfig
-from fct.types import Floats
+from fct.types import Floats, Indices
 
 __all__ = ["AutoFit", "Climb", "Judged", "Tell", "climb", "judge"]
 
@@ -37,6 +37,7 @@ class Climb:
     output for them, not normalised, by a training that had not seen them. linears, linear_raws: the linear maps,
     fitted on all training pairs, and their output for the judged pairs, likewise unseen.
     recalls: what each shape reached, in the order it was tried, as (words, MFLOP a row, recall@10).
+    parts: of a cross-fit: the judged rows that each training had left out; None: one training left out all.
     """
 
     training: PairTraining
@@ -47,6 +48,7 @@ class Climb:
     linears: tuple[LinearMap, ...]
     linear_raws: tuple[Floats, ...]
     recalls: tuple[tuple[str, float, float], ...]
+    parts: tuple[Indices, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -188,7 +190,8 @@ def _climb_folds(fit: AutoFit) -> Climb:
     whole = RidgePath(train, fit.seed).at(penalty)
     training = fit.one(train, train.sample(_MOST_JUDGED, fit.seed), config, scalings, whole)
     maps = (whole, procrustes_map(train, fit.seed))
-    return Climb(training, config, train, test, tried[chosen], maps, (raws[penalty], rotated), tuple(recalls))
+    raw_maps = (raws[penalty], rotated)
+    return Climb(training, config, train, test, tried[chosen], maps, raw_maps, tuple(recalls), tuple(where))
 
 
 def _shortened(config: FitConfig, epochs: int) -> FitConfig:

@@ -356,7 +356,7 @@ class _Run:
             "share_of_h": judged.share,
             "shapes": [{"shape": words, "mflop": m, "recall_at_10": r} for words, m, r in found.recalls],
             "history": training.history,
-            "mixed": calibrate_length(test, judged.raw, self.seed, self._tell),
+            "mixed": calibrate_length(test, judged.raw, self.seed, self._tell, parts=found.parts),
         }
         # A space of unit length may have come in other units: it is measured in those, and written as it says.
         written = 1.0 if self.spaces[1].normalised else length or 1.0
