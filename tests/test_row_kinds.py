@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fct
-from fct.rows import rows_of
+from fct.rows import _inner_contiguous, rows_of
 
 
 class Lent:
@@ -65,3 +65,26 @@ def test_bfloat16_is_made_for_tensors() -> None:
     want = fct.transform_batch(x.float(), None, h)
     assert (want.dtype, want.device.type) == (torch.float32, "cpu")
     assert torch.equal(out, want.bfloat16())
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_one_row_alone_is_looked_at_like_many(tensors: bool) -> None:
+    import torch
+
+    x = np.ones((1, 5), np.float32)
+    x[0, 4] = np.nan
+    with pytest.raises(ValueError, match="old: expected finite values, got NaN or infinity in row 0"):
+        rows_of(torch.from_numpy(x) if tensors else x, "old")
+
+
+def test_tensors_are_copied_only_where_rows_are_not_whole() -> None:
+    """A tensor's layout decides, whichever device it lies on: those of a GPU stay tensors."""
+    import torch
+
+    wide = torch.arange(40.0).reshape(4, 10)
+    for taken in (wide, wide[:, 3:7], wide[::2], wide[1:2].expand(1, 10), wide[:, :1], wide[:1].t()[::3]):
+        assert _inner_contiguous(taken) is taken
+    for torn in (wide.t(), wide[:, ::2], wide[:1].expand(3, 10), wide[:1, :1].expand(3, 1)):
+        tidy = _inner_contiguous(torn)
+        assert tidy.is_contiguous()
+        assert torch.equal(tidy, torn)

@@ -246,6 +246,11 @@ def test_a_kernel_compiled_anew_is_proved_anew(fake: FakeDevice, monkeypatch: An
 
 
 # ---- prepared galleries ----
+def test_a_shadow_has_low_precision(fake: FakeDevice, rng: Any) -> None:
+    with pytest.raises(BackendError, match=r"precision: expected auto, bf16 or int8 for a shadow, got 'fp32'"):
+        fct.prepare_gallery(on(fake, sides(rng)[1]), precision="fp32")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prepared_once_and_appended(
     fake: FakeDevice, backend: str, rng: Any, monkeypatch: Any, kind: str, tmp_path: Path

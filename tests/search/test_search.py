@@ -140,6 +140,17 @@ def test_memory_of_the_shadow(rng: np.random.Generator) -> None:
     prepared = fct.prepare_gallery(rng.standard_normal((6400, 128), dtype=np.float32))
     assert prepared.memory_ratio == pytest.approx(1 + (128 + 20.25 + 512 / 6400) / 512)
     assert prepared.memory_ratio < 1.3
+    bare = fct.prepare_gallery(np.zeros((2, _C.shadow_max_dim + 1), np.float32))
+    assert bare.shadow is None
+    assert (bare.nbytes, bare.memory_ratio) == (0, 1.0)
+
+
+def test_a_gallery_of_one_row_is_searched_and_one_of_none_refused() -> None:
+    one = np.ones((1, 3), np.float32)
+    for gallery in (one, fct.prepare_gallery(one, metric="ip")):
+        assert fct.topk(2 * one, gallery, 1, metric="ip").indices.tolist() == [[0]]
+    with pytest.raises(ValueError, match=r"gallery: expected at least one row, got \(0, 3\)"):
+        fct.topk(one, one[:0], 1)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "header"])

@@ -55,6 +55,15 @@ def old_file(rows: Any, **changes: Any) -> bytes:
     return out
 
 
+@pytest.mark.parametrize("changed", [0, 1, 150, 298, 299])
+def test_a_shadow_of_other_rows_is_refused(saved: tuple[Path, Any], changed: int) -> None:
+    path, rows = saved
+    other = rows.copy()
+    other[changed, 3] += 1
+    with pytest.raises(ValueError, match=f"gallery: expected the rows that {path} was made from, got others"):
+        fct.PreparedGallery.load(path, other)
+
+
 def test_version_0_1_is_read(tmp_path: Path, rng: np.random.Generator) -> None:
     rows = rng.standard_normal((130, 9), dtype=np.float32)
     (tmp_path / "old").write_bytes(old_file(rows))
