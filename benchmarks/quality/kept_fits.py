@@ -46,7 +46,8 @@ class KeptFits:
             return fct.fit_transformation(old, side, new, new_space=space, progress=False, **settings)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for rows in (old, side, new):
-            digest.update(b"none" if rows is None else np.ascontiguousarray(rows).tobytes())
+            stored = getattr(rows, "values", rows)  # of packed and scaled rows
+            digest.update(b"none" if rows is None else np.ascontiguousarray(stored).tobytes())
         path = self._folder / f"{name}-{digest.hexdigest()[:12]}.safetensors"
         if path.exists():
             return fct.Transformation.load(path)
