@@ -17,6 +17,7 @@ import fct
 from fct import errors
 from fct.cli import app as cli
 from fct.cli import commands
+from fct.fit import auto_plan
 from tests.command_line import run_here
 
 assert commands
@@ -69,6 +70,13 @@ def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of training: what a document shows is that it runs, not how good h is on random rows."""
+    monkeypatch.setattr(auto_plan, "_FEW_STEPS", 60)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", RUN)
 def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -86,6 +94,7 @@ def test_every_page_with_python_is_run_somewhere() -> None:
     assert pages <= {*RUN, *elsewhere}
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_readmes_commands_follow_one_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever brings a gallery and pairs gets from the first command to the last."""
     (block,) = (b for b in blocks(ROOT / "README.md", "bash") if "fct backfill" in b)

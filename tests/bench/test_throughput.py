@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import fct
+from fct.bench import measure
 from fct.bench import throughput as bench
+from fct.bench.bench_report import BenchReport
 from fct.bench.measure import Peaks, measure_batch
 from fct.bench.peers import Worker, best_setting, openblas_times
 from fct.bench.throughput import inputs_of, run_bench, same_neighbours
@@ -21,24 +23,33 @@ from fct.cli import main
 from fct.fit.precision_choice import calibrate
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks without the seconds that measuring them takes; a small gallery."""
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    """Peaks without the seconds that measuring them takes; a small gallery; short pauses."""
     ops = {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}
-    monkeypatch.setattr(bench, "measure_peaks", lambda *_, **__: Peaks(ops, {}, 1e10, 2e10, 1))
-    monkeypatch.setattr(bench, "_SEARCH", 6e4)
-    monkeypatch.setattr(bench, "_SECONDS", 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "measure_peaks", lambda *_, **__: Peaks(ops, {}, 1e10, 2e10, 1))
+        patch.setattr(bench, "_SEARCH", 6e4)
+        patch.setattr(bench, "_SECONDS", 0.01)
+        patch.setattr(measure, "_PAUSE", 0.001)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def h() -> fct.Transformation:
     h = fct.Transformation.random(16, 8, 12, inner=64)
     return calibrate(h, *inputs_of(h, 200))
 
 
-def test_figures_fit_together(h: fct.Transformation) -> None:
+@pytest.fixture(scope="module")
+def measured(h: fct.Transformation) -> tuple[BenchReport, list[float]]:
+    """A whole measurement without peers, and the shares that it told of."""
     told: list[float] = []
-    report = run_bench(h, threads=1, peers=False, progress=lambda share, _: told.append(share))
+    return run_bench(h, threads=1, peers=False, progress=lambda share, _: told.append(share)), told
+
+
+def test_figures_fit_together(h: fct.Transformation, measured: tuple[BenchReport, list[float]]) -> None:
+    report, told = measured
     assert told == sorted(told)
     assert told[-1] == 1.0
     assert {(r["rows"], r["state"]) for r in report.transform} == {
@@ -81,9 +92,9 @@ def test_a_wrong_result_is_never_timed(h: fct.Transformation, monkeypatch: pytes
     assert report.to_come == []
 
 
-def test_two_tables_cannot_disagree(h: fct.Transformation) -> None:
+def test_two_tables_cannot_disagree(measured: tuple[BenchReport, list[float]]) -> None:
     """No time of a batch stands in two tables, and each is the one call of a server, in a state that is named."""
-    report = run_bench(h, threads=1, peers=False)
+    report, _ = measured
     keys = [(r["who"], r["precision"], r["rows"], r["state"]) for r in report.transform]
     assert len(keys) == len(set(keys)), "one figure for one thing"
     tables = {title: (columns, cells) for title, columns, cells in report.tables()}

@@ -17,6 +17,7 @@ import typer
 import fct
 from fct.cli import app as cli
 from fct.cli import commands, main
+from fct.fit import auto_plan
 
 assert commands
 COMMANDS: Any = typer.main.get_group(cli.app).commands
@@ -92,7 +93,8 @@ def fit_args(tmp_path: Path) -> list[str]:
     return [*words, "--out", str(tmp_path / "h.safetensors")]
 
 
-def test_fit_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_plan, "_FEW_STEPS", 60)  # how good h is, tests/fit asks
     words = [*fit_args(tmp_path), "--old-model", "mobile-1", "--new-model", "resnet-2", "--metric", "cosine"]
     code, out, err = run(words, capsys)
     assert (code, err) == (0, "")

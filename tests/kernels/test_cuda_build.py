@@ -67,7 +67,10 @@ def sass(source: str, architecture: str) -> dict[str, Counter[str]]:
     return counts
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Disassembling takes six seconds a file: one architecture stands for the others until the slow tests are run.
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=[pytest.mark.slow] if a != "90a" else []) for a in ARCHITECTURES]
+)
 @pytest.mark.parametrize("source", ["topk", "transform"])
 def test_machine_code(source: str, architecture: str) -> None:
     resources, instructions = usage(source, architecture), sass(source, architecture)

@@ -40,8 +40,15 @@ def search(texts: list[str] | None, metric: str, kind: str, nq: int, n: int, d: 
 CASES = [("l2", "bf16", 2, 70, 20, 3), ("cosine", "int8", 17, 70, 20, 2), ("ip", "int8", 17, 40, 130, 2)]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Each scan and each architecture once; the other half with the slow tests, at five seconds each.
+@pytest.mark.parametrize(
+    ("case", "architecture"),
+    [
+        pytest.param(case, architecture, marks=[] if i % 2 == j else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+        for j, architecture in enumerate(["90a", "80"])
+    ],
+)
 def test_topk(case: tuple[Any, ...], architecture: str) -> None:
     distances, indices, issued = search([support.ptx("topk", architecture)], *case)
     want_distances, want_indices, _ = search(None, *case)

@@ -77,7 +77,12 @@ class ForgetsTheSkipsWeights(backend.TritonTransform):
 
 @pytest.mark.parametrize(
     ("precision", "plan"),
-    [(p, plan) for p in PRECISIONS for plan in ("fused", "by layers", "small")] + [("bf16", "130 wide")],
+    [
+        pytest.param(p, plan, marks=[] if plan == "fused" or p == "bf16" else [pytest.mark.slow])
+        for p in PRECISIONS
+        for plan in ("fused", "by layers", "small")
+    ]
+    + [pytest.param("bf16", "130 wide", marks=pytest.mark.slow)],
 )
 def test_triton_proves_it(fake: FakeDevice, rng: Any, monkeypatch: Any, precision: str, plan: str) -> None:
     # 130: more than one tile's depth

@@ -40,7 +40,7 @@ def run(call: str, seconds: float, thread: bool = True, more: str = "") -> tuple
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("seconds", [0.2, 0.6])
+@pytest.mark.parametrize("seconds", [0.2, pytest.param(0.6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_daemon_thread_in_a_call_harms_no_exit(call: str, seconds: float) -> None:
     status, said, errors = run(CALLS[call], seconds)
