@@ -221,7 +221,7 @@ class _Search:
     prepare: Callable[[Rows, str], _Ask]
 
 
-def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
+def _searches(device: str) -> Iterator[tuple[str, str, _Search]]:
     """(backend, precision of the scan, search) of every search of the device's kind."""
     from fct.ops.registry import search_backends
     from fct.ops.search.cpu_search import build_shadow, topk_cpu
@@ -241,9 +241,9 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
             shadow = search.prepare(g, metric, kind)
             return lambda q, k: search.search(q, shadow, k)
 
-        return _Search(lambda: search.why_not(SEARCH_K, "l2", place), prepare)
+        return _Search(lambda: search.why_not(SEARCH_K, "l2", device), prepare)
 
-    if place == "cpu":
+    if device == "cpu":
         yield "cpu", "int8", compiled(True)
         yield "cpu", "fp32", compiled(False)
     else:
@@ -253,25 +253,25 @@ def _searches(place: str) -> Iterator[tuple[str, str, _Search]]:
     from fct.ops.device.state import why_no_cuda
 
     yield (
-        "numpy" if place == "cpu" else "torch",
+        "numpy" if device == "cpu" else "torch",
         "fp32",
         _Search(
-            lambda: [] if place == "cpu" else why_no_cuda(place),
+            lambda: [] if device == "cpu" else why_no_cuda(device),
             lambda g, metric: lambda q, k: topk_blocked(q, g, k, metric, False),
         ),
     )
 
 
-def _prove_search(name: str, precision: str, place: str, search: _Search) -> Finding:
+def _prove_search(name: str, precision: str, device: str, search: _Search) -> Finding:
     from fct.spaces import METRICS
 
     worst = 0.0
     for metric in METRICS:
         for case in search_cases():
             try:
-                ask = search.prepare(_rows(case.gallery, "float32", place), metric)
-                found = ask(_rows(case.queries, "float32", place), case.k)
-                distances, rows = (_array(x, place) for x in found)
+                ask = search.prepare(_rows(case.gallery, "float32", device), metric)
+                found = ask(_rows(case.queries, "float32", device), case.k)
+                distances, rows = (_array(x, device) for x in found)
                 wrong = case.error((distances, rows), metric)
                 if not wrong:
                     want = ref.topk(case.queries, case.gallery, case.k, metric)[0]
@@ -279,45 +279,45 @@ def _prove_search(name: str, precision: str, place: str, search: _Search) -> Fin
             except Exception as failure:
                 wrong = f"{type(failure).__name__}: {failure}"
             if wrong:
-                return Finding(name, precision, place, "wrong", f"{metric}, {case}: {wrong}", None, "search")
-    return Finding(name, precision, place, "right", "", worst, "search")
+                return Finding(name, precision, device, "wrong", f"{metric}, {case}: {wrong}", None, "search")
+    return Finding(name, precision, device, "right", "", worst, "search")
 
 
-def _array(x: Array | torch.Tensor, place: str) -> Array:
+def _array(x: Array | torch.Tensor, device: str) -> Array:
     if isinstance(x, np.ndarray):
         return x
     from fct.ops.device.state import device_of
 
-    return device_of(place).download(x)
+    return device_of(device).download(x)
 
 
-def _time_search(name: str, precision: str, place: str, search: _Search, full: bool) -> list[Timing]:
+def _time_search(name: str, precision: str, device: str, search: _Search, full: bool) -> list[Timing]:
     rng = np.random.default_rng(5)
     n, d = FULL_SEARCH_GALLERY if full else SEARCH_GALLERY
-    ask = search.prepare(_rows(rng.standard_normal((n, d), dtype=np.float32), "float32", place), "l2")
+    ask = search.prepare(_rows(rng.standard_normal((n, d), dtype=np.float32), "float32", device), "l2")
     found = []
     for n_q in FULL_SEARCH_SIZES if full else SEARCH_SIZES:
-        if place == "cpu" and precision == "fp32" and n_q > 16:
+        if device == "cpu" and precision == "fp32" and n_q > 16:
             continue  # every row for every query: seconds on a CPU, and no faster a query than before
-        q = _rows(rng.standard_normal((n_q, d), dtype=np.float32), "float32", place)
+        q = _rows(rng.standard_normal((n_q, d), dtype=np.float32), "float32", device)
 
         def call(q: Rows = q) -> None:
             ask(q, min(SEARCH_K, n))
 
-        seconds = _seconds(call, place)
-        found.append(Timing(name, precision, place, n_q, *seconds, "search", n))
+        seconds = _seconds(call, device)
+        found.append(Timing(name, precision, device, n_q, *seconds, "search", n))
     return found
 
 
-def _seconds(call: Callable[[], object], place: str) -> tuple[float, float, float]:
+def _seconds(call: Callable[[], object], device: str) -> tuple[float, float, float]:
     """(median, p20, p80) seconds of a call and of what it queued; the first is not counted."""
     seconds: list[float] = []
     begin = time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < 50 and time.perf_counter() - begin < 0.3):
         start = time.perf_counter()
         call()
-        if place != "cpu":
-            _settle(place)
+        if device != "cpu":
+            _settle(device)
         seconds.append(time.perf_counter() - start)
     seconds = sorted(seconds[1:])
     return median(seconds), seconds[len(seconds) // 5], seconds[min(len(seconds) - 1, len(seconds) * 4 // 5)]
@@ -354,35 +354,35 @@ def _cases(precision: str, full: bool) -> Iterator[tuple[TransformCase, str]]:
                 yield case, dtype
 
 
-def _prove(backend: TransformBackend, precision: str, place: str, full: bool) -> Finding:
+def _prove(backend: TransformBackend, precision: str, device: str, full: bool) -> Finding:
     worst = 0.0
     refused: dict[str, None] = {}
     for case, dtype in _cases(precision, full):
-        why = backend.why_not(case.h, precision, place)
+        why = backend.why_not(case.h, precision, device)
         if why:
             refused |= dict.fromkeys(why)
             continue
-        old, side = (_rows(x, dtype, place) for x in (case.old, case.side))
+        old, side = (_rows(x, dtype, device) for x in (case.old, case.side))
         stored = replace(case, old=_host(old), side=_host(side))  # rounded to the dtype
-        out = _rows(np.full((old.n, case.h.d_new), np.nan, np.float32), "float32", place)
+        out = _rows(np.full((old.n, case.h.d_new), np.nan, np.float32), "float32", device)
         error: float | None = None
         try:
-            weights = packed(backend, case.h, precision, place)
+            weights = packed(backend, case.h, precision, device)
             backend.run(weights, old, side, out, threads=default_threads())
             wrong, error = stored.error(_host(out), precision, backend.name)
             worst = max(worst, error)
         except Exception as failure:
             wrong = f"{type(failure).__name__}: {failure}"
         if wrong:
-            return Finding(backend.name, precision, place, "wrong", f"{case} of {dtype}: {wrong}", error)
-    return Finding(backend.name, precision, place, "right", "; ".join(refused), worst)
+            return Finding(backend.name, precision, device, "wrong", f"{case} of {dtype}: {wrong}", error)
+    return Finding(backend.name, precision, device, "right", "; ".join(refused), worst)
 
 
-def _rows(x: Floats, dtype: str, place: str) -> Rows:
+def _rows(x: Floats, dtype: str, device: str) -> Rows:
     """Host float32 values as a block of the dtype on a device."""
     bits = Rows(np.empty(x.shape, "uint16" if dtype == "bfloat16" else dtype), dtype, None, "cpu", "numpy")
     store(x, bits)
-    if place == "cpu":
+    if device == "cpu":
         return bits
     import torch
 
@@ -390,7 +390,7 @@ def _rows(x: Floats, dtype: str, place: str) -> Rows:
 
     host = torch.from_numpy(bits.values)
     host = host.view(torch.bfloat16) if dtype == "bfloat16" else host
-    return Rows(device_of(place).upload(host), dtype, None, place, "torch")
+    return Rows(device_of(device).upload(host), dtype, None, device, "torch")
 
 
 def _host(rows: Rows) -> Floats:
@@ -403,26 +403,26 @@ def _host(rows: Rows) -> Floats:
 
 
 def _time(
-    backend: TransformBackend, h: Transformation, precision: str, place: str, sizes: tuple[int, ...]
+    backend: TransformBackend, h: Transformation, precision: str, device: str, sizes: tuple[int, ...]
 ) -> list[Timing]:
     rng = np.random.default_rng(3)
     found = []
     for n in sizes:
-        if place == "cpu" and n > 4096 * max(1, default_threads()):
+        if device == "cpu" and n > 4096 * max(1, default_threads()):
             continue  # minutes on a CPU, and no faster a row than the block before
         x = rng.standard_normal((n, h.d_old), dtype=np.float32)
-        old, out = _rows(x, "float32", place), _rows(np.zeros((n, h.d_new), np.float32), "float32", place)
-        weights = packed(backend, h, precision, place)
+        old, out = _rows(x, "float32", device), _rows(np.zeros((n, h.d_new), np.float32), "float32", device)
+        weights = packed(backend, h, precision, device)
 
         def call(old: Rows = old, out: Rows = out, weights: object = weights) -> None:
             backend.run(weights, old, old, out, threads=default_threads())
 
-        found.append(Timing(backend.name, precision, place, n, *_seconds(call, place)))
+        found.append(Timing(backend.name, precision, device, n, *_seconds(call, device)))
     return found
 
 
-def _settle(place: str) -> None:
+def _settle(device: str) -> None:
     from fct.ops.device.state import device_of
 
-    device = device_of(place)
-    device.finish(device.record())
+    state = device_of(device)
+    state.finish(state.record())

@@ -13,7 +13,7 @@ from fct.checks import check_seed, check_text, check_whole
 from fct.errors import FctError
 from fct.gallery import Source, open_source
 from fct.gallery.columns import VECTOR_NAMES, pick_column
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.gallery.vectors import vector_block, vector_dim
 from fct.progress import step_bar
 from fct.search import topk
@@ -166,7 +166,7 @@ def inspect_gallery(
     check_whole(sample_rows, "sample_rows", 16)
     check_seed(seed)
     gallery = open_source(
-        source, filesystem=filesystem, storage_options=storage_options, patience=Patience(retries, timeout)
+        source, filesystem=filesystem, storage_options=storage_options, retry_policy=RetryPolicy(retries, timeout)
     )
     column = pick_column(gallery.schema, vector_column, VECTOR_NAMES, "vector_column")
     tally, dim = _counted(gallery, column, binary_dtype, sample_rows, progress)

@@ -66,7 +66,7 @@ class Access(TypedDict, total=False):
 
     filesystem: FileSystem | None
     storage_options: StorageOptions | None
-    patience: Patience | None
+    retry_policy: RetryPolicy | None
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from fct.artifact.transformation import Transformation
     from fct.codes import ScaledInt8
     from fct.gallery.interfaces import Source
-    from fct.gallery.location import Location, Patience
+    from fct.gallery.location import Location, RetryPolicy
     from fct.packed_int4 import PackedInt4
 
     Array: TypeAlias = npt.NDArray[Any]  # of any dtype; the docstring says which

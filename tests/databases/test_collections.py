@@ -17,7 +17,7 @@ from fct.gallery.databases.address import Address
 from fct.gallery.databases.chroma_collection import ChromaSource
 from fct.gallery.databases.database_gallery import DatabaseError
 from fct.gallery.databases.documents import clients
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from tests.databases.conftest import D_OLD, rows_of
 
 ROWS = 2500
@@ -180,11 +180,11 @@ def test_rows_that_come_and_go_meanwhile(
     store: Any, h: fct.Transformation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fct.gallery.databases import database_destination
-    from fct.gallery.location import Patience
+    from fct.gallery.location import RetryPolicy
 
     old = rows_of(1300)
     store.make(old[:1200])
-    kind = type(database_destination(store.place + store.target, Patience()))
+    kind = type(database_destination(store.place + store.target, RetryPolicy()))
     put = kind.put
     puts: list[int] = []
 
@@ -275,7 +275,7 @@ def killed_after(process: subprocess.Popen[bytes], done: Path, shards: int) -> N
 
 
 def test_a_chroma_collection_that_is_deleted_while_it_is_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = ChromaSource(Address.parse("chroma://localhost?collection=shoes", "source"), Patience())
+    source = ChromaSource(Address.parse("chroma://localhost?collection=shoes", "source"), RetryPolicy())
     monkeypatch.setattr(chroma_collection, "_collection", lambda address: None)
     with pytest.raises(DatabaseError, match="expected a collection, there is no shoes"):
         source.points(["a"])

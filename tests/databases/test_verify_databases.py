@@ -94,10 +94,10 @@ def test_a_reader_of_collections_that_gives_other_rows_is_found(
     fault: str, store: Any, h: fct.Transformation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fct.gallery.databases import database_source
-    from fct.gallery.location import Patience
+    from fct.gallery.location import RetryPolicy
 
     source = store.place + "items"
-    kind: Any = type(database_source(source, Patience()))
+    kind: Any = type(database_source(source, RetryPolicy()))
     scan, points = kind.scan, kind.points
 
     def fewer(self: Any) -> Iterator[pa.Array]:

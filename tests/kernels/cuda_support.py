@@ -195,7 +195,7 @@ class EmulatedRuntime(CudaRuntime):
     def check_device(self, device: str) -> list[str]:
         return []
 
-    def where(self, device: str) -> tuple[int, int]:
+    def device_and_stream(self, device: str) -> tuple[int, int]:
         return 0, 0
 
 

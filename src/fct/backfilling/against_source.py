@@ -199,7 +199,7 @@ def _compare(
     found.problems += compared.problems
     if isinstance(result, DeltaSource) and not found.problems:
         found.problems += _by_its_log(result)
-    if isinstance(result, DatabaseResult) and not result.same_place and not found.problems:
+    if isinstance(result, DatabaseResult) and not result.same_location and not found.problems:
         there = result.count()
         if there != compared.rows:
             found.problems.append(f"expected {compared.rows:,} rows, {result.source.url} counts {there:,}")
@@ -233,7 +233,7 @@ def _result(
         first = next((o for o in shard_marker(journal, 0).outputs if o.name.startswith("_rows/")), None)
         if first is None:  # row numbers are written beside shards with rejects alone
             return iter(()), ()
-        with journal.place(first).open() as file:
+        with journal.location(first).open() as file:
             have = pq.read_schema(file).names
         return _files(journal, job, columns), have if columns != [ROW] else ()
     other: RowReader | WholeReader | None = None
@@ -251,6 +251,6 @@ def _files(journal: Journal, job: Job, columns: list[str]) -> Iterator[pa.Record
     for number in range(len(job.shards)):
         for output in shard_marker(journal, number).outputs:
             if output.name.startswith("_rows/"):
-                yield from columns_of_file("parquet", journal.place(output), columns)
+                yield from columns_of_file("parquet", journal.location(output), columns)
             elif job.format not in _MATRICES:
-                yield from columns_of_file(job.format, journal.place(output), columns)
+                yield from columns_of_file(job.format, journal.location(output), columns)

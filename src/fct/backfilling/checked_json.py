@@ -93,19 +93,19 @@ def _shown(value: object) -> str:
 
 
 def whole(least: int, most: int) -> Check:
-    def check(value: object, where: str) -> int:
+    def check(value: object, context: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise SchemaError(f"{where}: expected a whole number from {least} to {most}, got {_shown(value)}")
+            raise SchemaError(f"{context}: expected a whole number from {least} to {most}, got {_shown(value)}")
         return value
 
     return check
 
 
 def number(least: float, most: float) -> Check:
-    def check(value: object, where: str) -> float:
+    def check(value: object, context: str) -> float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300
         if not fits or not math.isfinite(value) or not least <= value <= most:  # type: ignore[arg-type,operator]
-            raise SchemaError(f"{where}: expected a number from {least:g} to {most:g}, got {_shown(value)}")
+            raise SchemaError(f"{context}: expected a number from {least:g} to {most:g}, got {_shown(value)}")
         return value  # type: ignore[return-value]
 
     return check
@@ -114,46 +114,46 @@ def number(least: float, most: float) -> Check:
 def text(most: int, pattern: str | None = None) -> Check:
     """A string of at most ``most`` characters; pattern: what all of it must match."""
 
-    def check(value: object, where: str) -> str:
+    def check(value: object, context: str) -> str:
         if not isinstance(value, str) or len(value) > most:
-            raise SchemaError(f"{where}: expected text of at most {most} characters, got {_shown(value)}")
+            raise SchemaError(f"{context}: expected text of at most {most} characters, got {_shown(value)}")
         if pattern is not None and not re.fullmatch(pattern, value):
-            raise SchemaError(f"{where}: expected {pattern}, got {_shown(value)}")
+            raise SchemaError(f"{context}: expected {pattern}, got {_shown(value)}")
         return value
 
     return check
 
 
 def one_of(choices: Collection[str]) -> Check:
-    def check(value: object, where: str) -> str:
+    def check(value: object, context: str) -> str:
         if not isinstance(value, str) or value not in choices:
-            raise SchemaError(f"{where}: expected one of {', '.join(choices)}, got {_shown(value)}")
+            raise SchemaError(f"{context}: expected one of {', '.join(choices)}, got {_shown(value)}")
         return value
 
     return check
 
 
-def flag(value: object, where: str) -> bool:
+def flag(value: object, context: str) -> bool:
     if not isinstance(value, bool):
-        raise SchemaError(f"{where}: expected true or false, got {_shown(value)}")
+        raise SchemaError(f"{context}: expected true or false, got {_shown(value)}")
     return value
 
 
-def file_name(value: object, where: str) -> str:
+def file_name(value: object, context: str) -> str:
     """A relative path that stays where it begins."""
     parts = value.split("/") if isinstance(value, str) else []
     fits = all(part not in ("", ".", "..") and len(part) <= 255 and "\0" not in part for part in parts)
     if not isinstance(value, str) or not fits or len(value) > 4096 or "\\" in value or parts[0].endswith(":"):
-        raise SchemaError(f"{where}: expected the name of a file inside the gallery, got {_shown(value)}")
+        raise SchemaError(f"{context}: expected the name of a file inside the gallery, got {_shown(value)}")
     return value
 
 
-def anything(value: object, where: str) -> object:
+def anything(value: object, context: str) -> object:
     """Any JSON of bounded depth: what a store keeps for itself."""
 
     def walk(part: object, depth: int) -> None:
         if depth > _DEPTH:
-            raise SchemaError(f"{where}: it is nested too deeply")
+            raise SchemaError(f"{context}: it is nested too deeply")
         if isinstance(part, (dict, list)):
             for inner in part.values() if isinstance(part, dict) else part:
                 walk(inner, depth + 1)
@@ -170,11 +170,11 @@ def either(check: Check, otherwise: object) -> Check:
 def listed(check: Check, most: int) -> Check:
     """A list of at most ``most`` entries, as a tuple."""
 
-    def checked(value: object, where: str) -> tuple[Any, ...]:
+    def checked(value: object, context: str) -> tuple[Any, ...]:
         if not isinstance(value, list) or len(value) > most:
             got = f"{len(value)}" if isinstance(value, list) else _kind(value)
-            raise SchemaError(f"{where}: expected a list of at most {most} entries, got {got}")
-        return tuple(check(entry, f"{where}[{i}]") for i, entry in enumerate(value))
+            raise SchemaError(f"{context}: expected a list of at most {most} entries, got {got}")
+        return tuple(check(entry, f"{context}[{i}]") for i, entry in enumerate(value))
 
     return checked
 
@@ -182,19 +182,19 @@ def listed(check: Check, most: int) -> Check:
 def record(make: Callable[..., T], optional: Collection[str] = (), /, **checks: Check) -> Callable[[object, str], T]:
     """An object with these keys and no others, as ``make`` builds it. optional: keys that may be missing."""
 
-    def check(value: object, where: str) -> T:
+    def check(value: object, context: str) -> T:
         if not isinstance(value, dict):
-            raise SchemaError(f"{where}: expected an object, got {_kind(value)}")
+            raise SchemaError(f"{context}: expected an object, got {_kind(value)}")
         missing = [name for name in checks if name not in value and name not in optional]
         unknown = [name for name in value if name not in checks]
         if missing or unknown:
             raise SchemaError(
-                f"{where}: it lacks {missing[0]}" if missing else f"{where}: {_shown(unknown[0])} is no name of it"
+                f"{context}: it lacks {missing[0]}" if missing else f"{context}: {_shown(unknown[0])} is no name of it"
             )
-        values = {name: checks[name](entry, f"{where}.{name}" if where else name) for name, entry in value.items()}
+        values = {name: checks[name](entry, f"{context}.{name}" if context else name) for name, entry in value.items()}
         try:
             return make(**values)
         except (TypeError, ValueError) as error:
-            raise SchemaError(f"{where}: {error}") from None
+            raise SchemaError(f"{context}: {error}") from None
 
     return check

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from fct.backfilling.backfill_bar import Bar, backfill_bar
 from fct.backfilling.job import Job
-from fct.backfilling.resolve import Resolved
+from fct.backfilling.resolve import Context
 from fct.backfilling.row_choice import FOLDER, RowChoice, keep_choice, kept_choice
 from fct.backfilling.row_mapper import RowMapper
 from fct.backfilling.true_source import TruePairs, row_ids
@@ -31,42 +31,42 @@ Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.float64]
 
 
-def choose_rows(found: Resolved, job: Job, bar: Bar) -> RowChoice:
+def choose_rows(context: Context, job: Job, bar: Bar) -> RowChoice:
     """The job's choice: as it is kept, or made now for the rows that none covers, and kept.
 
     Raises:
         BackfillError: shards are done and the choice that they were made with is gone. ValueError: an order that the
         gallery cannot be brought into.
     """
-    kept = kept_choice(found.journal, job)
+    kept = kept_choice(context.journal, job)
     if kept.covered == job.rows:
         return kept
     shards = [shard for shard in job.shards if shard.first >= kept.covered]
-    done = set(found.journal.marked())
+    done = set(context.journal.marked())
     if any(shard.number in done for shard in shards):
         raise BackfillError(
-            f"destination: {found.journal.root / FOLDER} lacks the choice of rows that shards were made with: restore "
-            "it from a copy, or start over in another destination"
+            f"destination: {context.journal.root / FOLDER} lacks the choice of rows that shards were made with: "
+            "restore it from a copy, or start over in another destination"
         )
-    chosen = _Chooser(found, job, bar).choose(shards, job.rows - kept.covered)
-    return keep_choice(found.journal, job, kept, chosen)
+    chosen = _Chooser(context, job, bar).choose(shards, job.rows - kept.covered)
+    return keep_choice(context.journal, job, kept, chosen)
 
 
-def expected_choice(found: Resolved) -> Mask:
+def expected_choice(context: Context) -> Mask:
     """(rows,) which rows of the gallery a partial backfill will choose, or has chosen; nothing is written."""
-    job, kept = found.job, kept_choice(found.journal, found.job)
+    job, kept = context.job, kept_choice(context.journal, context.job)
     if kept.covered == job.rows:
         return kept.mask(0, job.rows)
     with backfill_bar(False) as bar:
         shards = [shard for shard in job.shards if shard.first >= kept.covered]
-        behind = _Chooser(found, job, bar).choose(shards, job.rows - kept.covered)
+        behind = _Chooser(context, job, bar).choose(shards, job.rows - kept.covered)
     return np.concatenate([kept.mask(0, kept.covered), behind])
 
 
 class _Chooser:
-    def __init__(self, found: Resolved, job: Job, bar: Bar) -> None:
-        assert found.reembedding is not None
-        self.found, self.job, self.bar, self.how = found, job, bar, found.reembedding
+    def __init__(self, context: Context, job: Job, bar: Bar) -> None:
+        assert context.reembedding is not None
+        self.found, self.job, self.bar, self.how = context, job, bar, context.reembedding
 
     def choose(self, shards: list[Shard], rows: int) -> Mask:
         """(rows,) of the rows of ``shards``, which are consecutive."""

@@ -95,18 +95,18 @@ def _key_of(journal: Journal) -> str:
     return key
 
 
-def _write(place: Location, data: bytes) -> bool:
+def _write(location: Location, data: bytes) -> bool:
     """Whether the claim could be made: on this machine one of two wins, whenever they come."""
-    if not place.is_local:
-        place.write_bytes(data)
+    if not location.is_local:
+        location.write_bytes(data)
         return True
-    folder = place.parent.parent.local
+    folder = location.parent.parent.local
     refuse_links(folder, f"{OURS}/{_NAME}")
-    place.parent.local.mkdir(parents=True, exist_ok=True)
-    part = place.parent.local / f".{_NAME}.{secrets.token_hex(8)}.part"
+    location.parent.local.mkdir(parents=True, exist_ok=True)
+    part = location.parent.local / f".{_NAME}.{secrets.token_hex(8)}.part"
     part.write_bytes(data)
     try:
-        os.link(part, place.local)  # whole, and only where there is none
+        os.link(part, location.local)  # whole, and only where there is none
     except FileExistsError:
         return False
     except OSError:  # a file system without hard links: whole, but two that come at one instant are not told apart

@@ -29,7 +29,9 @@ class Growth:
     def look(self) -> None:
         """Lists the source again, if the last time is long enough ago."""
         source = self._source
-        if source is None or time.monotonic() - self._last < (_SECONDS if source.where.is_local else _REMOTE_SECONDS):
+        if source is None or time.monotonic() - self._last < (
+            _SECONDS if source.location.is_local else _REMOTE_SECONDS
+        ):
             return
         try:
             now = copy.copy(source)

@@ -134,11 +134,11 @@ class _Trouble:
             more = [shown(i.as_py()) for i in ids[: max(0, _SAID - len(names))]]
             self._found[what] = (count + len(ids), names + more)
 
-    def twice(self, where: str, ids: pa.Array | None) -> None:
+    def twice(self, context: str, ids: pa.Array | None) -> None:
         if ids is not None and len(ids):
             coded = ids.drop_null().dictionary_encode()
             counts = np.bincount(coded.indices.to_numpy(), minlength=len(coded.dictionary))
-            self._add(f"more than once in {where}", coded.dictionary.filter(pa.array(counts > 1)))
+            self._add(f"more than once in {context}", coded.dictionary.filter(pa.array(counts > 1)))
 
     def missing(self, ids: pa.Array | None, others: pa.Array | None) -> None:
         """ids: of the gallery alone. others: of the side-information alone."""

@@ -16,7 +16,7 @@ from fct.gallery.databases.database_gallery import json_rows
 from fct.gallery.databases.documents import PAYLOAD, CollectionSource
 from fct.gallery.databases.postgres_copy import PG_TYPE
 from fct.gallery.interfaces import Source
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.types import JsonDict
 
 __all__ = ["DatabaseResult", "canonical", "in_one_spelling", "is_json"]
@@ -28,20 +28,20 @@ _JSON = ("json", "jsonb")
 class DatabaseResult:
     """The rows that a job wrote into a table or a collection. vector: the column of the new vectors there.
 
-    same_place: whether they became a further vector of the rows that were read, so that there is no payload.
+    same_location: whether they became a further vector of the rows that were read, so that there is no payload.
     """
 
-    def __init__(self, url: str, job: Job, source: Source, patience: Patience) -> None:
-        plain = database_source(url, patience, name="gallery").address
+    def __init__(self, url: str, job: Job, source: Source, retry_policy: RetryPolicy) -> None:
+        plain = database_source(url, retry_policy, name="gallery").address
         self.vector = plain.vector or _VECTORS.get(plain.kind, job.vector)
         named = replace(plain, vector="" if plain.kind == "qdrant" and not plain.vector else self.vector)
-        self.source = type(database_source(url, patience, name="gallery"))(named, patience)
-        self.same_place = False
+        self.source = type(database_source(url, retry_policy, name="gallery"))(named, retry_policy)
+        self.same_location = False
         if isinstance(source, DatabaseSource):
             source.suit(plain)
-            self.same_place = source.address.place() == plain.place()
+            self.same_location = source.address.location() == plain.location()
             if (
-                self.same_place and not source.address.vector
+                self.same_location and not source.address.vector
             ):  # else the new vector would be read as the old one's payload
                 source.address = replace(source.address, vector=job.vector)
             if plain.kind == "postgresql" == source.address.kind:
@@ -58,7 +58,7 @@ class DatabaseResult:
 
     def columns(self, source: Sequence[str]) -> list[str]:
         """Which columns can be compared, of these of the source."""
-        if self.same_place:
+        if self.same_location:
             return [self._job.id_column]
         if isinstance(self.source, CollectionSource):
             return [self._job.id_column, PAYLOAD]

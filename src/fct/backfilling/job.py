@@ -286,7 +286,7 @@ class Job:
         return isinstance(body, dict) and SEAL in body
 
     @classmethod
-    def from_json(cls, data: bytes, where: str) -> Job:
+    def from_json(cls, data: bytes, context: str) -> Job:
         """The job as it was kept. Raises BackfillError, naming the file, for all that could not have been written."""
         try:
             body = unsealed(parse(data, JOB_BYTES))
@@ -302,7 +302,7 @@ class Job:
                 raise SchemaError("its fingerprint does not match its content")
         except (SchemaError, BackfillError, MemoryError, RecursionError) as error:
             raise BackfillError(
-                f"destination: {where} is not a job that can be continued: {error}. Restore the file from a copy, or "
+                f"destination: {context} is not a job that can be continued: {error}. Restore the file from a copy, or "
                 "start over in another destination"
             ) from error
         return job._without_secrets()

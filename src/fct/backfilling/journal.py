@@ -60,7 +60,7 @@ class Journal:
             refuse_links(self.root.local.parent, f"{self.root.name}/{name}")
         return self.root / name
 
-    def place(self, output: Output) -> Location:
+    def location(self, output: Output) -> Location:
         """Where an output lies: rejects in the journal, rows in the destination."""
         if output.name.startswith("rejects/"):
             return self.inside(output.name)
@@ -156,7 +156,7 @@ class Journal:
 
     def _output_trouble(self, output: Output, content: bool) -> str | None:
         try:
-            place = self.place(output)
+            place = self.location(output)
             if place.is_local:
                 base = self.root.local if output.name.startswith("rejects/") else self.destination.local
                 os.close(open_confined(base, output.name))
@@ -243,7 +243,7 @@ class Journal:
 
 
 @contextmanager
-def system_errors(what: str, where: object) -> Iterator[None]:
+def system_errors(what: str, location: object) -> Iterator[None]:
     """Turns a system's error into a sentence: what could not be done, where, and what now."""
     try:
         yield
@@ -252,7 +252,7 @@ def system_errors(what: str, where: object) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackfillError(
-            f"destination: {what} at {where}: {reason}; what is done is kept, start again once this is put right"
+            f"destination: {what} at {location}: {reason}; what is done is kept, start again once this is put right"
         ) from error
 
 

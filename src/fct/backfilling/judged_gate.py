@@ -15,7 +15,7 @@ import pyarrow as pa
 from fct.artifact.transformation import Transformation
 from fct.backfilling.choosing import expected_choice
 from fct.backfilling.quality import Quality, Writing, before_and_after, check_quality, held_out_pairs
-from fct.backfilling.resolve import Resolved
+from fct.backfilling.resolve import Context
 from fct.backfilling.true_source import named_ids, row_ids
 from fct.checks import shown
 from fct.errors import QualityGateError
@@ -84,13 +84,13 @@ class Gates:
     def quality(self, writing: Writing) -> Quality | None:
         return check_quality(self.h, self.limits, self.pairs, writing)
 
-    def judged(self, found: Resolved, writing: Writing) -> GateVerdict | None:
-        return check_judged(found, self.limits, self.queries, writing)
+    def judged(self, context: Context, writing: Writing) -> GateVerdict | None:
+        return check_judged(context, self.limits, self.queries, writing)
 
-    def require(self, found: Resolved, threads: int | None) -> GateVerdict | None:
+    def require(self, context: Context, threads: int | None) -> GateVerdict | None:
         """What the queries say; raises QualityGateError with every limit that is missed."""
-        writing = Writing.of_job(found.job, found.device, threads)
-        quality, judged = self.quality(writing), self.judged(found, writing)
+        writing = Writing.of_job(context.job, context.device, threads)
+        quality, judged = self.quality(writing), self.judged(context, writing)
         refusals = [why for gate in (quality, judged) if gate is not None for why in gate.refusals]
         if refusals:
             raise QualityGateError("; ".join(refusals))
@@ -169,7 +169,7 @@ def load_judgements(given: object, access: Opening, *, name: str = "qrels") -> J
     return Judgements.of(*(column.tolist() for column in columns))
 
 
-def check_judged(found: Resolved, gate: Gate, asked: JudgedQueries | None, writing: Writing) -> GateVerdict | None:
+def check_judged(context: Context, gate: Gate, asked: JudgedQueries | None, writing: Writing) -> GateVerdict | None:
     """Searches rows of the gallery, old and as the job will store them, and compares with the limits.
 
     A gate that was asked for and cannot decide refuses: inconclusive passes with ``allow_inconclusive`` alone.
@@ -179,20 +179,20 @@ def check_judged(found: Resolved, gate: Gate, asked: JudgedQueries | None, writi
     """
     if asked is None:
         return None
-    items = _gallery_rows(found, asked, writing)
+    items = _gallery_rows(context, asked, writing)
     verdict = judge_upgrade(
         asked.queries,
         asked.judgements,
         items.ids,
         np.concatenate(items.old),
         np.concatenate(items.new),
-        old_metric=found.job.old_space.metric,
-        new_metric=found.job.new_space.metric,
+        old_metric=context.job.old_space.metric,
+        new_metric=context.job.new_space.metric,
         fused=False,
         margin=gate.ndcg_margin,
     )
     refusals = tuple(f"quality gate: {why}" for why in _missed(gate, verdict))
-    return GateVerdict(verdict, len(items.ids), found.job.rows, items.rejected, refusals, items.reembedded)
+    return GateVerdict(verdict, len(items.ids), context.job.rows, items.rejected, refusals, items.reembedded)
 
 
 def _missed(gate: Gate, verdict: UpgradeVerdict) -> list[str]:
@@ -223,11 +223,11 @@ class _Items:
 class _TrueRows:
     """The true vectors of pairs in the place of mapped rows, where a partial backfill will write them."""
 
-    def __init__(self, found: Resolved) -> None:
-        how = found.reembedding
+    def __init__(self, context: Context) -> None:
+        how = context.reembedding
         self.pairs = None if how is None else how.pairs
-        self.dtype = found.job.dtype
-        self.chosen = None if self.pairs is None else expected_choice(found)
+        self.dtype = context.job.dtype
+        self.chosen = None if self.pairs is None else expected_choice(context)
 
     def put(self, new: Floats, ids: list[Any], numbers: npt.NDArray[np.int64]) -> int:
         """Replaces rows of ``new`` (as they will be stored); how many. numbers: of the rows, in the gallery."""
@@ -239,14 +239,14 @@ class _TrueRows:
         return int(there.sum())
 
 
-def _gallery_rows(found: Resolved, asked: JudgedQueries, writing: Writing) -> _Items:
-    job, items = found.job, _Items()
+def _gallery_rows(context: Context, asked: JudgedQueries, writing: Writing) -> _Items:
+    job, items = context.job, _Items()
     judged = {item for query in asked.judgements.queries for item in asked.judgements.grades[query]}
     most = min(_MOST_ROWS, max(1000, _MOST_BYTES // (4 * (job.old_space.dim + job.new_space.dim))))
     lot = np.ones(job.rows, bool) if job.rows <= most else _drawn(job.rows, most)
-    mapper, reader = found.mapper(job, threads=writing.threads), found.reader(job)
+    mapper, reader = context.mapper(job, threads=writing.threads), context.reader(job)
     known: set[str] = set()
-    true = _TrueRows(found)
+    true = _TrueRows(context)
     for shard in job.shards:
         at = shard.first
         for batch, side in reader.batches(shard):

@@ -15,7 +15,7 @@ from fct.backfilling.checked_json import SchemaError, number, parse, record, sea
 from fct.backfilling.confined import open_confined, read_confined
 from fct.checks import shown
 from fct.errors import BackfillError, InUseError
-from fct.gallery.location import Location, Patience
+from fct.gallery.location import Location, RetryPolicy
 from fct.terminal import plain_log
 
 __all__ = ["hold"]
@@ -93,7 +93,7 @@ def _in_use(destination: str, holder: str, more: str = "") -> str:
 
 @contextlib.contextmanager
 def _heartbeat(lock: Location, destination: str, renew: float = _RENEW) -> Iterator[None]:
-    hasty = replace(lock, patience=Patience(0, min(renew, lock.patience.timeout)))
+    hasty = replace(lock, retry_policy=RetryPolicy(0, min(renew, lock.retry_policy.timeout)))
     _refuse_holder(lock, destination)
     stop = threading.Event()
 

@@ -109,7 +109,7 @@ class Marker:
         return None
 
 
-def rejects_of(data: bytes, shard: Shard, count: int, where: str) -> list[tuple[int, str]]:
+def rejects_of(data: bytes, shard: Shard, count: int, context: str) -> list[tuple[int, str]]:
     """(number in the whole gallery, reason) of the rows that a shard's lines of rejects name, in order.
 
     Raises:
@@ -117,17 +117,19 @@ def rejects_of(data: bytes, shard: Shard, count: int, where: str) -> list[tuple[
     """
     lines = data.splitlines()
     if len(lines) != count:
-        raise BackfillError(f"{where} is damaged: expected {count} rejected rows, got {len(lines)} lines; run it again")
+        raise BackfillError(
+            f"{context} is damaged: expected {count} rejected rows, got {len(lines)} lines; run it again"
+        )
     check = _reject(shard)
     try:
         found: list[tuple[int, str]] = [
             check(parse(line, _LINE_BYTES, constants=True), f"line {place}") for place, line in enumerate(lines, 1)
         ]
     except SchemaError as error:
-        raise BackfillError(f"{where} is damaged: {error}; remove it and run the backfill again") from error
+        raise BackfillError(f"{context} is damaged: {error}; remove it and run the backfill again") from error
     rows = [row for row, _ in found]
     if sorted(set(rows)) != rows:
-        raise BackfillError(f"{where} is damaged: its rows are not in order; remove it and run the backfill again")
+        raise BackfillError(f"{context} is damaged: its rows are not in order; remove it and run the backfill again")
     return found
 
 

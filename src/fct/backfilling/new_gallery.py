@@ -46,10 +46,10 @@ def _folder_of(path: str | os.PathLike[str], access: Access) -> Location:
     if not is_iceberg(path):
         return lance_in(location_of(path, **access))
     writer = open_destination(
-        path, "auto", storage_options=access.get("storage_options"), patience=access.get("patience")
+        path, "auto", storage_options=access.get("storage_options"), retry_policy=access.get("retry_policy")
     )
     assert isinstance(writer, FileDestination)
-    return writer.where
+    return writer.location
 
 
 def open_gallery(path: str | os.PathLike[str], journal: Journal, job: Job, access: Opening) -> Source:

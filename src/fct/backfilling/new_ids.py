@@ -28,7 +28,7 @@ def refuse_ids(source: Source, destination: Destination, job: Job) -> None:
     """
     if not isinstance(destination, DatabaseDestination):
         return
-    if isinstance(source, DatabaseSource) and source.address.place() == destination.address.place():
+    if isinstance(source, DatabaseSource) and source.address.location() == destination.address.location():
         return  # they are its own
     kind = source.schema.field(job.id_column).type
     rule = RULES.get(destination.kind, RULES["pgvector"])

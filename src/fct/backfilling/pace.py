@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fct.atomic_files import checksum_file
 from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper
-from fct.backfilling.resolve import Resolved
+from fct.backfilling.resolve import Context
 from fct.gallery import Location
 from fct.gallery.file_gallery import FileDestination
 from fct.gallery.interfaces import Shard
@@ -49,11 +49,11 @@ class Pace:
         return 1 / stages[binds], binds
 
 
-def measure_reading(pace: Pace, found: Resolved, mapper: RowMapper, seconds: float) -> None:
+def measure_reading(pace: Pace, context: Context, mapper: RowMapper, seconds: float) -> None:
     """Rows as the backfill reads them, with the checksum of what was read."""
-    reader, rows = found.reader(found.job), 0
+    reader, rows = context.reader(context.job), 0
     wall, cpu = time.perf_counter(), time.process_time()
-    for shard in found.job.shards:
+    for shard in context.job.shards:
         for batch, side in reader.batches(shard):
             mapper.digest(batch, side, InputDigest())
             rows += batch.num_rows
@@ -64,12 +64,12 @@ def measure_reading(pace: Pace, found: Resolved, mapper: RowMapper, seconds: flo
     pace.read, pace.cpu = (time.perf_counter() - wall) / rows, pace.cpu + (time.process_time() - cpu) / rows
 
 
-def measure_writing(pace: Pace, found: Resolved, mapped: list[pa.RecordBatch]) -> None:
+def measure_writing(pace: Pace, context: Context, mapped: list[pa.RecordBatch]) -> None:
     """The mapped sample, again and again to a shard's size, as the backfill encodes, checks and publishes it."""
     rows = sum(batch.num_rows for batch in mapped)
-    if not isinstance(found.destination, FileDestination) or not rows:
+    if not isinstance(context.destination, FileDestination) or not rows:
         return
-    job = found.job
+    job = context.job
     once = pa.Table.from_batches(mapped)
     again = min(job.batch_rows // rows, BATCH_BYTES // max(1, once.nbytes))  # whatever a row's payload is
     full = pa.concat_tables([once] * max(1, again)).combine_chunks().to_batches()[0]
@@ -79,7 +79,7 @@ def measure_writing(pace: Pace, found: Resolved, mapped: list[pa.RecordBatch]) -
         part = Path(folder) / "part"
         wall, cpu = time.perf_counter(), time.process_time()
         files = {part.name: part}
-        found.destination.write_file(part, Shard(0, 0, 0, times * full.num_rows, 0), iter([full] * times), files)
+        context.destination.write_file(part, Shard(0, 0, 0, times * full.num_rows, 0), iter([full] * times), files)
         size = sum(file.stat().st_size for file in files.values())
         with open(part, "rb", buffering=0) as file:
             checksum_file(file)

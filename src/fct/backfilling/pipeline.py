@@ -34,7 +34,7 @@ from fct.backfilling.row_mapper import RowMapper, output_schema
 from fct.backfilling.shard_reader import BATCH_BYTES, ShardReader
 from fct.errors import BackfillError, StoreError
 from fct.gallery.interfaces import Destination, Output, Shard, Source
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.types import JsonDict
 
 __all__ = ["BATCH_BYTES", "RowMapper", "ShardPipeline", "ShardReader", "output_schema"]
@@ -81,7 +81,7 @@ class ShardPipeline:
         *,
         threads: int | None = None,
         device: str = "cpu",
-        patience: Patience | None = None,
+        retry_policy: RetryPolicy | None = None,
         on_rows: Callable[[int], None] | None = None,
         true_rows: TrueRows | None = None,
     ) -> None:
@@ -97,7 +97,7 @@ class ShardPipeline:
             self.scratch.mkdir(parents=True)
         else:
             self.scratch = Path(tempfile.mkdtemp(prefix="fct-"))
-        self.reader = ShardReader(job, source, side, patience)
+        self.reader = ShardReader(job, source, side, retry_policy)
         self._queues: list[queue.Queue[Any]] = [queue.Queue(size) for size in (1, _AHEAD, _AHEAD, 1)]
         stages = (self._read_all, self._map_all, self._write_all, self._publish_all)
         self._threads = [threading.Thread(target=s, name=f"fct{s.__name__}", daemon=True) for s in stages]
@@ -260,7 +260,7 @@ class ShardPipeline:
             output = Output(name, os.fstat(file.fileno()).st_size, checksum_file(file))
         if self._left:
             raise _Aborted
-        self.journal.place(output).publish(path)
+        self.journal.location(output).publish(path)
         return output
 
 

@@ -12,11 +12,11 @@ from typing_extensions import Unpack
 from fct.backfilling.coding import taken_as_they_are
 from fct.backfilling.job import Job
 from fct.backfilling.judged_gate import Gates, GateVerdict
-from fct.backfilling.new_place import occupied
+from fct.backfilling.new_location import occupied
 from fct.backfilling.pace import Pace, measure_h, measure_reading, measure_writing
 from fct.backfilling.quality import Quality, ScoreShift, Writing, score_shift
 from fct.backfilling.reembed_plan import ReembedPlan, planned_reembedding, with_a_budget
-from fct.backfilling.resolve import Resolved, load_transformation, reads_float64, require_rows, resolve
+from fct.backfilling.resolve import Context, load_transformation, reads_float64, require_rows, resolve
 from fct.backfilling.row_mapper import RowMapper
 from fct.backfilling.sample import Reject, misfit, sampled
 from fct.backfilling.side_join import JoinedSide
@@ -125,24 +125,24 @@ def plan_backfill(
     h = load_transformation(transformation)
     gates = Gates.of(given, h)
     try:
-        found = resolve(source, destination, h, given)
+        context = resolve(source, destination, h, given)
     except FctError as error:
         quality = gates.quality(Writing.asked_for(given))
         gate = quality.refusals if quality is not None else ()
         return _refused(redacted(str(source)), redacted(str(destination)), (str(error),), gate, quality)
-    writing = Writing.of_job(found.job, found.device, given.execution.threads)
+    writing = Writing.of_job(context.job, context.device, given.execution.threads)
     quality = gates.quality(writing)
-    room = _Room.of(found)
-    mapper = found.mapper(found.job, threads=given.execution.threads)
-    seen = _look(found, mapper, given.prediction.sample_rows)
-    if isinstance(found.side, JoinedSide):
-        found.side.progress = True
-    judged, trouble = _judged(gates, found, writing)
+    room = _Room.of(context)
+    mapper = context.mapper(context.job, threads=given.execution.threads)
+    seen = _look(context, mapper, given.prediction.sample_rows)
+    if isinstance(context.side, JoinedSide):
+        context.side.progress = True
+    judged, trouble = _judged(gates, context, writing)
     missed = [why for each in (quality, judged) if each is not None for why in each.refusals]
-    others = [*trouble, *_counted(found.job, given.prediction.expect_rows), *room.refusals(found), *seen.refusals]
+    others = [*trouble, *_counted(context.job, given.prediction.expect_rows), *room.refusals(context), *seen.refusals]
     verdict = _Verdict(quality, judged, tuple(missed), tuple(dict.fromkeys([*missed, *others])))
-    pace = _pace(found, mapper, None if verdict.refusals else seen.mapped, given, room.needed)
-    return _planned(found, given.prediction, seen, verdict, room, pace)
+    pace = _pace(context, mapper, None if verdict.refusals else seen.mapped, given, room.needed)
+    return _planned(context, given.prediction, seen, verdict, room, pace)
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ class _Verdict:
 
 
 def _planned(
-    found: Resolved, predicted: Prediction, seen: _Seen, verdict: _Verdict, room: _Room, pace: Pace
+    context: Context, predicted: Prediction, seen: _Seen, verdict: _Verdict, room: _Room, pace: Pace
 ) -> BackfillPlan:
-    job = found.job
+    job = context.job
     rate, binds = pace.together()
-    partial = planned_reembedding(found, predicted, pace.read)
+    partial = planned_reembedding(context, predicted, pace.read)
     return BackfillPlan(
         source=job.source,
         destination=job.destination,
@@ -190,17 +190,17 @@ def _planned(
         binds=binds,
         upload_mb_per_s=predicted.upload_mb_per_s,
         upload_rows_per_second=1 / pace.upload if pace.upload else None,
-        upload_left_out=predicted.upload_mb_per_s is None and not found.journal.destination.is_local,
-        notes=_notes(found),
+        upload_left_out=predicted.upload_mb_per_s is None and not context.journal.destination.is_local,
+        notes=_notes(context),
         judged=verdict.judged,
         reembedding=partial,
     )
 
 
-def _judged(gates: Gates, found: Resolved, writing: Writing) -> tuple[GateVerdict | None, list[str]]:
+def _judged(gates: Gates, context: Context, writing: Writing) -> tuple[GateVerdict | None, list[str]]:
     """(what the queries said, what keeps them from saying anything)."""
     try:
-        return gates.judged(found, writing), []
+        return gates.judged(context, writing), []
     except (FctError, ValueError) as error:
         return None, [str(error)]
 
@@ -218,13 +218,15 @@ def _counted(job: Job, expected: int | None) -> list[str]:
     return []
 
 
-def _notes(found: Resolved) -> tuple[str, ...]:
+def _notes(context: Context) -> tuple[str, ...]:
     """What is read otherwise than it is stored, of the gallery and of its side-information."""
-    sides = [found.source, *([found.side] if found.side else [])]
+    sides = [context.source, *([context.side] if context.side else [])]
     rounded = "source: float64 rows are rounded to float32"
-    wide = reads_float64(found.source, found.job.vector, found.job.side_column, found.side, found.job.side_vector)
+    wide = reads_float64(
+        context.source, context.job.vector, context.job.side_column, context.side, context.job.side_vector
+    )
     notes = [note for source in sides for note in source.notes]
-    if taken_as_they_are(found.job, found.source.schema):
+    if taken_as_they_are(context.job, context.source.schema):
         notes.append(
             "source: 8-bit codes are taken as they are; if a scale and an offset bring them back, give --scale and "
             "--offset, or --code-ranges (docs/galleries.md)"
@@ -240,18 +242,18 @@ class _Room:
     free: int | None
 
     @classmethod
-    def of(cls, found: Resolved) -> _Room:
-        needed = found.job.rows * found.h.d_new * np.dtype(found.job.dtype).itemsize
-        database = isinstance(found.destination, DatabaseDestination)
-        return cls(needed, None if database else found.journal.destination.free_bytes())
+    def of(cls, context: Context) -> _Room:
+        needed = context.job.rows * context.h.d_new * np.dtype(context.job.dtype).itemsize
+        database = isinstance(context.destination, DatabaseDestination)
+        return cls(needed, None if database else context.journal.destination.free_bytes())
 
-    def refusals(self, found: Resolved) -> list[str]:
+    def refusals(self, context: Context) -> list[str]:
         """What in the destination would keep the backfill from starting."""
-        job, journal, refusals = found.job, found.journal, []
+        job, journal, refusals = context.job, context.journal, []
         stored = journal.job()
         if stored is not None:
             refusals += [f"destination: holds another backfill: {d}" for d in stored.differences(job)]
-        elif not found.destination.shared and occupied(journal.destination):
+        elif not context.destination.shared and occupied(journal.destination):
             refusals.append(f"destination: {job.destination} already holds other files")
         if self.free is not None and self.free < self.needed:
             refusals.append(f"destination: {self.needed} bytes are needed, {self.free} are free")
@@ -283,10 +285,10 @@ class _Seen:
         return score_shift(self.mapper, self.batches) if self.batches else None
 
 
-def _look(found: Resolved, mapper: RowMapper, rows: int) -> _Seen:
+def _look(context: Context, mapper: RowMapper, rows: int) -> _Seen:
     seen = _Seen(mapper, [], [], [], [])
     try:
-        seen.batches = list(sampled(found, rows))
+        seen.batches = list(sampled(context, rows))
         for batch, side in seen.batches:
             mapped, rejects = mapper(batch, side, 0)
             seen.mapped.append(mapped)
@@ -294,22 +296,22 @@ def _look(found: Resolved, mapper: RowMapper, rows: int) -> _Seen:
     except (FctError, ValueError, OSError) as error:
         seen.refusals.append(str(error))
     if seen.rows and len(seen.rejects) == seen.rows:
-        seen.refusals.append(misfit(found.job, seen.batches[0][0], seen.rejects))
+        seen.refusals.append(misfit(context.job, seen.batches[0][0], seen.rejects))
     return seen
 
 
 def _pace(
-    found: Resolved, mapper: RowMapper, mapped: list[pa.RecordBatch] | None, given: PlanOptions, bytes_out: int
+    context: Context, mapper: RowMapper, mapped: list[pa.RecordBatch] | None, given: PlanOptions, bytes_out: int
 ) -> Pace:
     """mapped: None where the backfill is refused: then h alone is measured."""
     seconds, upload = given.prediction.measure_seconds, given.prediction.upload_mb_per_s
-    on_cpu = found.device == "cpu"
+    on_cpu = context.device == "cpu"
     pace = Pace(measure_h(mapper, seconds), on_cpu=on_cpu, threads=threads_of(given.execution.threads))
     if mapped is not None:
-        measure_reading(pace, found, mapper, seconds / 2)
-        measure_writing(pace, found, mapped)
+        measure_reading(pace, context, mapper, seconds / 2)
+        measure_writing(pace, context, mapped)
     if upload is not None:
-        pace.upload = (pace.row_bytes or bytes_out / found.job.rows) / (upload * 1e6)
+        pace.upload = (pace.row_bytes or bytes_out / context.job.rows) / (upload * 1e6)
     return pace
 
 

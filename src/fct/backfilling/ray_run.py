@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fct.backfilling.job import Job
 from fct.backfilling.marker import Marker
-from fct.backfilling.resolve import Resolved
+from fct.backfilling.resolve import Context
 from fct.errors import BackfillError
 from fct.extras import need
 from fct.gallery.interfaces import Shard
@@ -30,13 +30,13 @@ _PER_ACTOR = 3  # shards handed to an actor at once: it reads one ahead and writ
 class _Worker:
     """What an actor is: a pipeline, fed shard by shard from several calls at once."""
 
-    def __init__(self, found: Resolved, job: Job, threads: int) -> None:
-        if found.journal.job() is None:
+    def __init__(self, context: Context, job: Job, threads: int) -> None:
+        if context.journal.job() is None:
             raise BackfillError(
-                f"journal: expected a folder that every node of the cluster sees, {found.journal.root} is not there on "
-                "one: name a shared one with --journal (journal=), or leave the journal in the destination"
+                f"journal: expected a folder that every node of the cluster sees, {context.journal.root} is not there "
+                "on one: name a shared one with --journal (journal=), or leave the journal in the destination"
             )
-        self._pipeline = found.pipeline(job, threads=threads)
+        self._pipeline = context.pipeline(job, threads=threads)
 
     def ready(self) -> bool:
         return True
@@ -45,7 +45,7 @@ class _Worker:
         return self._pipeline.submit(shard).result()
 
 
-def check_ray(found: Resolved, cpus: int) -> None:
+def check_ray(context: Context, cpus: int) -> None:
     """Raises, before anything is written, for what can never run on a cluster.
 
     Raises:
@@ -55,10 +55,10 @@ def check_ray(found: Resolved, cpus: int) -> None:
     need("ray", "ray")
     if isinstance(cpus, bool) or not isinstance(cpus, int) or cpus < 1:
         raise ValueError(f"ray_cpus: expected a positive number, got {cpus!r}")
-    if found.reembedding is not None and found.reembedding.ask is not None:
+    if context.reembedding is not None and context.reembedding.ask is not None:
         pickler: Any = need("ray.cloudpickle", "ray")
         try:
-            pickler.dumps(found.reembedding.ask)
+            pickler.dumps(context.reembedding.ask)
         except Exception as error:  # whatever an object's own __reduce__ raises
             raise ValueError(
                 "reembed: expected a function that Ray can send to its workers, this one holds what cannot be sent "
@@ -86,7 +86,7 @@ def _start(ray: Any, address: str) -> None:
 
 
 def run_on_ray(
-    found: Resolved,
+    context: Context,
     job: Job,
     todo: list[Shard],
     *,
@@ -100,11 +100,11 @@ def run_on_ray(
     started = not ray.is_initialized()
     if started:
         _start(ray, address)
-    gpus = 1 if found.device.startswith("cuda") else 0
+    gpus = 1 if context.device.startswith("cuda") else 0
     make: Any = ray.remote(_Worker).options(
         num_cpus=cpus, num_gpus=gpus, max_concurrency=_PER_ACTOR + 1, max_restarts=0, scheduling_strategy="SPREAD"
     )
-    kept = ray.put(found)
+    kept = ray.put(context)
     crew = _Crew(ray, lambda: make.remote(kept, job, threads or cpus), todo, bar)
     try:
         for _ in range(min(max(1, _slots(ray, cpus, gpus)), len(todo))):

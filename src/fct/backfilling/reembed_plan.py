@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fct.backfilling.resolve import Resolved
+from fct.backfilling.resolve import Context
 from fct.backfilling.row_choice import kept_choice
 from fct.errors import BackfillError
 from fct.options.groups import JobOptions, Prediction
@@ -55,27 +55,27 @@ def _nobody(ids: Sequence[object]) -> None:
     raise BackfillError(f"reembed: expected a function, a plan has none to ask for {len(ids)} vectors")
 
 
-def planned_reembedding(found: Resolved, told: Prediction, read_seconds_a_row: float) -> ReembedPlan | None:
+def planned_reembedding(context: Context, told: Prediction, read_seconds_a_row: float) -> ReembedPlan | None:
     """None for a whole backfill, which states neither a price nor a rate.
 
     Raises:
         ValueError: a price or a rate of true vectors without a part of the rows that gets some.
     """
-    how, job = found.reembedding, found.job
+    how, job = context.reembedding, context.job
     if how is None:
         for name in ("price_per_million_embeddings", "embeddings_per_s"):
             if getattr(told, name) is not None:
                 raise ValueError(f"{name}: expected a budget (or reembed) beside it: which rows get true vectors")
         return None
-    choice = kept_choice(found.journal, job)
+    choice = kept_choice(context.journal, job)
     chosen = choice.covered == job.rows
     rows = choice.count() if chosen else round(how.budget * job.rows)
     if how.pairs is not None:
         rows = rows if chosen else min(rows, len(how.pairs))
         return ReembedPlan(rows, chosen, 0, 0, None, None, 0.0 if chosen else job.rows * read_seconds_a_row)
-    kept = min(rows, found.true_vectors().count(job.pieces))
+    kept = min(rows, context.true_vectors().count(job.pieces))
     left = rows - kept
-    calls = _calls(found, left / job.rows)
+    calls = _calls(context, left / job.rows)
     reads = not chosen and how.order != "random" and rows > 0
     price, rate = told.price_per_million_embeddings, told.embeddings_per_s
     return ReembedPlan(
@@ -89,10 +89,10 @@ def planned_reembedding(found: Resolved, told: Prediction, read_seconds_a_row: f
     )
 
 
-def _calls(found: Resolved, share: float) -> int:
+def _calls(context: Context, share: float) -> int:
     """Of the function: no call reaches from one batch of a shard into the next."""
-    assert found.reembedding is not None
-    job, each = found.job, found.reembedding.ids_a_call
+    assert context.reembedding is not None
+    job, each = context.job, context.reembedding.ids_a_call
     sizes: dict[int, int] = {}
     for shard in job.shards:
         whole, rest = divmod(shard.rows, job.batch_rows)

@@ -14,7 +14,7 @@ from fct.backfilling.coding import JobCoding, code_columns, job_coding
 from fct.backfilling.database_job import join_databases
 from fct.backfilling.job import ORDERS, Job
 from fct.backfilling.journal import Journal
-from fct.backfilling.new_place import open_new
+from fct.backfilling.new_location import open_new
 from fct.backfilling.pipeline import BATCH_BYTES, RowMapper, ShardPipeline, ShardReader
 from fct.backfilling.reembedding import (
     Reembedding,
@@ -36,7 +36,7 @@ from fct.gallery.columns import SIDE_NAMES, VECTOR_NAMES, pick_column, pick_id_c
 from fct.gallery.databases import DatabaseDestination, DatabaseSource, database_destination, is_database
 from fct.gallery.iceberg_catalog import is_iceberg
 from fct.gallery.interfaces import Destination, Piece
-from fct.gallery.location import DELTA, Patience
+from fct.gallery.location import DELTA, RetryPolicy
 from fct.gallery.saved_dataset import SavedDatasetSource
 from fct.gallery.saved_destination import SavedDatasetDestination, saved_info
 from fct.gallery.stores import FORMATS, Opening, opening
@@ -49,7 +49,7 @@ from fct.options.groups import BackfillOptions, Columns, JobOptions
 from fct.terminal import plain_log
 from fct.types import GalleryLike, TransformationLike
 
-__all__ = ["Resolved", "load_transformation", "reads_float64", "require_rows", "resolve"]
+__all__ = ["Context", "load_transformation", "reads_float64", "require_rows", "resolve"]
 
 _log = plain_log("fct.gallery")
 _SHARD_BYTES = 128 << 20
@@ -57,7 +57,7 @@ _TABLES = {"delta": "a Delta table", "iceberg": "an Iceberg table"}
 
 
 @dataclass
-class Resolved:
+class Context:
     """A job and the open stores it is about."""
 
     job: Job
@@ -67,7 +67,7 @@ class Resolved:
     journal: Journal
     h: Transformation
     device: str
-    patience: Patience
+    retry_policy: RetryPolicy
     reembedding: Reembedding | None = None
 
     def mapper(self, job: Job, *, threads: int | None = None) -> RowMapper:
@@ -76,20 +76,20 @@ class Resolved:
 
     def reader(self, job: Job) -> ShardReader:
         """What reads the rows of ``job``, a store over a network as patiently as was asked for."""
-        return ShardReader(job, self.source, bound_side(self.side, job, self.patience), self.patience)
+        return ShardReader(job, self.source, bound_side(self.side, job, self.retry_policy), self.retry_policy)
 
     def pipeline(self, job: Job, *, threads: int | None, on_rows: Callable[[int], None] | None = None) -> ShardPipeline:
         """What takes the shards of ``job`` from the source to the destination."""
         return ShardPipeline(
             job,
             self.source,
-            bound_side(self.side, job, self.patience),
+            bound_side(self.side, job, self.retry_policy),
             self.destination,
             self.journal,
             self.h,
             threads=threads,
             device=self.device,
-            patience=self.patience,
+            retry_policy=self.retry_policy,
             on_rows=on_rows,
             true_rows=self.true_rows(job),
         )
@@ -120,7 +120,7 @@ def resolve(
     destination: GalleryLike | Destination,
     transformation: TransformationLike,
     options: JobOptions,
-) -> Resolved:
+) -> Context:
     """Opens everything and settles every "auto"; raises for what can never run. See :func:`fct.plan_backfill`."""
     h = load_transformation(transformation)
     correction = mixed_correction(options.partial, h, options.output.mixed)
@@ -142,9 +142,9 @@ def resolve(
     job = _job(stores, pieces, h, options, coding, parts)
     _require_rows(job)
     how = reembedding_of(options.partial, h, gallery.source.schema, gallery.vector, gallery.ids, access)
-    return Resolved(
+    return Context(
         partial_job(job, how), gallery.source, gallery.side, stores.writer, stores.journal, h,
-        options.execution.device, access["patience"], how,
+        options.execution.device, access["retry_policy"], how,
     )  # fmt: skip
 
 
@@ -201,11 +201,11 @@ def reads_float64(source: Source, vector: str, side_column: str, side: Source | 
 
 
 def _pinned(
-    where: GalleryLike, gallery: _OldGallery, stored: Job | None, h: Transformation, options: JobOptions
+    location: GalleryLike, gallery: _OldGallery, stored: Job | None, h: Transformation, options: JobOptions
 ) -> _OldGallery:
     """A backfill of a table goes on at the version that its journal names, whatever was committed since."""
     follows = isinstance(options, BackfillOptions) and options.running.follow
-    again = None if stored is None or follows else pinned(where, gallery.source, stored.source)
+    again = None if stored is None or follows else pinned(location, gallery.source, stored.source)
     if stored is None or again is None:
         return gallery
     _log.warning(
@@ -257,12 +257,12 @@ def _open_stores(
     begun, old = journal.job(), gallery.source
     saved = options.cut.format == "auto" and (begun is None or begun.saved_dataset)
     if saved and isinstance(old, SavedDatasetSource) and isinstance(writer, ArrowDestination):
-        writer = SavedDatasetDestination(writer.where, saved_info(old.where))
+        writer = SavedDatasetDestination(writer.location, saved_info(old.location))
     return _Stores(_pinned(source, gallery, begun, h, options), form, writer, journal, begun)
 
 
-def _open_gallery(where: GalleryLike, h: Transformation, columns: Columns, access: Opening) -> _OldGallery:
-    source = open_source(where, **access)
+def _open_gallery(location: GalleryLike, h: Transformation, columns: Columns, access: Opening) -> _OldGallery:
+    source = open_source(location, **access)
     if isinstance(source, DatabaseSource) and columns.side_column == "auto":
         columns = replace(columns, side_column=source.address.options.get("side", "auto"))
     _require_names(source, "source")
@@ -376,7 +376,7 @@ def _format_of(destination: GalleryLike | Destination, source: Source, asked: st
     if isinstance(destination, Destination):
         return destination.kind
     if is_database(destination):
-        return database_destination(str(destination), Patience()).kind
+        return database_destination(str(destination), RetryPolicy()).kind
     if str(destination).rstrip("/").endswith(".lance"):
         return "lance"
     return source.kind if source.kind in FORMATS else "parquet"

@@ -11,8 +11,8 @@ from fct.backfilling.input_digest import InputDigest
 from fct.backfilling.job import Job
 from fct.backfilling.journal import BEFORE_A_JOB, Journal, system_errors
 from fct.backfilling.marker import Marker
-from fct.backfilling.new_place import occupied
-from fct.backfilling.resolve import Resolved
+from fct.backfilling.new_location import occupied
+from fct.backfilling.resolve import Context
 from fct.backfilling.row_mapper import RowMapper, output_schema
 from fct.errors import BackfillError, FctError
 from fct.gallery.file_gallery import FileDestination
@@ -26,60 +26,60 @@ __all__ = ["begin", "finish", "is_whole_beside", "kept_shards", "refuse_stranger
 _LOCATIONS = ("source", "destination", "side", "url_key", "source_parts", "side_parts", "destination_parts")
 
 
-def begin(found: Resolved, say: Callable[[str], None], *, follow: bool = False) -> Job:
+def begin(context: Context, say: Callable[[str], None], *, follow: bool = False) -> Job:
     """The job in the destination when it is this one, else a new one; clears what a killed run left half made.
 
     follow: files that came since the job was begun are added to it, behind those that it has.
     """
-    journal = found.journal
+    journal = context.journal
     stored = journal.job()
     if stored is None:
-        return _begin_anew(found)
-    if journal.apart and stored.destination != found.job.destination:
+        return _begin_anew(context)
+    if journal.apart and stored.destination != context.job.destination:
         raise BackfillError(
-            f"journal: {journal.root} is the journal of {stored.destination}, not of {found.job.destination}: name "
+            f"journal: {journal.root} is the journal of {stored.destination}, not of {context.job.destination}: name "
             f"another folder; if the gallery was moved, the journal belongs in it, as {journal.destination / OURS}"
         )
     if follow:
-        stored = _with_what_came(stored, found.job, journal)
-    differences = stored.differences(found.job)
-    files = isinstance(found.destination, FileDestination)
+        stored = _with_what_came(stored, context.job, journal)
+    differences = stored.differences(context.job)
+    files = isinstance(context.destination, FileDestination)
     if differences and files and not journal.marked() and not occupied(journal.destination):
-        journal.start(found.job)  # the other failed before its first shard: there is nothing that could be mixed
-        return found.job
+        journal.start(context.job)  # the other failed before its first shard: there is nothing that could be mixed
+        return context.job
     if differences:
         raise BackfillError(
             f"destination: {journal.destination} holds another backfill, and the two are not mixed: "
             + "; ".join(differences[:5])
         )
     _check_numbers(journal, stored)
-    _check_stamps(found, stored, say)
+    _check_stamps(context, stored, say)
     if not journal.sealed:
-        _check_unsealed(found, stored, say)
+        _check_unsealed(context, stored, say)
     journal.sweep()
-    moved = replace(stored, **{name: getattr(found.job, name) for name in _LOCATIONS})
+    moved = replace(stored, **{name: getattr(context.job, name) for name in _LOCATIONS})
     if moved != stored or not journal.sealed:  # whoever verifies looks in the right place; the cut into shards stays
         journal.start(moved)
-    return replace(moved, backend=found.job.backend)
+    return replace(moved, backend=context.job.backend)
 
 
-def _begin_anew(found: Resolved) -> Job:
-    claimed = take_claim(found.journal)
+def _begin_anew(context: Context) -> Job:
+    claimed = take_claim(context.journal)
     try:
-        refuse_strangers(found)
+        refuse_strangers(context)
     except BackfillError:
         if claimed:
-            release(found.journal)
+            release(context.journal)
         raise
-    found.journal.start(found.job)
-    return found.job
+    context.journal.start(context.job)
+    return context.job
 
 
-def refuse_strangers(found: Resolved) -> None:
+def refuse_strangers(context: Context) -> None:
     """Raises BackfillError where a new job's rows, or its journal, would be strewn among what is somebody else's."""
-    journal = found.journal
+    journal = context.journal
     refuse_claimed(journal.destination, known_key(journal))
-    others = [] if found.destination.shared else occupied(journal.destination)
+    others = [] if context.destination.shared else occupied(journal.destination)
     if others:
         raise BackfillError(
             f"destination: expected an empty folder or a backfill to continue, {journal.destination} holds "
@@ -130,30 +130,30 @@ def _check_numbers(journal: Journal, job: Job) -> None:
         )
 
 
-def _check_stamps(found: Resolved, stored: Job, say: Callable[[str], None]) -> None:
+def _check_stamps(context: Context, stored: Job, say: Callable[[str], None]) -> None:
     """An input with another time stamp may be the same file restored: what was done from it is read again and compared.
     So it is where markers of version 0.1 do not say which rows they are of, and the row groups are others now.
 
     Raises BackfillError when it is not the same.
     """
     for name, what in (("pieces", "source"), ("side_pieces", "side-information")):
-        old, now = getattr(stored, name), {p.name: p for p in getattr(found.job, name)}
+        old, now = getattr(stored, name), {p.name: p for p in getattr(context.job, name)}
         changed = {i for i, a in enumerate(old) if a.stamp != now[a.name].stamp}
         regrouped = {i for i, a in enumerate(old) if a.groups != now[a.name].groups}
         if changed:
             names = ", ".join(old[i].name for i in sorted(changed)[:3])
             say(f"{what}: {names} has another time stamp; comparing its rows with what was done from it")
         if changed or regrouped:
-            _compare_input(found, stored, what, changed, regrouped)
+            _compare_input(context, stored, what, changed, regrouped)
 
 
-def _check_unsealed(found: Resolved, stored: Job, say: Callable[[str], None]) -> None:
+def _check_unsealed(context: Context, stored: Job, say: Callable[[str], None]) -> None:
     """A job without a checksum was begun by version 0.1, whose markers do not say which rows they are of: what was done
     is read again and compared, once. Where a marker says it, the job has lost its checksum.
 
     Raises BackfillError where it is another job's, or its numbers were changed.
     """
-    journal = found.journal
+    journal = context.journal
     markers = (journal.marker(number) for number in journal.marked())
     if any(marker is not None and marker.piece is not None for marker in markers):
         raise BackfillError(
@@ -161,18 +161,18 @@ def _check_unsealed(found: Resolved, stored: Job, say: Callable[[str], None]) ->
             "Restore the file from a copy, or start over in another destination"
         )
     say(f"{journal.root / 'job.json'} is of version 0.1; comparing what was done with the source")
-    _compare_input(found, stored, "source", set(range(len(stored.pieces))), set())
+    _compare_input(context, stored, "source", set(range(len(stored.pieces))), set())
 
 
-def _compare_input(found: Resolved, stored: Job, what: str, changed: set[int], regrouped: set[int]) -> None:
-    mapper = found.mapper(stored)
-    for number in found.journal.marked():
-        marker, shard = found.journal.marker(number), stored.shards[number]
+def _compare_input(context: Context, stored: Job, what: str, changed: set[int], regrouped: set[int]) -> None:
+    mapper = context.mapper(stored)
+    for number in context.journal.marked():
+        marker, shard = context.journal.marker(number), stored.shards[number]
         if marker is None:
             continue
         again = changed | regrouped if marker.piece is None else changed
         touched = {shard.piece} if what == "source" else _side_touched(stored, shard)
-        if touched & again and input_checksum(found, stored, shard, mapper, marker.digest) != marker.input:
+        if touched & again and input_checksum(context, stored, shard, mapper, marker.digest) != marker.input:
             files = stored.pieces if what == "source" else stored.side_pieces
             names = ", ".join(files[i].name for i in sorted(touched & again)[:3])
             raise BackfillError(
@@ -192,10 +192,10 @@ def _side_touched(job: Job, shard: Shard) -> set[int]:
     return touched
 
 
-def input_checksum(found: Resolved, job: Job, shard: Shard, mapper: RowMapper, version: int) -> str:
+def input_checksum(context: Context, job: Job, shard: Shard, mapper: RowMapper, version: int) -> str:
     """XXH64 of a shard's rows as they are in the source now. version: of :class:`InputDigest`."""
     digest = InputDigest(version)
-    for batch, side in found.reader(job).batches(shard, bound=version > 1):
+    for batch, side in context.reader(job).batches(shard, bound=version > 1):
         mapper.digest(batch, side, digest)
     return digest.hexdigest()
 
@@ -215,22 +215,22 @@ def kept_shards(journal: Journal, job: Job, *, content: bool, bar: Bar) -> dict[
     return kept
 
 
-def is_whole_beside(found: Resolved, job: Job) -> bool:
+def is_whole_beside(context: Context, job: Job) -> bool:
     """Whether what lies beside the rows of a finished gallery is what was written: h, and a folder's space."""
-    destination = found.destination
+    destination = context.destination
     try:
         if (
             isinstance(destination, FileDestination)
             and destination.beside
-            and side_file_space(destination.where) != job.new_space
+            and side_file_space(destination.location) != job.new_space
         ):
             return False
-        return found.journal.transformation().fingerprint == job.transformation
+        return context.journal.transformation().fingerprint == job.transformation
     except (FctError, FileNotFoundError):
         return False
 
 
-def finish(found: Resolved, job: Job, markers: dict[int, Marker], *, follow: bool = False) -> bool:
+def finish(context: Context, job: Job, markers: dict[int, Marker], *, follow: bool = False) -> bool:
     """Counts everything once more, commits the destination, and writes the manifest: last, and atomically.
 
     follow: where files came meanwhile, nothing is committed, and False is returned: they are to be mapped first.
@@ -242,19 +242,19 @@ def finish(found: Resolved, job: Job, markers: dict[int, Marker], *, follow: boo
         raise BackfillError(
             f"backfill: expected {job.rows} rows, counted {rows_in} in, {rows_out} out and {rejects} rejected"
         )
-    grown = _require_unchanged(found.source, found.job.pieces, "source", follow)
-    if found.side is not None:
-        grown = _require_unchanged(found.side, found.job.side_pieces, "side_source", follow) or grown
+    grown = _require_unchanged(context.source, context.job.pieces, "source", follow)
+    if context.side is not None:
+        grown = _require_unchanged(context.side, context.job.side_pieces, "side_source", follow) or grown
     if grown:
         return False
-    found.journal.sweep()  # what a worker on a lost machine left half-written: its shards were done by others
+    context.journal.sweep()  # what a worker on a lost machine left half-written: its shards were done by others
     ordered = [markers[number] for number in range(len(markers))]
-    if isinstance(found.destination, FileDestination):
-        found.destination.begin(output_schema(job, found.source.schema), job.new_space)  # its side file, once more
-    with system_errors("the new gallery could not be finished", found.destination.url):
-        found.destination.finish([m.extra for m in ordered], output_schema(job, found.source.schema), job.new_space)
-    found.journal.keep_transformation(found.h)
-    found.journal.finish(
+    if isinstance(context.destination, FileDestination):
+        context.destination.begin(output_schema(job, context.source.schema), job.new_space)  # its side file, once more
+    with system_errors("the new gallery could not be finished", context.destination.url):
+        context.destination.finish([m.extra for m in ordered], output_schema(job, context.source.schema), job.new_space)
+    context.journal.keep_transformation(context.h)
+    context.journal.finish(
         {
             "format": job.format,
             "fingerprint": job.fingerprint,

@@ -21,7 +21,7 @@ from fct.backfilling.journal import Journal, system_errors
 from fct.backfilling.judged_gate import Gates, GateVerdict
 from fct.backfilling.marker import Marker
 from fct.backfilling.new_ids import refuse_ids
-from fct.backfilling.resolve import Resolved, load_transformation, require_rows, resolve
+from fct.backfilling.resolve import Context, load_transformation, require_rows, resolve
 from fct.backfilling.resume import begin, finish, is_whole_beside, kept_shards, refuse_strangers
 from fct.backfilling.row_choice import kept_choice
 from fct.backfilling.row_mapper import output_schema
@@ -114,38 +114,38 @@ def backfill(
     gates = Gates.of(given, h)
     if is_database(destination):
         require_journal(redacted(str(destination)), given.database.journal)
-    found = resolve(source, destination, h, given)
+    context = resolve(source, destination, h, given)
     if how.ray is not None:
         from fct.backfilling.ray_run import check_ray
 
-        check_ray(found, how.ray_cpus)
+        check_ray(context, how.ray_cpus)
     if not how.follow:
-        require_rows(found.job.rows, how.expect_rows)
-    judged = gates.require(found, threads)
-    journal = found.journal
+        require_rows(context.job.rows, how.expect_rows)
+    judged = gates.require(context, threads)
+    journal = context.journal
     if journal.job() is None:
-        refuse_strangers(found)  # before a lock is left there
-    joined = isinstance(found.side, JoinedSide)  # kept in the journal, which has to be held
+        refuse_strangers(context)  # before a lock is left there
+    joined = isinstance(context.side, JoinedSide)  # kept in the journal, which has to be held
     if not joined and not journal.marked():  # else it was looked at when it was begun
-        refuse_misfit(found, threads=threads)
+        refuse_misfit(context, threads=threads)
 
-    def again() -> Resolved:
+    def again() -> Context:
         if isinstance(source, Source):
             source.refresh()
         return resolve(source, destination, h, given)
 
     with journal.lock(), backfill_bar(how.progress) as bar:
-        _keep_join(found, how.progress)
+        _keep_join(context, how.progress)
         if joined and not journal.marked():
-            refuse_misfit(found, threads=threads)
-        found, done = _run_passes(found, given, bar, again)
+            refuse_misfit(context, threads=threads)
+        context, done = _run_passes(context, given, bar, again)
         if joined and journal.root.is_local:
             shutil.rmtree(journal.inside("side").local, ignore_errors=True)
         require_rows(done.job.rows, how.expect_rows)
-    return _report(found, done, judged, time.perf_counter() - began)
+    return _report(context, done, judged, time.perf_counter() - began)
 
 
-def _report(found: Resolved, done: _Pass, judged: GateVerdict | None, seconds: float) -> BackfillReport:
+def _report(context: Context, done: _Pass, judged: GateVerdict | None, seconds: float) -> BackfillReport:
     job, markers = done.job, done.markers.values()
     return BackfillReport(
         destination=job.destination,
@@ -153,7 +153,7 @@ def _report(found: Resolved, done: _Pass, judged: GateVerdict | None, seconds: f
         rows_in=job.rows,
         rows_out=sum(m.rows_out for m in markers),
         rejects=sum(m.rejects for m in markers),
-        rejects_folder=str(found.journal.root / "rejects"),
+        rejects_folder=str(context.journal.root / "rejects"),
         shards=len(job.shards),
         shards_done=done.done,
         shards_kept=done.kept,
@@ -161,21 +161,21 @@ def _report(found: Resolved, done: _Pass, judged: GateVerdict | None, seconds: f
         rows_per_second=done.rows_done / seconds,
         precision=job.precision,
         backend=job.backend,
-        left_to_do=tuple(found.destination.after(job.new_space)),
+        left_to_do=tuple(context.destination.after(job.new_space)),
         reembedded=sum(m.true_rows for m in markers),
-        chosen=kept_choice(found.journal, job).count() if found.reembedding else 0,
-        unknown=found.reembedding.unknown if found.reembedding else 0,
-        unknown_ids=found.reembedding.unknown_ids if found.reembedding else (),
+        chosen=kept_choice(context.journal, job).count() if context.reembedding else 0,
+        unknown=context.reembedding.unknown if context.reembedding else 0,
+        unknown_ids=context.reembedding.unknown_ids if context.reembedding else (),
         judged=judged,
     )
 
 
-def _keep_join(found: Resolved, progress: bool) -> None:
+def _keep_join(context: Context, progress: bool) -> None:
     """A join by id is made once for all runs of a job: it lies in the journal, where that is on this machine."""
-    if isinstance(found.side, JoinedSide):
-        found.side.progress = progress
-        if found.journal.root.is_local:
-            found.side.place = found.journal.inside("side").local
+    if isinstance(context.side, JoinedSide):
+        context.side.progress = progress
+        if context.journal.root.is_local:
+            context.side.location = context.journal.inside("side").local
 
 
 @dataclass(frozen=True)
@@ -201,44 +201,44 @@ class _Pass:
 
 
 def _run_passes(
-    found: Resolved, given: BackfillOptions, bar: Bar, again: Callable[[], Resolved]
-) -> tuple[Resolved, _Pass]:
+    context: Context, given: BackfillOptions, bar: Bar, again: Callable[[], Context]
+) -> tuple[Context, _Pass]:
     """Passes until the source has nothing left that is to be mapped: (the last one's stores, what all of them did).
 
     again: opens the stores once more, for what came meanwhile.
     """
-    how, live = given.running, isinstance(found.source, DatabaseSource)
+    how, live = given.running, isinstance(context.source, DatabaseSource)
     every: _Pass | None = None
     while True:
-        if isinstance(found.source, DatabaseSource):
-            found.source.follow = how.follow
-        every = _run_pass(found, given, bar, follow=how.follow or live).after(every)
+        if isinstance(context.source, DatabaseSource):
+            context.source.follow = how.follow
+        every = _run_pass(context, given, bar, follow=how.follow or live).after(every)
         if every.finished:
-            return found, every
-        found = again()
-        _keep_join(found, how.progress)
+            return context, every
+        context = again()
+        _keep_join(context, how.progress)
 
 
-def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool) -> _Pass:
-    journal, how = found.journal, given.running
-    found.source.settle()
-    job = begin(found, bar.say, follow=follow)
+def _run_pass(context: Context, given: BackfillOptions, bar: Bar, *, follow: bool) -> _Pass:
+    journal, how = context.journal, given.running
+    context.source.settle()
+    job = begin(context, bar.say, follow=follow)
     markers = kept_shards(journal, job, content=not how.trust_sizes, bar=bar)
-    if found.reembedding is not None:
-        choose_rows(found, job, bar)
+    if context.reembedding is not None:
+        choose_rows(context, job, bar)
     kept, todo = len(markers), [shard for shard in job.shards if shard.number not in markers]
     rejects = sum(m.rejects for m in markers.values())
     _check_rejects(rejects, how.max_rejects, journal)
     bar.start(job.rows, sum(m.rows_in for m in markers.values()))
     if todo:
         take_claim(journal)
-        if isinstance(side := bound_side(found.side, job, found.patience), JoinedSide):
+        if isinstance(side := bound_side(context.side, job, context.retry_policy), JoinedSide):
             side.joined()  # once, before Ray's workers look for it
-        refuse_ids(found.source, found.destination, job)
-        growth = Growth(found.source, follow)
-        with system_errors("the new gallery could not be begun", found.destination.url):
-            found.destination.begin(output_schema(job, found.source.schema), job.new_space)
-        with closing(_run(found, job, todo, given, bar)) as done:
+        refuse_ids(context.source, context.destination, job)
+        growth = Growth(context.source, follow)
+        with system_errors("the new gallery could not be begun", context.destination.url):
+            context.destination.begin(output_schema(job, context.source.schema), job.new_space)
+        with closing(_run(context, job, todo, given, bar)) as done:
             for marker in done:
                 markers[marker.shard] = marker
                 rejects += marker.rejects
@@ -249,27 +249,27 @@ def _run_pass(found: Resolved, given: BackfillOptions, bar: Bar, *, follow: bool
     except BackfillError as error:  # the shards are what counts, and they are proven
         bar.say(f"{error}: writing it again")
         finished = None
-    if not todo and finished is not None and not is_whole_beside(found, job):
+    if not todo and finished is not None and not is_whole_beside(context, job):
         bar.say("h or the space beside the rows is not what was written: writing both again")
         finished = None
     whole = True
     if todo or finished is None or finished.get("fingerprint") != job.fingerprint:
         take_claim(journal)
-        whole = finish(found, job, markers, follow=follow)
+        whole = finish(context, job, markers, follow=follow)
     if whole:
         release(journal)
     return _Pass(job, markers, kept, len(todo), sum(shard.rows for shard in todo), whole)
 
 
 def _run(
-    found: Resolved, job: Job, todo: list[Shard], given: BackfillOptions, bar: Bar
+    context: Context, job: Job, todo: list[Shard], given: BackfillOptions, bar: Bar
 ) -> Generator[Marker, None, None]:
     how, threads = given.running, given.execution.threads
     if how.ray is None:
-        return _run_here(found, job, todo, threads=threads, bar=bar)
+        return _run_here(context, job, todo, threads=threads, bar=bar)
     from fct.backfilling.ray_run import run_on_ray
 
-    return run_on_ray(found, job, todo, address=how.ray, cpus=how.ray_cpus, threads=threads, bar=bar)
+    return run_on_ray(context, job, todo, address=how.ray, cpus=how.ray_cpus, threads=threads, bar=bar)
 
 
 def _check_rejects(rejects: int, limit: int | None, journal: Journal) -> None:
@@ -280,9 +280,9 @@ def _check_rejects(rejects: int, limit: int | None, journal: Journal) -> None:
 
 
 def _run_here(
-    found: Resolved, job: Job, todo: list[Shard], *, threads: int | None, bar: Bar
+    context: Context, job: Job, todo: list[Shard], *, threads: int | None, bar: Bar
 ) -> Generator[Marker, None, None]:
-    pipeline = found.pipeline(job, threads=threads, on_rows=bar.advance)
+    pipeline = context.pipeline(job, threads=threads, on_rows=bar.advance)
     under_way: set[Future[Marker]] = set()
     left = list(reversed(todo))
     try:

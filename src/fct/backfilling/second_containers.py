@@ -26,7 +26,9 @@ __all__ = ["Hdf5Reader", "NpzReader", "ZarrReader"]
 class _Reader(RowReader):
     def __init__(self, source: MemberSource) -> None:
         self.member = source.member.strip("/")
-        self.files = {source.name_of(source.where): source.where} if source.kind == "zarr" else listed_files(source)
+        self.files = (
+            {source.name_of(source.location): source.location} if source.kind == "zarr" else listed_files(source)
+        )
 
     @abstractmethod
     def shape(self, file: Location) -> tuple[int, ...]:

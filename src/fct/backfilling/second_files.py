@@ -54,7 +54,7 @@ class FileReader(RowReader):
 
 def listed_files(source: FileSource) -> dict[str, Location]:
     """Every file of the gallery's kind by its name in it; hidden names are no data, but ``_lang=de`` is a partition."""
-    where = source.where
+    where = source.location
     if where.is_local and not where.is_pattern and os.path.isdir(where.path):
         paths = [os.path.join(top, name) for top, _, names in os.walk(where.path) for name in names]
     elif where.is_pattern or where.is_folder():
@@ -210,10 +210,10 @@ class ClipReader(RowReader):
 
     def __init__(self, source: ClipSource) -> None:
         self._files: dict[str, dict[str, Location]] = {}
-        for folder in source.where.folders():
+        for folder in source.location.folders():
             if folder not in ("img_emb", "text_emb", "metadata"):
                 continue
-            place = source.where / folder
+            place = source.location / folder
             for name in place.files():
                 if name.startswith(f"{folder}_"):
                     number = int(name.removeprefix(f"{folder}_").partition(".")[0])

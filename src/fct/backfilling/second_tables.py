@@ -27,7 +27,7 @@ class DeltaReader(WholeReader):
     def __init__(self, source: DeltaSource) -> None:
         deltalake = need("deltalake", "verify")
         self._table = deltalake.DeltaTable(
-            str(source.where), version=source.version, storage_options=source.storage_options
+            str(source.location), version=source.version, storage_options=source.storage_options
         )
 
     def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -91,9 +91,9 @@ class SavedReader(RowReader):
 
     def __init__(self, source: SavedDatasetSource) -> None:
         datasets = _datasets()
-        if not source.where.is_local:
-            raise MissingExtraError(f"datasets reads {source.where} through a copy of its own, which is not made")
-        self._whole = datasets.load_from_disk(source.where.path)
+        if not source.location.is_local:
+            raise MissingExtraError(f"datasets reads {source.location} through a copy of its own, which is not made")
+        self._whole = datasets.load_from_disk(source.location.path)
         files = [str(entry["filename"]) for entry in self._whole.cache_files]
         self._starts: dict[str, int] = {}
         self._counts: dict[str, int] = {}
@@ -109,7 +109,7 @@ class SavedReader(RowReader):
             at += self._counts[name]
         if at != len(self._whole):
             raise FctError(
-                f"datasets.load_from_disk has {len(self._whole)} rows of {source.where}, its files have {at}"
+                f"datasets.load_from_disk has {len(self._whole)} rows of {source.location}, its files have {at}"
             )
 
     def counts(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from fct.backfilling.job import Job
 from fct.errors import BackfillError, FctError
 from fct.gallery.column_checksum import row_sizes
 from fct.gallery.interfaces import Piece, Shard, Source
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.gallery.side_ids import columns_in_common, require_same_ids
 from fct.gallery.vectors import rebatch
 
@@ -32,9 +32,9 @@ class ShardReader:
         job: Job,
         source: Source,
         side: Source | None,
-        patience: Patience | None = None,
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
-        self.job, self.source, self.side, self.patience = job, source, side, patience or Patience()
+        self.job, self.source, self.side, self.retry_policy = job, source, side, retry_policy or RetryPolicy()
         self._starts = np.cumsum([0] + [p.rows for p in job.side_pieces])
         self._widest: dict[int, float] = {}  # bytes of a row, the most that a batch of each source had
         self._stated: dict[tuple[int, str], float] = {}  # and what each piece says of itself
@@ -126,7 +126,7 @@ class ShardReader:
         while done < rows:
             what = f"reading {source.url}"
             with plain_reading(source.url):
-                batch = self.patience.ask(step, what, moves=BATCH_BYTES) if source.transient else step()
+                batch = self.retry_policy.ask(step, what, moves=BATCH_BYTES) if source.transient else step()
             if batch is None:
                 raise BackfillError(f"source: {pieces[piece].name} ended {rows - done} rows early")
             done += batch.num_rows

@@ -30,7 +30,7 @@ from fct.errors import BackfillError, FctError
 from fct.gallery.arrow_files import ArrowSource
 from fct.gallery.databases import DatabaseSource
 from fct.gallery.interfaces import Batches, Piece, Source
-from fct.gallery.location import Patience, location_of
+from fct.gallery.location import RetryPolicy, location_of
 from fct.gallery.schemas import conform, unify
 from fct.gallery.side_ids import id_column_of
 from fct.progress import LongCall
@@ -47,7 +47,7 @@ class JoinedSide(Source):
     """The side-information of a job's rows, in their order.
 
     inner: as it lies. source: the gallery. ids, side_ids, column: their columns of ids, and that of the vectors.
-    place: the folder where the join is kept, so that it is made once for all runs; None for a temporary one.
+    location: the folder where the join is kept, so that it is made once for all runs; None for a temporary one.
     Its pieces are ``inner``'s, as the journal writes them down: row i of all pieces is row i of the gallery.
     """
 
@@ -55,22 +55,22 @@ class JoinedSide(Source):
 
     def __init__(self, inner: Source, source: Source, ids: str, side_ids: str, column: str) -> None:
         self.inner, self.source, self._ids, self._side_ids, self.column = inner, source, ids, side_ids, column
-        self.place: Path | None = None
+        self.location: Path | None = None
         self.progress = False
         self._job: Job | None = None
-        self._patience = Patience()
+        self._patience = RetryPolicy()
         self._ready: tuple[ArrowSource, list[Piece]] | None = None
         self._temporary: ScratchFolder | None = None
 
     def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_temporary": None, "_ready": None}
 
-    def of(self, job: Job, patience: Patience) -> JoinedSide:
+    def of(self, job: Job, retry_policy: RetryPolicy) -> JoinedSide:
         """The same for the rows of ``job``, which says the order of the pieces."""
         if self._job is not None and (self._job.pieces, self._job.side_pieces) == (job.pieces, job.side_pieces):
             return self
         bound = copy.copy(self)
-        bound._job, bound._patience, bound._ready = job, patience, None
+        bound._job, bound._patience, bound._ready = job, retry_policy, None
         if sum(p.rows for p in job.side_pieces) != job.rows:
             bound.joined()  # which says what is missing: position by position there is nothing to read
         return bound
@@ -127,7 +127,7 @@ class JoinedSide(Source):
             BackfillError: ids that are missing, left over, twice or null; each named, with counts.
         """
         if self._ready is None:
-            folder = self.place
+            folder = self.location
             if folder is None:
                 self._temporary = self._temporary or ScratchFolder("fct-side-")
                 folder = self._temporary.path / "side"
@@ -262,9 +262,9 @@ def join_by_id(source: Source, side: Source, ids: str, column: str) -> JoinedSid
     return JoinedSide(side, source, ids, theirs, column)
 
 
-def bound_side(side: Source | None, job: Job, patience: Patience) -> Source | None:
+def bound_side(side: Source | None, job: Job, retry_policy: RetryPolicy) -> Source | None:
     """The side-information of the rows of ``job``."""
-    return side.of(job, patience) if isinstance(side, JoinedSide) else side
+    return side.of(job, retry_policy) if isinstance(side, JoinedSide) else side
 
 
 def _checksum(path: Path) -> str:

@@ -123,12 +123,14 @@ class Timeline:
         return None if not rate else (self.job.rows - self.rows_done) / rate
 
 
-def backfill_timeline(where: str | os.PathLike[str], *, name: str = "backfill", **access: Unpack[Access]) -> Timeline:
-    """The course of the backfill whose new gallery, or whose journal, lies at ``where``.
+def backfill_timeline(
+    location: str | os.PathLike[str], *, name: str = "backfill", **access: Unpack[Access]
+) -> Timeline:
+    """The course of the backfill whose new gallery, or whose journal, lies at ``location``.
 
     Args:
-        where: a folder or a URL of either. name: the argument or option that this is, for messages.
-        access: ``filesystem``, ``storage_options``, ``patience`` of :func:`fct.gallery.open_source`.
+        location: a folder or a URL of either. name: the argument or option that this is, for messages.
+        access: ``filesystem``, ``storage_options``, ``retry_policy`` of :func:`fct.gallery.open_source`.
 
     Raises:
         BackfillError: neither is there, or a job that cannot be read.
@@ -144,7 +146,7 @@ def backfill_timeline(where: str | os.PathLike[str], *, name: str = "backfill", 
         >>> found.finished, found.rows_done, found.left
         (True, 100, ())
     """
-    journal, job = _opened(where, name, access)
+    journal, job = _opened(location, name, access)
     troubles: list[str] = []
     markers = dict(_believed(journal, job, troubles))
     reasons: Counter[str] = Counter()
@@ -163,21 +165,21 @@ def backfill_timeline(where: str | os.PathLike[str], *, name: str = "backfill", 
     )
 
 
-def _opened(where: str | os.PathLike[str], name: str, access: Access) -> tuple[Journal, Job]:
-    if is_database(where):
+def _opened(location: str | os.PathLike[str], name: str, access: Access) -> tuple[Journal, Job]:
+    if is_database(location):
         raise BackfillError(
             f"{name}: a database has no place for its journal: expected the folder of the job's --journal"
         )
-    place = location_of(where, name=name, **access)
+    place = location_of(location, name=name, **access)
     if (place / "job.json").exists():
         journal = database_journal(place.local) if place.is_local else Journal(place, place / "outputs")
     else:
-        journal, _ = journal_of(where, None, access)
+        journal, _ = journal_of(location, None, access)
     job = journal.job()
     if job is None:
         raise BackfillError(
             f"{name}: expected a backfill's new gallery (with its journal in {journal.root.name}/) or the folder of "
-            f"its --journal, found no job.json in {where}"
+            f"its --journal, found no job.json in {location}"
         )
     return journal, job
 

@@ -64,7 +64,7 @@ class TrueCheck:
             found = None
             for output in shard_marker(self.journal, shard.number).outputs:
                 if output.name.startswith("_rows/"):
-                    with self.journal.place(output).open() as file:
+                    with self.journal.location(output).open() as file:
                         column = pq.read_table(file, columns=[self.job.true_column]).column(0)
                     found = np.asarray(column.to_numpy(), bool)
             self._beside = (shard.number, found)

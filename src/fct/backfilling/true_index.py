@@ -27,7 +27,7 @@ class _Shard:
 
     rows: Rows
     part: npt.NDArray[np.int32]
-    place: Rows
+    positions: Rows
     parts: tuple[Floats, ...]
 
 
@@ -103,7 +103,7 @@ class TrueIndex:
             for part in np.unique(held.part[at[known]]).tolist():
                 here = known.copy()
                 here[known] = held.part[at[known]] == part
-                vectors[mine[here]] = held.parts[part][held.place[at[here]]]
+                vectors[mine[here]] = held.parts[part][held.positions[at[here]]]
         return vectors, there
 
     def _shard(self, shard: Shard) -> _Shard:

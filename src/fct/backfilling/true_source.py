@@ -89,24 +89,24 @@ def far_from_unit(vectors: Floats) -> int | None:
     return int(off.argmax()) if off.any() else None
 
 
-def load_true_pairs(where: Any, space: EmbeddingSpace, kind: pa.DataType | None, access: Opening) -> TruePairs:
+def load_true_pairs(location: Any, space: EmbeddingSpace, kind: pa.DataType | None, access: Opening) -> TruePairs:
     """The pairs of ``reembed``.
 
     Args:
-        where: a mapping or an ``.npz`` with "id" and "new", or what :func:`fct.gallery.open_source` takes with a column
-            of ids and one of vectors (``new``, or as for any gallery; ``:COLUMN`` names it).
+        location: a mapping or an ``.npz`` with "id" and "new", or what :func:`fct.gallery.open_source` takes with a
+            column of ids and one of vectors (``new``, or as for any gallery; ``:COLUMN`` names it).
         space: the new one. kind: of the gallery's ids; None where rows go by number. access: as for any store.
     """
-    if isinstance(where, (str, os.PathLike)) and os.fspath(where).endswith(".npz"):
-        with np.load(where, allow_pickle=False) as file:
-            where = {name: file[name] for name in file.files}
-    if isinstance(where, Mapping):
-        if not {"id", "new"} <= set(where):
-            raise ValueError(f"reembed: expected arrays id and new, got {', '.join(sorted(where)) or 'none'}")
-        ids: Any = pa.array(np.asarray(where["id"]) if not isinstance(where["id"], list) else where["id"])
-        vectors = where["new"]
+    if isinstance(location, (str, os.PathLike)) and os.fspath(location).endswith(".npz"):
+        with np.load(location, allow_pickle=False) as file:
+            location = {name: file[name] for name in file.files}
+    if isinstance(location, Mapping):
+        if not {"id", "new"} <= set(location):
+            raise ValueError(f"reembed: expected arrays id and new, got {', '.join(sorted(location)) or 'none'}")
+        ids: Any = pa.array(np.asarray(location["id"]) if not isinstance(location["id"], list) else location["id"])
+        vectors = location["new"]
     else:
-        place, column = split_column(os.fspath(where), storage_options=access["storage_options"])
+        place, column = split_column(os.fspath(location), storage_options=access["storage_options"])
         source = open_source(place, **access, name="reembed")
         if column is None and "new" in source.schema.names:
             column = "new"
@@ -128,11 +128,11 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _ids_of(source: Source, place: str) -> pa.Array:
+def _ids_of(source: Source, location: str) -> pa.Array:
     ids = load_ids(source, name="reembed")
     if ids is None:
         raise ValueError(
-            f"reembed: expected a column of ids (id, _id, ...), {place} has {', '.join(source.schema.names)}"
+            f"reembed: expected a column of ids (id, _id, ...), {location} has {', '.join(source.schema.names)}"
         )
     return ids
 
@@ -219,9 +219,9 @@ class AccessCounts:
     counts: Mapping[Id, float]
 
     @classmethod
-    def load(cls, where: Any, access: Opening) -> AccessCounts:
+    def load(cls, location: Any, access: Opening) -> AccessCounts:
         """From a table: a column of ids, and one of counts; without one every row is one access."""
-        source = open_source(where, **access, name="access_log")
+        source = open_source(location, **access, name="access_log")
         ids = pick_id_column(source.schema, what="access_log")
         if not ids:
             there = ", ".join(source.schema.names)

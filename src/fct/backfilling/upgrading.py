@@ -330,7 +330,7 @@ class UpgradingGallery:
         return np.concatenate(blocks) if blocks else np.empty((0, self.space.dim), self._job.dtype), gone
 
     def _file(self, shard: Shard) -> Location:
-        return self._writer.where / f"{shard.name}{self._writer.suffix}"
+        return self._writer.location / f"{shard.name}{self._writer.suffix}"
 
     def _read(self, shard: Shard) -> Floats:
         file = self._file(shard)

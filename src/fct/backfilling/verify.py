@@ -106,7 +106,7 @@ def gallery_journal(
 def _same_table(one: str, other: str) -> bool:
     """Whether two URLs mean the same vectors of one table."""
     a, b = (Address.parse(url, "gallery") if is_database(url) else None for url in (one, other))
-    return a is not None and b is not None and (a.place(), a.vector) == (b.place(), b.vector)
+    return a is not None and b is not None and (a.location(), a.vector) == (b.location(), b.vector)
 
 
 @takes(VerifyOptions)
@@ -292,7 +292,7 @@ class _Outside:
             if side is not None and self.job.side_join == "id":
                 joined = join_by_id(old, side, self.job.id_column, self.job.side_vector)
                 joined.progress = spot.progress
-                side = joined.of(self.job, self.access["patience"])
+                side = joined.of(self.job, self.access["retry_policy"])
             new, lists = self._opened(old)
             known = None if no_side else h
             found = compare_with_source(self.journal, self.job, old, new, side=side, h=known, lists=lists)
@@ -322,7 +322,7 @@ class _Outside:
                 old.live_in(root.local)
                 lists = root.local / "ids"
         if is_database(self.path):
-            return DatabaseResult(str(self.path), job, old, self.access["patience"]), lists
+            return DatabaseResult(str(self.path), job, old, self.access["retry_policy"]), lists
         return open_gallery(self.path, self.journal, job, self.access), lists
 
     def _transformation(self) -> tuple[Transformation | None, str]:

@@ -121,13 +121,13 @@ def joined_by_id(
     return new_ids, np.asarray(old_rows)[rows], new_rows, len(old_ids) - len(rows)
 
 
-def item_ids(where: str, rows: int, option: str) -> list[str]:
+def item_ids(location: str, rows: int, option: str) -> list[str]:
     """A gallery's ids as text; row numbers where it has none."""
     from fct.gallery import split_column
     from fct.gallery.beside_rows import load_ids
 
     with named_as_options({"id_column": option, "source": option}):
-        found = load_ids(split_column(where)[0])
+        found = load_ids(split_column(location)[0])
     if found is None:
         return [str(row) for row in range(rows)]
     if len(found) != rows:
@@ -135,12 +135,12 @@ def item_ids(where: str, rows: int, option: str) -> list[str]:
     return [str(one) for one in found.to_pylist()]
 
 
-def _metric(where: str, wanted: str) -> str:
+def _metric(location: str, wanted: str) -> str:
     from fct.gallery import open_source, split_column
 
     if wanted != "auto":
         return wanted
-    space = open_source(split_column(where)[0]).space
+    space = open_source(split_column(location)[0]).space
     return "cosine" if space is None else space.metric
 
 

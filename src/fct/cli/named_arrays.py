@@ -13,21 +13,21 @@ from fct.types import Access, Array
 __all__ = ["named_as_options", "named_labels", "named_vectors"]
 
 
-def named_vectors(where: str, option: str, usual: tuple[str, ...] = (), **access: Unpack[Access]) -> Array:
+def named_vectors(location: str, option: str, usual: tuple[str, ...] = (), **access: Unpack[Access]) -> Array:
     """(n, d) of FILE_OR_FOLDER[:COLUMN], a glob or a URL; usual: names that the column may have besides fct's own."""
     from fct.gallery import load_vectors
     from fct.gallery.columns import VECTOR_NAMES
 
     with named_as_options({"source": option}):
-        return load_vectors(where, name=option, usual=(*VECTOR_NAMES, *usual), **access)
+        return load_vectors(location, name=option, usual=(*VECTOR_NAMES, *usual), **access)
 
 
-def named_labels(where: str, option: str, **access: Unpack[Access]) -> Array:
+def named_labels(location: str, option: str, **access: Unpack[Access]) -> Array:
     """(n,) of FILE_OR_FOLDER:COLUMN, a glob or a URL, or of a flat .npy."""
     from fct.gallery import load_labels
 
     with named_as_options({"source": option}):
-        return load_labels(where, name=option, **access)
+        return load_labels(location, name=option, **access)
 
 
 @contextlib.contextmanager

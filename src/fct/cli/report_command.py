@@ -164,7 +164,7 @@ class _Held:
         return len(self.answers[0])
 
     @classmethod
-    def of(cls, where: str, h: fct.Transformation, access: StorageAccess) -> _Held:
+    def of(cls, location: str, h: fct.Transformation, access: StorageAccess) -> _Held:
         import numpy as np
 
         import fct
@@ -172,13 +172,13 @@ class _Held:
         from fct.gallery.beside_rows import load_ids
 
         with named_as_options({"source": "--pairs"}):
-            found = load_pairs(where, name="--pairs", **access)
+            found = load_pairs(location, name="--pairs", **access)
         for name in ("old", "new"):
             if name not in found:
                 raise ValueError(f"--pairs: expected arrays old and new, got {', '.join(found)}")
         ids = found.get("id")
-        if ids is None and not where.endswith(".npz"):
-            stored = load_ids(open_source(where, name="--pairs", **access), name="--pairs")
+        if ids is None and not location.endswith(".npz"):
+            stored = load_ids(open_source(location, name="--pairs", **access), name="--pairs")
             ids = None if stored is None else stored.to_pylist()
         old, new = np.asarray(found["old"], np.float32), np.asarray(found["new"], np.float32)
         if len(new) < 2:

@@ -72,11 +72,11 @@ def search(
     )
 
 
-def _opened(where: str, option: str, access: StorageAccess) -> tuple[Array, Source]:
+def _opened(location: str, option: str, access: StorageAccess) -> tuple[Array, Source]:
     """(the vectors, the open gallery)"""
     from fct.gallery import load_vectors, open_source, split_column
 
-    place, column = split_column(where, **access)
+    place, column = split_column(location, **access)
     with named_as_options({"source": option}):
         source = open_source(place, name=option, **access)
         return load_vectors(source, name=option, column=column), source

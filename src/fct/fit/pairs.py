@@ -89,11 +89,11 @@ def _is_mapped(values: object) -> bool:
     return isinstance(values, mmap.mmap)
 
 
-def _gather(rows: Rows, where: slice | Int64s) -> Float32s:
+def _gather(rows: Rows, index: slice | Int64s) -> Float32s:
     scale = rows.scale
     if scale is not None and scale.shape[0] == rows.n and rows.n != 1:
-        scale = scale[where]
-    values = rows.values[where]
+        scale = scale[index]
+    values = rows.values[index]
     return np.ascontiguousarray(Rows(values, rows.dtype, scale, rows.device, rows.kind).float32())
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from fct.gallery.chunked_arrays import ChunkedSource
 from fct.gallery.columns import VECTOR_NAMES, pick_column
 from fct.gallery.interfaces import Batches, Source
-from fct.gallery.location import Patience, location_of
+from fct.gallery.location import RetryPolicy, location_of
 from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
 from fct.gallery.stores import open_source
@@ -28,7 +28,7 @@ __all__ = ["load_labels", "load_vectors", "map_npy", "split_column"]
 _ROWS = 16384
 
 
-def split_column(where: str, *, storage_options: StorageOptions | None = None) -> tuple[str, str | None]:
+def split_column(location: str, *, storage_options: StorageOptions | None = None) -> tuple[str, str | None]:
     """(gallery, column) of ``FILE_OR_FOLDER:COLUMN``; None where no column is named.
 
     A name that is there is taken whole, whatever colons it has.
@@ -38,16 +38,16 @@ def split_column(where: str, *, storage_options: StorageOptions | None = None) -
         >>> split_column("pairs.parquet:old"), split_column("s3://bucket/gallery")
         (('pairs.parquet', 'old'), ('s3://bucket/gallery', None))
     """
-    gallery, _, column = where.rpartition(":")
-    if not gallery or not column or "/" in column or split_member(where)[1]:
-        return where, None
-    if "://" not in where and location_of(where).exists():
-        return where, None
+    gallery, _, column = location.rpartition(":")
+    if not gallery or not column or "/" in column or split_member(location)[1]:
+        return location, None
+    if "://" not in location and location_of(location).exists():
+        return location, None
     return gallery, column
 
 
 def load_vectors(
-    where: GalleryLike,
+    location: GalleryLike,
     *,
     name: str = "vectors",
     column: str | None = None,
@@ -55,17 +55,17 @@ def load_vectors(
     binary_dtype: str = "float32",
     filesystem: FileSystem | None = None,
     storage_options: StorageOptions | None = None,
-    patience: Patience | None = None,
+    retry_policy: RetryPolicy | None = None,
 ) -> Array:
     """The vectors of a gallery as one array.
 
     Args:
-        where: a file, folder, glob, table or URL, with ``:COLUMN`` behind it or not; a :class:`fct.gallery.Source`; or
-            whatever else :func:`fct.gallery.open_source` takes.
+        location: a file, folder, glob, table or URL, with ``:COLUMN`` behind it or not; a :class:`fct.gallery.Source`;
+            or whatever else :func:`fct.gallery.open_source` takes.
         name: the argument or option that this is, for messages. column: overrides ``:COLUMN``.
         usual: names by which the column is found where none is given.
         binary_dtype: what a binary column holds, float32 or float16.
-        filesystem, storage_options, patience: as :func:`fct.gallery.open_source` has them.
+        filesystem, storage_options, retry_policy: as :func:`fct.gallery.open_source` has them.
 
     Returns:
         (n, d) float32, or float16 where that is stored; a read-only map of a single local ``.npy``.
@@ -82,8 +82,8 @@ def load_vectors(
         >>> load_vectors(folder).shape
         (3, 8)
     """
-    access: Access = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
-    source, named = _opened(where, column, name, access)
+    access: Access = {"filesystem": filesystem, "storage_options": storage_options, "retry_policy": retry_policy}
+    source, named = _opened(location, column, name, access)
     mapped = _mapped(source, name)
     if mapped is not None and mapped.ndim == 2 and mapped.dtype in (np.float32, np.float16):
         return mapped
@@ -111,19 +111,19 @@ def load_vectors(
 
 
 def load_labels(
-    where: GalleryLike,
+    location: GalleryLike,
     *,
     name: str = "labels",
     column: str | None = None,
     filesystem: FileSystem | None = None,
     storage_options: StorageOptions | None = None,
-    patience: Patience | None = None,
+    retry_policy: RetryPolicy | None = None,
 ) -> Array:
     """The labels (or ids) of a gallery as one array: integers, or text in every spelling that Arrow has for it.
 
     Args:
-        where, column, filesystem, storage_options, patience: as :func:`load_vectors` has them; or a ``.npy`` file or
-            an array of a container (``FILE.npz:MEMBER``) of one dimension.
+        location, column, filesystem, storage_options, retry_policy: as :func:`load_vectors` has them; or a ``.npy``
+            file or an array of a container (``FILE.npz:MEMBER``) of one dimension.
         name: the argument or option that this is, for messages.
 
     Returns:
@@ -141,11 +141,11 @@ def load_labels(
         >>> load_labels(file + ":label").tolist()
         ['shoe', 'bag', 'shoe']
     """
-    access: Access = {"filesystem": filesystem, "storage_options": storage_options, "patience": patience}
-    flat = _flat_npy(where, name, access)
+    access: Access = {"filesystem": filesystem, "storage_options": storage_options, "retry_policy": retry_policy}
+    flat = _flat_npy(location, name, access)
     if flat is not None:
-        return label_array(pa.array(flat), name, str(where))
-    source, named = _opened(where, column, name, access)
+        return label_array(pa.array(flat), name, str(location))
+    source, named = _opened(location, column, name, access)
     if isinstance(source, (NpzSource, ChunkedSource)) and source.member:
         return label_array(pa.array(source.flat()), name, source.url)
     names = source.schema.names
@@ -182,10 +182,10 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _opened(where: GalleryLike, column: str | None, name: str, access: Access) -> tuple[Source, str | None]:
-    if isinstance(where, (str, os.PathLike)) and column is None and access["filesystem"] is None:
-        where, column = split_column(os.fspath(where))
-    return open_source(where, **access, name=name), column
+def _opened(location: GalleryLike, column: str | None, name: str, access: Access) -> tuple[Source, str | None]:
+    if isinstance(location, (str, os.PathLike)) and column is None and access["filesystem"] is None:
+        location, column = split_column(os.fspath(location))
+    return open_source(location, **access, name=name), column
 
 
 def _batches(source: Source) -> Batches:
@@ -202,11 +202,15 @@ def _mapped(source: Source, name: str) -> Array | None:
     return map_npy(files[0].path, name)
 
 
-def _flat_npy(where: GalleryLike, name: str, access: Access) -> Array | None:
+def _flat_npy(location: GalleryLike, name: str, access: Access) -> Array | None:
     """A local .npy file of one dimension, which is no gallery."""
-    if access["filesystem"] is not None or not isinstance(where, (str, os.PathLike)) or not str(where).endswith(".npy"):
+    if (
+        access["filesystem"] is not None
+        or not isinstance(location, (str, os.PathLike))
+        or not str(location).endswith(".npy")
+    ):
         return None
-    place = location_of(where, storage_options=access["storage_options"], name=name)
+    place = location_of(location, storage_options=access["storage_options"], name=name)
     if not place.is_local or not place.exists() or place.is_folder():
         return None
     array = map_npy(place.path, name)

@@ -30,26 +30,26 @@ _BLOCK_ROWS = 4096  # of one checksum, and the most rows that a reading holds
 _IDLE = 4  # readings kept for the next shard
 
 
-def arrow_stream(where: object, name: str = "source") -> ArrowStreamSource | None:
+def arrow_stream(location: object, name: str = "source") -> ArrowStreamSource | None:
     """The gallery that an object of Python stands for, or None where it is no Arrow stream.
 
-    where: a ``pyarrow.dataset.Dataset``, a ``pyarrow.Table``, or a function without arguments that returns a
+    location: a ``pyarrow.dataset.Dataset``, a ``pyarrow.Table``, or a function without arguments that returns a
         ``pyarrow.RecordBatchReader`` or anything with ``__arrow_c_stream__``, a new one each time.
 
     Raises:
         FctError: a stream that can be read once only.
     """
-    if isinstance(where, ds.Dataset):
-        return ArrowStreamSource(lambda: where.scanner().to_reader(), type(where).__name__, name)
-    if isinstance(where, pa.Table):
-        return ArrowStreamSource(where.to_reader, type(where).__name__, name)
-    if hasattr(where, "__arrow_c_stream__"):
+    if isinstance(location, ds.Dataset):
+        return ArrowStreamSource(lambda: location.scanner().to_reader(), type(location).__name__, name)
+    if isinstance(location, pa.Table):
+        return ArrowStreamSource(location.to_reader, type(location).__name__, name)
+    if hasattr(location, "__arrow_c_stream__"):
         raise FctError(
-            f"{name}: a {type(where).__name__} may be read once only, and a backfill reads its rows again; pass a "
+            f"{name}: a {type(location).__name__} may be read once only, and a backfill reads its rows again; pass a "
             "function that makes a new one, such as lambda: connection.cursor().sql(query)"
         )
-    if callable(where) and not isinstance(where, type):
-        return ArrowStreamSource(where, getattr(where, "__qualname__", type(where).__name__), name)
+    if callable(location) and not isinstance(location, type):
+        return ArrowStreamSource(location, getattr(location, "__qualname__", type(location).__name__), name)
     return None
 
 

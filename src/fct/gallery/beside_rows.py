@@ -34,9 +34,9 @@ class BesideRows:
         self._files: dict[str, Location] = {}
         self.schema = pa.schema([])
         self.first = [0, *np.cumsum([p.rows for p in pieces])[:-1].tolist()]
-        if not isinstance(source, (NpySource, BinSource)) or not (source.where / "_fct/manifest.json").exists():
+        if not isinstance(source, (NpySource, BinSource)) or not (source.location / "_fct/manifest.json").exists():
             return
-        root = source.where
+        root = source.location
         there = set((root / "_rows").files())
         first = 0
         for i, piece in enumerate(pieces):
@@ -87,18 +87,18 @@ def _rows_in(marker: Location) -> int:
     return rows
 
 
-def load_ids(where: object, wanted: str = "auto", *, name: str = "id_column") -> pa.Array | None:
+def load_ids(location: object, wanted: str = "auto", *, name: str = "id_column") -> pa.Array | None:
     """A gallery's ids as they are stored, row by row; None where rows go by their number.
 
     Args:
-        where: what :func:`fct.gallery.open_source` takes.
+        location: what :func:`fct.gallery.open_source` takes.
         wanted: a column, "auto" for the one that a backfill takes, or "" for none. Columns in ``_rows/`` count.
         name: the argument or option, for messages.
 
     Returns:
         (n,) of the column's type.
     """
-    source = open_source(where)
+    source = open_source(location)
     pieces = source.pieces()
     beside = BesideRows(source, pieces)
     schema = pa.schema([*source.schema, *(f for f in beside.schema if f.name not in source.schema.names)])

@@ -67,7 +67,7 @@ class _Coding:
         return values
 
 
-def _coding(array: Stored, where: str) -> _Coding | None:
+def _coding(array: Stored, context: str) -> _Coding | None:
     """How an array of integers is decoded; None where it says nothing."""
     attrs = dict(array.attrs)
     if array.dtype.kind not in "iu" or not {"scale_factor", "add_offset"} & attrs.keys():
@@ -83,7 +83,7 @@ def _coding(array: Stored, where: str) -> _Coding | None:
             name != "_FillValue" and not np.isfinite(value).all()
         ):
             raise FctError(
-                f"source: expected a finite number or one for each of the {d} dimensions as {name} of {where}, got "
+                f"source: expected a finite number or one for each of the {d} dimensions as {name} of {context}, got "
                 f"{attrs.get(name)!r:.80}"
             )
         found[name] = value
@@ -207,9 +207,9 @@ class Hdf5Source(ChunkedSource):
             yield array, name
 
 
-def is_zarr(place: Location) -> bool:
+def is_zarr(location: Location) -> bool:
     """Whether a folder is a Zarr store, or a group or an array in one."""
-    return not place.is_pattern and bool(set(_ZARR_MARKS) & set(place.files()))
+    return not location.is_pattern and bool(set(_ZARR_MARKS) & set(location.files()))
 
 
 class ZarrSource(ChunkedSource):
@@ -220,7 +220,7 @@ class ZarrSource(ChunkedSource):
     _looked_at = False
 
     def find(self) -> list[Location]:
-        return [self.where]
+        return [self.location]
 
     def version_of(self, file: Location) -> Version:
         place = file / self.member.strip("/") if self.member.strip("/") else file

@@ -24,11 +24,11 @@ _VECTORS = ("img_emb", "text_emb")
 _FOLDERS = (*_VECTORS, "metadata")
 
 
-def is_clip_folder(place: Location) -> bool:
+def is_clip_folder(location: Location) -> bool:
     """Whether a folder is what clip-retrieval writes: matrices under its names, and beside them more than these."""
-    if place.is_pattern or len(set(place.folders()) & set(_FOLDERS)) < 2:
+    if location.is_pattern or len(set(location.folders()) & set(_FOLDERS)) < 2:
         return False
-    return any(re.fullmatch(rf"{name}_\d+\.npy", file) for name in _VECTORS for file in (place / name).files())
+    return any(re.fullmatch(rf"{name}_\d+\.npy", file) for name in _VECTORS for file in (location / name).files())
 
 
 class ClipSource(Source):
@@ -39,12 +39,12 @@ class ClipSource(Source):
 
     kind = "clip"
 
-    def __init__(self, where: Location) -> None:
-        self.where = where
-        self._parts = {name: self._part(name) for name in _FOLDERS if name in where.folders()}
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self._parts = {name: self._part(name) for name in _FOLDERS if name in location.folders()}
 
     def _part(self, name: str) -> FileSource:
-        folder, ending = self.where / name, ".parquet" if name == "metadata" else ".npy"
+        folder, ending = self.location / name, ".parquet" if name == "metadata" else ".npy"
         files = [folder / file for file in folder.files() if not file.startswith(("_", "."))]
         odd = [f.name for f in files if re.fullmatch(rf"{name}_\d+\{ending}", f.name) is None]
         if odd or not files:
@@ -56,7 +56,7 @@ class ClipSource(Source):
 
     @property
     def url(self) -> str:
-        return str(self.where)
+        return str(self.location)
 
     @property
     def schema(self) -> pa.Schema:
@@ -66,13 +66,15 @@ class ClipSource(Source):
         names = [f.name for f in fields]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
-            raise FctError(f"source: the metadata of {self.where} has a column {twice[0]!r}, as the vectors are called")
+            raise FctError(
+                f"source: the metadata of {self.location} has a column {twice[0]!r}, as the vectors are called"
+            )
         metadata = self._parts["metadata"].schema.metadata if "metadata" in self._parts else None
         return pa.schema(fields, metadata=metadata)
 
     @property
     def space(self) -> EmbeddingSpace | None:
-        return side_file_space(self.where)
+        return side_file_space(self.location)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -88,16 +90,18 @@ class ClipSource(Source):
             for piece in part.pieces():
                 number = int(piece.name.rpartition("_")[2].partition(".")[0])
                 if name in shards.setdefault(number, {}):
-                    raise FctError(f"source: {self.where / name} has shard {number} twice: {piece.name}")
+                    raise FctError(f"source: {self.location / name} has shard {number} twice: {piece.name}")
                 shards[number][name] = piece
         for number, found in sorted(shards.items()):
             lacks = [name for name in self._parts if name not in found]
             if lacks:
-                raise FctError(f"source: {self.where} has no {lacks[0]} of shard {number}, which {_files(found)} is of")
+                raise FctError(
+                    f"source: {self.location} has no {lacks[0]} of shard {number}, which {_files(found)} is of"
+                )
             if len({piece.rows for piece in found.values()}) > 1:
                 counts = ", ".join(f"{piece.name}: {piece.rows}" for piece in found.values())
                 raise FctError(
-                    f"source: expected as many rows in all files of shard {number} of {self.where}, got {counts}"
+                    f"source: expected as many rows in all files of shard {number} of {self.location}, got {counts}"
                 )
         return dict(sorted(shards.items()))
 

@@ -43,9 +43,9 @@ class DeltaDestination(CommittedFiles):
     kind = "delta"
     times = False
 
-    def __init__(self, where: Location, storage_options: StorageOptions | None = None) -> None:
-        super().__init__(where)
-        need("deltalake", f"destination: {where}, a Delta table,")
+    def __init__(self, location: Location, storage_options: StorageOptions | None = None) -> None:
+        super().__init__(location)
+        need("deltalake", f"destination: {location}, a Delta table,")
         self._options = lance_options(dict(storage_options or {}))
 
     @property
@@ -61,13 +61,13 @@ class DeltaDestination(CommittedFiles):
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
-        if not (self.where / "_delta_log").exists():
+        if not (self.location / "_delta_log").exists():
             return None
         try:
-            if DeltaTable.is_deltatable(str(self.where), storage_options=self._options):
-                return DeltaTable(str(self.where), storage_options=self._options)
+            if DeltaTable.is_deltatable(str(self.location), storage_options=self._options):
+                return DeltaTable(str(self.location), storage_options=self._options)
         except (DeltaError, ValueError) as error:
-            raise FctError(f"destination: the Delta table {self.where} cannot be read: {error}") from error
+            raise FctError(f"destination: the Delta table {self.location} cannot be read: {error}") from error
         return None
 
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
@@ -79,8 +79,8 @@ class DeltaDestination(CommittedFiles):
 
     def _taken(self) -> FctError:
         return FctError(
-            f"destination: expected a place for a new Delta table, {self.where} is one that this backfill did not make "
-            "or whose shards it made otherwise: name another place, or take it away"
+            f"destination: expected a place for a new Delta table, {self.location} is one that this backfill did not "
+            "make or whose shards it made otherwise: name another place, or take it away"
         )
 
     def commit(self, files: Sequence[CommittedFile], schema: pa.Schema, space: EmbeddingSpace) -> None:
@@ -125,13 +125,13 @@ class DeltaDestination(CommittedFiles):
             columns = Schema.from_arrow(pa.schema(fields))
             if table is None:
                 create_table_with_add_actions(
-                    str(self.where), columns, adds, storage_options=self._options, commit_properties=how
+                    str(self.location), columns, adds, storage_options=self._options, commit_properties=how
                 )
             else:
                 table.create_write_transaction(list(adds), "append", table.schema(), commit_properties=how)
         except (DeltaError, ValueError) as error:
             raise FctError(
-                f"destination: the Delta table {self.where} could not be committed: {error}; all shards are there, "
+                f"destination: the Delta table {self.location} could not be committed: {error}; all shards are there, "
                 "start again once this is put right"
             ) from error
 

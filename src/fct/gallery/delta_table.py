@@ -40,38 +40,38 @@ class DeltaSource(ParquetSource):
 
     of_log = True
 
-    def __init__(self, where: Location, version: int | None, storage_options: StorageOptions | None) -> None:
+    def __init__(self, location: Location, version: int | None, storage_options: StorageOptions | None) -> None:
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
         self.storage_options = options = lance_options(dict(storage_options or {}))
         try:
-            table = DeltaTable(str(where), version=version, storage_options=options)
+            table = DeltaTable(str(location), version=version, storage_options=options)
             features = set(table.protocol().reader_features or ())
             self._columns = pa.schema(table.schema().to_arrow())
-            self._renamed = _physical_names(table, where)
+            self._renamed = _physical_names(table, location)
             self._partitioned = list(table.metadata().partition_columns)
             adds = pa.table(table.get_add_actions(flatten=True))
             masks = pa.table(table.deletion_vectors()).to_pylist() if "deletionVectors" in features else []
         except (DeltaError, OSError, ValueError) as error:
             asked = "" if version is None else f" at version {version}"
-            raise FctError(f"source: the Delta table {where}{asked} cannot be read: {error}") from error
+            raise FctError(f"source: the Delta table {location}{asked} cannot be read: {error}") from error
         unknown = sorted(features - _FEATURES)
         if unknown:
-            raise FctError(f"source: the Delta table {where} needs {', '.join(unknown)}, which fct does not read")
+            raise FctError(f"source: the Delta table {location} needs {', '.join(unknown)}, which fct does not read")
         self.version = int(table.version())
-        paths = [_inside(where, path) for path in adds["path"].to_pylist()]
-        super().__init__(where, sorted((where / p for p in paths), key=lambda f: natural(f.path)))
+        paths = [_inside(location, path) for path in adds["path"].to_pylist()]
+        super().__init__(location, sorted((location / p for p in paths), key=lambda f: natural(f.path)))
         self._adds = {
-            f"{where.path.rstrip('/')}/{path}": row for path, row in zip(paths, adds.to_pylist(), strict=True)
+            f"{location.path.rstrip('/')}/{path}": row for path, row in zip(paths, adds.to_pylist(), strict=True)
         }
         self._kept: dict[str, Array] = {}
         for mask in masks:
-            self._kept[_masked(where, mask["filepath"], self._adds)] = np.array(mask["selection_vector"], bool)
+            self._kept[_masked(location, mask["filepath"], self._adds)] = np.array(mask["selection_vector"], bool)
 
     @property
     def url(self) -> str:
-        return f"{self.where}?version={self.version}"
+        return f"{self.location}?version={self.version}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ def _padded(kept: Array, rows: int) -> Array:
     return np.concatenate([kept, np.ones(max(0, rows - len(kept)), bool)])
 
 
-def _physical_names(table: DeltaTable, where: Location) -> dict[str, str]:
+def _physical_names(table: DeltaTable, location: Location) -> dict[str, str]:
     """Names in the files of a table with column mapping, by the table's names."""
     import json
 
@@ -148,32 +148,32 @@ def _physical_names(table: DeltaTable, where: Location) -> dict[str, str]:
         names[field["name"]] = stored
         if "physicalName" in json.dumps(field["type"]):
             raise FctError(
-                f"source: the Delta table {where} has the struct {field['name']!r} under column mapping, which fct "
+                f"source: the Delta table {location} has the struct {field['name']!r} under column mapping, which fct "
                 "does not read: write the table once without it"
             )
     return names
 
 
-def _masked(where: Location, uri: str, files: Iterable[str]) -> str:
+def _masked(location: Location, uri: str, files: Iterable[str]) -> str:
     """The file that a deletion vector is of: the log has its path, deltalake the whole URI. A file's name may end
     another's, so that the longest that fits is meant."""
-    below = len(where.path.rstrip("/"))
+    below = len(location.path.rstrip("/"))
     plain = unquote(uri)
     fits = [file for file in files if plain.endswith(file)] or [f for f in files if plain.endswith(f[below:])]
     if not fits:
         raise FctError(
-            f"source: the log of the Delta table {where} is damaged: it deletes rows of {uri}, no file of it"
+            f"source: the log of the Delta table {location} is damaged: it deletes rows of {uri}, no file of it"
         )
     return max(fits, key=len)
 
 
-def _inside(where: Location, path: str) -> str:
+def _inside(location: Location, path: str) -> str:
     """A file of the log below the table. Raises FctError for one that lies elsewhere."""
     plain = unquote(path)
     if "://" in plain or plain.startswith("/") or ".." in plain.split("/"):
-        raise FctError(f"source: the Delta table {where} names a file outside it, which is not opened: {plain}")
+        raise FctError(f"source: the Delta table {location} names a file outside it, which is not opened: {plain}")
     if len(plain) > _LONGEST:
         raise FctError(
-            f"source: the log of the Delta table {where} is damaged: it names a file by {len(plain)} characters"
+            f"source: the log of the Delta table {location} is damaged: it names a file by {len(plain)} characters"
         )
     return plain

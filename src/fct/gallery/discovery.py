@@ -40,12 +40,12 @@ _STAGING = re.compile(r"_temporary|__magic.*|\.spark-staging.*|\.hive-staging.*|
 _OF_SPARK = re.compile(r"part-\d{5}-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}[-.].*")
 
 
-def unmarked(where: Location, files: Sequence[Location]) -> str:
+def unmarked(location: Location, files: Sequence[Location]) -> str:
     """What to know of a folder that Spark wrote and that has no ``_SUCCESS``, which it writes last; else ""."""
     ours = next((f for f in files if _OF_SPARK.fullmatch(f.name)), None)
-    if ours is None or where.is_pattern or not where.is_folder():
+    if ours is None or location.is_pattern or not location.is_folder():
         return ""
-    folder = where
+    folder = location
     while is_partition(folder.name):
         folder = folder.parent
     if "_SUCCESS" in folder.files():
@@ -63,44 +63,44 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     )
 
 
-def root_of(where: Location) -> str:
+def root_of(location: Location) -> str:
     """The folder below which files are named: the folder itself, a pattern's fixed part, or the folder of a file."""
-    if where.is_pattern:
-        magic = re.search(r"[*?[]", where.path)
-        return where.path[: magic.start()].rpartition("/")[0] if magic else where.path
-    return where.path.rstrip("/") if where.is_folder() else where.parent.path
+    if location.is_pattern:
+        magic = re.search(r"[*?[]", location.path)
+        return location.path[: magic.start()].rpartition("/")[0] if magic else location.path
+    return location.path.rstrip("/") if location.is_folder() else location.parent.path
 
 
-def find_files(where: Location, name: str = "source") -> list[Location]:
+def find_files(location: Location, name: str = "source") -> list[Location]:
     """The data files of a folder (at any depth), a glob or a single file, in natural order; side files left out.
 
     Raises:
         FileNotFoundError: nothing there. FctError: what may stand for rows and cannot be read (a link to a folder),
         or a write that has not ended (Spark's ``_temporary``).
     """
-    if without_query(where.path) != where.path:
-        return [where]  # a URL with a query, whose "?" is no pattern
-    if not where.is_pattern and not where.is_folder():
-        if where.exists():
-            check_readable(where)
-            return [where]
-        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {where}")
-    root, found = root_of(where), []
-    for file in where.find():
+    if without_query(location.path) != location.path:
+        return [location]  # a URL with a query, whose "?" is no pattern
+    if not location.is_pattern and not location.is_folder():
+        if location.exists():
+            check_readable(location)
+            return [location]
+        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {location}")
+    root, found = root_of(location), []
+    for file in location.find():
         parts = file.path[len(root) :].strip("/").split("/")
-        _refuse_table(where, root, parts, name)
-        _refuse_stream(where, parts, name)
-        _refuse_staging(where, root, parts, name)
+        _refuse_table(location, root, parts, name)
+        _refuse_stream(location, parts, name)
+        _refuse_staging(location, root, parts, name)
         if is_hidden(parts) or _BESIDE.fullmatch(parts[-1]):
             continue
         check_readable(file)
         found.append(file)
     if not found:
-        raise FileNotFoundError(f"{name}: expected a gallery, found no data files at {where}")
+        raise FileNotFoundError(f"{name}: expected a gallery, found no data files at {location}")
     return sorted(found, key=lambda f: natural(f.path))
 
 
-def _refuse_table(where: Location, root: str, parts: Sequence[str], name: str) -> None:
+def _refuse_table(location: Location, root: str, parts: Sequence[str], name: str) -> None:
     """Raises FctError where a table lies below a folder: its files are not its rows."""
     *folders, file = parts
     at = next((folders.index(mark) for mark in ("_delta_log", ".hoodie") if mark in folders), None)
@@ -109,31 +109,31 @@ def _refuse_table(where: Location, root: str, parts: Sequence[str], name: str) -
     if at is None and file in ("state.json", "dataset_dict.json"):
         at = len(folders)
     if at is not None:
-        table = where.at("/".join([root, *folders[:at]]))
+        table = location.at("/".join([root, *folders[:at]]))
         raise FctError(
-            f"{name}: {where} holds a table or a saved dataset, where files may hold rows that it no longer has; "
+            f"{name}: {location} holds a table or a saved dataset, where files may hold rows that it no longer has; "
             f"name the table itself: {table}"
         )
 
 
-def _refuse_stream(where: Location, parts: Sequence[str], name: str) -> None:
+def _refuse_stream(location: Location, parts: Sequence[str], name: str) -> None:
     """Raises FctError for what a stream of Spark wrote: its log names those of the files that count."""
     if "_spark_metadata" in parts[:-1]:
         raise FctError(
-            f"{name}: {where} is what a stream of Spark wrote, whose rows are those of the files that _spark_metadata "
-            "names: read it once by Spark and write it as Parquet, or name its files (such as "
-            f"{where}/*.parquet) if all of them count"
+            f"{name}: {location} is what a stream of Spark wrote, whose rows are those of the files that "
+            "_spark_metadata names: read it once by Spark and write it as Parquet, or name its files (such as "
+            f"{location}/*.parquet) if all of them count"
         )
 
 
-def _refuse_staging(where: Location, root: str, parts: Sequence[str], name: str) -> None:
+def _refuse_staging(location: Location, root: str, parts: Sequence[str], name: str) -> None:
     """Raises FctError where a write goes on, or was ended in the middle: what is there already is a part of it."""
     folders = parts[:-1]
     at = next((i for i, folder in enumerate(folders) if _STAGING.fullmatch(folder)), None)
     if at is not None:
-        staging = where.at("/".join([root, *folders[: at + 1]]))
+        staging = location.at("/".join([root, *folders[: at + 1]]))
         raise FctError(
-            f"{name}: {where} is written by a job of Spark, Hadoop or Hive that has not ended: {staging} holds "
+            f"{name}: {location} is written by a job of Spark, Hadoop or Hive that has not ended: {staging} holds "
             f"{parts[-1]}; wait for that job, or, if it died, write the gallery anew (remove {staging} only if you "
             "know that all rows are there)"
         )

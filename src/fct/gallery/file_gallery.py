@@ -37,14 +37,14 @@ class FileSource(Source):
         False  # whether a log or a state says which rows these are, and not the files that lie there
     )
 
-    def __init__(self, where: Location, files: Sequence[Location]) -> None:
-        self.where = where
+    def __init__(self, location: Location, files: Sequence[Location]) -> None:
+        self.location = location
         self._files = list(files)
         self._schema: pa.Schema | None = None  # once known it stays: files that come later must fit it
 
     @property
     def url(self) -> str:
-        return str(self.where)
+        return str(self.location)
 
     @property
     def files(self) -> list[Location]:
@@ -52,7 +52,7 @@ class FileSource(Source):
 
     @cached_property
     def _root(self) -> str:
-        return root_of(self.where).rstrip("/")
+        return root_of(self.location).rstrip("/")
 
     def name_of(self, file: Location) -> str:
         """The piece's name and identity: its path below the gallery, or below a pattern's fixed part."""
@@ -69,7 +69,7 @@ class FileSource(Source):
 
     def find(self) -> list[Location]:
         """The files as they are now."""
-        return find_files(self.where)
+        return find_files(self.location)
 
     def refresh(self) -> None:
         if self._schema is None:
@@ -133,7 +133,7 @@ class FileSource(Source):
     def _unified(self) -> pa.Schema:
         schemas = {id(s): (s, path) for path, s in reversed(self._schemas.items())}
         ordered = list(reversed(list(schemas.values())))
-        whole = readable(unify([s for s, _ in ordered], [str(self.where.at(path)) for _, path in ordered]))
+        whole = readable(unify([s for s, _ in ordered], [str(self.location.at(path)) for _, path in ordered]))
         for field in self._folders[0]:
             if field.name not in whole.names:
                 whole = whole.append(field)
@@ -147,7 +147,7 @@ class FileSource(Source):
             value = row.get(field.name)
             if value is not None and _typed(value, field.type) is None:
                 raise FctError(
-                    f"source: {self.where.at(path)} lies in a folder that is a value of {field.name!r}, "
+                    f"source: {self.location.at(path)} lies in a folder that is a value of {field.name!r}, "
                     f"{field.name}={value}, and the files have a column {field.name!r} of {field.type}, which cannot "
                     "hold it: rename the folders or the column, since only one of the two can be read"
                 )
@@ -158,7 +158,7 @@ class FileSource(Source):
             not s.equals(next(iter(self._schemas.values()))) for s in self._schemas.values()
         )
         added = [f.name for f in self._folders[0] if f.name in self.schema.names]
-        written = "" if self.of_log else unmarked(self.where, self._files)
+        written = "" if self.of_log else unmarked(self.location, self._files)
         return (
             *((written,) if written else ()),
             *((f"source: {RULE}",) if spelled else ()),
@@ -168,7 +168,7 @@ class FileSource(Source):
     @property
     def space(self) -> EmbeddingSpace | None:
         written = space_of_schema(self.schema, self.url)
-        beside = side_file_space(self.where)
+        beside = side_file_space(self.location)
         if beside is None and len(self._files) == 1:
             beside = side_file_space(self._files[0])
         if written is not None and beside is not None:
@@ -210,7 +210,7 @@ class FileSource(Source):
         for space, file in tagged[1:]:
             tagged[0][0].require_same(space, f"source: {file}")
         silent = [file for space, file in spaces if space is None]
-        if tagged and silent and side_file_space(self.where) is None:
+        if tagged and silent and side_file_space(self.location) is None:
             raise SpaceMismatchError(
                 f"source: expected vectors of one space, {tagged[0][1]} says {tagged[0][0]} and {silent[0]} does not "
                 "say what it holds: name the one alone, or write it down for the folder with fct.gallery.tag_space"
@@ -238,7 +238,7 @@ class FileSource(Source):
                 f"source: {file} changed: it had {piece.bytes} bytes when the backfill was planned "
                 f"and has {version.bytes}"
             )
-        with named_errors(file, remote=not self.where.is_local):
+        with named_errors(file, remote=not self.location.is_local):
             for batch in self.read_file(file, piece, start, rows, batch_rows):
                 yield self._whole(batch, file)
 
@@ -318,17 +318,17 @@ class FileDestination(Destination):
     suffix: ClassVar[str]
     tags_itself: ClassVar[bool] = False  # whether its files name their space, and the journal may lie elsewhere
 
-    def __init__(self, where: Location) -> None:
-        self.where = where
+    def __init__(self, location: Location) -> None:
+        self.location = location
         self.beside = True  # whether the space is written beside the files too
 
     @property
     def url(self) -> str:
-        return str(self.where)
+        return str(self.location)
 
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
         if self.beside:
-            write_side_file(self.where, space)
+            write_side_file(self.location, space)
 
     def write(self, shard: Shard, batches: Batches, scratch: Path) -> tuple[Mapping[str, Path], object]:
         name = f"{shard.name}{self.suffix}"

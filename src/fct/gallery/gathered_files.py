@@ -23,35 +23,35 @@ _LOOKED_AT = 100  # folders of a store over a network that are asked: each is a 
 _CACHE = re.compile(r"(?:tmp)?cache-[0-9a-f]{16}.*\.arrow")  # what map, filter and shuffle of datasets leave
 
 
-def refuse_mixtures(place: Location, files: Sequence[Location], name: str) -> None:
-    """Looks around the files that ``place`` stands for.
+def refuse_mixtures(location: Location, files: Sequence[Location], name: str) -> None:
+    """Looks around the files that ``location`` stands for.
 
     Raises:
         FctError: some lie in a table or a saved dataset, are caches, are of an unfinished backfill, of several splits.
         SpaceMismatchError: some are tagged with a space, and the others with another one or with none.
     """
-    _refuse_caches(place, files, name)
-    if place.is_local:
+    _refuse_caches(location, files, name)
+    if location.is_local:
         _refuse_links_into_tables(files, name)
     tags: dict[str, EmbeddingSpace] = {}
-    for folder, is_root in _folders(place, files):
+    for folder, is_root in _folders(location, files):
         kind = None if is_root else table_kind(folder)
         if kind is not None:
             what = TITLES.get(kind, "a saved dataset")
             raise FctError(
-                f"{name}: {place} means files of {what}, which may hold rows that it no longer has; name it itself: "
+                f"{name}: {location} means files of {what}, which may hold rows that it no longer has; name it itself: "
                 f"{folder}"
             )
         if (folder / OURS).files():
-            _refuse_unfinished(place, folder, name)
+            _refuse_unfinished(location, folder, name)
             tags |= _tags_in(folder, is_root)
     if tags:
-        _refuse_two_spaces(place, files, tags, name)
+        _refuse_two_spaces(location, files, tags, name)
 
 
-def _folders(place: Location, files: Sequence[Location]) -> Iterator[tuple[Location, bool]]:
-    """(folder, whether it is the one that ``place`` names): all that hold files, and those above them, below it."""
-    root = root_of(place).rstrip("/")
+def _folders(location: Location, files: Sequence[Location]) -> Iterator[tuple[Location, bool]]:
+    """(folder, whether it is the one that ``location`` names): all that hold files, and those above them, below it."""
+    root = root_of(location).rstrip("/")
     found = {root}
     for file in files:
         folder = file.path.rpartition("/")[0]
@@ -59,20 +59,20 @@ def _folders(place: Location, files: Sequence[Location]) -> Iterator[tuple[Locat
             found.add(folder)
             folder = folder.rpartition("/")[0]
     ordered = sorted(found, key=lambda path: (path.count("/"), path))
-    if not place.is_local:  # a partition is no table
+    if not location.is_local:  # a partition is no table
         ordered = [path for path in ordered if "=" not in path.rpartition("/")[2]][:_LOOKED_AT]
-    return ((place.at(path), path == root) for path in ordered)
+    return ((location.at(path), path == root) for path in ordered)
 
 
-def _refuse_caches(place: Location, files: Sequence[Location], name: str) -> None:
+def _refuse_caches(location: Location, files: Sequence[Location], name: str) -> None:
     caches = [file for file in files if _CACHE.fullmatch(file.name)]
     if caches and len(caches) < len(files):
         raise FctError(
-            f"{name}: {place} means {caches[0].name} too, which datasets left there as a cache of map, filter or "
+            f"{name}: {location} means {caches[0].name} too, which datasets left there as a cache of map, filter or "
             "shuffle: its rows are copies; name the others alone, or the dataset after save_to_disk"
         )
-    folder = place.at(root_of(place))
-    if place.is_pattern or not any(file.name.endswith(".arrow") for file in files):
+    folder = location.at(root_of(location))
+    if location.is_pattern or not any(file.name.endswith(".arrow") for file in files):
         return
     if "dataset_info.json" not in folder.files():
         return
@@ -81,8 +81,8 @@ def _refuse_caches(place: Location, files: Sequence[Location], name: str) -> Non
     held = [s for s in known if any(re.search(rf"(?:^|-){re.escape(s)}(?:-\d+-of-\d+)?\.", f.name) for f in files)]
     if len(held) > 1:
         raise FctError(
-            f"{name}: {place} holds the splits {', '.join(held)}, which are galleries of their own; name one, such as "
-            f"{folder}/*-{held[0]}*.arrow"
+            f"{name}: {location} holds the splits {', '.join(held)}, which are galleries of their own; name one, such "
+            f"as {folder}/*-{held[0]}*.arrow"
         )
 
 
@@ -98,10 +98,10 @@ def _refuse_links_into_tables(files: Sequence[Location], name: str) -> None:
         seen.add(folder)
 
 
-def _refuse_unfinished(place: Location, folder: Location, name: str) -> None:
+def _refuse_unfinished(location: Location, folder: Location, name: str) -> None:
     held = (folder / OURS).files()
     if "job.json" in held and "manifest.json" not in held:
-        raise FctError(f"{name}: {place} means files of an unfinished backfill: run it to the end first ({folder})")
+        raise FctError(f"{name}: {location} means files of an unfinished backfill: run it to the end first ({folder})")
 
 
 def _tags_in(folder: Location, is_root: bool) -> dict[str, EmbeddingSpace]:
@@ -118,8 +118,10 @@ def _tags_in(folder: Location, is_root: bool) -> dict[str, EmbeddingSpace]:
     return found
 
 
-def _refuse_two_spaces(place: Location, files: Sequence[Location], tags: dict[str, EmbeddingSpace], name: str) -> None:
-    whole = side_file_space(place)
+def _refuse_two_spaces(
+    location: Location, files: Sequence[Location], tags: dict[str, EmbeddingSpace], name: str
+) -> None:
+    whole = side_file_space(location)
     seen: dict[EmbeddingSpace | None, Location] = {}
     for file in files:
         path = file.path

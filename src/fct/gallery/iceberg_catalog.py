@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from fct.errors import FctError
 from fct.extras import need
-from fct.gallery.location import Location, Patience, location_of
+from fct.gallery.location import Location, RetryPolicy, location_of
 from fct.types import JsonDict, StorageOptions
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def is_iceberg(where: object) -> TypeGuard[str | os.PathLike[str]]:
-    return isinstance(where, (str, os.PathLike)) and os.fspath(where).startswith(_ICEBERG)
+def is_iceberg(location: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(location, (str, os.PathLike)) and os.fspath(location).startswith(_ICEBERG)
 
 
 def fsspec_options(properties: Mapping[str, str]) -> JsonDict | None:
@@ -98,7 +98,7 @@ class IcebergAddress:
         except (NoSuchTableError, NoSuchNamespaceError):
             return None
 
-    def place(self, catalog: Catalog, table: Table | None) -> str:
+    def location_of_table(self, catalog: Catalog, table: Table | None) -> str:
         """Where the table lies, or a new one is to lie.
 
         Raises:
@@ -125,7 +125,9 @@ class IcebergAddress:
             )
         return "/".join([warehouse.rstrip("/"), *namespace, name])
 
-    def folder(self, place: str, properties: Mapping[str, str], patience: Patience) -> Location:
+    def folder(self, location: str, properties: Mapping[str, str], retry_policy: RetryPolicy) -> Location:
         """That place as fct reads and writes it."""
-        plain = place.removeprefix("file://") if place.startswith("file:///") else place.removeprefix("file:")
-        return location_of(plain, storage_options=fsspec_options(properties), patience=patience, name="destination")
+        plain = location.removeprefix("file://") if location.startswith("file:///") else location.removeprefix("file:")
+        return location_of(
+            plain, storage_options=fsspec_options(properties), retry_policy=retry_policy, name="destination"
+        )

@@ -31,7 +31,7 @@ from fct.gallery.committed_files import (
 from fct.gallery.iceberg_catalog import IcebergAddress
 from fct.gallery.iceberg_partitions import Partitions, PartitionWriter
 from fct.gallery.interfaces import Batches, Shard
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.gallery.table_types import check_names, table_schema
 from fct.spaces import EmbeddingSpace
 from fct.terminal import plain_log
@@ -58,13 +58,13 @@ class IcebergDestination(CommittedFiles):
     times = True
     shared = True
 
-    def __init__(self, address: IcebergAddress, patience: Patience) -> None:
-        self.address, self.patience = address, patience
+    def __init__(self, address: IcebergAddress, retry_policy: RetryPolicy) -> None:
+        self.address, self.retry_policy = address, retry_policy
         catalog = address.open()
         table = address.load(catalog)
-        self._place = address.place(catalog, table).rstrip("/")
+        self._location = address.location_of_table(catalog, table).rstrip("/")
         store = catalog.properties if table is None else table.io.properties
-        super().__init__(address.folder(self._place, store, patience))
+        super().__init__(address.folder(self._location, store, retry_policy))
         self._partitions = None if table is None else Partitions.of(table, self.title)
         self._mine = uuid.uuid4().hex  # of this process: no run writes over another's file
 
@@ -96,7 +96,7 @@ class IcebergDestination(CommittedFiles):
         if table is None:
             catalog.create_namespace_if_not_exists(self.address.table[:-1])
             said = self.describes(stored, space)
-            catalog.create_table(self.address.table, schema=_plain(stored), location=self._place, properties=said)
+            catalog.create_table(self.address.table, schema=_plain(stored), location=self._location, properties=said)
         else:
             self._check(table, stored, space)
             self._partitions = Partitions.of(table, self.title)
@@ -132,7 +132,7 @@ class IcebergDestination(CommittedFiles):
         from pyiceberg.exceptions import CommitFailedException, CommitStateUnknownException
 
         said = properties(files, schema)
-        for attempt in range(self.patience.retries + 1):
+        for attempt in range(self.retry_policy.retries + 1):
             table = self.address.load(self.address.open())
             if table is None:
                 raise FctError(f"destination: {self.title} is gone; start again, it is made anew")
@@ -144,7 +144,7 @@ class IcebergDestination(CommittedFiles):
                 self._append(table, new, said, self.describes(schema, space))
                 break
             except (CommitFailedException, CommitStateUnknownException) as error:
-                if attempt == self.patience.retries:
+                if attempt == self.retry_policy.retries:
                     raise FctError(
                         f"destination: {self.title} could not be committed: {error}; all shards are there, start again"
                     ) from error
@@ -197,7 +197,7 @@ class IcebergDestination(CommittedFiles):
         """Adds the files as one snapshot; one without any where all rows were rejected, so that the job is there."""
         from pyiceberg.table import TableProperties
 
-        places = [f"{self._place}/{f.name}" for f in new]
+        places = [f"{self._location}/{f.name}" for f in new]
         if self._partitions is None:
             transaction.add_files(places, snapshot_properties=said)
             return
@@ -206,16 +206,16 @@ class IcebergDestination(CommittedFiles):
             transaction.set_properties({TableProperties.DEFAULT_NAME_MAPPING: mapping})
         with transaction.update_snapshot(snapshot_properties=said).fast_append() as snapshot:
             for file, place in zip(new, places, strict=True):
-                snapshot.append_data_file(self._partitions.data_file(table, self.where / file.name, place))
+                snapshot.append_data_file(self._partitions.data_file(table, self.location / file.name, place))
 
     def _tidy(self, files: Sequence[CommittedFile]) -> None:
         """Takes away shards that were written twice: the table names the last ones alone."""
         names = {f.name.rpartition("/")[2] for f in files}
         runs = {found[1] for name in names if (found := _OURS.fullmatch(name))}
-        for file in (self.where / "data").files():
+        for file in (self.location / "data").files():
             found = _OURS.fullmatch(file)
             if found and found[1] in runs and file not in names:
-                (self.where / "data" / file).remove()
+                (self.location / "data" / file).remove()
 
 
 @contextlib.contextmanager

@@ -38,20 +38,20 @@ _OURS = (VECTOR_KEY.decode(), SPACE_KEY.decode())  # of a table's properties: wh
 class IcebergSource(Source):
     """One snapshot of a table: later ones are not seen.
 
-    where: the table's folder. version: a snapshot's id, by default the current one. metadata: its ``.metadata.json``,
-    by default the newest.
+    location: the table's folder. version: a snapshot's id, by default the current one. metadata: its
+    ``.metadata.json``, by default the newest.
     """
 
     kind = "iceberg"
 
     def __init__(
         self,
-        where: Location,
+        location: Location,
         version: int | None,
         storage_options: StorageOptions | None,
         metadata: Location | None = None,
     ) -> None:
-        self.where, self._metadata = where, metadata or _newest(where)
+        self.location, self._metadata = location, metadata or _newest(location)
         given = dict(storage_options or {})
         further = given.get("client_kwargs")
         options = given | (dict(further) if isinstance(further, Mapping) else {})
@@ -61,7 +61,7 @@ class IcebergSource(Source):
         snapshot = table.metadata.current_snapshot_id if version is None else version
         if snapshot is None or table.metadata.snapshot_by_id(snapshot) is None:
             raise FctError(
-                f"source: the Iceberg table {where} has no snapshot{'' if version is None else f' {version}'}"
+                f"source: the Iceberg table {location} has no snapshot{'' if version is None else f' {version}'}"
             )
         self.version = int(snapshot)
         self._only: frozenset[str] | None = None
@@ -111,7 +111,7 @@ class IcebergSource(Source):
 
     @property
     def url(self) -> str:
-        return f"{self.where}?version={self.version}"
+        return f"{self.location}?version={self.version}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class IcebergSource(Source):
 
     @property
     def space(self) -> EmbeddingSpace | None:
-        return space_of_schema(self.schema, self.url) or side_file_space(self.where)
+        return space_of_schema(self.schema, self.url) or side_file_space(self.location)
 
     def _scan(self, table: Table) -> DataScan:
         scan: DataScan = table.scan(snapshot_id=self.version)
@@ -144,7 +144,7 @@ class IcebergSource(Source):
         try:
             tasks = list(self._scan(table).plan_files())
         except ValueError as error:  # equality deletes
-            raise FctError(f"source: the Iceberg table {self.where} cannot be read: {error}") from error
+            raise FctError(f"source: the Iceberg table {self.location} cannot be read: {error}") from error
         for task in tasks:
             for deletes in task.delete_files:
                 self._inside(deletes.file_path)
@@ -153,16 +153,16 @@ class IcebergSource(Source):
             tasks = [task for name, task in found.items() if name in self._only]
             found = {name: task for name, task in found.items() if name in self._only}
         if len(found) != len(tasks):
-            raise FctError(f"source: the Iceberg table {self.where} names one data file twice")
+            raise FctError(f"source: the Iceberg table {self.location} names one data file twice")
         return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
     def _inside(self, path: str) -> str:
-        root = str(self.where).rstrip("/") + "/"
+        root = str(self.location).rstrip("/") + "/"
         plain = path.removeprefix("file://").replace("s3a://", "s3://", 1)
         if not plain.startswith(root) or ".." in plain.split("/"):
             raise FctError(
-                f"source: the Iceberg table {self.where} names a file outside it, which is not opened: {path}; was the "
-                "table moved or copied?"
+                f"source: the Iceberg table {self.location} names a file outside it, which is not opened: {path}; was "
+                "the table moved or copied?"
             )
         return plain[len(root) :]
 
@@ -190,7 +190,7 @@ class IcebergSource(Source):
         files = self.files_of(piece)
         if len(files) == 1:
             return read(piece)
-        return in_order([read(name) for name in files], [rows_of_shard(self.where / n, rows(n)) for n in files])
+        return in_order([read(name) for name in files], [rows_of_shard(self.location / n, rows(n)) for n in files])
 
     def _rows(self, table: Table, io: FileIO, task: FileScanTask) -> int:
         if not task.delete_files:
@@ -227,7 +227,7 @@ class IcebergSource(Source):
                 if at > end:
                     rest = batch.slice(end - first)
                     batches, at = _behind(rest, batches), end
-                whole = conform(validated(part, f"{self.where}/{piece.name}"), schema)
+                whole = conform(validated(part, f"{self.location}/{piece.name}"), schema)
                 if at == end:
                     self._pass = (piece.name, at, batches)
                 yield from (whole.slice(i, batch_rows) for i in range(0, whole.num_rows, batch_rows))
@@ -241,9 +241,9 @@ def _behind(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[p
     yield from rest
 
 
-def _newest(where: Location) -> Location:
+def _newest(location: Location) -> Location:
     """The newest metadata file: the one that version-hint.text names, else the one of the highest number."""
-    folder = where / "metadata"
+    folder = location / "metadata"
     names = [n for n in folder.files() if n.endswith(".metadata.json")]
     if "version-hint.text" in folder.files():
         hint = (folder / "version-hint.text").read_bytes()[:256].decode(errors="replace").strip()

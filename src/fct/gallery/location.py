@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-__all__ = ["DELTA", "Location", "Patience", "Version", "location_of", "with_retries"]
+__all__ = ["DELTA", "Location", "RetryPolicy", "Version", "location_of", "with_retries"]
 
 T = TypeVar("T")
 _log = plain_log("fct.gallery")
@@ -51,7 +51,7 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How a store over a network is waited for; a disk of this machine is not.
 
     retries: further attempts, after 0.5, 1, 2, ... up to 60 s. timeout: seconds until a request counts as failed,
@@ -75,12 +75,12 @@ class Patience:
 class Location:
     """``path`` on ``fs``. Cheap to make, picklable, compares by value.
 
-    What goes over a network is tried again as ``patience`` says, and then raises :class:`StoreError`.
+    What goes over a network is tried again as ``retry_policy`` says, and then raises :class:`StoreError`.
     """
 
     fs: Any
     path: str
-    patience: Patience = Patience()
+    retry_policy: RetryPolicy = RetryPolicy()
 
     @property
     def is_local(self) -> bool:
@@ -115,7 +115,7 @@ class Location:
         if self.is_local:
             return do()
         try:
-            return self.patience.ask(discreet(do, self.path), f"{what} {self}", moves=moves)
+            return self.retry_policy.ask(discreet(do, self.path), f"{what} {self}", moves=moves)
         except TypeError as error:  # some filesystems look at their options only now
             if not self.fs.storage_options:
                 raise
@@ -263,8 +263,8 @@ def _without_markers(infos: Mapping[str, Mapping[str, object]], root: str) -> li
 class _Remote(io.RawIOBase):
     """A remote file; each read is tried again on a file opened anew, for one that timed out may still be at work."""
 
-    def __init__(self, place: Location) -> None:
-        self._place, self._at, self._file = place, 0, None
+    def __init__(self, location: Location) -> None:
+        self._place, self._at, self._file = location, 0, None
 
     def readable(self) -> bool:
         return True
@@ -326,29 +326,29 @@ def _let_go(descriptor: int) -> None:
 
 
 def location_of(
-    where: object,
+    location: object,
     *,
     filesystem: FileSystem | None = None,
     storage_options: StorageOptions | None = None,
-    patience: Patience | None = None,
+    retry_policy: RetryPolicy | None = None,
     name: str = "path",
 ) -> Location:
     """A Location from a path, a URL or a Location; ``delta://`` in front of one is left out.
 
-    filesystem: an fsspec or pyarrow filesystem that ``where`` is a path on. storage_options: what fsspec passes to the
-    filesystem that the URL names (endpoint, keys, ...). patience: how a network is waited for.
+    filesystem: an fsspec or pyarrow filesystem that ``location`` is a path on. storage_options: what fsspec passes to
+    the filesystem that the URL names (endpoint, keys, ...). retry_policy: how a network is waited for.
 
     Raises:
         StoreError: the store that the URL names cannot be reached.
     """
-    patience = patience or Patience()
-    if isinstance(where, Location):
-        return where
-    check_path(where, name, "a path or a URL")
+    retry_policy = retry_policy or RetryPolicy()
+    if isinstance(location, Location):
+        return location
+    check_path(location, name, "a path or a URL")
     if storage_options is not None and not isinstance(storage_options, Mapping):  # they may hold keys: none is shown
         raise TypeError(f"storage_options: expected a mapping or None, got {type(storage_options).__name__}")
-    assert isinstance(where, (str, os.PathLike))  # says check_path
-    text = os.fspath(where).removeprefix(DELTA)
+    assert isinstance(location, (str, os.PathLike))  # says check_path
+    text = os.fspath(location).removeprefix(DELTA)
     if filesystem is not None:
         if not isinstance(filesystem, fsspec.AbstractFileSystem):
             from fsspec.implementations.arrow import ArrowFSWrapper
@@ -357,7 +357,7 @@ def location_of(
             if not isinstance(filesystem, FileSystem):
                 raise TypeError(f"filesystem: expected fsspec's or pyarrow's or None, got {shown(filesystem)}")
             filesystem = ArrowFSWrapper(filesystem)
-        return Location(filesystem, str(filesystem._strip_protocol(text)), patience)
+        return Location(filesystem, str(filesystem._strip_protocol(text)), retry_policy)
     if text.startswith("iceberg://"):
         raise ValueError(
             f"{name}: expected the folder of the Iceberg table (its catalog's warehouse says where), got {text}, which "
@@ -370,8 +370,8 @@ def location_of(
     else:  # some filesystems ask their store for a token or a region when they are made
         require_package(scheme, f"{name}: {redacted(text)}")
         opened = discreet(lambda: fsspec.core.url_to_fs(text, **(storage_options or {})), text)
-        fs, path = patience.ask(opened, f"opening {redacted(text)}")
-    return Location(fs, path.rstrip("/") or "/", patience)
+        fs, path = retry_policy.ask(opened, f"opening {redacted(text)}")
+    return Location(fs, path.rstrip("/") or "/", retry_policy)
 
 
 def discreet(do: Callable[[], T], url: str) -> Callable[[], T]:

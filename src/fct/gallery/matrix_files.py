@@ -169,8 +169,8 @@ def _transposed(stream: Stream, file: Location, offset: int, n: int, rows: slice
     return np.ascontiguousarray(columns.T)
 
 
-def read_npy_header(stream: Stream, where: str) -> tuple[tuple[int, ...], bool, NumpyDType, int]:
-    """(shape, Fortran order, dtype, bytes of the header) of an .npy stream. where: names it in a message."""
+def read_npy_header(stream: Stream, location: str) -> tuple[tuple[int, ...], bool, NumpyDType, int]:
+    """(shape, Fortran order, dtype, bytes of the header) of an .npy stream. location: names it in a message."""
     try:
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):
@@ -183,7 +183,7 @@ def read_npy_header(stream: Stream, where: str) -> tuple[tuple[int, ...], bool, 
         raise
     except Exception as error:  # numpy's parser of a damaged header raises what it likes, tokenize's errors too
         raise FctError(
-            f"source: expected a whole .npy file, {where} has no readable header ({error}): was its writer killed?"
+            f"source: expected a whole .npy file, {location} has no readable header ({error}): was its writer killed?"
         ) from error
     return tuple(int(n) for n in shape), bool(fortran), np.dtype(dtype), int(stream.tell())
 

@@ -23,19 +23,19 @@ Found = Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 class MemberSource(FileSource):
     """Rows of one array of each container. member: its name or path; "" for the only one that can hold rows."""
 
-    def __init__(self, where: Location, files: Sequence[Location], member: str = "") -> None:
-        super().__init__(where, files)
+    def __init__(self, location: Location, files: Sequence[Location], member: str = "") -> None:
+        super().__init__(location, files)
         self.member = member
 
     @property
     def url(self) -> str:
-        return f"{self.where}:{self.member}" if self.member else str(self.where)
+        return f"{self.location}:{self.member}" if self.member else str(self.location)
 
     def name_of(self, file: Location) -> str:
         return f"{super().name_of(file)}:{self.member}" if self.member else super().name_of(file)
 
 
-def split_member(where: str) -> tuple[str, str]:
+def split_member(location: str) -> tuple[str, str]:
     """(container, member) of ``CONTAINER:MEMBER``; "" where no member is named. What is there is taken whole.
 
     Examples:
@@ -43,11 +43,11 @@ def split_member(where: str) -> tuple[str, str]:
         >>> split_member("pairs.npz:old"), split_member("glove.hdf5:/train"), split_member("gallery:old")
         (('pairs.npz', 'old'), ('glove.hdf5', '/train'), ('gallery:old', ''))
     """
-    match = _CONTAINER.fullmatch(where) or _IN_ZARR.fullmatch(where)
+    match = _CONTAINER.fullmatch(location) or _IN_ZARR.fullmatch(location)
     if match is None or not match[2]:
-        return where, ""
-    if "://" not in where and match.re is not _IN_ZARR and location_of(where).exists():
-        return where, ""
+        return location, ""
+    if "://" not in location and match.re is not _IN_ZARR and location_of(location).exists():
+        return location, ""
     return match[1], match[2]
 
 
@@ -77,12 +77,12 @@ def pick_member(container: Location, found: Found, wanted: str) -> str:
     return able[0]
 
 
-def require_matrix(where: str, shape: tuple[int, ...], dtype: str, *, read: tuple[str, ...] = READ) -> None:
+def require_matrix(location: str, shape: tuple[int, ...], dtype: str, *, read: tuple[str, ...] = READ) -> None:
     """Raises FctError for an array that is no (n, d) rows of a type that is read."""
     if len(shape) != 2 or shape[1] < 1:
-        raise FctError(f"source: expected (n, d) rows in {where}, got {shape} {dtype}")
+        raise FctError(f"source: expected (n, d) rows in {location}, got {shape} {dtype}")
     if dtype not in read:
-        raise FctError(f"source: expected floats of 16 to 64 bits or 8-bit integers in {where}, got {dtype}")
+        raise FctError(f"source: expected floats of 16 to 64 bits or 8-bit integers in {location}, got {dtype}")
 
 
 def _listed(found: Found) -> str:

@@ -19,14 +19,14 @@ __all__ = ["load_pairs"]
 _LABELS = ("labels", "label")
 
 
-def load_pairs(where: str | os.PathLike[str], *, name: str = "pairs", **access: Unpack[Access]) -> JsonDict:
+def load_pairs(location: str | os.PathLike[str], *, name: str = "pairs", **access: Unpack[Access]) -> JsonDict:
     """The arrays of a set of pairs: row i of each is the same item.
 
     Args:
-        where: an ``.npz`` with arrays ``old``, ``new`` and perhaps ``side`` and ``labels``, or whatever
+        location: an ``.npz`` with arrays ``old``, ``new`` and perhaps ``side`` and ``labels``, or whatever
             :func:`fct.gallery.open_source` takes with columns of these names (``label`` and ``side_info`` too).
         name: the argument or option that this is, for messages.
-        access: ``filesystem``, ``storage_options``, ``patience`` of :func:`fct.gallery.open_source`.
+        access: ``filesystem``, ``storage_options``, ``retry_policy`` of :func:`fct.gallery.open_source`.
 
     Returns:
         By name, those that are there: old (n, d_old), new (n, d_new), side (n, d_side), labels (n,).
@@ -42,9 +42,9 @@ def load_pairs(where: str | os.PathLike[str], *, name: str = "pairs", **access: 
         >>> {name: rows.shape for name, rows in load_pairs(file).items()}
         {'old': (3, 8), 'new': (3, 4)}
     """
-    if os.fspath(where).endswith(".npz") and "://" not in os.fspath(where):
-        return _archive(where, name)
-    source = open_source(where, name=name, **access)
+    if os.fspath(location).endswith(".npz") and "://" not in os.fspath(location):
+        return _archive(location, name)
+    source = open_source(location, name=name, **access)
     names = source.schema.names
     missing = [n for n in ("old", "new") if n not in names]
     if missing:
@@ -59,8 +59,8 @@ def load_pairs(where: str | os.PathLike[str], *, name: str = "pairs", **access: 
     return found
 
 
-def _archive(where: str | os.PathLike[str], name: str) -> JsonDict:
-    path = check_path(where, name, "the path of an .npz")
+def _archive(location: str | os.PathLike[str], name: str) -> JsonDict:
+    path = check_path(location, name, "the path of an .npz")
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected an .npz file, found none at {path}")
     try:

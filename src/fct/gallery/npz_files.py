@@ -33,8 +33,8 @@ class NpzSource(MemberSource, MatrixSource):
     kind = "npz"
     suffixes = (".npz",)
 
-    def __init__(self, where: Location, files: Sequence[Location], member: str = "") -> None:
-        super().__init__(where, files, member)
+    def __init__(self, location: Location, files: Sequence[Location], member: str = "") -> None:
+        super().__init__(location, files, member)
         self._idle: list[tuple[str, Any]] = []
 
     def __getstate__(self) -> JsonDict:

@@ -21,8 +21,8 @@ from fct.types import JsonDict
 __all__ = ["IndexedDatasetSource", "SavedDatasetSource", "open_saved_dataset", "read_state"]
 
 
-def open_saved_dataset(root: Location, place: Location, name: str) -> ArrowSource:
-    """The dataset saved in ``root``. place: ``root`` itself, or a pattern over its files.
+def open_saved_dataset(root: Location, location: Location, name: str) -> ArrowSource:
+    """The dataset saved in ``root``. location: ``root`` itself, or a pattern over its files.
 
     Raises:
         FctError: a DatasetDict, whose splits are galleries of their own; a pattern that means other files as well.
@@ -38,14 +38,14 @@ def open_saved_dataset(root: Location, place: Location, name: str) -> ArrowSourc
         )
     state = read_state(root / "state.json")
     files = _names(state, "_data_files", root)
-    if place.is_pattern:
-        others = sorted({f.name for f in find_files(place, name)} - set(files))
+    if location.is_pattern:
+        others = sorted({f.name for f in find_files(location, name)} - set(files))
         if others:
             raise FctError(
-                f"{name}: {place} means {', '.join(others[:5])}, which the saved dataset does not hold; name its "
+                f"{name}: {location} means {', '.join(others[:5])}, which the saved dataset does not hold; name its "
                 f"folder: {root}"
             )
-        return ArrowSource(place, find_files(place, name))
+        return ArrowSource(location, find_files(location, name))
     indices = _names(state, "_indices_data_files", root)
     made = IndexedDatasetSource if indices else SavedDatasetSource
     source = made(root, [root / file for file in files])
@@ -71,7 +71,10 @@ class SavedDatasetSource(ArrowSource):
     of_log = True
 
     def find(self) -> list[Location]:
-        return [self.where / file for file in _names(read_state(self.where / "state.json"), "_data_files", self.where)]
+        return [
+            self.location / file
+            for file in _names(read_state(self.location / "state.json"), "_data_files", self.location)
+        ]
 
 
 class IndexedDatasetSource(SavedDatasetSource):
@@ -83,7 +86,7 @@ class IndexedDatasetSource(SavedDatasetSource):
     indices: Sequence[Location] = ()
 
     def pieces(self) -> list[Piece]:
-        if not self.where.is_local:
+        if not self.location.is_local:
             raise FctError(f"source: expected a saved dataset with an indices mapping on this machine, got {self.url}")
         whole = super().pieces()
         mapping = self._mapping()

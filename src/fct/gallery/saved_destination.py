@@ -20,9 +20,9 @@ __all__ = ["SavedDatasetDestination", "saved_info"]
 _DESCRIPTIVE = ("citation", "description", "homepage", "license")  # all else in dataset_info.json is of the old files
 
 
-def saved_info(where: Location) -> JsonDict:
+def saved_info(location: Location) -> JsonDict:
     """dataset_info.json of a saved dataset."""
-    return read_state(where / "dataset_info.json")
+    return read_state(location / "dataset_info.json")
 
 
 class SavedDatasetDestination(ArrowDestination):
@@ -31,8 +31,8 @@ class SavedDatasetDestination(ArrowDestination):
     info: dataset_info.json of the source.
     """
 
-    def __init__(self, where: Location, info: JsonDict) -> None:
-        super().__init__(where)
+    def __init__(self, location: Location, info: JsonDict) -> None:
+        super().__init__(location)
         self._info = dict(info)
 
     def write_file(self, path: Path, shard: Shard, batches: Batches, files: dict[str, Path]) -> None:
@@ -46,7 +46,7 @@ class SavedDatasetDestination(ArrowDestination):
                 writer.close()
 
     def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
-        files = [name for name in self.where.files() if name.startswith("part-") and name.endswith(self.suffix)]
+        files = [name for name in self.location.files() if name.startswith("part-") and name.endswith(self.suffix)]
         metadata = schema.metadata or {}
         state = {
             "_data_files": [{"filename": name} for name in files],
@@ -61,8 +61,8 @@ class SavedDatasetDestination(ArrowDestination):
         features = _features(schema, self._info.get("features"), metadata[VECTOR_KEY].decode())
         if features is not None:
             info["features"] = features
-        (self.where / "dataset_info.json").write_bytes(json.dumps(info, indent=2).encode())
-        (self.where / "state.json").write_bytes(json.dumps(state, indent=2).encode())
+        (self.location / "dataset_info.json").write_bytes(json.dumps(info, indent=2).encode())
+        (self.location / "state.json").write_bytes(json.dumps(state, indent=2).encode())
 
 
 def _features(schema: pa.Schema, old: JsonDict | None, vector: str) -> JsonDict | None:

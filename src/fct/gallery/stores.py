@@ -17,7 +17,7 @@ from fct.gallery.file_gallery import FileDestination, FileSource, find_files
 from fct.gallery.gathered_files import refuse_mixtures
 from fct.gallery.iceberg_catalog import IcebergAddress, is_iceberg
 from fct.gallery.interfaces import Destination, Source
-from fct.gallery.location import Location, Patience, location_of
+from fct.gallery.location import Location, RetryPolicy, location_of
 from fct.gallery.matrix_files import BinDestination, BinSource, NpyDestination, NpySource
 from fct.gallery.members import split_member
 from fct.gallery.npz_files import NpzSource
@@ -50,7 +50,7 @@ class Opening(TypedDict):
 
     filesystem: FileSystem | None
     storage_options: StorageOptions | None
-    patience: Patience
+    retry_policy: RetryPolicy
 
 
 def opening(access: StoreAccess) -> Opening:
@@ -58,26 +58,26 @@ def opening(access: StoreAccess) -> Opening:
     return {
         "filesystem": access.filesystem,
         "storage_options": access.storage_options,
-        "patience": Patience(access.retries, access.timeout),
+        "retry_policy": RetryPolicy(access.retries, access.timeout),
     }
 
 
 def open_source(
-    where: GalleryLike,
+    location: GalleryLike,
     *,
     filesystem: FileSystem | None = None,
     storage_options: StorageOptions | None = None,
-    patience: Patience | None = None,
+    retry_policy: RetryPolicy | None = None,
     name: str = "source",
 ) -> Source:
-    """The gallery at ``where``: a file, a folder, a glob, a table (Lance, Delta, Iceberg, a saved dataset), or a
+    """The gallery at ``location``: a file, a folder, a glob, a table (Lance, Delta, Iceberg, a saved dataset), or a
     Source, which is returned. ``TABLE?version=N`` is one version of a table.
 
     Args:
-        where: ``FILE.npz:MEMBER``, ``FILE.hdf5:/PATH`` and ``STORE.zarr:/PATH`` are one array of a container; a
+        location: ``FILE.npz:MEMBER``, ``FILE.hdf5:/PATH`` and ``STORE.zarr:/PATH`` are one array of a container; a
             clip-retrieval folder is one gallery.
         filesystem, storage_options: an fsspec or pyarrow filesystem, or what fsspec passes to the one that a URL names.
-        patience: how a store over a network is waited for.
+        retry_policy: how a store over a network is waited for.
 
     Raises:
         FileNotFoundError: nothing there. FctError: files of several formats or of none that we read; an unfinished
@@ -91,21 +91,21 @@ def open_source(
         >>> open_source(folder).pieces()[0].rows
         3
     """
-    if isinstance(where, Source):
-        return where
-    if is_database(where):
-        return database_source(where, patience or Patience(), name=name)
-    if is_iceberg(where):
-        return _of_catalog(os.fspath(where), storage_options, patience or Patience(), name)
-    stream = None if isinstance(where, (str, Location)) else arrow_stream(where, name)
+    if isinstance(location, Source):
+        return location
+    if is_database(location):
+        return database_source(location, retry_policy or RetryPolicy(), name=name)
+    if is_iceberg(location):
+        return _of_catalog(os.fspath(location), storage_options, retry_policy or RetryPolicy(), name)
+    stream = None if isinstance(location, (str, Location)) else arrow_stream(location, name)
     if stream is not None:
         return stream
     version, member = None, ""
-    if isinstance(where, (str, os.PathLike)):
-        where, member = split_member(os.fspath(where))
-        where, version = split_version(where)
+    if isinstance(location, (str, os.PathLike)):
+        location, member = split_member(os.fspath(location))
+        location, version = split_version(location)
     place = location_of(
-        where, filesystem=filesystem, storage_options=storage_options, patience=patience, name=name
+        location, filesystem=filesystem, storage_options=storage_options, retry_policy=retry_policy, name=name
     )  # fmt: skip
     if without_query(place.path) != place.path:
         return _files_at(place, member, name)  # its signature is of one file: nothing around it may be asked for
@@ -128,22 +128,22 @@ def open_source(
     return _files_at(place, member, name)
 
 
-def _files_at(place: Location, member: str, name: str) -> FileSource:
+def _files_at(location: Location, member: str, name: str) -> FileSource:
     """The files of one format at a place."""
-    files = find_files(place, name)
-    if files != [place]:
-        refuse_mixtures(place, files, name)
+    files = find_files(location, name)
+    if files != [location]:
+        refuse_mixtures(location, files, name)
     kinds = {kind: [f for f in files if without_query(f.path).endswith(kind.suffixes)] for kind in _SOURCES}
     found = {kind: some for kind, some in kinds.items() if some}
     if len(found) != 1 or sum(map(len, found.values())) != len(files):
-        raise FctError(_not_one_format(place, files, found, name))
+        raise FctError(_not_one_format(location, files, found, name))
     ((kind, some),) = found.items()
     if kind in (NpzSource, Hdf5Source):
-        return kind(place, some, member)
-    return kind(place, some)
+        return kind(location, some, member)
+    return kind(location, some)
 
 
-def _of_catalog(url: str, storage_options: StorageOptions | None, patience: Patience, name: str) -> Source:
+def _of_catalog(url: str, storage_options: StorageOptions | None, retry_policy: RetryPolicy, name: str) -> Source:
     """The table that a catalog has by the URL's name, at its current snapshot or the one of ``?version=``."""
     from fct.gallery.iceberg_table import IcebergSource
 
@@ -153,21 +153,21 @@ def _of_catalog(url: str, storage_options: StorageOptions | None, patience: Pati
     if table is None:
         raise FileNotFoundError(f"{name}: expected a table of the catalog {address.catalog!r}, found no {address.url}")
     root, newest = (
-        address.folder(at, table.io.properties, patience) for at in (str(table.location()), table.metadata_location)
+        address.folder(at, table.io.properties, retry_policy) for at in (str(table.location()), table.metadata_location)
     )
     return IcebergSource(root, version, table.io.properties, metadata=newest)
 
 
-def _there(place: Location, name: str) -> Location:
-    if place.is_pattern:
-        raise FctError(f"{name}: expected one Zarr store, got the pattern {place}")
-    if not place.exists():
-        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {place}")
-    return place
+def _there(location: Location, name: str) -> Location:
+    if location.is_pattern:
+        raise FctError(f"{name}: expected one Zarr store, got the pattern {location}")
+    if not location.exists():
+        raise FileNotFoundError(f"{name}: expected a gallery, found nothing at {location}")
+    return location
 
 
 def _not_one_format(
-    place: Location, files: Sequence[Location], found: Mapping[type[FileSource], Sequence[Location]], name: str
+    location: Location, files: Sequence[Location], found: Mapping[type[FileSource], Sequence[Location]], name: str
 ) -> str:
     """The refusal of a place that holds files of no format, of several, or others beside the data: each named."""
     known = ", ".join(s for kind in _SOURCES for s in kind.suffixes)
@@ -175,8 +175,8 @@ def _not_one_format(
     if len(found) > 1:
         some = "; ".join(f"{len(fs)} as {fs[0].name}" for fs in found.values())
         return (
-            f"{name}: expected files of one format ({known} or .lance) at {place}, got {', '.join(endings)} ({some}); "
-            f"name one kind alone, such as {place}/**/*{next(iter(found)).suffixes[0]}"
+            f"{name}: expected files of one format ({known} or .lance) at {location}, got {', '.join(endings)} "
+            f"({some}); name one kind alone, such as {location}/**/*{next(iter(found)).suffixes[0]}"
         )
     data = {f.path for fs in found.values() for f in fs}
     others = [f for f in files if f.path not in data]
@@ -184,44 +184,44 @@ def _not_one_format(
         listed = ", ".join(str(f) for f in others[:20]) + (f" and {len(others) - 20} more" if len(others) > 20 else "")
         kind = next(iter(found))
         return (
-            f"{name}: expected files of one format at {place}, got {', '.join(endings)}: {listed} "
+            f"{name}: expected files of one format at {location}, got {', '.join(endings)}: {listed} "
             f"{'is' if len(others) == 1 else 'are'} no {kind.kind} data; move {'it' if len(others) == 1 else 'them'} "
             "elsewhere or begin the name with '_', or name the data alone, "
-            f"such as {place}/**/*{kind.suffixes[0]}"
+            f"such as {location}/**/*{kind.suffixes[0]}"
         )
     text = next((e for e in endings if e in _REWRITE), "")
-    hint = f"; write it once as Parquet, in DuckDB: {_rewritten(place, text)}" if text else ""
-    return f"{name}: expected files of one format ({known} or .lance) at {place}, got {', '.join(endings)}{hint}"
+    hint = f"; write it once as Parquet, in DuckDB: {_rewritten(location, text)}" if text else ""
+    return f"{name}: expected files of one format ({known} or .lance) at {location}, got {', '.join(endings)}{hint}"
 
 
-def _rewritten(place: Location, ending: str) -> str:
+def _rewritten(location: Location, ending: str) -> str:
     """The line of DuckDB for a file, a pattern, or the files below a folder."""
-    files = f"{place}/**/*{ending}" if place.is_folder() else str(place)
+    files = f"{location}/**/*{ending}" if location.is_folder() else str(location)
     return _REWRITE[ending].replace("FILES", files.replace("'", "''"))
 
 
 def open_destination(
-    where: GalleryLike,
+    location: GalleryLike,
     format: str,
     *,
     filesystem: FileSystem | None = None,
     storage_options: StorageOptions | None = None,
-    patience: Patience | None = None,
+    retry_policy: RetryPolicy | None = None,
 ) -> Destination:
-    """The writer for ``where``: a folder of ``format`` files, a ``.lance`` dataset, a Delta table, a table of an
+    """The writer for ``location``: a folder of ``format`` files, a ``.lance`` dataset, a Delta table, a table of an
     Iceberg catalog (``iceberg://CATALOG/NAMESPACE.TABLE``), or a Destination, as it is."""
-    if isinstance(where, Destination):
-        return where
-    if is_database(where):
-        return database_destination(where, patience or Patience())
-    if is_iceberg(where):
+    if isinstance(location, Destination):
+        return location
+    if is_database(location):
+        return database_destination(location, retry_policy or RetryPolicy())
+    if is_iceberg(location):
         from fct.gallery.iceberg_destination import IcebergDestination
 
-        address = IcebergAddress.of(os.fspath(where), storage_options, "destination")
-        return IcebergDestination(address, patience or Patience())
+        address = IcebergAddress.of(os.fspath(location), storage_options, "destination")
+        return IcebergDestination(address, retry_policy or RetryPolicy())
     check_choice(format, "format", FORMATS)
     place = location_of(
-        where, filesystem=filesystem, storage_options=storage_options, patience=patience, name="destination"
+        location, filesystem=filesystem, storage_options=storage_options, retry_policy=retry_policy, name="destination"
     )  # fmt: skip
     if format == "lance":
         from fct.gallery.lance_dataset import LanceDestination
@@ -250,6 +250,6 @@ def lance_in(folder: Location, *, table: str = "") -> Location:
     return folder / found[0] if alone else folder
 
 
-def journal_location(where: Location, format: str) -> Location:
+def journal_location(location: Location, format: str) -> Location:
     """Where a backfill's journal lies: in the new gallery's folder, or beside a Lance dataset."""
-    return where.at(where.path.removesuffix(".lance") + ".fct") if format == "lance" else where / "_fct"
+    return location.at(location.path.removesuffix(".lance") + ".fct") if format == "lance" else location / "_fct"

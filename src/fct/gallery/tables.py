@@ -29,7 +29,7 @@ TITLES = {
 }
 
 
-def split_version(where: str) -> tuple[str, int | None]:
+def split_version(location: str) -> tuple[str, int | None]:
     """(place, version) of ``TABLE?version=N``; None for the newest version.
 
     Examples:
@@ -37,56 +37,56 @@ def split_version(where: str) -> tuple[str, int | None]:
         >>> split_version("s3://bucket/items?version=12"), split_version("gallery")
         (('s3://bucket/items', 12), ('gallery', None))
     """
-    match = _VERSION.fullmatch(where)
-    return (match[1], int(match[2])) if match else (where, None)
+    match = _VERSION.fullmatch(location)
+    return (match[1], int(match[2])) if match else (location, None)
 
 
-def pinned(where: object, source: Source, named: str) -> str | None:
-    """``where`` at the version that a job names, where the table has gone on since; None where there is none to pin.
+def pinned(location: object, source: Source, named: str) -> str | None:
+    """``location`` at the version that a job names, where the table has gone on since; None where there is none to pin.
 
-    where: as the caller named it; a version of theirs stands. source: what it opened. named: the job's URL of it.
+    location: as the caller named it; a version of theirs stands. source: what it opened. named: the job's URL of it.
     """
     (place, now), (then_place, then) = split_version(source.url), split_version(named)
-    if not isinstance(where, (str, os.PathLike)) or split_version(os.fspath(where))[1] is not None:
+    if not isinstance(location, (str, os.PathLike)) or split_version(os.fspath(location))[1] is not None:
         return None
     if now is None or then is None or now == then or place != then_place:
         return None
-    return f"{os.fspath(where).rstrip('/')}?version={then}"
+    return f"{os.fspath(location).rstrip('/')}?version={then}"
 
 
 def open_table(
-    place: Location, version: int | None, storage_options: StorageOptions | None, name: str
+    location: Location, version: int | None, storage_options: StorageOptions | None, name: str
 ) -> Source | None:
-    """The table at ``place``, or None where it is no table.
+    """The table at ``location``, or None where it is no table.
 
     Raises:
         FctError: a table that is not read (Hudi; a part of a table; several tables). MissingExtraError: its library
         is not installed.
     """
-    if place.name.endswith(".metadata.json"):
+    if location.name.endswith(".metadata.json"):
         from fct.gallery.iceberg_table import IcebergSource
 
-        need("pyiceberg", f"{name}: {place}, an Iceberg table,")
-        return IcebergSource(place.parent.parent, version, storage_options, metadata=place)
-    root = place.at(root_of(place)) if place.is_pattern else place
+        need("pyiceberg", f"{name}: {location}, an Iceberg table,")
+        return IcebergSource(location.parent.parent, version, storage_options, metadata=location)
+    root = location.at(root_of(location)) if location.is_pattern else location
     kind = table_kind(root)
     if kind is None:
         refuse_inside(root, name)
         if root.is_local and os.path.realpath(root.path) != os.path.abspath(root.path):
             refuse_inside(root.at(os.path.realpath(root.path)), name)
         return None
-    if place.is_pattern and kind != "datasets":
-        raise FctError(f"{name}: {place} means files of {TITLES[kind]}; name the table itself: {root}")
+    if location.is_pattern and kind != "datasets":
+        raise FctError(f"{name}: {location} means files of {TITLES[kind]}; name the table itself: {root}")
     if kind in ("hudi", "paimon"):
         raise FctError(
             f"{name}: {root} is {TITLES[kind]}, whose rows are not those of its files; fct reads none: write it once "
             f"as Parquet (in Spark: spark.read.format('{kind}').load(table).write.parquet(folder))"
         )
-    return _open(kind, place, root, version, storage_options, name)
+    return _open(kind, location, root, version, storage_options, name)
 
 
 def _open(
-    kind: str, place: Location, root: Location, version: int | None, options: StorageOptions | None, name: str
+    kind: str, location: Location, root: Location, version: int | None, options: StorageOptions | None, name: str
 ) -> Source:
     if kind == "delta":
         need("deltalake", f"{name}: {root}, a Delta table,")
@@ -100,7 +100,7 @@ def _open(
         return IcebergSource(root, version, options)
     from fct.gallery.saved_dataset import open_saved_dataset
 
-    return open_saved_dataset(root, place, name)
+    return open_saved_dataset(root, location, name)
 
 
 def table_kind(folder: Location) -> str | None:

@@ -44,7 +44,7 @@ _HOW = (
 )
 
 
-def identity_parts(where: object, storage_options: StorageOptions | None = None) -> dict[str, str]:
+def identity_parts(location: object, storage_options: StorageOptions | None = None) -> dict[str, str]:
     """The parts of a URL that say what is read, by the name of their kind; {} for a path of this machine.
 
     Examples:
@@ -52,7 +52,7 @@ def identity_parts(where: object, storage_options: StorageOptions | None = None)
         >>> identity_parts("https://host/a.npy?X-Amz-Signature=12&part=3")
         {'scheme': 'https', 'host': 'host', 'port': '443', 'path': 'a.npy', 'query': 'part=3'}
     """
-    url = _url_of(where).removeprefix(DELTA)
+    url = _url_of(location).removeprefix(DELTA)
     if "://" not in url or url.startswith(("file://", "local://")):
         return {}
     try:
@@ -69,12 +69,12 @@ def identity_parts(where: object, storage_options: StorageOptions | None = None)
     return {name: value for name, value in found.items() if value}
 
 
-def _url_of(where: object) -> str:
-    if isinstance(where, Location):
-        return "" if where.is_local else str(where.fs.unstrip_protocol(where.path))
-    if isinstance(where, (str, os.PathLike)):
-        return str(os.fspath(where))
-    url = getattr(where, "url", "")
+def _url_of(location: object) -> str:
+    if isinstance(location, Location):
+        return "" if location.is_local else str(location.fs.unstrip_protocol(location.path))
+    if isinstance(location, (str, os.PathLike)):
+        return str(os.fspath(location))
+    url = getattr(location, "url", "")
     return url if isinstance(url, str) else ""
 
 

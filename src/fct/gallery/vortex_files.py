@@ -67,7 +67,7 @@ class VortexDestination(FileDestination):
     suffix = ".vortex"
 
     def begin(self, schema: pa.Schema, space: EmbeddingSpace) -> None:
-        need("vortex", f"destination: {self.where}, a Vortex gallery,")
+        need("vortex", f"destination: {self.location}, a Vortex gallery,")
         with tempfile.TemporaryDirectory() as folder:
             for entry in schema:
                 self._require(entry, Path(folder) / "column.vortex")

@@ -163,19 +163,19 @@ class Experiment:
 _T = TypeVar("_T")
 
 
-def _build(kind: type[_T], values: object, where: str) -> _T:
+def _build(kind: type[_T], values: object, context: str) -> _T:
     """A dataclass from a mapping; an unknown or a missing key is named."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected a mapping, got {shown(values)}")
+        raise ValueError(f"{context}: expected a mapping, got {shown(values)}")
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(str(key) for key in values if key not in known):
-        raise ValueError(f"{where}: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        raise ValueError(f"{context}: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
     try:
         return kind(**values)
     except TypeError as error:
-        raise ValueError(f"{where}: {str(error).partition('__init__() ')[2]}, got {', '.join(values)}") from error
+        raise ValueError(f"{context}: {str(error).partition('__init__() ')[2]}, got {', '.join(values)}") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{context}: {error}") from error
 
 
 def _positive(name: str, value: object) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 from fct.extras import need
 from fct.gallery.databases.address import Address, is_database
 from fct.gallery.databases.database_gallery import DatabaseDestination, DatabaseSource
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 
 __all__ = ["DatabaseDestination", "DatabaseSource", "database_destination", "database_source", "is_database"]
 
@@ -32,16 +32,16 @@ def _class(name: str) -> object:
     return getattr(import_module(f"fct.gallery.databases.{module}"), found)
 
 
-def database_source(url: str, patience: Patience, *, name: str = "source") -> DatabaseSource:
+def database_source(url: str, retry_policy: RetryPolicy, *, name: str = "source") -> DatabaseSource:
     """The source behind a database's URL. Raises ValueError for a URL that names no table or collection, and
     MissingExtraError where its client is not installed."""
     address = Address.parse(url, name)
     need(_PACKAGES[address.kind], f"{name}: {address.shown}")
-    return cast("type[DatabaseSource]", _class(_STORES[address.kind][0]))(address, patience)
+    return cast("type[DatabaseSource]", _class(_STORES[address.kind][0]))(address, retry_policy)
 
 
-def database_destination(url: str, patience: Patience) -> DatabaseDestination:
+def database_destination(url: str, retry_policy: RetryPolicy) -> DatabaseDestination:
     """The destination behind a database's URL."""
     address = Address.parse(url, "destination")
     need(_PACKAGES[address.kind], f"destination: {address.shown}")
-    return cast("type[DatabaseDestination]", _class(_STORES[address.kind][1]))(address, patience)
+    return cast("type[DatabaseDestination]", _class(_STORES[address.kind][1]))(address, retry_policy)

@@ -27,9 +27,9 @@ KINDS = {
 _SPELLINGS = {"postgres": "postgresql"}
 
 
-def is_database(where: object) -> TypeGuard[str]:
+def is_database(location: object) -> TypeGuard[str]:
     """Whether this is the URL of a vector database."""
-    scheme = where.partition("://")[0] if isinstance(where, str) and "://" in where else ""
+    scheme = location.partition("://")[0] if isinstance(location, str) and "://" in location else ""
     return _SPELLINGS.get(scheme, scheme) in KINDS
 
 
@@ -82,7 +82,7 @@ class Address:
         query = {KINDS[self.kind].holds: self.table} | ({"vector": self.vector} if self.vector else {})
         return f"{self.kind}://{server}{self.path}?{urlencode(query)}"
 
-    def place(self) -> tuple[str | int, ...]:
+    def location(self) -> tuple[str | int, ...]:
         """What two addresses of the same table have alike."""
         return self.kind, self.host, self.port, self.path, self.table
 

@@ -110,7 +110,7 @@ class ChromaDestination(DatabaseDestination):
             collection = _collection(self.address)
             return f"holds {collection.count()} records" if collection is not None and collection.count() else ""
 
-        return str(self.patience.ask(lambda: asked(self.address, look), f"opening {self.url}", moves=0))
+        return str(self.retry_policy.ask(lambda: asked(self.address, look), f"opening {self.url}", moves=0))
 
     def prepare(self, schema: pa.Schema, space: EmbeddingSpace, *, begun: bool) -> None:
         def make() -> None:
@@ -126,7 +126,7 @@ class ChromaDestination(DatabaseDestination):
                     embedding_function=None,
                 )
 
-        self.patience.ask(lambda: asked(self.address, make), f"preparing {self.url}", moves=0)
+        self.retry_policy.ask(lambda: asked(self.address, make), f"preparing {self.url}", moves=0)
 
     def put(self, batches: Sequence[pa.RecordBatch]) -> None:
         most = int(asked(self.address, lambda: _client(self.address).get_max_batch_size()))

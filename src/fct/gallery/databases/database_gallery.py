@@ -20,7 +20,7 @@ from fct.gallery.databases.address import Address
 from fct.gallery.databases.id_lists import IdLists, minus
 from fct.gallery.interfaces import TRUE_KEY, VECTOR_KEY, Batches, Destination, Piece, Shard, Source
 from fct.gallery.json_values import json_values, lost_numbers
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.spaces import EmbeddingSpace
 from fct.terminal import plain_log
 from fct.types import JsonDict
@@ -57,8 +57,8 @@ class DatabaseSource(Source):
     id_column: str = "id"
     page: ClassVar[int] = 4096  # rows asked for at once
 
-    def __init__(self, address: Address, patience: Patience) -> None:
-        self.address, self.patience = address, patience
+    def __init__(self, address: Address, retry_policy: RetryPolicy) -> None:
+        self.address, self.retry_policy = address, retry_policy
         self.follow = False
         self.payload = True  # whether the other columns are wanted
         self.needed: tuple[str, ...] = ()  # the columns that are mapped
@@ -94,7 +94,7 @@ class DatabaseSource(Source):
 
     def suit(self, destination: Address) -> None:
         """Reads what this destination takes: where it is the same table, no payload."""
-        self.payload = destination.place() != self.address.place()
+        self.payload = destination.location() != self.address.location()
 
     def release(self) -> None:
         """Gives back what the server holds for this reader: a snapshot, a lock."""
@@ -117,7 +117,7 @@ class DatabaseSource(Source):
         return self._lists.pieces()
 
     def _scan(self) -> list[pa.Array]:
-        return self.patience.ask(lambda: list(self.scan()), f"looking at {self.url}", moves=1 << 30)
+        return self.retry_policy.ask(lambda: list(self.scan()), f"looking at {self.url}", moves=1 << 30)
 
     def _find_new(self) -> None:
         known = self._lists.all()
@@ -169,8 +169,8 @@ class DatabaseDestination(Destination):
 
     keeps_json: ClassVar[bool] = True  # whether payload becomes an object of JSON there
 
-    def __init__(self, address: Address, patience: Patience) -> None:
-        self.address, self.patience = address, patience
+    def __init__(self, address: Address, retry_policy: RetryPolicy) -> None:
+        self.address, self.retry_policy = address, retry_policy
         self.id_column, self.switch = "", False
         self.hollow: Counter[str] = Counter()
         self.same_rows = False  # the rows that are read are the ones that are written to
@@ -196,14 +196,14 @@ class DatabaseDestination(Destination):
                 "that is called so: name it (--id-column)"
             )
         if isinstance(source, DatabaseSource):
-            if source.address.place() == self.address.place() and self.address.vector in source.needed:
+            if source.address.location() == self.address.location() and self.address.vector in source.needed:
                 raise DatabaseError(
                     f"destination: expected another place than the source, which is never written to: {self.url} is "
                     "what is read"
                 )
             source.suit(self.address)
             self._source = source
-            self.same_rows = source.address.place() == self.address.place()
+            self.same_rows = source.address.location() == self.address.location()
         self.id_column, self._journal = id_column, journal
 
     # ---- what a store does ----
@@ -253,7 +253,7 @@ class DatabaseDestination(Destination):
         if held:
             moves = sum(batch.nbytes for batch in held)
             with self._lock:
-                self.patience.ask(lambda: self.put(held), f"writing to {self.url}", moves=8 * moves)
+                self.retry_policy.ask(lambda: self.put(held), f"writing to {self.url}", moves=8 * moves)
         return {}, None
 
     def finish(self, extras: Sequence[object], schema: pa.Schema, space: EmbeddingSpace) -> None:
@@ -263,7 +263,7 @@ class DatabaseDestination(Destination):
         for line in lost_numbers(self.hollow):
             _log.warning("%s", line)
         if gone is not None and len(gone):
-            self.patience.ask(lambda: self.remove(gone), f"removing from {self.url}", moves=1 << 30)
+            self.retry_policy.ask(lambda: self.remove(gone), f"removing from {self.url}", moves=1 << 30)
             _log.warning("destination: %d rows that the source lost meanwhile were taken out", len(gone))
 
     # ---- for the stores ----

@@ -21,7 +21,7 @@ from fct.gallery.databases.database_gallery import (
     json_rows,
 )
 from fct.gallery.interfaces import VECTOR_KEY
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.types import Array, Id, JsonDict
 
 __all__ = ["PAYLOAD", "CollectionSource", "asked", "clients", "points_of", "rows_of_points", "vectors_of"]
@@ -100,8 +100,8 @@ def vectors_of(column: pa.Array) -> Array:
 class CollectionSource(DatabaseSource):
     """What the sources of such stores share: the schema, and rows asked for by their ids."""
 
-    def __init__(self, address: Address, patience: Patience) -> None:
-        super().__init__(address, patience)
+    def __init__(self, address: Address, retry_policy: RetryPolicy) -> None:
+        super().__init__(address, retry_policy)
         self._facts: tuple[str, pa.DataType, tuple[str, ...]] | None = None
 
     @abstractmethod
@@ -116,7 +116,7 @@ class CollectionSource(DatabaseSource):
     def facts(self) -> tuple[str, pa.DataType, tuple[str, ...]]:
         if self._facts is None:
             self._require_there()
-            self._facts = self.patience.ask(lambda: asked(self.address, self.look), f"opening {self.url}", moves=0)
+            self._facts = self.retry_policy.ask(lambda: asked(self.address, self.look), f"opening {self.url}", moves=0)
             wanted, names = self.address.vector, self._facts[2]
             if wanted and wanted not in names:
                 known = ", ".join(names)

@@ -108,10 +108,10 @@ class MilvusDestination(DatabaseDestination):
         def look() -> str:
             return "is there already" if _client(self.address).has_collection(self.address.table) else ""
 
-        return str(self.patience.ask(lambda: asked(self.address, look), f"opening {self.url}", moves=0))
+        return str(self.retry_policy.ask(lambda: asked(self.address, look), f"opening {self.url}", moves=0))
 
     def prepare(self, schema: pa.Schema, space: EmbeddingSpace, *, begun: bool) -> None:
-        self.patience.ask(
+        self.retry_policy.ask(
             lambda: asked(self.address, lambda: self._prepare(schema, space)), f"preparing {self.url}", moves=0
         )
 

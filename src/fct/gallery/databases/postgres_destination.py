@@ -13,7 +13,7 @@ from fct.gallery.databases.database_gallery import DatabaseDestination, Database
 from fct.gallery.databases.postgres_copy import END, HEADER, PG_TYPE, Column, encode, pg_type_of
 from fct.gallery.databases.postgres_server import Server, columns_of, key_of, quoted, table_of
 from fct.gallery.interfaces import VECTOR_KEY
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.spaces import EmbeddingSpace
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class PostgresDestination(DatabaseDestination):
     kind: ClassVar[str] = "postgresql"
     keeps_json: ClassVar[bool] = False
 
-    def __init__(self, address: Address, patience: Patience) -> None:
-        super().__init__(address, patience)
+    def __init__(self, address: Address, retry_policy: RetryPolicy) -> None:
+        super().__init__(address, retry_policy)
         self._server = Server(address)
         self._types: list[str] = []
         self._as_column: bool | None = None
@@ -44,7 +44,7 @@ class PostgresDestination(DatabaseDestination):
 
     def _settle(self, schema: pa.Schema) -> list[Column]:
         """The table as it is; decides whether a column of it is meant, or a table of our own."""
-        found: list[Column] = self.patience.ask(
+        found: list[Column] = self.retry_policy.ask(
             lambda: self._server.run(lambda c: columns_of(c, self.address)), f"opening {self.url}", moves=0
         )
         return found
@@ -137,7 +137,7 @@ class PostgresDestination(DatabaseDestination):
             connection.execute("SET lock_timeout = 0")
             self._told.append(f"added: {add.as_string(connection)}")
 
-        self.patience.ask(lambda: self._server.run(do), f"adding a column to {self.url}", moves=0)
+        self.retry_policy.ask(lambda: self._server.run(do), f"adding a column to {self.url}", moves=0)
 
     def _create(self, schema: pa.Schema, vector: str, wanted: str) -> None:
         from psycopg import sql
@@ -151,7 +151,7 @@ class PostgresDestination(DatabaseDestination):
             connection.execute(create)
             self._told.append(f"created: {create.as_string(connection)}")
 
-        self.patience.ask(lambda: self._server.run(do), f"creating {self.url}", moves=0)
+        self.retry_policy.ask(lambda: self._server.run(do), f"creating {self.url}", moves=0)
 
     # ---- writing ----
     def put(self, batches: Sequence[pa.RecordBatch]) -> None:
@@ -191,13 +191,13 @@ class PostgresDestination(DatabaseDestination):
                 connection.execute(sql.SQL("DELETE FROM {} WHERE {} = ANY({})").format(table, key, self._array(ids)))
                 _copy_in(connection, table, names, blocks)
 
-    def _refuse_strangers(self, connection: Connection[TupleRow], where: Composable) -> None:
+    def _refuse_strangers(self, connection: Connection[TupleRow], condition: Composable) -> None:
         """Rows of another place that the table has no row for: they would be lost. What is read from the table itself
         may have been deleted since."""
         from psycopg import sql
 
         missing = "SELECT {k}::text, count(*) OVER () FROM fct_new WHERE NOT EXISTS (SELECT FROM {t} WHERE "
-        query = sql.SQL(missing).format(k=sql.Identifier(self._names[0]), t=table_of(self.address)) + where
+        query = sql.SQL(missing).format(k=sql.Identifier(self._names[0]), t=table_of(self.address)) + condition
         found = connection.execute(query + sql.SQL(") LIMIT 3")).fetchall()
         if found:
             first = ", ".join(str(row[0]) for row in found) + (", ..." if found[0][1] > len(found) else "")

@@ -22,7 +22,7 @@ from fct.gallery.databases.postgres_blocks import (
 from fct.gallery.databases.postgres_copy import Column, decode
 from fct.gallery.databases.postgres_server import Server, columns_of, key_of, table_of
 from fct.gallery.interfaces import VECTOR_KEY
-from fct.gallery.location import Patience
+from fct.gallery.location import RetryPolicy
 from fct.spaces import EmbeddingSpace
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class PostgresSource(DatabaseSource):
     kind: ClassVar[str] = "postgresql"
     page: ClassVar[int] = 16384
 
-    def __init__(self, address: Address, patience: Patience) -> None:
-        super().__init__(address, patience)
+    def __init__(self, address: Address, retry_policy: RetryPolicy) -> None:
+        super().__init__(address, retry_policy)
         self.raw = False  # payload as the server's bytes, for another PostgreSQL table
         self._server = Server(address)
         self._snapshot = ""
@@ -50,7 +50,7 @@ class PostgresSource(DatabaseSource):
 
     def _all(self) -> list[Column]:
         if self._found is None:
-            self._found = self.patience.ask(lambda: self._server.run(self._look_at), f"opening {self.url}", moves=0)
+            self._found = self.retry_policy.ask(lambda: self._server.run(self._look_at), f"opening {self.url}", moves=0)
         return self._found
 
     def _look_at(self, connection: Connection[TupleRow]) -> list[Column]:

@@ -125,16 +125,18 @@ class QdrantDestination(DatabaseDestination):
             points, _ = client.scroll(self.address.table, models.Filter(must_not=[empty]), limit=1, with_payload=False)
             return f"has {flag!r} in its payload already (--true-column names another)" if points else ""
 
-        return str(self.patience.ask(lambda: asked(self.address, look) or asked(self.address, taken),
+        return str(self.retry_policy.ask(lambda: asked(self.address, look) or asked(self.address, taken),
                                      f"opening {self.url}", moves=0))  # fmt: skip
 
     def prepare(self, schema: pa.Schema, space: EmbeddingSpace, *, begun: bool) -> None:
         self._flag = self.true_column(schema)
-        self.patience.ask(lambda: asked(self.address, lambda: self._prepare(space)), f"preparing {self.url}", moves=0)
+        self.retry_policy.ask(
+            lambda: asked(self.address, lambda: self._prepare(space)), f"preparing {self.url}", moves=0
+        )
 
     def _same(self) -> bool:
         """Whether the points are those that are read: then they get a further vector, and keep the rest."""
-        return self._source is not None and self._source.address.place() == self.address.place()
+        return self._source is not None and self._source.address.location() == self.address.location()
 
     def _prepare(self, space: EmbeddingSpace) -> None:
         from qdrant_client import models

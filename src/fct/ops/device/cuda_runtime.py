@@ -32,7 +32,7 @@ class CudaRuntime:
         reason = self.lib.cuda_why_not_here()
         return [reason] if reason else []
 
-    def where(self, device: str) -> tuple[int, int]:
+    def device_and_stream(self, device: str) -> tuple[int, int]:
         """(device number, the caller's current stream on it)."""
         import torch
 

@@ -36,7 +36,7 @@ def block_rows(n: int, bytes_per_row: int, device: Device) -> int:
 @dataclass
 class _Buffer:
     host: torch.Tensor
-    place: torch.Tensor
+    on_device: torch.Tensor
     host_scale: Any  # tensors, or None
     place_scale: Any
     rows: Rows  # on the host
@@ -66,7 +66,7 @@ class _Set:
         import torch
 
         b = self.buffers[name]
-        values = b.place[:n]
+        values = b.on_device[:n]
         if b.rows.dtype == "bfloat16":
             values = values.view(torch.bfloat16)
         scale = b.place_scale if b.host_scale is None else b.place_scale[:n]
@@ -149,7 +149,7 @@ def _stream(
             with device.on(back):
                 device.wait(computed)
                 buffer = s.buffers["out"]
-                device.copy(buffer.host[:count], buffer.place[:count])
+                device.copy(buffer.host[:count], buffer.on_device[:count])
                 s.finished, s.part = device.record(), part
         for s in sorted((s for s in sets if s.part is not None), key=lambda s: s.part.start if s.part else 0):
             _collect(s, device, done)
@@ -181,7 +181,7 @@ def _settle(sets: list[_Set], device: Device) -> None:
 
 def _load(buffer: _Buffer, part: slice, count: int, device: Device) -> None:
     np.copyto(buffer.host[:count].numpy(), buffer.rows.values[part])
-    device.copy(buffer.place[:count], buffer.host[:count])
+    device.copy(buffer.on_device[:count], buffer.host[:count])
     _load_scale(buffer, part, count, device)
 
 

@@ -63,7 +63,7 @@ class CudaSearch:
             is_query,
             shadow.data_ptr(),
             meta.data_ptr(),
-            *self.runtime.where(rows.device),
+            *self.runtime.device_and_stream(rows.device),
         )
         return shadow, meta
 
@@ -90,7 +90,7 @@ class CudaSearch:
         return distances, indices
 
     def _queries_at_once(self, device: str, gallery: GpuShadow, k: int) -> int:
-        properties = self.runtime.properties(self.runtime.where(device)[0])
+        properties = self.runtime.properties(self.runtime.device_and_stream(device)[0])
         return int(
             self.runtime.lib.cuda_search_queries(
                 d=gallery.rows.d,
@@ -105,7 +105,7 @@ class CudaSearch:
         import torch
 
         lib = self.runtime.lib
-        where = self.runtime.where(queries.device)
+        where = self.runtime.device_and_stream(queries.device)
         shadow, meta = self._shadow(queries, gallery.metric, gallery.kind, is_query=True)
         parts = math.ceil(gallery.rows.n / self.part)
         at_once = max(2, min(parts, 8192 // k))  # results that one merge takes

@@ -107,7 +107,7 @@ def ranks_gpu(
 
 
 def _in_parts(
-    search: SearchBackend, q: Rows, shadow: GpuShadow, k: int, place: Device
+    search: SearchBackend, q: Rows, shadow: GpuShadow, k: int, device: Device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The search, with fewer queries a call where the device is out of memory; raises that error at one query."""
     import torch
@@ -121,7 +121,7 @@ def _in_parts(
             found.append(search.search(q[slice(start, min(start + step, q.n))], shadow, k))
             start += step
 
-    place.with_fewer(attempt, q.n, least=1, what="calls")
+    device.with_fewer(attempt, q.n, least=1, what="calls")
     return found[0] if len(found) == 1 else tuple(torch.cat([f[i] for f in found]) for i in (0, 1))  # type: ignore
 
 

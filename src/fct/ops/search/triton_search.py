@@ -58,7 +58,7 @@ class Plan:
         return self.keep * self.splits
 
 
-def plan(n: int, k: int, kind: str, n_queries: int, place: Device, width: int = 128) -> Plan:
+def plan(n: int, k: int, kind: str, n_queries: int, device: Device, width: int = 128) -> Plan:
     """Lists so many that the contenders, which spread over them by chance, fill a quarter of each, and splits in whole
     waves of the device. Where the gallery has too few tiles for that, each list keeps a whole tile.
 
@@ -69,26 +69,26 @@ def plan(n: int, k: int, kind: str, n_queries: int, place: Device, width: int = 
     few, many = kernels.KEEPS
     contenders = 4 * (2 * k + 32)
     for keep in (few, many):
-        tile = kernels.tile(kind, keep, place.target, width=width, queries=n_queries)
+        tile = kernels.tile(kind, keep, device.target, width=width, queries=n_queries)
         tiles, wanted = math.ceil(n / tile.n), math.ceil(contenders / keep)
         if keep == many or (k <= 256 and wanted <= tiles):
-            together = max(1, slots(tile, place) // math.ceil(n_queries / tile.m))
+            together = max(1, slots(tile, device) // math.ceil(n_queries / tile.m))
             splits = min(tiles, math.ceil(wanted / together) * together)
             return Plan(tile, keep, splits, splits == tiles and keep >= tile.n)
     raise AssertionError("no list is deep enough")
 
 
-def slots(tile: Tile, place: Device) -> int:
+def slots(tile: Tile, device: Device) -> int:
     """Programs of ``scan`` that run at once: registers let one of eight warps, or two of four, on a multiprocessor."""
-    return int(place.processors * (8 // tile.warps))
+    return int(device.processors * (8 // tile.warps))
 
 
-def queries_at_once(tile: Tile, place: Device) -> int:
+def queries_at_once(tile: Tile, device: Device) -> int:
     """Queries of one launch, 2,048 to 4,096: tiles of which a whole number of splits fills the device best.
 
     Then the query tiles of a part of the gallery run together and read it once.
     """
-    at_once, most = slots(tile, place), 4096 // tile.m
+    at_once, most = slots(tile, device), 4096 // tile.m
     return int(tile.m * max(range(most, most // 2 - 1, -1), key=lambda tiles: at_once // tiles * tiles))
 
 
@@ -168,10 +168,10 @@ class _Scan:
         gallery: GpuShadow,
         k: int,
         p: Plan,
-        place: Device,
+        device: Device,
     ) -> None:
         self.queries, self.shadow, self.meta, self.bounded = queries, shadow, meta, bounded
-        self.gallery, self.k, self.plan, self.place = gallery, k, p, place
+        self.gallery, self.k, self.plan, self.device = gallery, k, p, device
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """((n, k) costs, ascending, (n, k) rows of the slab), exact."""
@@ -199,12 +199,12 @@ class _Scan:
         from fct.kernels.kernel_arguments import Shadow
 
         q, g, p = self.queries, self.gallery, self.plan
-        keys = self.place.empty((q.n, p.splits, p.keep), "int64")
+        keys = self.device.empty((q.n, p.splits, p.keep), "int64")
         arguments = {
             "queries": Shadow(self.shadow, self.shadow.stride(0), self.meta),
             "gallery": Shadow(g.shadow, g.shadow.stride(0), g.meta), "out": keys, "n_q": q.n, "n_g": g.n,
             "splits": p.splits, "width": g.shadow.shape[1], "HELD": p.tile.k == g.shadow.shape[1], "KEEP": p.keep,
-            "TILE": p.tile, "UPCAST": self.place.interpreted,
+            "TILE": p.tile, "UPCAST": self.device.interpreted,
         }  # fmt: skip
         self._launch("scan", kernels.scan, (math.ceil(q.n / p.tile.m), p.splits), arguments, p.tile)
         return keys.view(q.n, -1)
@@ -254,7 +254,7 @@ class _Scan:
 
         n, count = keys.shape
         g, tile = self.gallery.rows, kernels.RESCORE
-        costs = self.place.empty((n, count), "float32")
+        costs = self.device.empty((n, count), "float32")
         arguments = {
             "queries": Gallery(queries.values, queries.scale, queries.row_stride),
             "gallery": Gallery(g.values, g.scale, g.row_stride), "keys": keys, "cost": costs, "count": count, "D": g.d,
@@ -267,7 +267,7 @@ class _Scan:
     def _launch(
         self, name: str, kernel: Kernel, grid: tuple[int, int], arguments: dict[str, object], tile: Tile
     ) -> None:
-        place = self.place
+        place = self.device
         try:
             place.launch(kernel, grid, arguments, warps=tile.warps, stages=tile.stages)
         except Exception as error:

@@ -157,7 +157,7 @@ class CudaTransform:
 
         Rows that the skip reads at the end have to stay until then.
         """
-        place = self.runtime.properties(self.runtime.where(device)[0])
+        place = self.runtime.properties(self.runtime.device_and_stream(device)[0])
         kept = 0 if skip_at is None else mixer[-1].depth - skip_at
         into = [layer.depth for layer in mixer]
         into[-1] -= kept
@@ -174,7 +174,7 @@ class CudaTransform:
     ) -> None:
         if out.n == 0:
             return
-        device, stream = self.runtime.where(packed.device)
+        device, stream = self.runtime.device_and_stream(packed.device)
         large = out.n > SMALL_ROWS and not self.large_why_not()
         step = packed.chunk if large else SMALL_ROWS
         scratch = self._scratch(packed, step, stream)

@@ -28,34 +28,34 @@ def open_new(
     destination: GalleryLike | Destination, form: str, old: _Old, database: Database, access: Opening
 ) -> tuple[Destination, Journal]:
     """The writer of the new gallery and its journal, in a place that touches no old one."""
-    store, patience = access["storage_options"], access["patience"]
+    store, retry_policy = access["storage_options"], access["retry_policy"]
     if isinstance(destination, Destination) or is_database(destination):
-        writer = open_destination(destination, form, storage_options=store, patience=patience)
+        writer = open_destination(destination, form, storage_options=store, retry_policy=retry_policy)
         if isinstance(writer, DatabaseDestination):
             return writer, database_journal(database.journal)
-        place = location_of(writer.url, storage_options=store, patience=patience)
+        place = location_of(writer.url, storage_options=store, retry_policy=retry_policy)
         return writer, Journal(journal_location(place, form), place)
     if is_iceberg(destination):
-        writer = open_destination(destination, form, storage_options=store, patience=patience)
+        writer = open_destination(destination, form, storage_options=store, retry_policy=retry_policy)
         return writer, _table_journal(writer, database.journal, old)
     place = location_of(destination, name="destination", **access)
     if form == "lance":
         table = old[0].url.rstrip("/").rpartition("/")[2].removesuffix(".lance")
         place = lance_in(place, table=table if old[0].kind == "lance" else "gallery")
-    writer = open_destination(place, form, storage_options=store, patience=patience)
+    writer = open_destination(place, form, storage_options=store, retry_policy=retry_policy)
     _require_apart_from(place, old)
     _require_folder(place)
     return writer, _folder_journal(writer, place, form, database.journal, old)
 
 
 def _folder_journal(
-    writer: Destination, place: Location, form: str, folder: str | os.PathLike[str] | None, old: _Old
+    writer: Destination, location: Location, form: str, folder: str | os.PathLike[str] | None, old: _Old
 ) -> Journal:
     """The journal of a folder of files: in it, or, so that nothing but data lies there, in the one that was named."""
-    usual = Journal(journal_location(place, form), place)
+    usual = Journal(journal_location(location, form), location)
     root = usual.root if folder is None else database_journal(folder).root
     if folder is None or (root.fs, root.path) == (usual.root.fs, usual.root.path):
-        refuse_claimed(place)
+        refuse_claimed(location)
         return usual
     if not isinstance(writer, FileDestination) or not writer.tags_itself:
         if isinstance(old[0], DatabaseSource):
@@ -65,37 +65,37 @@ def _folder_journal(
             "folder: parquet and arrow files stand alone"
         )
     _require_apart_from(root, old, "journal")
-    if place.is_local and (inside := _nested(root, place)):
-        raise ValueError(f"journal: expected a folder apart from the destination {place}, got {root} {inside} it")
+    if location.is_local and (inside := _nested(root, location)):
+        raise ValueError(f"journal: expected a folder apart from the destination {location}, got {root} {inside} it")
     writer.beside = False
-    return Journal(root, place, apart=True)
+    return Journal(root, location, apart=True)
 
 
 def _table_journal(writer: Destination, folder: str | os.PathLike[str] | None, old: _Old) -> Journal:
     """The journal of rows that are appended to a table: below it, or in the folder that was named."""
     assert isinstance(writer, FileDestination)
-    _require_apart_from(writer.where, old)
-    root = journal_location(writer.where, writer.kind) if folder is None else database_journal(folder).root
-    return Journal(root, writer.where)
+    _require_apart_from(writer.location, old)
+    root = journal_location(writer.location, writer.kind) if folder is None else database_journal(folder).root
+    return Journal(root, writer.location)
 
 
-def _require_apart_from(place: Location, old: _Old, name: str = "destination") -> None:
+def _require_apart_from(location: Location, old: _Old, name: str = "destination") -> None:
     for store, what in zip(old, ("source", "side_source"), strict=True):
         if store is not None:
-            _require_apart(place, getattr(store, "inner", store), what, name)
+            _require_apart(location, getattr(store, "inner", store), what, name)
 
 
-def _require_apart(where: Location, source: Source, what: str, name: str) -> None:
+def _require_apart(location: Location, source: Source, what: str, name: str) -> None:
     """A source is never written to: the new gallery lies neither in it nor around it, whatever the two are called."""
     mine = getattr(source, "where", None)
-    if not isinstance(mine, Location) or mine.fs != where.fs or (mine.is_pattern and "**" not in mine.path):
+    if not isinstance(mine, Location) or mine.fs != location.fs or (mine.is_pattern and "**" not in mine.path):
         return
     root = mine.path.partition("**")[0].rstrip("/") if mine.is_pattern else mine.path.rstrip("/")
-    inside = _nested(where, mine.at(root))
+    inside = _nested(location, mine.at(root))
     if inside == "at":
         raise ValueError(f"{name}: expected another place than the {what}, which is never written to")
     if inside:
-        raise ValueError(f"{name}: expected a place apart from the {what} {mine}, got {where} {inside} the {what}")
+        raise ValueError(f"{name}: expected a place apart from the {what} {mine}, got {location} {inside} the {what}")
 
 
 def _nested(new: Location, old: Location) -> str:
@@ -106,29 +106,29 @@ def _nested(new: Location, old: Location) -> str:
     return "inside" if a.startswith(b) else "around" if b.startswith(a) else ""
 
 
-def _require_folder(where: Location) -> None:
+def _require_folder(location: Location) -> None:
     """Raises NotADirectoryError where a file stands in the destination's way."""
-    if where.is_local:
-        way = next((p for p in (where.local, *where.local.parents) if p.exists()), None)
+    if location.is_local:
+        way = next((p for p in (location.local, *location.local.parents) if p.exists()), None)
         if way is not None and not way.is_dir():
             raise NotADirectoryError(f"destination: expected a folder, or a place for a new one, {way} is a file")
 
 
-def occupied(place: Location) -> list[str]:
+def occupied(location: Location) -> list[str]:
     """Names in a destination that no backfill of ours began: whatever lies in the folder itself, and data files of the
     folders below, which whoever reads the new gallery would read as its rows."""
-    table = TITLES.get(table_kind(place) or "")
-    here = [*([table] if table else []), *(n for n in place.files() if n != SIDE_FILE)]
-    return here or _data_below(place)
+    table = TITLES.get(table_kind(location) or "")
+    here = [*([table] if table else []), *(n for n in location.files() if n != SIDE_FILE)]
+    return here or _data_below(location)
 
 
-def _data_below(place: Location) -> list[str]:
+def _data_below(location: Location) -> list[str]:
     """The first data file of each folder."""
-    root, found = place.path.rstrip("/"), []
-    for folder in place.folders():
+    root, found = location.path.rstrip("/"), []
+    for folder in location.folders():
         if is_hidden([folder, "data"]):
             continue
-        below = (file.path[len(root) :].strip("/").split("/") for file in (place / folder).find())
+        below = (file.path[len(root) :].strip("/").split("/") for file in (location / folder).find())
         first = min(("/".join(parts) for parts in below if not is_hidden(parts)), default=None)
         found += [] if first is None else [first]
     return found
