@@ -122,7 +122,7 @@ def _in_parts(
             start += step
 
     device.with_fewer(attempt, q.n, least=1, what="calls")
-    return found[0] if len(found) == 1 else tuple(torch.cat([f[i] for f in found]) for i in (0, 1))  # type: ignore
+    return found[0] if len(found) == 1 else tuple(torch.cat([f[i] for f in found]) for i in (0, 1))  # type: ignore[return-value]
 
 
 class _out_of_memory:
