@@ -267,7 +267,7 @@ class Shadow(Job):
 
         rows = self.rows()
         fct.prepare_gallery(rows).save(folder / "flat.shadow")
-        levels._LEAST_ROWS, levels._GAIN = 1, 1e9  # type: ignore[attr-defined]
+        levels._LEAST_ROWS, levels._GAIN = 1, 1e9  # so that a small gallery has levels too
         fct.prepare_gallery(rows).save(folder / "levels.shadow")
 
     @staticmethod
@@ -278,7 +278,7 @@ class Shadow(Job):
         from fct.ops.search import shadow_file
 
         rows = self.rows()
-        shadow_file._AT_ONCE = random.choice((0, 1 << 30))  # type: ignore[attr-defined]
+        shadow_file._AT_ONCE = random.choice((0, 1 << 30))
         found = fct.topk(rows[:20], fct.PreparedGallery.load(changed, rows), 5).indices
         distances = ((rows[:20, None].astype(np.float64) - rows[None]) ** 2).sum(2)
         if not np.array_equal(found, np.argsort(distances, axis=1, kind="stable")[:, :5]):

@@ -9,7 +9,7 @@ import numpy as np
 import fct
 from fct.rows import rows_of
 
-__all__ = ["SPECTRA", "narrow_gallery", "spectrum"]
+__all__ = ["HOSTILE", "SPECTRA", "hostile_rows", "narrow_gallery", "spectrum"]
 
 
 def spectrum(rng: np.random.Generator, n: int, d: int, name: str) -> Any:
@@ -62,3 +62,30 @@ def narrow_gallery(x: Any, dtype: str, path: Any) -> tuple[list[fct.PreparedGall
     prepared = fct.prepare_gallery(scaled(g[:half])).append(scaled(g[half:]))
     prepared.save(path)
     return [prepared, fct.PreparedGallery.load(path, prepared.gallery)], rows_of(scaled(g), "g").float32()
+
+
+HOSTILE = ("near", "equal", "zero", "huge", "tiny", "outlier", "clustered", "zero query")
+
+
+def hostile_rows(case: str, rng: np.random.Generator, n: int) -> tuple[Any, Any]:
+    """((3, 24), (n, 24)) float32, n over 200: queries and a gallery by which a search's bounds may be misled."""
+    q, g = rng.standard_normal((3, 24), dtype=np.float32), rng.standard_normal((n, 24), dtype=np.float32)
+    if case == "near":
+        g = np.float32(1) + g * np.float32(1e-5)
+    elif case == "equal":
+        g[:] = g[0]
+    elif case == "zero":
+        g[::2] = 0
+    elif case == "huge":
+        g[::7] *= np.float32(1e17)
+    elif case == "tiny":
+        g *= np.float32(1e-18)
+        q *= np.float32(1e-18)
+    elif case == "outlier":
+        g[:, 3] *= np.float32(1e4)
+    elif case == "clustered":
+        g[100:200] = q[0] + g[100:200] * np.float32(1e-2)
+    else:
+        assert case == "zero query"
+        q[:] = 0
+    return q, g

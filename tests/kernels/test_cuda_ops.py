@@ -13,6 +13,7 @@ import pytest
 import torch
 from cuda_support import rows
 from oracle import check_search
+from spectra import HOSTILE, hostile_rows
 
 from fct.ops.search.cuda_search import CudaSearch
 from fct.rows import Rows
@@ -153,24 +154,9 @@ def test_topk_reads_every_dtype_and_stride(runtime: Any, rng: Any, dtype: str) -
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
-@pytest.mark.parametrize("case", ["near", "equal", "zero", "huge", "tiny", "outlier", "clustered"])
+@pytest.mark.parametrize("case", HOSTILE)
 def test_topk_is_exact_on_hostile_rows(runtime: Any, rng: Any, case: str, metric: str, kind: str) -> None:
-    q, g = rng.standard_normal((3, 24), dtype=np.float32), rng.standard_normal((600, 24), dtype=np.float32)
-    if case == "near":
-        g = np.float32(1) + g * np.float32(1e-5)
-    elif case == "equal":
-        g[:] = g[0]
-    elif case == "zero":
-        g[::2] = 0
-    elif case == "huge":
-        g[::7] *= np.float32(1e17)
-    elif case == "tiny":
-        g *= np.float32(1e-18)
-        q *= np.float32(1e-18)
-    elif case == "outlier":
-        g[:, 3] *= np.float32(1e4)
-    else:
-        g[100:200] = q[0] + g[100:200] * np.float32(1e-2)
+    q, g = hostile_rows(case, rng, 600)
     search = CudaSearch(runtime)
     found = search.search(rows(q), search.prepare(rows(g), metric, kind), 9)
     check_search(*found, q, g, metric)

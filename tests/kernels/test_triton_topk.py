@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_device import FakeDevice, plain
 from oracle import check_search
+from spectra import HOSTILE, hostile_rows
 
 from fct import ref
 from fct.kernels import search_kernels as kernels
@@ -111,26 +112,9 @@ def test_the_largest_k(fake: FakeDevice, rng: Any, kind: str, n: int, k: int, mo
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
-@pytest.mark.parametrize("case", ["near", "equal", "zero", "huge", "tiny", "outlier", "clustered", "zero query"])
+@pytest.mark.parametrize("case", HOSTILE)
 def test_exact_on_hostile_rows(fake: FakeDevice, rng: Any, case: str, metric: str, kind: str) -> None:
-    q, g = rng.standard_normal((3, 24), dtype=np.float32), rng.standard_normal((900, 24), dtype=np.float32)
-    if case == "near":
-        g = np.float32(1) + g * np.float32(1e-5)
-    elif case == "equal":
-        g[:] = g[0]
-    elif case == "zero":
-        g[::2] = 0
-    elif case == "huge":
-        g[::7] *= np.float32(1e17)
-    elif case == "tiny":
-        g *= np.float32(1e-18)
-        q *= np.float32(1e-18)
-    elif case == "outlier":
-        g[:, 3] *= np.float32(1e4)
-    elif case == "clustered":
-        g[100:200] = q[0] + g[100:200] * np.float32(1e-2)
-    else:
-        q[:] = 0
+    q, g = hostile_rows(case, rng, 900)
     found = searched(fake, fake.rows(q), fake.rows(g), 9, metric, kind)
     check(found, q, g, 9, metric)
     if case == "equal":
