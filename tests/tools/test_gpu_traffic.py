@@ -159,7 +159,12 @@ def _split(reads: Any, writes: Any) -> Iterator[list[Unit]]:
 # kind, queries, gallery rows, dimensions, k: held in one line and in two, streamed; the tile for few queries
 @pytest.mark.parametrize(
     "case",
-    [("bf16", 140, 304, 128, 5), ("int8", 140, 200, 100, 5), ("bf16", 40, 200, 170, 70), ("int8", 9, 400, 300, 5)],
+    [
+        ("bf16", 140, 304, 128, 5),
+        pytest.param(("int8", 140, 200, 100, 5), marks=pytest.mark.slow),
+        pytest.param(("bf16", 40, 200, 170, 70), marks=pytest.mark.slow),
+        ("int8", 9, 400, 300, 5),
+    ],
 )
 def test_the_search_streams_are_the_kernels_own(monkeypatch: pytest.MonkeyPatch, rng: Any, case: Any) -> None:
     kind, n_q, n, d, k = case
@@ -261,7 +266,18 @@ def as_compiled(gpu: Gpu) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("gpu", [g for g in GPUS if g.name != "H200"], ids=lambda g: g.name)
+# Seconds each: one GPU stands for the others until the slow tests are run.
+each_gpu = pytest.mark.parametrize(
+    "gpu",
+    [
+        pytest.param(g, marks=[] if g.name == "A100" else [pytest.mark.slow], id=g.name)
+        for g in GPUS
+        if g.name != "H200"
+    ],
+)
+
+
+@each_gpu
 def test_activations_stay_in_l2(gpu: Gpu) -> None:
     """The paper's shape: nothing but rows in and out moves, far under 1.15 x (in + out + weights once a chunk)."""
     plan = plan_of(gpu, as_compiled(gpu))
@@ -276,7 +292,7 @@ def test_activations_stay_in_l2(gpu: Gpu) -> None:
     assert traffic(replace(plan, rows=4 * plan.rows), gpu.l2_bytes, chunks=1) > 5 * 12 * D
 
 
-@pytest.mark.parametrize("gpu", [g for g in GPUS if g.name != "H200"], ids=lambda g: g.name)
+@each_gpu
 def test_a_small_h_stays_in_l2(gpu: Gpu) -> None:
     """What lies between launches never leaves it, and each row is read once, though three layers read it."""
     facts = {name: f for name, f in as_compiled(gpu).items() if name != "branches"}
@@ -285,7 +301,7 @@ def test_a_small_h_stays_in_l2(gpu: Gpu) -> None:
     assert traffic(replace(plan, rows=4 * plan.rows), gpu.l2_bytes, chunks=1) > 2 * 12 * D
 
 
-@pytest.mark.parametrize("gpu", [g for g in GPUS if g.name != "H200"], ids=lambda g: g.name)
+@each_gpu
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_the_search_reads_its_gallery_once(gpu: Gpu, kind: str) -> None:
     """With an eighth of L2, which 100,000 rows fill at least twice: it does not lean on the gallery staying there."""
