@@ -120,7 +120,7 @@ def test_a_dictionary_that_changes_from_batch_to_batch(
     else:
         got = stored(tmp_path / "new")["id"].to_pylist()
     assert got == names
-    if format == "arrow":  # pyarrow.dataset reads ahead, and now and then takes the process with it
+    if format == "arrow":  # batch by batch, in this thread
         monkeypatch.setattr(second_files, "_dataset", lambda *where: pytest.fail(f"read by pyarrow.dataset: {where}"))
     assert fct.verify_gallery(tmp_path / "new", source=tmp_path / "old").proven
 

@@ -141,7 +141,7 @@ def _batches(kind: str, file: Location, wanted: Sequence[str]) -> Iterator[pa.Re
 
 
 def _of_arrow_file(file: Location, wanted: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Batch by batch: pyarrow.dataset reads ahead in threads, which do not agree on a dictionary that grows (26.0)."""
+    """Batch by batch, in this thread: pyarrow.dataset (26.0) reads ahead, and now and then ended the process."""
     with file.open() as opened:
         names = pa.ipc.open_file(pa.PythonFile(opened, mode="r")).schema.names
         options = pa.ipc.IpcReadOptions(included_fields=[i for i, name in enumerate(names) if name in wanted])
