@@ -34,7 +34,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "transform": (["src/fct/transform.py"], ["tests/test_bad_input.py", "tests/ops/test_gpu_path.py"]),
     "job": (
         ["src/fct/backfilling/job.py"],
-        [f"tests/backfilling/test_{what}.py" for what in ("journal", "resuming_0_1", "backfill")],
+        [f"tests/backfilling/test_{what}.py" for what in ("job", "journal", "resuming_0_1", "backfill")],
     ),
     "journal": (
         ["src/fct/backfilling/journal.py"],

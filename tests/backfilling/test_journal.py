@@ -290,14 +290,16 @@ def test_markers_say_which_rows_they_are_of(finished: tuple[Path, Path]) -> None
     assert np.sum([m.rows_in for m in markers if m]) == 900
 
 
-def test_a_file_of_the_journal_may_have_its_largest_size_and_not_a_byte_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", ["", "memory:/"])
+def test_a_file_of_the_journal_may_have_its_largest_size_and_not_a_byte_more(store: str, tmp_path: Path) -> None:
     from fct.backfilling.journal import Journal
     from fct.gallery.location import location_of
 
     (tmp_path / "new/_fct").mkdir(parents=True)
-    (tmp_path / "new/_fct/manifest.json").write_bytes(b"x" * 100)
-    journal = Journal(location_of(tmp_path / "new/_fct"), location_of(tmp_path / "new"))
+    journal = Journal(location_of(f"{store}{tmp_path}/new/_fct"), location_of(f"{store}{tmp_path}/new"))
+    journal.inside("manifest.json").write_bytes(b"x" * 100)
     assert journal.read("manifest.json", 100) == b"x" * 100
+    assert journal.read("manifest.json", 100, 100) == b"x" * 100
     with pytest.raises(BackfillError, match=r"manifest\.json is larger than 99 bytes: no backfill wrote it; remove it"):
         journal.read("manifest.json", 99)
 

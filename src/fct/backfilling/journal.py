@@ -79,7 +79,8 @@ class Journal:
         if place.is_local:
             data = read_confined(self.root.local.parent, f"{self.root.name}/{name}", most)
         else:
-            data = place.read_bytes() if (size if size is not None else place.version().bytes) <= most else b""
+            size = place.version().bytes if size is None else size
+            data = place.read_bytes() if size <= most else b""
         if len(data) > most or (not data and size is not None and size > most):
             raise BackfillError(f"destination: {place} is larger than {most:,} bytes: no backfill wrote it; remove it")
         return data
