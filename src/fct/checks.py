@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, TypeGuard, TypeVar
@@ -133,7 +134,10 @@ def check_whole(value: object, name: str, least: int, most: int | None = None) -
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    """A number (or numpy's) that a float can hold, NaN and infinities among them; True is none."""
+    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
+        return False
+    return not isinstance(value, int) or abs(value) <= sys.float_info.max
 
 
 def check_number(value: object, name: str, least: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fct.checks import check_choice, check_flag, check_positive
+from fct.checks import check_choice, check_flag, check_mapping, check_positive, check_whole
 from fct.errors import SpaceMismatchError
 from fct.types import JsonDict
 
@@ -48,11 +48,13 @@ class EmbeddingSpace:
     def __post_init__(self) -> None:
         if not isinstance(self.model_id, str) or not self.model_id:
             raise ValueError(f"model_id: expected a non-empty string, got {self.model_id!r}")
-        if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim < 1:
-            raise ValueError(f"dim: expected a positive int, got {self.dim!r}")
         check_metric(self.metric)
-        check_flag(self.normalised, "normalised")
-        check_positive(self.mapped_length, "mapped_length")
+        for name, value in (  # plain ones, where numpy's came: they are written as JSON
+            ("dim", check_whole(self.dim, "dim", 1, 2**31 - 1)),
+            ("normalised", check_flag(self.normalised, "normalised")),
+            ("mapped_length", check_positive(self.mapped_length, "mapped_length")),
+        ):
+            object.__setattr__(self, name, value)
 
     def to_dict(self) -> JsonDict:
         """Plain values; mapped_length only where it says something, so that older versions read every plain space."""
@@ -68,6 +70,7 @@ class EmbeddingSpace:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EmbeddingSpace:
+        check_mapping(values, "space", "a mapping of model_id, dim, metric and normalised")
         unknown = set(values) - {"model_id", "dim", "metric", "normalised", "mapped_length"}
         if unknown or not {"model_id", "dim"} <= set(values):
             raise ValueError(f"space: expected model_id, dim, metric, normalised; got {sorted(values)}")

@@ -124,7 +124,7 @@ class Transformation:
         for name, effect in self.precisions.items():
             check_kind(effect, f"precisions[{name!r}]", PrecisionEffect, "a PrecisionEffect")
         check_kind(self.tolerance, "tolerance", Tolerance, "a Tolerance")
-        check_flag(self.normalise, "normalise")
+        object.__setattr__(self, "normalise", check_flag(self.normalise, "normalise"))
         if self.side_model is not None:
             check_text(self.side_model, "side_model", "the id of a model, or None")
 

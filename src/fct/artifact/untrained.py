@@ -13,6 +13,9 @@ from fct.types import JsonDict
 
 __all__ = ["untrained_fields"]
 
+_WIDEST, _MOST_BLOCKS = 1 << 20, 64
+_MOST_WEIGHTS = 1 << 31  # 8 GiB
+
 
 def untrained_fields(
     d_old: int,
@@ -29,19 +32,28 @@ def untrained_fields(
     """The branches, mixer and skip of an h of this shape, and what it says of itself; arguments as
     :meth:`fct.Transformation.random` has them."""
     for name, value in (("d_old", d_old), ("d_side", d_side), ("d_new", d_new), ("inner", inner)):
-        check_whole(value, name, 1)
-    check_whole(blocks, "blocks", 0)
+        check_whole(value, name, 1, _WIDEST)
+    check_whole(blocks, "blocks", 0, _MOST_BLOCKS)
     d_old, d_side, d_new, inner = (int(value) for value in (d_old, d_side, d_new, inner))
     widths: tuple[tuple[int, ...], ...] = ((2 * d_old, 2 * d_new), (2 * d_side, 2 * d_new))
     if branch is not None:
-        widths = ((check_whole(branch, "branch", 1),),) * 2
+        widths = ((check_whole(branch, "branch", 1, _WIDEST),),) * 2
     check_seed(seed)
     check_flag(side_info, "side_info")
+    check_flag(skip, "skip")
     if not side_info and d_side != d_old:
         raise ValueError(f"d_side: expected {d_old}, the old embedding's width, without side-information, got {d_side}")
+    mixed = (widths[0][-1] + widths[1][-1], *blocks * (inner,), d_new)
+    plan = [(d_old, *widths[0]), (d_side, *widths[1]), mixed, (d_old + d_side, d_new)]
+    weights = sum(a * b for chain in plan for a, b in itertools.pairwise(chain))
+    if weights > _MOST_WEIGHTS:
+        raise ValueError(
+            f"d_old, d_side, d_new, inner, branch, blocks: expected an h of at most {_MOST_WEIGHTS:,} weights, got "
+            f"{weights:,}; choose smaller ones"
+        )
     rng = np.random.default_rng(seed)
     old, side = (_chain(rng, (d, *w), True) for d, w in zip((d_old, d_side), widths, strict=True))
-    mixer = _chain(rng, (widths[0][-1] + widths[1][-1], *blocks * (inner,), d_new), False)
+    mixer = _chain(rng, mixed, False)
     return {
         "old": old,
         "side": side,

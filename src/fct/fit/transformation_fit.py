@@ -29,6 +29,7 @@ from fct.fit.pair_training import EpochReport, PairTraining, scalings_of
 from fct.fit.pairs import Pairs, check_pairs, split_pairs
 from fct.fit.recipes import FitConfig, resolve_config
 from fct.fit.repeated_pairs import find_repeated
+from fct.fit.shared_pairs import require_apart
 from fct.fit.training_device import training_device
 from fct.progress import step_bar
 from fct.spaces import EmbeddingSpace, check_space
@@ -103,7 +104,7 @@ def fit_transformation(
         TypeError, ValueError: bad arrays or settings. ArtifactError: the checkpoint is damaged or of another fit.
 
     Warns:
-        FctWarning: some inputs stand there with more than one new embedding.
+        FctWarning: some inputs stand there with more than one new embedding, or in validation and training pairs both.
 
     Source: Ramanujan et al., "Forward Compatible Training for Large-Scale Embedding Retrieval Systems", CVPR 2022,
     arXiv:2112.02805.
@@ -179,7 +180,7 @@ def _check_validation(validation: object, pairs: Pairs) -> Pairs | None:
         raise ValueError(f"validation: expected dims {pairs.dims} to match the training pairs, got {held.dims}")
     if len(pairs) < 2:
         raise ValueError(f"old: expected at least 2 rows to train on, got {len(pairs)}")
-    return held
+    return require_apart(pairs, held)
 
 
 def _check_unpaired(unpaired: object, pairs: Pairs) -> tuple[Floats, Floats | None]:
