@@ -21,6 +21,7 @@ from fct.types import CodeNumber, Floats, JsonDict
 __all__ = ["ArrowMapper"]
 
 _KEPT = 4  # transformations whose packed weights a process keeps
+_TAKEN = "a pyarrow RecordBatch, a Table or an iterable of RecordBatches"
 _ROWS = 1024  # rows that are enough for one call of h
 _here: OrderedDict[str, Transformation] = OrderedDict()
 
@@ -99,10 +100,14 @@ class ArrowMapper:
         if isinstance(rows, pa.Table):
             mapped = [self._batch(batch) for batch in _joined(rows).to_batches()]
             return pa.Table.from_batches(mapped or [self._batch(_no_rows(rows.schema))])
+        if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes)):
+            raise TypeError(f"rows: expected {_TAKEN}, got {type(rows).__name__}")
         return self._each(rows)
 
     def _each(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
+            if not isinstance(batch, pa.RecordBatch):
+                raise TypeError(f"rows: expected {_TAKEN}, got an iterable of {type(batch).__name__}")
             yield self._batch(batch)
 
     def column(self, vector: pa.Array | pa.ChunkedArray, side: pa.Array | pa.ChunkedArray | None = None) -> pa.Array:

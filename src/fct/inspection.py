@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from fct.checks import check_seed, check_text, check_whole
+from fct.checks import check_choice, check_seed, check_text, check_whole
 from fct.errors import FctError
 from fct.gallery import Source, open_source
 from fct.gallery.columns import VECTOR_NAMES, pick_column
@@ -163,6 +163,7 @@ def inspect_gallery(
         1
     """
     check_text(vector_column, "vector_column", "the name of a column")
+    check_choice(binary_dtype, "binary_dtype", ("float32", "float16"))
     check_whole(sample_rows, "sample_rows", 16)
     check_seed(seed)
     gallery = open_source(

@@ -83,11 +83,12 @@ class LongCall:
 def step_bar(show: bool) -> Any:
     """A ``rich.progress.Progress`` on stderr for work of many steps, from the first one on.
 
-    Nothing is drawn without ``show``, nor where stderr is neither a terminal nor a notebook.
+    Nothing is drawn without ``show``, nor where stderr is neither a terminal nor a notebook. show: what callers call
+    progress, and is refused by that name.
     """
     from fct.terminal import PlainConsole
 
-    console = PlainConsole(stderr=True)
+    show, console = check_flag(show, "progress"), PlainConsole(stderr=True)
     return _bar(console, disable=not (show and (console.is_terminal or console.is_jupyter)))
 
 

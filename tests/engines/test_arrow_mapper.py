@@ -160,3 +160,22 @@ def test_a_table_in_many_small_pieces_is_mapped_at_once(
     assert calls == [ROWS]
     assert np.array_equal(values(got["new"].combine_chunks()), values(mapper(batch).column("new")))
     assert got.select(["id", "v", "s"]).combine_chunks().equals(pa.Table.from_batches([batch]).select(["id", "v", "s"]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (None, "NoneType"),
+        (7, "int"),
+        ("rows.parquet", "str"),
+        ([7], "an iterable of int"),
+        (pa.array([1.0]), "an iterable of DoubleScalar"),
+        (iter([pa.table({"v": [[1.0, 2.0]]})]), "an iterable of Table"),
+    ],
+)
+def test_what_is_no_batch_is_refused(rows: Any, what: str) -> None:
+    mapper = fct.Transformation.random(2, 2, 3, inner=4, side_info=False).arrow_mapper(vector="v")
+    with pytest.raises(
+        TypeError, match=f"^rows: expected a pyarrow RecordBatch, a Table or an iterable .*, got {what}$"
+    ):
+        list(mapper(rows))

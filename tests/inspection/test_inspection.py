@@ -115,3 +115,23 @@ def test_the_command(tmp_path: Path, rng: np.random.Generator, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "a.npy"), "--json"])
     assert json.loads(capsys.readouterr().out)["rows"] == 300
+
+
+@pytest.mark.parametrize("value", [None, 4, "float64", True])
+def test_what_a_binary_column_cannot_hold_is_refused(tmp_path: Path, value: Any) -> None:
+    np.save(tmp_path / "a.npy", np.ones((20, 4), np.float32))
+    with pytest.raises(ValueError, match=r"^binary_dtype: expected one of float32, float16, got "):
+        inspected(tmp_path, binary_dtype=value)
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_progress_is_a_boolean_wherever_a_bar_is_shown(tmp_path: Path, value: Any) -> None:
+    np.save(tmp_path / "a.npy", np.ones((20, 4), np.float32))
+    with pytest.raises(ValueError, match=r"^progress: expected True or False, got "):
+        fct.inspect_gallery(tmp_path, progress=value)
+
+
+def test_a_gallery_without_rows_is_said(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((0, 4), np.float32))
+    with pytest.raises(FctError, match=r"^source: expected at least one whole vector in column .vector., .* has none$"):
+        inspected(tmp_path)

@@ -6,6 +6,7 @@ trained but a principal component analysis, and no second model is run or kept.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -183,8 +184,12 @@ def side_info_from(
     check_choice(storage, "storage", STORAGES)
     check_seed(seed)
     check_flag(progress, "progress")
+    for name, function in (("batch", batch), ("pool", pool)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a function or None, got {type(function).__name__}")
     network, own = _network(model)
     batch = batch or own
+    _require_sequence(items)
     if len(items) == 0:
         raise ValueError("items: expected at least one item, got none")
     given = cast("Sequence[object]", items)
@@ -204,6 +209,32 @@ def side_info_from(
     half = 127 if storage == "int8" else 8
     scale = np.ones(dim, np.float32) if span is None else np.maximum(deviation * span / half, 1e-12)
     return LayerSideInfo(network, name, mean, components, scale.astype(np.float32), storage, batch, pool, batch_size)
+
+
+def _require_sequence(items: object) -> None:
+    if not isinstance(items, (Sequence, np.ndarray, torch.Tensor)) and not hasattr(items, "__getitem__"):
+        raise TypeError(f"items: expected an array, a tensor or a sequence, got {type(items).__name__}; list(...) it")
+    if isinstance(items, (str, bytes, Mapping)) or not hasattr(items, "__len__") or isinstance(items, type):
+        raise TypeError(f"items: expected an array, a tensor or a sequence of items, got {type(items).__name__}")
+    if isinstance(items, (np.ndarray, torch.Tensor)) and (items.ndim == 0 or _of_objects(items)):
+        kind = f"{items.dtype} of shape {tuple(items.shape)}"
+        raise ValueError(f"items: expected (n, ...) numbers, or a list with batch= that reads it, got {kind}")
+
+
+def _of_objects(items: Array | torch.Tensor) -> bool:
+    return isinstance(items, np.ndarray) and items.dtype.kind not in "biufc"
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Whatever a model or a function of the user's raises, as an error that says whose it is."""
+    try:
+        yield
+    except _Caught:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{what}, got {type(error).__name__}: {text}") from error
 
 
 def _network(model: object) -> tuple[nn.Module, Batch | None]:
@@ -261,7 +292,8 @@ def _inputs(given: Sequence[object], batch: Batch | None, size: int, device: tor
         some = given[begin : begin + size]
         part: object = some
         if batch is not None:
-            part = batch(some)
+            with _telling("batch: expected a function that makes the model's input of a list of items"):
+                part = batch(some)
         elif isinstance(part, np.ndarray):
             part = torch.from_numpy(np.ascontiguousarray(part))
         if not isinstance(part, (torch.Tensor, Mapping, tuple)):
@@ -281,12 +313,13 @@ def _moved(part: object, device: torch.device) -> object:
 
 
 def _call(network: nn.Module, given: object) -> None:
-    if isinstance(given, Mapping):
-        network(**given)
-    elif isinstance(given, tuple):
-        network(*given)
-    else:
-        network(given)
+    with _telling("items: expected what the model takes (or batch= that makes it of them)"):
+        if isinstance(given, Mapping):
+            network(**given)
+        elif isinstance(given, tuple):
+            network(*given)
+        else:
+            network(given)
 
 
 class _Caught(Exception):
@@ -320,6 +353,9 @@ def _features(side: LayerSideInfo, items: Sequence[object], device: str, progres
                 else:
                     raise ValueError(f"layer: expected one that the model runs, got {side.layer!r}, which it did not")
                 parts.append(_pooled(caught.pop(), given, side).float().cpu().numpy())
+                if parts[-1].shape[1] != parts[0].shape[1]:
+                    sizes = f"{parts[0].shape[1]} and {parts[-1].shape[1]}"
+                    raise ValueError(f"layer: expected as many features of every item, got {sizes}; name pool=")
     finally:
         hook.remove()
         network.train(training)
@@ -333,10 +369,15 @@ def _features(side: LayerSideInfo, items: Sequence[object], device: str, progres
 
 def _pooled(output: object, given: object, side: LayerSideInfo) -> torch.Tensor:
     if side.pool is not None:
-        return side.pool(output, given)
+        with _telling("pool: expected a function of the layer's output and the model's input"):
+            pooled: object = side.pool(output, given)
+        if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2:
+            shape = tuple(pooled.shape) if isinstance(pooled, torch.Tensor) else type(pooled).__name__
+            raise ValueError(f"pool: expected an (n, f) tensor, got {shape}")
+        return pooled
     if isinstance(output, Mapping):
-        output = output.get("last_hidden_state", next(iter(output.values())))
-    if isinstance(output, (tuple, list)):
+        output = output.get("last_hidden_state", next(iter(output.values()), None))
+    if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3, 4):
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
