@@ -217,5 +217,5 @@ def test_layers_are_checked() -> None:
         Layer(np.zeros((3, 2)), np.zeros(4))
     with pytest.raises(ValueError, match="expected finite values, got NaN"):
         Layer(np.full((3, 2), np.nan), np.zeros(3))
-    with pytest.raises(ValueError, match="inner: expected a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="inner: expected a whole number from 1 to 1048576, got 0"):
         fct.Transformation.random(2, 2, 2, inner=0)
