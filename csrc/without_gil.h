@@ -21,7 +21,7 @@ class AtExit {
     static void leave() { inside_.fetch_sub(1); }
 
     // Whether the calling thread may not go back to Python. The one that ends the interpreter may.
-    static bool here() { return begun_.load() && std::this_thread::get_id() != ender_; }
+    static bool here() { return begun_.load() && PyThread_get_thread_ident() != ender_; }
 
     [[noreturn]] static void stay() {
         leave();
@@ -31,8 +31,7 @@ class AtExit {
     // Called by Python's atexit, with the GIL: returns when no other thread is in a kernel or on its way back. The
     // limit is for a thread whose progress report hangs.
     static void begin() {
-        ender_ = std::this_thread::get_id();
-        begun_.store(true);
+        ended_by(PyThread_get_thread_ident());
         pybind11::gil_scoped_release release;
         const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
         while (inside_.load() > 0 && std::chrono::steady_clock::now() < limit)
@@ -43,12 +42,21 @@ class AtExit {
         // The threads that were in kernels are not in a forked child.
         if (pthread_atfork(nullptr, nullptr, [] { inside_.store(0); }) != 0) throw std::bad_alloc();
         pybind11::module_::import("atexit").attr("register")(pybind11::cpp_function(&AtExit::begin));
+        // Loaded by a daemon thread while the exit functions run already, this one is not called any more. The main
+        // thread counts as ended before the first of them, so one that is alive here will still come to it.
+        const pybind11::object main = pybind11::module_::import("threading").attr("main_thread")();
+        if (!main.attr("is_alive")().cast<bool>()) ended_by(main.attr("ident").cast<unsigned long>());
     }
 
   private:
+    static void ended_by(unsigned long thread) {
+        ender_ = thread;
+        begun_.store(true);
+    }
+
     static inline std::atomic<bool> begun_{false};
     static inline std::atomic<int> inside_{0};
-    static inline std::thread::id ender_;
+    static inline unsigned long ender_ = 0;  // as PyThread_get_thread_ident() and Thread.ident have it
 };
 
 // Gives the GIL away for as long as it lives.

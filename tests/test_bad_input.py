@@ -679,11 +679,13 @@ def test_a_changed_weight_is_seen(artifact: Path) -> None:
 
 def test_an_existing_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
-    assert refuse_existing(tmp_path / "full", overwrite=False) == tmp_path / "full"
+    assert refuse_existing(tmp_path / "full", overwrite=False, folder=True) == tmp_path / "full"
     (tmp_path / "full" / "x").touch()
     with pytest.raises(FileExistsError, match=r"--out: .*full exists; choose another place or pass --overwrite"):
-        refuse_existing(tmp_path / "full", overwrite=False, name="--out")
-    assert refuse_existing(tmp_path / "full", overwrite=True) == tmp_path / "full"
+        refuse_existing(tmp_path / "full", overwrite=False, name="--out", folder=True)
+    assert refuse_existing(tmp_path / "full", overwrite=True, folder=True) == tmp_path / "full"
+    with pytest.raises(IsADirectoryError, match=r"--out: expected a file to write, .*full is a folder"):
+        refuse_existing(tmp_path / "full", overwrite=True, name="--out")  # whatever lies in it
 
 
 def test_an_error_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:

@@ -83,14 +83,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool | None, name: str = "output") -> Path:
+def refuse_existing(
+    path: str | os.PathLike[str], *, overwrite: bool | None, name: str = "output", folder: bool = False
+) -> Path:
     """``path`` as a Path; raises FileExistsError when it is there (a folder: with anything in it) and may not go.
 
-    overwrite: None where the caller has no such choice.
+    overwrite: None where the caller has no such choice. folder: what will be written is one; where it is a file, a
+    folder in its place is refused before anything is calculated for it.
     """
     target = check_path(path, name)
     if "://" in os.fspath(path):
         raise ValueError(f"{name}: expected a path of this machine, got {path}")
+    if target.is_dir() and not folder:
+        raise IsADirectoryError(f"{name}: expected a file to write, {target} is a folder; name a file in it")
     occupied = any(target.iterdir()) if target.is_dir() else target.exists()
     if occupied and not overwrite:
         choice = "" if overwrite is None else " or pass --overwrite (overwrite=True)"

@@ -40,11 +40,11 @@ class MixedCorrection:
 
     def __post_init__(self) -> None:
         check_choice(self.kind, "correction.kind", ("length", "coordinate"))
-        check_positive(self.value, "correction.value")
+        object.__setattr__(self, "value", check_positive(self.value, "correction.value"))  # numpy's become plain ones
         if self.kind == "coordinate" and self.value > 1:
             raise ValueError(f"correction.value: expected a coordinate of at most 1, got {self.value}")
-        check_whole(self.rows, "correction.rows", 0)
-        check_number(self.fade, "correction.fade", 0)
+        object.__setattr__(self, "rows", check_whole(self.rows, "correction.rows", 0))
+        object.__setattr__(self, "fade", check_number(self.fade, "correction.fade", 0))
 
     def at(self, rows: int) -> MixedCorrection:
         """The correction for a gallery of so many rows: never stronger than it was chosen, at last none.
@@ -54,6 +54,7 @@ class MixedCorrection:
             >>> round(MixedCorrection("length", 0.8, rows=500, fade=0.04).at(5_000).value, 3)
             0.877
         """
+        rows = check_whole(rows, "rows", 0)
         strength = abs(np.log(self.value))
         if not self.rows or not strength:
             return MixedCorrection(self.kind, self.value)

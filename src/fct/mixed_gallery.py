@@ -105,6 +105,8 @@ class MixedReport:
 
 def _shares(shares: Sequence[float]) -> list[float]:
     given = check_items(shares, "shares", "shares of the gallery that are true rows")
+    if not given:
+        raise ValueError("shares: expected at least one share of the gallery, got none")
     return [check_share(share, "shares", ends=True) for share in given]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,14 @@ def test_a_folder_where_a_file_is_to_go(tmp_path: Path, what: str) -> None:
     with pytest.raises(IsADirectoryError, match=r"path: expected the path of a file to write, got the folder .*there"):
         H.save(tmp_path / "there") if what == "an artifact" else write_bytes(tmp_path / "there", b"x")
     assert [p.name for p in tmp_path.rglob("*")] == ["there"], "nothing half written is left"
+
+
+@pytest.mark.parametrize("rows", [True, -1, 2.5, float("nan"), "many"])
+def test_a_correction_for_no_number_of_rows(rows: Any) -> None:
+    with pytest.raises(ValueError, match="rows: expected a whole number of at least 0"):
+        MixedCorrection("length", 0.8, rows=500, fade=0.04).at(rows)
+
+
+def test_a_correction_holds_plain_numbers() -> None:
+    correction = MixedCorrection("length", np.float32(0.5), rows=np.int64(500), fade=np.float32(0.25))  # type: ignore[arg-type]
+    assert json.dumps([correction.value, correction.rows, correction.fade]) == "[0.5, 500, 0.25]"

@@ -62,6 +62,29 @@ atexit.register(last)
         assert said.splitlines()[1] == "found [0, 1, 2]"
 
 
+LATE = """
+import atexit, threading, time
+import numpy as np
+x = np.random.default_rng(0).standard_normal((150_000, 128), dtype=np.float32)
+def last():
+    time.sleep(1.5)
+    print("found", fct.topk(x[:3], x[:2000], 1, threads=2).indices.ravel().tolist())
+atexit.register(last)
+import fct
+def calls():
+    time.sleep(0.3)
+    while True:
+        fct.topk(x, x, 10, precision='fp32', threads=2)
+threading.Thread(target=calls, daemon=True).start()
+"""
+
+
+def test_kernels_that_a_daemon_thread_loads_during_the_exit() -> None:
+    """Their own exit function comes too late to be called."""
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "found [0, 1, 2]\n", "")
+
+
 EMULATED = """
 import faulthandler, importlib.util, threading, time
 faulthandler.enable()

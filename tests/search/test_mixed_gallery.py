@@ -257,6 +257,8 @@ def test_evaluate_mixed_reports_labels_and_refuses_nonsense(rng: np.random.Gener
     assert report.points[1].map is not None
     with pytest.raises(ValueError, match=r"shares: expected a share from 0 to 1, got 1\.5"):
         fct.evaluate_mixed(old, None, new, h, shares=[1.5])
+    with pytest.raises(ValueError, match="shares: expected at least one share of the gallery, got none"):
+        fct.evaluate_mixed(old, None, new, h, shares=[])
     with pytest.raises(ValueError, match=r"new: expected \(120, 8\) to match old, got \(119, 8\)"):
         fct.evaluate_mixed(old, None, new[:-1], h)
     with pytest.raises(ValueError, match="old: expected at least 2 rows, got 1"):

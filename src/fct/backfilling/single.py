@@ -56,7 +56,8 @@ def transform_file(
     """
     check_flag(overwrite, "overwrite")
     given = TransformFileOptions.split(options)
-    target = refuse_existing(out, overwrite=overwrite, name="out").absolute()
+    is_folder = os.fspath(out).endswith(".lance")
+    target = refuse_existing(out, overwrite=overwrite, name="out", folder=is_folder).absolute()
     if target.suffix not in _FORMATS:
         raise ValueError(f"out: expected a name ending in {', '.join(_FORMATS)}, got {os.fspath(out)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def export_bulk(
     if names.id == names.vector:
         raise ValueError(f"vector_field: expected another name than id_field, got {names.vector!r} twice")
     source = open_source(gallery, **opening(given.access), name="gallery")
-    target = refuse_existing(out, overwrite=None, name="out")
+    target = refuse_existing(out, overwrite=None, name="out", folder=True)
     rows = _Rows.of(source, files.vector_column, files.id_column, files.columns)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _beside(target) as folder, LongCall(files.progress) as call:

@@ -111,7 +111,7 @@ def run_quickstart(
         FileExistsError: ``out`` holds something. FileNotFoundError, ArtifactError: no images under ``data_root``.
     """
     settings = config or QuickstartConfig()
-    folder = refuse_existing(out, overwrite=overwrite, name="--out")
+    folder = refuse_existing(out, overwrite=overwrite, name="--out", folder=True)
     folder.mkdir(parents=True, exist_ok=True)
     console = console or PlainConsole(quiet=not progress)
     threads = torch.get_num_threads()
