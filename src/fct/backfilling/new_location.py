@@ -87,7 +87,7 @@ def _require_apart_from(location: Location, old: _Old, name: str = "destination"
 
 def _require_apart(location: Location, source: Source, what: str, name: str) -> None:
     """A source is never written to: the new gallery lies neither in it nor around it, whatever the two are called."""
-    mine = getattr(source, "where", None)
+    mine = getattr(source, "location", None)
     if not isinstance(mine, Location) or mine.fs != location.fs or (mine.is_pattern and "**" not in mine.path):
         return
     root = mine.path.partition("**")[0].rstrip("/") if mine.is_pattern else mine.path.rstrip("/")

@@ -72,13 +72,13 @@ def _true_column(schema: pa.Schema) -> str:
 
 def _kept_h(source: Source) -> Transformation | None:
     """h as the backfill left it with the gallery; None where it did not, or where it cannot be read."""
-    where = getattr(source, "where", None)
+    location = getattr(source, "location", None)
     if source.kind == "lance" and "://" not in source.url:
-        where = location_of(source.url)
-    if not isinstance(where, Location) or not where.is_local:
+        location = location_of(source.url)
+    if not isinstance(location, Location) or not location.is_local:
         return None
-    for place in (where, where.parent):  # a folder, or a file or a pattern in it
-        root = journal_location(place, "lance" if source.kind == "lance" else "")
+    for folder in (location, location.parent):  # a folder, or a file or a pattern in it
+        root = journal_location(folder, "lance" if source.kind == "lance" else "")
         try:
             return Transformation.load((root / "transformation.safetensors").local)
         except (FctError, OSError, ValueError):
