@@ -234,6 +234,7 @@ def test_a_store_that_fails_for_good(
     assert fct.verify_gallery("s3://unwell/new", storage_options=options).ok
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("when", ["opening", "reading", "writing"])
 def test_a_store_that_never_answers(
     when: str, gallery: Make, h: fct.Transformation, unwell: tuple[Unwell, dict[str, Any]],

@@ -150,6 +150,7 @@ def test_a_backfill_answers_at_once_finishes_what_is_under_way_and_goes_on_later
     assert (again.shards_kept, again.rows_out) == (marked, ROWS)
 
 
+@pytest.mark.slow
 def test_pressed_twice_a_backfill_leaves_its_shards_at_once(place: Path, start: Callable[..., Run]) -> None:
     run = start("backfill", "old", f"new-{ROWS}", *SLOWLY, "--shard-rows", str(ROWS), "--no-progress")
     run.until(lambda: list((place / f"new-{ROWS}/_fct/parts").glob("*")))

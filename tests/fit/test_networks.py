@@ -65,7 +65,7 @@ def test_initialisation_by_seed() -> None:
     assert any(not torch.equal(a[k], c[k]) for k in a)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "arcface"])
+@pytest.mark.parametrize("loss", [pytest.param("softmax", marks=pytest.mark.slow), "arcface"])
 def test_supervised_learns_and_repeats(images: tuple[Any, Any], loss: str) -> None:
     x, y = images
     runs = [train_supervised(x, y, classes=4, dim=16, loss=loss, config=QUICK, progress=False)[0] for _ in range(2)]
@@ -97,6 +97,7 @@ def test_augmentation_draws_for_each_image() -> None:
     assert torch.allclose(augment(x, crop=1.0, colour=0.0, flip=False), x, atol=1e-5)
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("method", METHODS)
 def test_side_information_sees_what_is_there(images: tuple[Any, Any], method: str) -> None:
     x, y = images
@@ -153,7 +154,7 @@ def test_resumed_training_ends_with_the_same_weights(images: tuple[Any, Any], tm
         run(checkpoint=file)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "arcface"])
+@pytest.mark.parametrize("loss", [pytest.param("softmax", marks=pytest.mark.slow), "arcface"])
 def test_bct_vectors_compare_with_the_old_ones(images: tuple[Any, Any], loss: str) -> None:
     x, y = images
     known = y < 2

@@ -47,6 +47,7 @@ def costs(queries: Any, gallery: Any, metric: str) -> Any:
     return c.astype(np.float32)
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("sched", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
@@ -87,6 +88,7 @@ def launched(search: CudaSearch, *args: Any) -> list[tuple[str, Any]]:
     return seen
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("case", SCANS, ids=str)
 def test_every_scan_that_a_device_can_run(schedule: Any, rng: Any, case: Any) -> None:
     kib, kind, nq, n, d, k, shape, held = case
@@ -152,6 +154,7 @@ def test_topk_reads_every_dtype_and_stride(runtime: Any, rng: Any, dtype: str) -
     check_search(*found, *(b.float32().numpy() for b in blocks), "l2")
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("case", HOSTILE)

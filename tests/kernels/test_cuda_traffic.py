@@ -103,6 +103,7 @@ def differences(recorded: Recorded, scan: Scan) -> list[str]:
     return wrong
 
 
+@pytest.mark.grid(5)
 @support.needs_nvcc
 @pytest.mark.parametrize("case", CASES)
 def test_the_model_reads_and_writes_what_the_kernel_does(case: str) -> None:

@@ -458,6 +458,7 @@ def test_ctrl_c_stops_a_long_call(call: str) -> None:
     assert signal.getsignal(signal.SIGINT) is not None
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("classes", [2, 5, 400])
 def test_ranks_equal_the_reference(level: str, metric: str, classes: int, rng: np.random.Generator) -> None:

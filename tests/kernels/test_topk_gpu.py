@@ -150,6 +150,7 @@ def test_a_forced_search_that_can_not_run_says_why(fake: FakeDevice, rng: Any, m
         fct.topk(q, g, 4)
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_proved_for_every_metric_and_kind(
@@ -251,6 +252,7 @@ def test_a_shadow_has_low_precision(fake: FakeDevice, rng: Any) -> None:
         fct.prepare_gallery(on(fake, sides(rng)[1]), precision="fp32")
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prepared_once_and_appended(
     fake: FakeDevice, backend: str, rng: Any, monkeypatch: Any, kind: str, tmp_path: Path

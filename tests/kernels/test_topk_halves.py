@@ -46,6 +46,7 @@ def whole_bytes(shadow: Shadow, d: int, n: int) -> tuple[Any, Any]:
     return values - 128, (values & 0xF0) + 8 - 128
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", SPECTRA)
 def test_no_spectrum_makes_it_wrong(name: str, metric: str, rng: np.random.Generator) -> None:
@@ -59,6 +60,7 @@ def test_no_spectrum_makes_it_wrong(name: str, metric: str, rng: np.random.Gener
             check_search(found[0], found[1], some, g, metric)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_instruction_set(isa: str, metric: str, rng: np.random.Generator) -> None:

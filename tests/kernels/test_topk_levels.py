@@ -35,6 +35,7 @@ def levelled(g: Any, metric: str, threads: int = 2) -> tuple[Rows, Shadow]:
     return rows, shadow
 
 
+@pytest.mark.grid(5)
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", SPECTRA)
@@ -49,6 +50,7 @@ def test_no_spectrum_makes_it_wrong(name: str, metric: str, rng: np.random.Gener
             check_search(found[0], found[1], some, g, metric)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("metric", METRICS)

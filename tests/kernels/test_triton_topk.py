@@ -46,6 +46,7 @@ def never(*_: Any) -> Any:
     raise AssertionError("every row was scored")
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_search(
     check(searched(fake, fake.rows(q), fake.rows(g, pitch=d + 3), k, metric, kind), q, g, k, metric)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_ties_go_to_the_lower_row(fake: FakeDevice, rng: Any, kind: str, metric: str) -> None:
@@ -102,6 +104,7 @@ def test_a_scan_of_many_queries(fake: FakeDevice, rng: Any, kind: str, monkeypat
     assert fake.launches.count("scan") == 3
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "k"), [(2048, 2048), (2500, 2047)])
 def test_the_largest_k(fake: FakeDevice, rng: Any, kind: str, n: int, k: int, monkeypatch: Any) -> None:
@@ -110,6 +113,7 @@ def test_the_largest_k(fake: FakeDevice, rng: Any, kind: str, n: int, k: int, mo
     check(searched(fake, fake.rows(q), fake.rows(g), k, "l2", kind), q, g, k, "l2")
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("case", HOSTILE)

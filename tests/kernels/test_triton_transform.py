@@ -58,6 +58,7 @@ def error_of(got: Any, want: Any) -> float:
     return float(np.abs(got.float().numpy() - want).max() / np.sqrt((want**2).mean()))
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # 16-byte copies; TMA descriptors
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("n", [1, 130])
@@ -172,6 +173,7 @@ def test_gallery_dtypes(monkeypatch: pytest.MonkeyPatch, rng: Any, dtype: str, m
     assert error_of(got, ref.transform(old64, side64, h)) < 1e-5
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("d_new", [5, 129, 300])  # 300: wider than a tile, so ``normalise`` runs
 @pytest.mark.parametrize("normalise", [True, False])
