@@ -107,6 +107,7 @@ def test_the_search(benchmark_code: Any, rows: list[dict[str, Any]], record: Any
     assert "cuvs" in status["cuVS brute force"]
 
 
+@pytest.mark.slow
 def test_streaming(benchmark_code: Any, rows: list[dict[str, Any]], record: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("FCT_BACKEND", "triton")
     monkeypatch.setattr(selfproof, "ROWS", (3,))

@@ -362,7 +362,7 @@ def test_another_backend_may_go_on(gallery: Make, h: fct.Transformation, tmp_pat
     assert verified.ok, verified.problems
 
 
-@pytest.mark.parametrize("slow", ["reading", "writing"])
+@pytest.mark.parametrize("slow", ["reading", pytest.param("writing", marks=pytest.mark.slow)])
 def test_the_plan_counts_reading_and_writing(
     slow: str, gallery: Make, h: fct.Transformation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def unwell(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Unwell, dict[str, 
     thread.join()
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_for_a_while(
     gallery: Make, h: fct.Transformation, tmp_path: Path, unwell: tuple[Unwell, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,

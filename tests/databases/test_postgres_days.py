@@ -56,6 +56,7 @@ def test_ten_kills_leave_every_id_once(
     right(db, h, old, table, column)
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_made_again(
     db: Database, h: fct.Transformation, tmp_path: Path, postgres: Postgres
 ) -> None:

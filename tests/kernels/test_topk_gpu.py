@@ -214,6 +214,7 @@ for metric in ("l2", "ip", "cosine"):
 """
 
 
+@pytest.mark.slow
 @support.needs_cxx
 def test_a_mutated_cuda_search_is_refused(tmp_path: Path) -> None:
     """For every metric and kind; in a process of its own, which holds the mutated build alone."""

@@ -126,6 +126,7 @@ def test_the_galleries_hold_no_images(run: Any) -> None:
     np.testing.assert_allclose(got, expected, atol=0.06)  # "auto" may have taken a faster precision
 
 
+@pytest.mark.slow
 def test_same_seed_same_table(run: Any, data_root: Path, tmp_path: Path) -> None:
     again = run_quickstart(tmp_path / "again", data_root=data_root, seed=5, config=SHORT, progress=False)
 
