@@ -9,7 +9,7 @@ import numpy as np
 from fct.fit.pairs import Pairs
 from fct.types import Array
 
-__all__ = ["RepeatedPairs", "find_repeated"]
+__all__ = ["RepeatedPairs", "find_repeated", "row_hashes"]
 
 _CHUNK = 8_192
 
@@ -24,8 +24,11 @@ class RepeatedPairs:
     conflicting: int
 
 
-def find_repeated(pairs: Pairs, seed: int) -> RepeatedPairs:
-    """Compares 64-bit hashes of the rows' bits: equal rows have equal ones; others by chance once in 2^64 / n^2."""
+def row_hashes(pairs: Pairs, seed: int) -> tuple[Array, Array]:
+    """(n,) uint64 each, of the rows' bits: of what goes into h, and of the whole pairs.
+
+    Equal rows have equal ones, in every set of such pairs; others by chance once in 2^64 / n^2.
+    """
     inputs, wholes = np.empty(len(pairs), np.uint64), np.empty(len(pairs), np.uint64)
     rng = np.random.default_rng([seed, 17])
     factors: list[Array | None] = [None, None, None]
@@ -46,6 +49,12 @@ def find_repeated(pairs: Pairs, seed: int) -> RepeatedPairs:
         span = slice(begin, begin + len(parts[0]))
         inputs[span] = sums[0] if len(sums) == 2 else sums[0] + sums[1] * np.uint64(0x9E3779B97F4A7C15)
         wholes[span] = inputs[span] + sums[-1] * np.uint64(0xD1B54A32D192ED03)
+    return inputs, wholes
+
+
+def find_repeated(pairs: Pairs, seed: int) -> RepeatedPairs:
+    """Compares :func:`row_hashes`."""
+    inputs, wholes = row_hashes(pairs, seed)
     first = np.sort(np.unique(wholes, return_index=True)[1])
     _, where, counts = np.unique(inputs[first], return_inverse=True, return_counts=True)
     return RepeatedPairs(first, len(pairs) - len(first), int((counts[where] > 1).sum()))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 
 from fct.errors import FctWarning
 from fct.fit.pairs import Pairs
+from fct.fit.repeated_pairs import row_hashes
 
 __all__ = ["require_apart"]
-
-_CHUNK = 8_192
 
 
 def require_apart(train: Pairs, held: Pairs) -> Pairs:
@@ -21,9 +19,7 @@ def require_apart(train: Pairs, held: Pairs) -> Pairs:
     Raises:
         ValueError: all of them do.
     """
-    asked = set(_inputs(held))
-    both = {key for key in _inputs(train) if key in asked}
-    shared = sum(key in both for key in _inputs(held)) if both else 0
+    shared = int(np.isin(row_hashes(held, 0)[0], row_hashes(train, 0)[0]).sum())
     if not shared:
         return held
     what = "old vector" if held.side is None else "old vector and side_info"
@@ -39,11 +35,3 @@ def require_apart(train: Pairs, held: Pairs) -> Pairs:
         stacklevel=4,
     )
     return held
-
-
-def _inputs(pairs: Pairs) -> Iterator[int]:
-    """A 64-bit hash of each row's inputs: others have the same one by chance in one of 2^64 comparisons."""
-    for begin in range(0, len(pairs), _CHUNK):
-        old, side, _ = pairs.take(slice(begin, begin + _CHUNK))
-        rows = (old if side is None else np.concatenate([old, side], axis=1)) + np.float32(0)  # -0.0 is 0.0
-        yield from (hash(row.tobytes()) for row in rows)
